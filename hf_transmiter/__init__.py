@@ -1,0 +1,3 @@
+"""hf_transmiter: carry a fine-tuned CLIP over to a stronger CLIP."""
+
+__version__ = "0.1.0"
