@@ -1,0 +1,116 @@
+"""Which images and which classes: pure functions from labels or names to indices, the same for the same seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+
+def few_shot(
+    labels: Sequence[int], shots: int, seed: int, num_classes: int | None = None, *, allow_fewer: bool = False
+) -> list[int]:
+    """`shots` images of each class, drawn uniformly without replacement.
+
+    Each class has its own random stream, named by the seed and the class, so a draw does not depend on which other
+    classes there are, and fewer shots are the beginning of more.
+
+    Args:
+        labels (`Sequence[int]`): Label of each of the N images, 0-based. Tensors and arrays are fine.
+        shots (`int`): Images per class, at least 1.
+        seed (`int`): Names the draw.
+        num_classes (`int`, *optional*): C. Defaults to the classes that occur in `labels`; if given, every class
+            from 0 to C - 1 must be there.
+        allow_fewer (`bool`, *optional*, defaults to `False`): Take all images of a class that has less than `shots`.
+
+    Returns:
+        `list[int]`: image indices, class by class in the order of the labels, in drawn order within a class.
+
+    Raises:
+        ValueError: `shots` < 1, a label outside `[0, num_classes)`, or classes with too few images (listed).
+    """
+    if shots < 1:
+        raise ValueError(f"shots must be at least 1, got {shots}.")
+    members = _by_class(labels, num_classes)
+    if not allow_fewer:
+        _check_enough(members, shots, "use fewer shots or allow_fewer=True")
+    return [i for label, indices in members.items() for i in _shuffled(indices, seed, label)[:shots]]
+
+
+def base_novel(names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Class ids of the two halves of base-to-novel protocols: the first `ceil(C / 2)` and the rest (CoOp's split).
+
+    The halves depend on the order of the names, so keep that of the data set's published split.
+
+    Raises:
+        ValueError: fewer than two names; there would be no novel class.
+    """
+    if len(names) < 2:
+        raise ValueError(f"A base/novel split needs at least 2 classes, got {len(names)}.")
+    half = (len(names) + 1) // 2
+    return list(range(half)), list(range(half, len(names)))
+
+
+def per_class_split(labels: Sequence[int], counts: Mapping[str, int], seed: int) -> dict[str, list[int]]:
+    """Disjoint random parts with a fixed number of images of each class, such as labelled / unlabelled / test.
+
+    ```python
+    >>> per_class_split([0, 0, 0, 1, 1, 1], {"labelled": 1, "test": 2}, seed=0)
+    {'labelled': [2, 4], 'test': [0, 1, 5, 3]}
+    ```
+
+    Args:
+        labels (`Sequence[int]`): Label of each of the N images.
+        counts (`Mapping[str, int]`): Images per class of each part. Images beyond the sum are in no part.
+        seed (`int`): Names the draw.
+
+    Returns:
+        `dict[str, list[int]]`: for each part its image indices, class by class.
+
+    Raises:
+        ValueError: no part, a negative count, or classes with fewer images than the counts add up to (listed).
+    """
+    if not counts:
+        raise ValueError("counts is empty; name at least one part, such as {'labelled': 16, 'test': 20}.")
+    for part, count in counts.items():
+        if count < 0:
+            raise ValueError(f"The count of part {part!r} must not be negative, got {count}.")
+    members = _by_class(labels, None)
+    _check_enough(members, sum(counts.values()), "lower the counts")
+    parts: dict[str, list[int]] = {part: [] for part in counts}
+    for label, indices in members.items():
+        drawn = iter(_shuffled(indices, seed, label))
+        for part, count in counts.items():
+            parts[part] += [next(drawn) for _ in range(count)]
+    return parts
+
+
+def _by_class(labels: Sequence[int], num_classes: int | None) -> dict[int, list[int]]:
+    labels = [int(label) for label in labels]
+    if not labels:
+        raise ValueError("There are no labels to split; the data set is empty.")
+    members: dict[int, list[int]] = {
+        label: [] for label in (sorted(set(labels)) if num_classes is None else range(num_classes))
+    }
+    outside = sorted({label for label in labels if label < 0 or label not in members})
+    if outside:
+        upper = "" if num_classes is None else f" and below num_classes={num_classes}"
+        raise ValueError(
+            f"Labels must be 0 or more{upper}, got {outside[:8]}; images without a label cannot be split."
+        )
+    for i, label in enumerate(labels):
+        members[label].append(i)
+    return members
+
+
+def _check_enough(members: Mapping[int, list[int]], wanted: int, remedy: str) -> None:
+    short = [f"class {label} has {len(indices)}" for label, indices in members.items() if len(indices) < wanted]
+    if short:
+        more = f" and {len(short) - 8} more classes" if len(short) > 8 else ""
+        raise ValueError(f"{wanted} images per class are wanted, but {', '.join(short[:8])}{more}; {remedy}.")
+
+
+def _shuffled(indices: list[int], seed: int, label: int) -> list[int]:
+    shuffled = list(indices)
+    # Seeding with a string goes through SHA-512, so neighbouring seeds and classes give unrelated streams.
+    random.Random(f"{seed}/{label}").shuffle(shuffled)
+    return shuffled
