@@ -140,7 +140,7 @@ def choose_auxiliary(
     | strategy | rule | needs |
     |---|---|---|
     | `"random"` | the `count` smallest values of SHA-256(seed, name) | |
-    | `"farthest-point"` | again and again `argmax_i min_{j chosen} 1 - cos(t_i, t_j)`, from the task on | `text_embeds` |
+    | `"farthest-point"` | repeated `argmax_i min_{j chosen} 1 - cos(t_i, t_j)`, from the task on | `text_embeds` |
     | `"highest-spread"` | largest std over the images of the candidate's logit | `logits` |
     | `"spread-then-farthest"` | farthest-point among the `2 * count` of highest spread | both |
     | `"all"` | every candidate, in order; `count` is not used | |
