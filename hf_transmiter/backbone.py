@@ -1,15 +1,7 @@
-"""Two-tower image-text models: the one place that knows transformers' model families.
+"""[`DualEncoder`]: pictures and texts to unit rows in one space, for every two-tower family of transformers.
 
-Every supported model answers with logits of one form. With unit rows ``x`` (B, d) for images and ``a`` (K, d) for
-texts,
-
-    z = s * x @ a.T + b        (B, K)
-
-where ``s`` is a positive scale (CLIP: ``exp(logit_scale)``; ALIGN: ``1 / temperature``) and ``b`` a bias that only
-the SigLIP families have (0 elsewhere). [`DualEncoder`] returns ``x`` and ``a``, whatever the family.
-
-Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020);
-Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343).
+With unit rows ``x`` (B, d) for images and ``a`` (K, d) for texts, the model's logits are ``z = s * x @ a.T + b``
+(B, K). What differs between families is in `families.py`; its functions are exported here too.
 """
 
 import hashlib
@@ -19,119 +11,42 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+from hf_transmiter.families import (
+    EMBEDDING_PARTS,
+    FAMILIES,
+    SIGLIP,
+    check_family,
+    dummy_text_inputs,
+    image_inputs,
+    is_dual_encoder,
+    logit_scale_and_bias,
+    shared_width,
+    text_positions,
+    unwrap,
+)
+from hf_transmiter.fingerprint import model_fingerprint
 
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = {
-    "clip": "CLIP",
-    "siglip": "SigLIP (also the fixed-resolution SigLIP 2 checkpoints)",
-    "siglip2": "SigLIP 2 NaFlex",
-    "metaclip_2": "MetaCLIP 2",
-    "altclip": "AltCLIP",
-    "chinese_clip": "Chinese-CLIP",
-    "align": "ALIGN",
-    "vision-text-dual-encoder": "VisionTextDualEncoderModel",
-}
-"""`config.model_type` of each supported family, with the name people know it by."""
-
-# SigLIP reads the last position of a text padded to its full length, and was trained without an attention mask.
-_SIGLIP = ("siglip", "siglip2")
-# The parts of a model that make embeddings and logits. Anything else hanging on the root is someone's head.
-_TOWERS = ("vision_model", "text_model", "visual_projection", "text_projection")
-_SCALARS = ("logit_scale", "logit_bias", "temperature")
-# Config entries that say where or with what a model was saved, not what it computes.
-_PROVENANCE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a `PeftModel`, adapters still active in its layers; any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def is_dual_encoder(model: nn.Module) -> bool:
-    """Whether `model` (a transformers model, or a `PeftModel` around one) is a two-tower model of a known family."""
-    model = unwrap(model)
-    known = getattr(getattr(model, "config", None), "model_type", None) in FAMILIES
-    return known and hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
-
-
-def _check_family(model_type: str | None, what: str) -> None:
-    if model_type not in FAMILIES:
-        supported = ", ".join(f"{name} ({model_type})" for model_type, name in FAMILIES.items())
-        raise ValueError(
-            f"{what} is of type {model_type!r}, which is not a supported two-tower model. Supported: {supported}."
-        )
-
-
-def logit_scale_and_bias(model: nn.Module) -> tuple[Tensor, Tensor | float]:
-    """Scale ``s`` and bias ``b`` of ``z = s * x @ a.T + b`` for a raw transformers model.
-
-    Args:
-        model (`nn.Module`): a two-tower model of a supported family.
-
-    Returns:
-        `tuple`: ``s`` as a 0-dimensional tensor (multiplicative, attached to the model's parameter) and ``b`` as a
-        0-dimensional tensor for the SigLIP families, else the float 0.0.
-    """
-    model = unwrap(model)
-    if hasattr(model, "temperature"):
-        return 1 / model.temperature, 0.0
-    bias = model.logit_bias.reshape(()) if hasattr(model, "logit_bias") else 0.0
-    return model.logit_scale.exp().reshape(()), bias
-
-
-def dummy_text_inputs(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """The smallest text that `model`'s root forward accepts, for calls that only want the image side.
-
-    ``model(**image_inputs(model, pixel_values), **dummy_text_inputs(model))`` runs for every family; its
-    ``image_embeds`` are unit rows equal to [`DualEncoder.embed_pixels`], its logits are meaningless.
-
-    Returns:
-        `dict`: ``input_ids`` and ``attention_mask``, both (1, 2) int64 on `device` (the model's when `None`).
-    """
-    model = unwrap(model)
-    # The padding id would be masked (RoBERTa) or make BERT warn; any other token does.
-    token = 1 if model.config.text_config.pad_token_id == 0 else 0
-    ids = torch.full((1, 2), token, dtype=torch.long, device=model.device if device is None else device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def image_inputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
-    """The image arguments of `model`'s forward for a batch of square pictures.
-
-    Every family but one takes ``pixel_values`` as it is. SigLIP 2 NaFlex takes flattened patches
-    (B, patches, patch_size ** 2 * 3) with their mask and grid.
-
-    Args:
-        model (`nn.Module`): a two-tower model of a supported family.
-        pixel_values (`Tensor`): (B, 3, H, W), normalised as by [`DualEncoder.preprocess`].
-    """
-    model = unwrap(model)
-    if model.config.model_type != "siglip2":
-        return {"pixel_values": pixel_values}
-    patch = model.config.vision_config.patch_size
-    count, channels, height, width = pixel_values.shape
-    if height % patch or width % patch:
-        raise ValueError(f"SigLIP 2 pixels of {height} x {width} are not a whole number of {patch}-pixel patches.")
-    grid = (height // patch, width // patch)
-    patches = pixel_values.reshape(count, channels, grid[0], patch, grid[1], patch)
-    patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(count, grid[0] * grid[1], -1)
-    return {
-        "pixel_values": patches,
-        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device),
-        "spatial_shapes": torch.tensor([grid] * count, dtype=torch.long, device=patches.device),
-    }
+__all__ = [
+    "FAMILIES",
+    "DualEncoder",
+    "dummy_text_inputs",
+    "image_inputs",
+    "is_dual_encoder",
+    "logit_scale_and_bias",
+    "unwrap",
+]
 
 
 @contextmanager
@@ -171,7 +86,7 @@ class DualEncoder:
     def __init__(self, model: nn.Module, processor=None, name_or_path: str | None = None, revision: str | None = None):
         self.model = unwrap(model)
         config = getattr(self.model, "config", None)
-        _check_family(getattr(config, "model_type", None), f"The model ({type(self.model).__name__})")
+        check_family(getattr(config, "model_type", None), f"The model ({type(self.model).__name__})")
         if not is_dual_encoder(self.model):
             raise ValueError(f"{type(self.model).__name__} has only one tower; load the whole model with AutoModel.")
         self.name_or_path = name_or_path or config._name_or_path or None
@@ -179,8 +94,6 @@ class DualEncoder:
         if processor is None and self.name_or_path:
             processor = _load_processor(self.name_or_path, revision=self.revision)
         self.processor = processor
-        # Keys are compared by identity and die with their tensors, so a new adapter never inherits an old digest.
-        self._digests = WeakIdKeyDictionary()
 
     @classmethod
     def from_pretrained(
@@ -214,7 +127,7 @@ class DualEncoder:
         name = os.fspath(name_or_path)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
-        _check_family(config.model_type, f"{name!r}")
+        check_family(config.model_type, f"{name!r}")
         model = AutoModel.from_pretrained(
             name,
             revision=revision,
@@ -223,16 +136,10 @@ class DualEncoder:
             trust_remote_code=False,
             **hub,
         )
-        model = model.eval().requires_grad_(False)
+        model = model.eval().requires_grad_(False).to(device or "cpu")
         # The processor comes from the very commit of the weights, also when a branch moved in between.
         commit = getattr(model.config, "_commit_hash", None) or revision
-        encoder = cls(model, _load_processor(name, revision=commit, **hub), name, commit)
-        return encoder.to(device) if device is not None else encoder
-
-    def to(self, device: torch.device | str) -> "DualEncoder":
-        """Move the model; returns self."""
-        self.model.to(device)
-        return self
+        return cls(model, _load_processor(name, revision=commit, **hub), name, commit)
 
     @property
     def family(self) -> str:
@@ -241,8 +148,7 @@ class DualEncoder:
     @property
     def embed_dim(self) -> int:
         """Width ``d`` of the shared space."""
-        config = self.model.config
-        return config.vision_config.hidden_size if self.family in _SIGLIP else config.projection_dim
+        return shared_width(self.model)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -257,11 +163,7 @@ class DualEncoder:
     @property
     def context_length(self) -> int:
         """Most tokens a text may have, special tokens included."""
-        text = self.model.config.text_config
-        room = text.max_position_embeddings
-        if self.family == "altclip" or "roberta" in text.model_type:
-            room -= text.pad_token_id + 1  # RoBERTa counts positions from the padding id on
-        limits = [room]
+        limits = [text_positions(self.model)]
         if self.processor is not None:
             trained = getattr(self.processor, "text_kwargs", {}).get("max_length")
             limits += [self.processor.tokenizer.model_max_length, *([trained] if trained else [])]
@@ -299,12 +201,8 @@ class DualEncoder:
 
         Modules added to the root beside the two towers (a head on the logits) do not count.
         """
-        settings = [_without_provenance(self.model.config.to_dict()), _processor_facts(self)]
-        settings = json.dumps([*settings, *_adapter_state(self.model)], sort_keys=True)
-        digest = hashlib.sha256(settings.encode())
-        for name, tensor in _embedding_tensors(self.model):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {self._tensor_digest(tensor)}".encode())
-        return digest.hexdigest()
+        settings = [self.model.config.to_dict(), self._processor_facts]
+        return model_fingerprint(self.model, EMBEDDING_PARTS, settings)
 
     def preprocess(self, images) -> Tensor:
         """Pictures to normalised pixels.
@@ -331,8 +229,9 @@ class DualEncoder:
             return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         side, patch = self.image_size, self.model.config.vision_config.patch_size
         pictures = [picture.resize((side, side), image_processor.resample) for picture in pictures]
-        patches = image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        patches = image_processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
         grid = side // patch
+        patches = patches[:, : grid * grid]  # the rest is padding up to max_num_patches
         pixels = patches.reshape(len(pictures), grid, grid, patch, patch, 3)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(pictures), 3, side, side)
 
@@ -388,18 +287,18 @@ class DualEncoder:
         """``z = s * x @ a.T + b`` for rows ``x`` (B, d) and ``a`` (K, d): (B, K), scale included."""
         return self.logit_scale * image_embeds @ text_embeds.T + self.logit_bias
 
-    def __repr__(self) -> str:
-        return f"DualEncoder({self.name_or_path or type(self.model).__name__}, {self.family}, d={self.embed_dim})"
-
-    def _tensor_digest(self, tensor: Tensor) -> str:
-        """Digest of the values, read again only when the tensor is another one or was written in place."""
-        version = (tensor.data_ptr(), tensor._version)
-        known = self._digests.get(tensor)
-        if known is None or known[0] != version:
-            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            known = (version, hashlib.sha256(values.data).hexdigest())
-            self._digests[tensor] = known
-        return known[1]
+    @cached_property
+    def _processor_facts(self) -> dict | None:
+        if self.processor is None:
+            return None
+        tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+        return {
+            "image": {"class": type(image_processor).__name__, **image_processor.to_dict()},
+            "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "special_tokens": dict(tokenizer.special_tokens_map),
+            "text": [tokenizer.padding_side, self.context_length],
+        }
 
     def _require(self, part: str):
         if getattr(self.processor, part, None) is None:
@@ -421,9 +320,9 @@ class DualEncoder:
         tokenizer, limit = self._require("tokenizer"), self.context_length
         lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
         cut = [text for text, length in zip(texts, lengths, strict=True) if length > limit]
-        padding = "max_length" if self.family in _SIGLIP else "longest"
+        padding = "max_length" if self.family in SIGLIP else "longest"
         inputs = tokenizer(texts, padding=padding, truncation=True, max_length=limit, return_tensors="pt")
-        if self.family in _SIGLIP:
+        if self.family in SIGLIP:
             inputs = {"input_ids": inputs["input_ids"]}
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, cut
 
@@ -470,42 +369,3 @@ def _read_rgb(image, index: int) -> Image.Image:
         return image.convert("RGB")
     except (OSError, ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
-
-
-def _embedding_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers of both towers and the scalars, in a fixed order."""
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if name.split(".", 1)[0] in (*_TOWERS, *_SCALARS) and torch.is_tensor(tensor):
-            yield name, tensor
-
-
-def _adapter_state(model: nn.Module) -> Iterator[tuple]:
-    """Which adapters are switched on where, with their scale: the same weights answer differently."""
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and name.split(".", 1)[0] in _TOWERS:
-            scaling = {key: float(value) for key, value in getattr(module, "scaling", {}).items()}
-            active = [] if module.disable_adapters else list(module.active_adapters)
-            yield name, active, list(module.merged_adapters), sorted(scaling.items())
-
-
-def _without_provenance(value):
-    if isinstance(value, dict):
-        return {str(k): _without_provenance(v) for k, v in sorted(value.items()) if k not in _PROVENANCE}
-    if isinstance(value, (list, tuple)):
-        return [_without_provenance(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _processor_facts(encoder: DualEncoder) -> dict | None:
-    if encoder.processor is None:
-        return None
-    tokenizer, image_processor = encoder.processor.tokenizer, encoder.processor.image_processor
-    return {
-        "image": {"class": type(image_processor).__name__, **_without_provenance(image_processor.to_dict())},
-        "text": {
-            "vocabulary": sorted(tokenizer.get_vocab().items()),
-            "special": _without_provenance(tokenizer.special_tokens_map),
-            "padding_side": tokenizer.padding_side,
-            "context_length": encoder.context_length,
-        },
-    }

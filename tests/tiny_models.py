@@ -230,6 +230,12 @@ def build(family: str = "clip", seed: int = 0, **kwargs):
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
+        if hasattr(model, "logit_bias"):  # SigLIP's own start: a scale of 10 and a bias of -10
+            model.logit_scale.fill_(2.3026)
+            model.logit_bias.fill_(-10.0)
     return model.eval(), processor
 
 

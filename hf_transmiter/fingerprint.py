@@ -1,0 +1,63 @@
+"""One hex digest for everything a model's answers depend on: weights, settings, and which adapters are active."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+# Config entries that say where or with what a model was saved, not what it computes.
+_PROVENANCE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+# Keyed by identity and dying with the tensor, so a new adapter never inherits the digest of a deleted one.
+_DIGESTS = WeakIdKeyDictionary()
+
+
+def model_fingerprint(model: nn.Module, parts: Sequence[str], settings) -> str:
+    """SHA-256 over `settings`, the adapters active inside `parts`, and the values of every tensor in `parts`.
+
+    Equal across processes and machines. Values are read once; later calls read again only tensors that were
+    replaced or written in place (as optimizers and `load_state_dict` do; a write through ``.data`` goes unseen).
+
+    Args:
+        model (`nn.Module`): the model.
+        parts (`Sequence[str]`): names of the root's children and parameters that count.
+        settings: anything made of dicts, lists and plain values; where it was saved and by which version is ignored.
+    """
+    facts = [without_provenance(settings), list(_adapter_state(model, parts))]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if name.split(".", 1)[0] in parts and torch.is_tensor(tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_tensor_digest(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def without_provenance(value):
+    """`value` as JSON can write it, without the entries that do not change what a model computes."""
+    if isinstance(value, dict):
+        return {str(key): without_provenance(item) for key, item in value.items() if key not in _PROVENANCE}
+    if isinstance(value, (list, tuple)):
+        return [without_provenance(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _adapter_state(model: nn.Module, parts: Sequence[str]) -> Iterator[list]:
+    """Adapters switched on per layer, with their scale: the same weights answer differently."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and name.split(".", 1)[0] in parts:
+            scaling = {key: float(value) for key, value in getattr(module, "scaling", {}).items()}
+            active = [] if module.disable_adapters else list(module.active_adapters)
+            yield [name, active, list(module.merged_adapters), scaling]
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    version = (tensor.data_ptr(), tensor._version)
+    known = _DIGESTS.get(tensor)
+    if known is None or known[0] != version:
+        values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        known = _DIGESTS[tensor] = (version, hashlib.sha256(values.data).hexdigest())
+    return known[1]

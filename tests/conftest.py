@@ -1,0 +1,97 @@
+"""Shared fixtures. Nothing here downloads anything: models are tiny and random, images are drawn."""
+
+import os
+import shutil
+import tempfile
+
+
+# Read once when huggingface_hub is imported, so they must come before every other import.
+_HF_HOME = tempfile.mkdtemp(prefix="hf_transmiter_tests_")
+os.environ["HF_HOME"] = _HF_HOME
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from hf_transmiter.backbone import DualEncoder  # noqa: E402
+
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """``model_dir(family="clip", seed=0)``: folder with a saved tiny model and processor, written once per session."""
+    written = {}
+
+    def get(family: str = "clip", seed: int = 0) -> str:
+        if (family, seed) not in written:
+            written[family, seed] = tiny_models.save(family, tmp_path_factory.mktemp(f"{family}-{seed}"), seed)
+        return written[family, seed]
+
+    return get
+
+
+@pytest.fixture
+def encoder(model_dir) -> DualEncoder:
+    """A fresh tiny CLIP."""
+    return DualEncoder.from_pretrained(model_dir("clip"))
+
+
+@pytest.fixture(scope="session")
+def make_images():
+    """``make_images(count, size=20, seed=0)``: random RGB pictures."""
+
+    def make(count: int, size: int = 20, seed: int = 0) -> list[Image.Image]:
+        rng = np.random.default_rng(seed)
+        return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_dataset():
+    """``make_dataset(count=12, names=("cat", "dog", "car"), seed=0)``: noisy pictures of one colour per class, with an
+    ``image`` and a ``label`` (`ClassLabel`) column; labels go round robin."""
+
+    def make(count: int = 12, names: tuple[str, ...] = ("cat", "dog", "car"), seed: int = 0) -> datasets.Dataset:
+        rng = np.random.default_rng(seed)
+        colours = np.random.default_rng(1).integers(40, 216, (len(names), 1, 1, 3))
+        labels = [i % len(names) for i in range(count)]
+        images = [np.uint8(colours[label] + rng.integers(-40, 40, (20, 20, 3))) for label in labels]
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(names)))
+        columns = {"image": [Image.fromarray(image) for image in images], "label": labels}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    return make
