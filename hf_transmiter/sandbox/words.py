@@ -1,0 +1,156 @@
+"""What the sandbox world is called: attribute words, class names, captions, task grids and the vocabulary.
+
+A class is one combination of three attributes and its name is ``"{texture} {colour} {shape}"``: 6 x 10 x 12 = 720
+classes, identified everywhere by the index triple ``(texture, colour, shape)``.
+"""
+
+import itertools
+import random
+from typing import NamedTuple
+
+
+TEXTURES = ("plain", "striped", "dotted", "checked", "faded", "speckled")
+COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "white")
+SHAPES = (
+    "disc", "square", "triangle", "star", "ring", "cross", "heart", "crescent", "arrow", "bowtie", "hexagon", "fork",
+)  # fmt: skip
+SIZES = ("small", "large")
+SCENES = ("dark", "bright", "busy")
+
+# Terms the pre-training captions drop in at random: known tokens without any visual meaning.
+TRADE_NAMES = ("acme", "zenith", "nimbus", "vertex", "orbit", "lumen", "quanta", "delta")
+
+TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of one {}.", "a {}.", "{}")
+
+CLASSES = tuple(itertools.product(range(len(TEXTURES)), range(len(COLOURS)), range(len(SHAPES))))
+
+
+class Description(NamedTuple):
+    """What one caption says: an index per attribute, or `None` where it says nothing."""
+
+    texture: int | None = None
+    colour: int | None = None
+    shape: int | None = None
+    size: int | None = None
+    scene: int | None = None
+
+
+def phrase(said: Description, trade_name: str = "") -> str:
+    """The noun phrase for `said`, e.g. ``"large acme striped red heart on a dark background"``."""
+    words = [
+        SIZES[said.size] if said.size is not None else "",
+        trade_name,
+        TEXTURES[said.texture] if said.texture is not None else "",
+        COLOURS[said.colour] if said.colour is not None else "",
+        SHAPES[said.shape] if said.shape is not None else "thing",
+        f"on a {SCENES[said.scene]} background" if said.scene is not None else "",
+    ]
+    return " ".join(word for word in words if word)
+
+
+def class_name(texture: int, colour: int, shape: int) -> str:
+    """The name of one of the 720 classes."""
+    return phrase(Description(texture, colour, shape))
+
+
+def held_out_classes() -> frozenset[tuple[int, int, int]]:
+    """The 144 combinations (20 %) that no pre-training picture or caption shows; the same in every model."""
+    return frozenset(random.Random(7).sample(CLASSES, len(CLASSES) // 5))
+
+
+class Task(NamedTuple):
+    """A fixed class grid drawn in one visual style.
+
+    Attributes:
+        style (`str`): how the pictures look, one of [`~hf_transmiter.sandbox.world.STYLES`].
+        textures, colours, shapes (`tuple[str, ...]`): the grid, in the order the labels count.
+        terms (`tuple[str, ...]`): what the class names call the textures.
+        description (`str`): one line for users.
+    """
+
+    style: str
+    textures: tuple[str, ...]
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    terms: tuple[str, ...]
+    description: str
+
+    def classes(self) -> list[tuple[int, int, int]]:
+        """The index triples of the classes, in label order."""
+        grid = itertools.product(self.textures, self.colours, self.shapes)
+        return [(TEXTURES.index(t), COLOURS.index(c), SHAPES.index(s)) for t, c, s in grid]
+
+    def names(self) -> list[str]:
+        """The class names, in label order."""
+        return [" ".join(words) for words in itertools.product(self.terms, self.colours, self.shapes)]
+
+
+def _task(style, textures, colours, shapes, description, terms=None):
+    textures = tuple(textures.split())
+    terms = textures if terms is None else tuple(terms.split())
+    return Task(style, textures, tuple(colours.split()), tuple(shapes.split()), terms, description)
+
+
+TASKS = {
+    "print": _task(
+        "print",
+        "striped dotted checked",
+        "red purple blue",
+        "disc hexagon heart star",
+        "36 classes in halftone print on tinted paper, with inks that mix",
+    ),
+    "night": _task(
+        "night",
+        "plain striped speckled",
+        "green teal blue",
+        "arrow triangle fork cross",
+        "36 classes in the dark, bluish and noisy",
+    ),
+    "neon": _task(
+        "neon",
+        "plain faded dotted",
+        "orange yellow pink",
+        "ring crescent disc heart",
+        "36 classes with every hue turned by the same angle, glowing",
+    ),
+    "jargon": _task(
+        "street",
+        "striped dotted checked",
+        "red orange brown",
+        "square cross bowtie star",
+        "36 classes in the street; the texture words are trade terms without a visual meaning",
+        terms="acme zenith nimbus",
+    ),
+    "studio": _task(
+        "studio",
+        " ".join(TEXTURES),
+        " ".join(COLOURS),
+        " ".join(SHAPES),
+        "all 720 classes on a plain wall, as in pre-training: general images",
+    ),
+    "street": _task(
+        "street",
+        " ".join(TEXTURES),
+        " ".join(COLOURS),
+        " ".join(SHAPES),
+        "all 720 classes before a busy background, as in pre-training: general images",
+    ),
+}
+
+
+def vocabulary() -> list[str]:
+    """The world's phrases, as auxiliary names for the sandbox models: 28 single words, 252 pairs, 720 triples.
+
+    Returns:
+        `list[str]`: 1,000 distinct phrases in a fixed order, e.g. ``"red thing"``, ``"red heart"``,
+        ``"striped red heart"``. The names of the known-word tasks are among them.
+    """
+    options = [(None, *range(len(words))) for words in (TEXTURES, COLOURS, SHAPES)]
+    said = sorted(itertools.product(*options), key=lambda ids: sum(i is not None for i in ids))
+    return [class_name(*ids) for ids in said if any(i is not None for i in ids)]
+
+
+def all_words() -> list[str]:
+    """Every word that a caption can hold, sorted: each becomes one token."""
+    known = " ".join([*TEMPLATES, phrase(Description(scene=0)), *vocabulary(), *SIZES, *SCENES, *TRADE_NAMES])
+    return sorted(set(known.replace("{}", " ").replace(".", " ").split()))
