@@ -1,0 +1,90 @@
+"""[`CalibrationPack`]: the tuned model's logits on unlabelled images, kept so that later upgrades need not run it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .solvers import check_finite
+
+
+@dataclass
+class CalibrationPack:
+    """Teacher logits with what is needed to line them up with the same images again.
+
+    Args:
+        logits (`Tensor`): (N, C) of the tuned model over the task names, scale included; saved as float16.
+        class_names (`tuple[str, ...]`): the C names.
+        dataset_fingerprint (`str`, *optional*): of the dataset whose rows the logits belong to, in order.
+        dataset (`str`, *optional*): where to find it, for people (Hub id and revision, or a description).
+
+    Raises:
+        ValueError: shapes do not fit, or a logit is not finite.
+    """
+
+    logits: Tensor
+    class_names: tuple[str, ...]
+    dataset_fingerprint: str | None = None
+    dataset: str | None = None
+
+    def __post_init__(self):
+        self.class_names = tuple(self.class_names)
+        if self.logits.ndim != 2 or self.logits.shape[1] != len(self.class_names):
+            raise ValueError(
+                f"logits must be (N, {len(self.class_names)}), one column per class name, "
+                f"got {tuple(self.logits.shape)}."
+            )
+        check_finite(self.logits, "the teacher's logits")
+
+    def check_images(self, count: int, fingerprint: str | None) -> None:
+        """Makes sure that row i belongs to image i.
+
+        Raises:
+            ValueError: another number of images, or another dataset fingerprint.
+        """
+        if count != len(self.logits) or (
+            None not in (fingerprint, self.dataset_fingerprint) and fingerprint != self.dataset_fingerprint
+        ):
+            raise ValueError(
+                f"the stored teacher logits belong to {len(self.logits)} other images "
+                f"({self.dataset or self.dataset_fingerprint or 'unnamed'}), these are {count}. Pass the very dataset "
+                "the adapter was extracted on, in the same order, or leave the calibration pack out."
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file; float16 logits, the rest as metadata. Atomic."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        metadata = {
+            "format": "hf_transmiter.calibration",
+            "class_names": json.dumps(self.class_names),
+            "dataset_fingerprint": self.dataset_fingerprint or "",
+            "dataset": self.dataset or "",
+        }
+        save_file({"logits": self.logits.to(torch.float16).contiguous()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> CalibrationPack:
+        """Reads what [`save`] wrote. Logits come back as float32.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not a calibration pack.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist.")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "hf_transmiter.calibration" or "logits" not in file.keys():
+                raise ValueError(f"{path} is not a calibration pack; write one with CalibrationPack.save.")
+            logits = file.get_tensor("logits").float()
+        names = tuple(json.loads(metadata["class_names"]))
+        return cls(logits, names, metadata.get("dataset_fingerprint") or None, metadata.get("dataset") or None)

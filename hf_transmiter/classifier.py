@@ -1,0 +1,239 @@
+"""[`AnchorClassifier`]: a dual encoder and the names it answers about, with or without an adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .anchors import Anchors
+from .backbone import DualEncoder
+from .calibration import CalibrationPack
+from .solvers import check_finite
+
+
+if TYPE_CHECKING:
+    from .tuners import TransMiterConfig
+
+
+@dataclass
+class AnchorClassifierOutput(ModelOutput):
+    """
+    Args:
+        logits_per_image (`Tensor`): (B, K) over all anchors; (B, C) over the task names once an adapter is attached.
+        image_embeds (`Tensor`): (B, d) unit rows.
+    """
+
+    logits_per_image: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+class AnchorClassifier(nn.Module):
+    """Zero-shot classifier over anchors: ``logits = s · x aᵀ + b``; adapters attach to it as to any PEFT base model.
+
+    The dual encoder is shared, not copied, and stays as it is: adapters hang on the classifier, so that one model can
+    serve many classifiers.
+
+    Args:
+        encoder (`DualEncoder`): weak, tuned or strong.
+        anchors (`Anchors`): the K names.
+        text_embeds (`Tensor`, *optional*): (K, d) unit embeddings of the anchors; computed when first needed.
+
+    Attributes:
+        calibration (`CalibrationPack` or `None`): the teacher's logits an adapter was fitted to; saved with it.
+
+    Example:
+
+    ```python
+    >>> classifier = AnchorClassifier(DualEncoder.from_pretrained("openai/clip-vit-base-patch32"), Anchors(("cat", "dog")))
+    >>> classifier.predict(["tabby.jpg"])
+    [[{'label': 'cat', 'score': 0.99}]]
+    ```
+    """  # noqa: E501
+
+    def __init__(self, encoder: DualEncoder, anchors: Anchors, text_embeds: Tensor | None = None):
+        super().__init__()
+        self.encoder, self.anchors = encoder, anchors
+        self.model = encoder.model
+        self.name_or_path = encoder.name_or_path  # PEFT notes it as base_model_name_or_path
+        self.calibration: CalibrationPack | None = None
+        self._peft: list[PeftModel] = []  # a list hides it from nn.Module: the PeftModel contains this module
+        if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
+            raise ValueError(
+                f"text_embeds must be {(len(anchors), encoder.embed_dim)} for these anchors, "
+                f"got {tuple(text_embeds.shape)}."
+            )
+        self.register_buffer("_text_embeds", text_embeds, persistent=False)
+
+    @property
+    def text_embeds(self) -> Tensor:
+        """(K, d) unit text embeddings of the anchors."""
+        if self._text_embeds is None:
+            self._text_embeds = self.encoder.embed_names(self.anchors.names, self.anchors.templates)
+        return self._text_embeds
+
+    @property
+    def adapter(self) -> PeftModel | None:
+        """The PEFT model around this classifier, for switching, disabling, adding and deleting adapters."""
+        return self._peft[0] if self._peft else None
+
+    @property
+    def adapter_config(self) -> TransMiterConfig | None:
+        """Configuration of the adapter that answers, `None` without one."""
+        layer = getattr(self, "transmiter", None)
+        return None if layer is None or layer.active_name is None else layer.configs[layer.active_name]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the columns of [`classify`]."""
+        config = self.adapter_config
+        return tuple(config.class_names) if config else self.anchors.task or self.anchors.names
+
+    def forward(self, pixel_values: Tensor) -> AnchorClassifierOutput:
+        """(B, 3, S, S) pixels to logits."""
+        image_embeds = self.encoder.embed_pixels(pixel_values)
+        if self.adapter_config is not None:  # the adapter's hook writes the logits
+            return AnchorClassifierOutput(image_embeds=image_embeds)
+        logits = self.encoder.logits(image_embeds, self.text_embeds)
+        return AnchorClassifierOutput(logits_per_image=logits, image_embeds=image_embeds)
+
+    def classify(self, image_embeds: Tensor) -> Tensor:
+        """Task logits (B, C) from unit image embeddings (B, d): the head alone, for cached features."""
+        if self.adapter_config is not None:
+            return self.transmiter(image_embeds, self.encoder.logit_scale, self.encoder.logit_bias)
+        columns = len(self.class_names)
+        return self.encoder.logits(image_embeds, self.text_embeds[:columns])
+
+    @torch.no_grad()
+    def predict(self, images: Sequence, top_k: int = 1, batch_size: int = 32) -> list[list[dict]]:
+        """The best names per image, as the `image-classification` pipeline returns them.
+
+        Args:
+            images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
+            top_k (`int`, *optional*, defaults to 1): names per image.
+            batch_size (`int`, *optional*, defaults to 32): images per forward pass.
+
+        Returns:
+            `list[list[dict]]`: per image `{"label": name, "score": probability}`, best first.
+        """
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        names, results = self.class_names, []
+        for start in range(0, len(images), batch_size):
+            pixels = self.encoder.preprocess(images[start : start + batch_size])
+            probabilities = self(pixel_values=pixels).logits_per_image[:, : len(names)].float().softmax(-1)
+            scores, columns = probabilities.topk(min(top_k, len(names)), dim=-1)
+            for row_scores, row in zip(scores.tolist(), columns.tolist(), strict=True):
+                pairs = zip(row_scores, row, strict=True)
+                results.append([{"label": names[column], "score": score} for score, column in pairs])
+        return results
+
+    def add_adapter(
+        self, config: TransMiterConfig, tensors: dict[str, Tensor] | None = None, name: str = "default"
+    ) -> AnchorClassifier:
+        """Attaches an adapter and makes it the one that answers.
+
+        Args:
+            config (`TransMiterConfig`): its `class_names` and `auxiliary_names` need not be this classifier's anchors.
+            tensors (`dict[str, Tensor]`, *optional*): its weights as `transmiter.tensors(name)` gives them; starts
+                as the identity when omitted.
+            name (`str`, *optional*, defaults to `"default"`): name of the adapter.
+
+        Returns:
+            `AnchorClassifier`: itself.
+        """
+        if self.adapter is None:
+            self._peft.append(get_peft_model(self, config, adapter_name=name))
+        else:
+            self.adapter.add_adapter(name, config)
+            self.adapter.set_adapter(name)
+        if tensors is not None:
+            self.transmiter.set_tensors(name, tensors)
+        elif config.anchors == self.anchors:
+            self.transmiter.set_anchors(name, self.text_embeds)
+        else:
+            self.transmiter.set_anchors(name, self.encoder.embed_names(config.anchors.names, config.templates))
+        return self.requires_grad_(False)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes the adapter in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), and
+        `calibration.safetensors` when there is a calibration pack. Each file is replaced in one step.
+
+        Raises:
+            ValueError: there is no adapter to save.
+        """
+        if self.adapter is None:
+            raise ValueError("there is no adapter to save: attach one with add_adapter, or run extract or transfer.")
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+        try:
+            self.adapter.save_pretrained(
+                str(temporary), selected_adapters=self.adapter.active_adapters, save_embedding_layers=False
+            )
+            written = (
+                temporary if self.adapter.active_adapter == "default" else temporary / self.adapter.active_adapter
+            )
+            if self.calibration is not None:
+                self.calibration.save(written / "calibration.safetensors")
+            for file in written.iterdir():
+                if file.is_file():
+                    os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | os.PathLike,
+        encoder: DualEncoder | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> AnchorClassifier:
+        """Loads an adapter that [`save_pretrained`] wrote, from a folder or the Hub, onto its model.
+
+        Args:
+            adapter (`str` or `os.PathLike`): folder or Hub id.
+            encoder (`DualEncoder`, *optional*): the model it was made for; loaded by the name in the adapter's config
+                when omitted.
+
+        Raises:
+            ValueError: not a TransMiter adapter, made for another embedding width, or a tensor is missing, of the
+                wrong shape, or not finite.
+        """
+        hub = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        hub = {key: value for key, value in hub.items() if value is not None}
+        config = PeftConfig.from_pretrained(os.fspath(adapter), local_files_only=local_files_only, **hub)
+        if not hasattr(config, "class_names"):
+            raise ValueError(f"{adapter} holds a {config.peft_type} adapter, not a TransMiter adapter.")
+        if encoder is None:
+            shared = {key: hub[key] for key in ("token", "cache_dir") if key in hub}
+            encoder = DualEncoder.from_pretrained(
+                config.base_model_name_or_path, revision=config.revision, local_files_only=local_files_only, **shared
+            )
+        classifier = cls(encoder, config.anchors)
+        loaded = PeftModel.from_pretrained(
+            classifier, os.fspath(adapter), config=config, local_files_only=local_files_only, **hub
+        )
+        classifier._peft.append(loaded)
+        layer = classifier.transmiter
+        if not layer.has_anchors("default"):
+            raise ValueError(f"{adapter} is incomplete: its adapter_model.safetensors lacks the anchors.")
+        for key, tensor in layer.tensors("default").items():
+            check_finite(tensor.reshape(1, -1), f"the weights {key!r} of {adapter}")
+        pack = Path(adapter) / (subfolder or "") / "calibration.safetensors"
+        if pack.is_file():
+            classifier.calibration = CalibrationPack.load(pack)
+        return classifier.requires_grad_(False)

@@ -1,0 +1,227 @@
+"""The algebra of the method as pure functions of tensors: no models, no files, no gradients.
+
+Shapes: N images, K anchors, C task classes, d embedding width. Sums are kept in float64, one row block at a time, so
+memory does not grow with N, and every sum can be added up over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+EPS = 1e-6  # of the published standardisation (arXiv 2508.08604, section 3)
+LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+def check_finite(rows: Tensor, what: str) -> Tensor:
+    """Returns `rows` unchanged.
+
+    Raises:
+        ValueError: a value is NaN or infinite; the message names the first such row.
+    """
+    bad = ~torch.isfinite(rows).flatten(1).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{what} hold NaN or infinite values, first in row {int(bad.nonzero()[0])} ({int(bad.sum())} rows in all); "
+            "look at that image, or compute in float32 if the model runs in half precision."
+        )
+    return rows
+
+
+def standardise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``z = (logits - mean) / (std + 1e-6)`` per image, unbiased std (arXiv 2508.08604, section 3).
+
+    Args:
+        logits (`Tensor`): (N, K).
+
+    Returns:
+        `z` (N, K), and `std` + 1e-6 (N, 1) and `mean` (N, 1) which undo it: ``logits = z * std + mean``.
+    """
+    mean = logits.mean(-1, keepdim=True)
+    std = logits.std(-1, keepdim=True) + EPS
+    return (logits - mean) / std, std, mean
+
+
+def polar(moment: Tensor, rank_tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The orthogonal factor of ``moment = U S Vᵀ``: ``argmax_Q tr(Qᵀ moment)`` = ``U Vᵀ`` (orthogonal Procrustes).
+
+    Args:
+        moment (`Tensor`): (m, n) float64.
+        rank_tolerance (`float`, *optional*, defaults to 0.0):
+            Directions with a singular value below this share of the largest are mapped to zero instead of to an
+            arbitrary direction: with fewer images than dimensions nothing is known about them.
+
+    Returns:
+        `Q` (m, n), a (partial) isometry, and the singular values (min(m, n),).
+    """
+    u, s, vh = torch.linalg.svd(moment, full_matrices=False)
+    keep = s > rank_tolerance * s[0] if rank_tolerance else torch.ones_like(s, dtype=torch.bool)
+    return u[:, keep] @ vh[keep], s
+
+
+class Sums:
+    """Base of the streamed sums: dataclass fields that add up over blocks and over processes."""
+
+    def reduce(self, accelerator) -> Sums:
+        """Adds the sums of all processes up, in place; every process ends with the total. Returns `self`."""
+        if accelerator is not None and accelerator.num_processes > 1:
+            for field in fields(self):
+                value = torch.as_tensor(getattr(self, field.name), dtype=torch.float64).clone()
+                total = accelerator.reduce(value.to(accelerator.device), "sum").cpu()
+                setattr(self, field.name, total if value.ndim else total.item())
+        return self
+
+
+@dataclass
+class RegressionSums(Sums):
+    """``n, Σx, Σy, ΣxxᵀΣ, Σxyᵀ`` of inputs x (d) and targets y (C), in float64: all a centred ridge needs.
+
+    Build with [`RegressionSums.zeros`], feed with [`update`]. Memory is d² + dC, whatever N.
+    """
+
+    n: float
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+
+    @classmethod
+    def zeros(cls, d: int, c: int) -> RegressionSums:
+        shapes = ((d,), (c,), (d, d), (d, c))
+        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Adds a block: x (B, d) and y (B, C)."""
+        x, y = x.double(), y.double()
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+
+@dataclass
+class RidgeSolution:
+    """``y ≈ x @ weight + bias``; `lam` is the chosen penalty in units of the mean eigenvalue of the centred Gram
+    matrix, `errors` the mean squared leave-one-out error of each candidate."""
+
+    weight: Tensor
+    bias: Tensor
+    lam: float
+    errors: dict[float, float]
+
+
+def ridge(
+    blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    prior: Tensor,
+    lambdas: Sequence[float] = LAMBDAS,
+    accelerator=None,
+) -> RidgeSolution:
+    """Ridge regression around a prior, the penalty chosen by leave-one-out error in closed form.
+
+    ``argmin_{W,b} Σ‖xW + b - y‖² + λ·ē·‖W - prior‖²`` with ē the mean eigenvalue of the centred Gram matrix.
+    Leaving image i out changes its residual to ``r_i / (1 - h_i)`` with the leverage
+    ``h_i = 1/n + x̃ᵢᵀ (G + λē)⁻¹ x̃ᵢ``, so one more pass over the blocks scores every λ without a refit.
+
+    Args:
+        blocks: called twice (once with a single λ), yields x (B, d) and y (B, C).
+        prior (`Tensor`): (d, C), where infinite λ ends.
+        lambdas: candidates; with one, no second pass is made.
+        accelerator (`Accelerator`, *optional*): sums are added up over processes, each with its own blocks.
+
+    Raises:
+        ValueError: no row, or a non-finite value.
+    """
+    prior = prior.double()
+    sums = RegressionSums.zeros(*prior.shape)
+    for x, y in blocks():
+        x = check_finite(x, "the embeddings")
+        sums.update(x, check_finite(y, "the targets").double() - x.double() @ prior)
+    sums.reduce(accelerator)
+    if sums.n < 2:
+        raise ValueError(f"a fit needs at least two images, got {int(sums.n)}.")
+    mean_x, mean_y = sums.x / sums.n, sums.y / sums.n
+    gram = sums.xx - sums.n * torch.outer(mean_x, mean_x)
+    moment = sums.xy - sums.n * torch.outer(mean_x, mean_y)
+    eig, vec = torch.linalg.eigh(gram)
+    eig, rotated = eig.clamp(min=0), vec.T @ moment
+    unit = eig.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    weights = {lam: rotated / (eig + lam * unit)[:, None] for lam in lambdas}
+    errors: dict[float, float] = {}
+    if len(weights) > 1:
+        total = torch.zeros(len(weights) + 1, dtype=torch.float64)
+        for x, y in blocks():
+            p = (x.double() - mean_x) @ vec
+            target = y.double() - x.double() @ prior - mean_y
+            for i, (lam, weight) in enumerate(weights.items()):
+                leverage = 1 / sums.n + (p**2 / (eig + lam * unit)).sum(1, keepdim=True)
+                total[i] += ((target - p @ weight) / (1 - leverage).clamp(min=1e-6)).square().sum()
+            total[-1] += target.numel()
+        if accelerator is not None and accelerator.num_processes > 1:
+            total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
+        errors = {lam: float(total[i] / total[-1]) for i, lam in enumerate(weights)}
+    lam = min(errors, key=errors.__getitem__) if errors else next(iter(weights))
+    delta = vec @ weights[lam]
+    return RidgeSolution((prior + delta).float(), (mean_y - mean_x @ delta).float(), float(lam), errors)
+
+
+@dataclass
+class DiscriminantSums(Sums):
+    """Sums of a linear discriminant with soft labels: ``n_c = Σq_c, Σ q xᵀ, Σx, Σxxᵀ, n`` in float64."""
+
+    n: float
+    mass: Tensor
+    qx: Tensor
+    x: Tensor
+    xx: Tensor
+
+    @classmethod
+    def zeros(cls, d: int, c: int) -> DiscriminantSums:
+        shapes = ((c,), (c, d), (d,), (d, d))
+        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def update(self, x: Tensor, q: Tensor) -> None:
+        """Adds a block: x (B, d) and soft labels q (B, C) whose rows sum to one."""
+        x, q = x.double(), q.double()
+        self.n += len(x)
+        self.mass += q.sum(0)
+        self.qx += q.T @ x
+        self.x += x.sum(0)
+        self.xx += x.T @ x
+
+
+def discriminant(sums: DiscriminantSums, shrinkage: float = 3.0, pseudo_count: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Linear discriminant analysis with soft labels and one shared covariance, in closed form.
+
+    ``w_c = Σ⁻¹ (μ_c - μ)`` and ``b_c = -½ (μ_c + μ)ᵀ w_c``, the logits of Gaussian classes with means μ_c and
+    covariance Σ, up to a constant per image. Σ is the within-class covariance plus `shrinkage` times its mean
+    variance; class means are shrunk to the grand mean μ by `pseudo_count` images, so that a class that (almost) no
+    image belongs to gets (almost) no weight instead of a wild one.
+
+    Args:
+        sums (`DiscriminantSums`): of N images.
+        shrinkage (`float`, *optional*, defaults to 3.0): in units of the mean within-class variance.
+        pseudo_count (`float`, *optional*, defaults to 1.0): in images.
+
+    Returns:
+        weight (C, d) and bias (C,), float32.
+    """
+    mean = sums.x / sums.n
+    means = sums.qx / sums.mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    within = (sums.xx - (means.T * sums.mass) @ means) / sums.n
+    d = len(mean)
+    covariance = within + shrinkage * within.trace() / d * torch.eye(d, dtype=torch.float64)
+    offset = (sums.qx - sums.mass[:, None] * mean) / (sums.mass + pseudo_count)[:, None]
+    weight = torch.linalg.solve(covariance, offset.T).T
+    bias = -((offset / 2 + mean) * weight).sum(1)
+    return weight.float(), bias.float()
+
+
+def row_blocks(tensors: Sequence[Tensor], size: int = 4096) -> Iterator[tuple[Tensor, ...]]:
+    """Aligned blocks of at most `size` rows of several (N, ...) tensors."""
+    for start in range(0, len(tensors[0]), size):
+        yield tuple(tensor[start : start + size] for tensor in tensors)

@@ -1,0 +1,97 @@
+"""[`TransMiterConfig`]: everything an adapter needs besides its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from ...anchors import DEFAULT_TEMPLATES, Anchors
+from ..registration import PeftType
+
+
+FORMS = ("mlp", "class_vectors")
+
+
+@dataclass
+class TransMiterConfig(PeftConfig):
+    """Configuration of a TransMiter adapter.
+
+    Two forms share names, files and loading:
+
+    - ``"mlp"`` (published, arXiv 2508.08604 section 3): ``ẑ = z + MLP(LN(z Wᵀ)) W`` on the logits over the
+      K = C + A anchors, standardised per image.
+    - ``"class_vectors"``: ``logits = s · x Tᵀ + bias`` with C learnt vectors in the model's embedding space; what
+      every closed form ends in. Nothing is added to the cost of zero-shot inference.
+
+    Args:
+        class_names (`list[str]`): the C task names, in label order.
+        auxiliary_names (`list[str]`, *optional*): the A names that only widen the logits (form "mlp").
+        templates (`list[str]`, *optional*, defaults to `["a photo of a {}."]`): prompts of the anchors.
+        form (`str`, *optional*, defaults to `"mlp"`): `"mlp"` or `"class_vectors"`.
+        width (`int`, *optional*): D, rows of the basis; D ≥ K. Defaults to K.
+        mlp_ratio (`int`, *optional*, defaults to 4): hidden width of the MLP in units of D.
+        train_basis (`bool`, *optional*, defaults to `False`):
+            Whether plain PEFT training moves W too. It is not kept orthonormal then; `extract` keeps it so.
+        embed_dim (`int`, *optional*): d of the model the adapter fits; read from the model when omitted.
+        seed (`int`, *optional*, defaults to 0): of the initial basis and MLP.
+        anchors_fingerprint (`str`, *optional*): filled in; a config whose names were edited is refused.
+        provenance (`dict`, *optional*): how the adapter came about; written by `extract` and `transfer`.
+
+    Raises:
+        ValueError: an unknown form, no or duplicate names, K > D, or a fingerprint that does not fit the names.
+    """
+
+    class_names: list[str] = field(default_factory=list, metadata={"help": "The C task names, in label order."})
+    auxiliary_names: list[str] = field(default_factory=list, metadata={"help": "A names that only widen the logits."})
+    templates: list[str] = field(
+        default_factory=lambda: list(DEFAULT_TEMPLATES), metadata={"help": "Prompts of the anchors, one {} each."}
+    )
+    form: str = field(default="mlp", metadata={"help": "'mlp' (published) or 'class_vectors' (closed form)."})
+    width: int | None = field(default=None, metadata={"help": "D, rows of the basis; defaults to K."})
+    mlp_ratio: int = field(default=4, metadata={"help": "Hidden width of the MLP in units of D."})
+    train_basis: bool = field(default=False, metadata={"help": "Whether PEFT training moves the basis."})
+    embed_dim: int | None = field(default=None, metadata={"help": "Embedding width d of the model it fits."})
+    seed: int = field(default=0, metadata={"help": "Seed of the initial basis and MLP."})
+    anchors_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of names and templates."})
+    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "How the adapter came about."})
+    # PEFT reads both on every config; the layer hangs on the model's root, so there is nothing to choose.
+    target_modules: str | None = field(default=None, metadata={"help": "Not used: the adapter sits on the root."})
+    exclude_modules: str | None = field(default=None, metadata={"help": "Not used."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.TRANSMITER
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}.")
+        if not self.class_names:
+            raise ValueError("class_names is empty: pass the names of the task's classes in label order.")
+        anchors = self.anchors
+        self.class_names, self.auxiliary_names = list(anchors.task), list(anchors.auxiliary)
+        self.templates = list(anchors.templates)
+        if self.anchors_fingerprint not in (None, anchors.fingerprint):
+            raise ValueError(
+                "anchors_fingerprint does not fit class_names, auxiliary_names and templates: one of them was edited. "
+                "Restore the original adapter_config.json."
+            )
+        self.anchors_fingerprint = anchors.fingerprint
+        if self.width is not None and self.width < anchors.num_anchors:
+            raise ValueError(
+                f"K = {anchors.num_anchors} anchors do not fit a basis of width D = {self.width}: orthonormal columns "
+                "need D >= K. Use fewer auxiliary names or a larger width."
+            )
+
+    @property
+    def anchors(self) -> Anchors:
+        return Anchors(tuple(self.class_names), tuple(self.auxiliary_names), tuple(self.templates))
+
+    @classmethod
+    def for_anchors(cls, anchors: Anchors, **kwargs) -> TransMiterConfig:
+        """A config with the names and templates of `anchors`."""
+        return cls(
+            class_names=list(anchors.task),
+            auxiliary_names=list(anchors.auxiliary),
+            templates=list(anchors.templates),
+            **kwargs,
+        )

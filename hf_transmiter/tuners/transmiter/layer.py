@@ -1,0 +1,196 @@
+"""[`TransMiterLayer`]: the adapter's weights and its forward pass, one child module on a dual encoder's root."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ...backbone import DualEncoder, dummy_text_inputs, logit_scale_and_bias
+from ...classifier import AnchorClassifier
+from ...solvers import check_finite, standardise
+from .config import TransMiterConfig
+
+
+def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
+    return q * torch.diagonal(r).sign()  # the sign makes the draw uniform over orthonormal bases
+
+
+class TransMiterLayer(nn.Module, BaseTunerLayer):
+    """Holds any number of adapters; the first active one answers.
+
+    Containers are flat (adapter name to a parameter or a leaf module): PEFT saves nested modules under the adapter's
+    name and then loses them silently on loading.
+
+    Per adapter: `anchors` (K, d) unit text embeddings of the names on *this* model, frozen and saved, so that
+    inference needs neither tokenizer nor text tower; form "mlp": `basis` W (D, K), `norm`, `up` (D to 4D), `down`
+    (4D to D, zero at start); form "class_vectors": `class_vectors` T (C, d) and `bias` (C,).
+    """
+
+    adapter_layer_names = (
+        "transmiter_anchors",
+        "transmiter_basis",
+        "transmiter_norm",
+        "transmiter_up",
+        "transmiter_down",
+        "transmiter_class_vectors",
+        "transmiter_bias",
+    )
+    other_param_names = ("configs",)
+    prefix = "transmiter_"
+    # BaseTunerLayer reads these off a wrapped layer; this one wraps none.
+    weight = bias = None
+
+    def __init__(self):
+        super().__init__()
+        self.transmiter_anchors, self.transmiter_basis = nn.ParameterDict(), nn.ParameterDict()
+        self.transmiter_class_vectors, self.transmiter_bias = nn.ParameterDict(), nn.ParameterDict()
+        self.transmiter_norm, self.transmiter_up, self.transmiter_down = (nn.ModuleDict() for _ in range(3))
+        self.configs: dict[str, TransMiterConfig] = {}
+        self.frozen_peft_weight_names = {}
+        self.merged_adapters = []
+        self.hooks: list = []
+        self.dummy_text: dict[str, Tensor] | None = None
+
+    def update_layer(self, name: str, config: TransMiterConfig, like: Tensor) -> None:
+        """Adds an adapter that starts as the identity, on the device of `like`, in float32."""
+        k, c, d = config.anchors.num_anchors, len(config.class_names), config.embed_dim
+        generator = torch.Generator().manual_seed(config.seed)
+        self.configs[name] = config
+        self.transmiter_anchors[name] = nn.Parameter(torch.zeros(k, d))
+        frozen = ("transmiter_anchors",)
+        if config.form == "class_vectors":
+            self.transmiter_class_vectors[name] = nn.Parameter(torch.zeros(c, d))
+            self.transmiter_bias[name] = nn.Parameter(torch.zeros(c))
+        else:
+            width = config.width or k
+            hidden = config.mlp_ratio * width
+            up, down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+            if not up.weight.is_meta:
+                nn.init.xavier_uniform_(up.weight, generator=generator)
+            for tensor in (up.bias, down.weight, down.bias):
+                nn.init.zeros_(tensor)
+            self.transmiter_basis[name] = nn.Parameter(
+                torch.empty(width, k) if up.weight.is_meta else _orthonormal(width, k, generator)
+            )
+            self.transmiter_norm[name], self.transmiter_up[name] = nn.LayerNorm(width), up
+            self.transmiter_down[name] = down
+            frozen += () if config.train_basis else ("transmiter_basis",)
+        self.frozen_peft_weight_names[name] = frozen
+        if not self.transmiter_anchors[name].is_meta:
+            for container in self.adapter_layer_names:
+                if name in getattr(self, container):
+                    getattr(self, container)[name] = getattr(self, container)[name].to(like.device)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_anchors(self, name: str, embeds: Tensor) -> None:
+        """Fills in the anchors' text embeddings (K, d) of a fresh adapter; class vectors start there (identity)."""
+        anchors = self.transmiter_anchors[name]
+        if embeds.shape != anchors.shape:
+            raise ValueError(f"anchor embeddings must be {tuple(anchors.shape)}, got {tuple(embeds.shape)}.")
+        anchors.data.copy_(embeds)
+        if name in self.transmiter_class_vectors:
+            vectors = self.transmiter_class_vectors[name]
+            vectors.data.copy_(embeds[: len(vectors)])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All weights of one adapter, without the `transmiter_` prefix: `anchors`, `basis`, `up.weight`, ..."""
+        found = {}
+        for container in self.adapter_layer_names:
+            part = container.removeprefix(TransMiterLayer.prefix)
+            entry = getattr(self, container)[name] if name in getattr(self, container) else None
+            if isinstance(entry, nn.Module):
+                found.update({f"{part}.{key}": tensor.detach() for key, tensor in entry.named_parameters()})
+            elif entry is not None:
+                found[part] = entry.detach()
+        return found
+
+    def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Overwrites all weights of one adapter by what [`tensors`] of another one gave.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, of another shape, or not finite.
+        """
+        own = self.tensors(name)
+        if own.keys() != tensors.keys():
+            raise ValueError(f"this adapter needs the tensors {sorted(own)}, got {sorted(tensors)}.")
+        for key, tensor in own.items():
+            if tensor.shape != tensors[key].shape:
+                raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}.")
+            tensor.copy_(check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}").reshape(tensor.shape))
+
+    def has_anchors(self, name: str) -> bool:
+        """Whether the names were embedded: a fresh adapter on a bare model waits for its first forward pass."""
+        return bool(self.transmiter_anchors[name][0].any())
+
+    @property
+    def active_name(self) -> str | None:
+        """The adapter that answers: the first active one held here."""
+        return next((name for name in self.active_adapters if name in self.configs), None)
+
+    def refine(self, name: str, logits: Tensor) -> Tensor:
+        """``ẑ = z + MLP(LN(z Wᵀ)) W``, given back its mean and std (arXiv 2508.08604, section 3).
+
+        Equal to the published ``h + MLP(LN(h))`` with ``h = z Wᵀ`` read out by ``W``, since ``Wᵀ W = 1``.
+
+        Args:
+            logits (`Tensor`): (B, K) over the anchors, scale included.
+
+        Returns:
+            `Tensor`: (B, K); the first C columns are the prediction.
+        """
+        basis = self.transmiter_basis[name]
+        z, std, mean = standardise(logits.to(basis.dtype))
+        hidden = self.transmiter_up[name](self.transmiter_norm[name](z @ basis.T))
+        change = self.transmiter_down[name](nn.functional.gelu(hidden))
+        return (z + change @ basis) * std + mean
+
+    def forward(self, image_embeds: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        """Unit image embeddings (B, d) to task logits (B, C) of the answering adapter; zero-shot when disabled."""
+        name = self.active_name
+        if name is None:
+            raise ValueError("no TransMiter adapter is active: call set_adapter with one of its names.")
+        classes = len(self.configs[name].class_names)
+        anchors = self.transmiter_anchors[name]
+        x = image_embeds.to(anchors.dtype)
+        scale, bias = (torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in (scale, bias))
+        if self.disable_adapters:
+            logits = scale * x @ anchors[:classes].T + bias
+        elif name in self.transmiter_class_vectors:
+            vectors = self.transmiter_class_vectors[name]
+            logits = scale * x @ vectors.T + self.transmiter_bias[name] + bias
+        else:
+            logits = self.refine(name, scale * x @ anchors.T + bias)[:, :classes]
+        return logits.to(image_embeds.dtype)
+
+    # Hooks of the root. Bound methods, so that copies and pickles of the model rebind them to their own layer.
+    def fill_text(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before the root's forward: images without texts get the smallest valid text, which `answer` discards."""
+        if args or kwargs.get("input_ids") is not None or kwargs.get("pixel_values") is None or not self.active_name:
+            return None
+        if self.dummy_text is None:
+            self.dummy_text = dummy_text_inputs(root, kwargs["pixel_values"].device)
+        return args, {**kwargs, **self.dummy_text}
+
+    def answer(self, root: nn.Module, args: tuple, kwargs: dict, output):
+        """After the root's forward: logits over the saved class names, unless the caller brought texts of their own."""
+        name = self.active_name
+        own_text = kwargs.get("input_ids") is not (self.dummy_text or {}).get("input_ids")
+        if name is None or args or own_text or kwargs.get("pixel_values") is None:
+            return None
+        if not isinstance(output, ModelOutput):
+            raise ValueError("a TransMiter adapter answers in a ModelOutput: call the model with return_dict=True.")
+        if not self.has_anchors(name):
+            encoder = root.encoder if isinstance(root, AnchorClassifier) else DualEncoder(root)
+            anchors = self.configs[name].anchors
+            self.set_anchors(name, encoder.embed_names(anchors.names, anchors.templates))
+        scale, bias = logit_scale_and_bias(root.model if isinstance(root, AnchorClassifier) else root)
+        image_embeds = nn.functional.normalize(output["image_embeds"].float(), dim=-1)
+        logits = self(image_embeds, scale, bias).to(output["image_embeds"].dtype)
+        output["logits_per_image"] = logits
+        if output.get("text_embeds") is not None:
+            output["text_embeds"] = self.transmiter_anchors[name][: logits.shape[1]].to(image_embeds.dtype)
+            output["logits_per_text"] = logits.T
+        return output

@@ -1,0 +1,78 @@
+"""[`TransMiterModel`]: hangs a [`TransMiterLayer`] on the root of a dual encoder and takes it off again."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ...backbone import is_dual_encoder
+from ...classifier import AnchorClassifier
+from ...families import shared_width
+from .config import TransMiterConfig
+from .layer import TransMiterLayer
+
+
+class TransMiterModel(BaseTuner):
+    """PEFT tuner of TransMiter. The root is a transformers two-tower model or an `AnchorClassifier`.
+
+    The layer becomes the root's child `transmiter`; nothing is replaced. A hook before the root's forward lets
+    `model(pixel_values=...)` go without texts, one after it writes the adapted logits.
+
+    Raises:
+        ValueError: the model is not a dual encoder, the adapter was made for another embedding width, or its name
+            is part of the parameter prefix.
+    """
+
+    prefix = TransMiterLayer.prefix
+    tuner_layer_cls = TransMiterLayer
+    target_module_mapping = {}
+
+    def _check_new_adapter_config(self, config: TransMiterConfig) -> None:
+        super()._check_new_adapter_config(config)
+        name = next((name for name, known in self.peft_config.items() if known is config), "")
+        if name and (name in self.prefix or self.prefix in name):
+            raise ValueError(f"the adapter name {name!r} clashes with the prefix {self.prefix!r}: choose another one.")
+
+    def _prepare_adapter_config(self, peft_config: TransMiterConfig, model_config: dict) -> TransMiterConfig:
+        root = self.model
+        if not (is_dual_encoder(root) or isinstance(root, AnchorClassifier)):
+            raise ValueError(
+                f"TransMiter needs a two-tower model or an AnchorClassifier, got {type(root).__name__}: load the whole "
+                "model (for example CLIPModel), not one tower."
+            )
+        embed_dim = root.encoder.embed_dim if isinstance(root, AnchorClassifier) else shared_width(root)
+        if peft_config.embed_dim not in (None, embed_dim):
+            raise ValueError(
+                f"the adapter was made for embeddings of width {peft_config.embed_dim}, this model has {embed_dim}: "
+                "load the model it was made for, or carry the adapter over with hf_transmiter.transfer."
+            )
+        peft_config.embed_dim = embed_dim
+        # PEFT creates layers where a module name matches; matching the first child makes that happen once.
+        peft_config.target_modules = next(name for name, _ in root.named_children())
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        root = self.model
+        layer = getattr(root, "transmiter", None)
+        if layer is None:
+            layer = TransMiterLayer()
+            layer._active_adapter = self.active_adapters
+            root.transmiter = layer
+            if is_dual_encoder(root):
+                layer.hooks.append(root.register_forward_pre_hook(layer.fill_text, with_kwargs=True))
+            layer.hooks.append(root.register_forward_hook(layer.answer, with_kwargs=True))
+        layer.update_layer(adapter_name, peft_config, next(target.parameters()))
+
+    def _post_injection_hook(self, model: nn.Module, config: TransMiterConfig, adapter_name: str) -> None:
+        super()._post_injection_hook(model, config, adapter_name)
+        config.target_modules = None
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            raise NotImplementedError("an adapter on logits cannot be merged into the towers; use unload().")
+        for hook in self.model.transmiter.hooks:
+            hook.remove()
+        del self.model.transmiter
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
