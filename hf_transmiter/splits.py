@@ -55,7 +55,7 @@ def per_class_split(labels: Sequence[int], counts: Mapping[str, int], seed: int)
 
     ```python
     >>> per_class_split([0, 0, 0, 1, 1, 1], {"labelled": 1, "test": 2}, seed=0)
-    {'labelled': [2, 4], 'test': [0, 1, 5, 3]}
+    {'labelled': [0, 3], 'test': [2, 1, 4, 5]}
     ```
 
     Args:

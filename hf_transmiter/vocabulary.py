@@ -116,7 +116,7 @@ def universal_vocabulary(
 ) -> tuple[str, ...]:
     """`size` names in an order that depends on nothing but the seed and the names themselves.
 
-    A smaller universal vocabulary is the beginning of a larger one, on every platform and in every version.
+    A smaller universal vocabulary is the beginning of a larger one. The order is the same on every platform.
 
     Raises:
         ValueError: the vocabulary holds fewer than `size` names.
@@ -181,21 +181,23 @@ def choose_auxiliary(
 
     n = len(candidates)
     pool = torch.arange(n)
-    if strategy in ("highest-spread", "spread-then-farthest"):
-        logits = _matrix(logits, "logits", strategy, (None, n))
-        if logits.shape[0] < 2:
-            raise ValueError(f"strategy={strategy!r} needs the logits of at least 2 images, got {logits.shape[0]}.")
-        keep = count if strategy == "highest-spread" else min(2 * count, n)
-        # A stable sort keeps candidates of equal spread in vocabulary order.
-        pool = logits.std(dim=0).sort(descending=True, stable=True).indices[:keep]
-        if strategy == "highest-spread":
-            return pool.tolist()
+    if strategy != "farthest-point":
+        pool = _by_spread(_matrix(logits, "logits", strategy, (None, n)))
+    if strategy == "highest-spread":
+        return pool[:count].tolist()
+    if strategy == "spread-then-farthest":
+        pool = pool[: 2 * count]
     text_embeds = normalize(_matrix(text_embeds, "text_embeds", strategy, (n, None)), dim=-1)
-    if task_embeds is not None and len(task_embeds):
+    if task_embeds is not None:
         task_embeds = normalize(_matrix(task_embeds, "task_embeds", strategy, (None, text_embeds.shape[1])), dim=-1)
-    else:
-        task_embeds = None
     return pool[_farthest_points(text_embeds[pool], task_embeds, count)].tolist()
+
+
+def _by_spread(logits: torch.Tensor) -> torch.Tensor:
+    if len(logits) < 2:
+        raise ValueError(f"The spread of logits needs at least 2 images, got {len(logits)}.")
+    # A stable sort keeps candidates of equal spread in vocabulary order.
+    return logits.std(dim=0).sort(descending=True, stable=True).indices
 
 
 def _random_order(names: Sequence[str], seed: int) -> list[int]:
@@ -206,16 +208,16 @@ def _random_order(names: Sequence[str], seed: int) -> list[int]:
 
 
 def _farthest_points(points: torch.Tensor, started: torch.Tensor | None, count: int) -> list[int]:
-    """Greedy k-centre: (n, d) points, (C, d) points chosen before -> `count` indices. Ties go to the first."""
+    """Greedy k-centre: (n, d) points, (C, d) points to start from -> `count` indices. Ties go to the first."""
     nearest = points.new_full((len(points),), torch.inf)
-    if started is not None:
+    if started is not None and len(started):
         nearest = (1 - points @ started.T).amin(dim=1)
     chosen = []
     for _ in range(count):
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, 1 - points @ points[chosen[-1]])
         # Rounding may leave a point a little way from itself; a chosen one must never be taken again.
-        nearest[chosen] = -torch.inf
+        nearest[chosen[-1]] = -torch.inf
     return chosen
 
 

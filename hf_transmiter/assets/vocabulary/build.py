@@ -140,7 +140,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (default: beside this script)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it differs")
     options = parser.parse_args(arguments)
-    names = common_nouns(options.timm, options.open_clip, options.size)
+    try:
+        names = common_nouns(options.timm, options.open_clip, options.size)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        sys.exit(f"Cannot build from {options.timm} and {options.open_clip}: {error}")
     text = HEADER.format(count=len(names)) + "\n".join(names) + "\n"
     if options.output.exists() and options.output.read_text(encoding="utf-8") == text:
         print(f"{options.output}: unchanged, {len(names)} names")
