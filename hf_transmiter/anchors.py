@@ -1,7 +1,7 @@
 """The K names every model answers about: task names first, then auxiliary names that only widen the logit vector.
 
 Anchors are compared by fingerprint wherever two models, an adapter and a bridge have to agree on them
-(arXiv 2508.08604, section "auxiliary classes": 1024 names in all, the same ones for every model).
+(arXiv 2508.08604 uses 1024 names in all, the same ones for every model).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -153,14 +152,12 @@ class Anchors:
                 return
             raise FileExistsError(f"{path} exists and holds something else; choose another path or overwrite=True.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Anchors:
