@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import ClassLabel, Dataset, Image, IterableDataset
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import tqdm
@@ -85,7 +85,8 @@ def embed_dataset(
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(f"dataset must be one split of a dataset, not a {type(dataset).__name__}.")
     columns = guess_columns(dataset, image_column, label_column)
-    state = accelerator or PartialState()
+    # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
+    state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     streamed = isinstance(dataset, IterableDataset)
     content = cache_key or ("" if streamed else dataset._fingerprint)
     facts = [encoder.fingerprint, content, str(dataset.split), dtype, *columns, max_images, PART_ROWS]
@@ -179,7 +180,13 @@ class _Embedding:
             rows = self._make_parts(folder)
             self.state.wait_for_everyone()
             if self.state.is_main_process:
-                self._join(folder, path, rows, content)
+                try:
+                    self._join(folder, path, rows, content)
+                except (OSError, RuntimeError, SafetensorError):
+                    # Another run of the very same job may have finished meanwhile and cleared the parts.
+                    if _load_finished(path) is None:
+                        raise
+                shutil.rmtree(folder, ignore_errors=True)
             self.state.wait_for_everyone()
             table = FeatureTable.load(path)
         return table
@@ -199,7 +206,6 @@ class _Embedding:
 
     def _make_parts(self, folder: Path) -> int:
         """Write this process's missing parts; returns the number of rows of the whole dataset."""
-        folder.mkdir(parents=True, exist_ok=True)
         hidden = not (self.progress and self.state.is_main_process)
         total = 0
         with tqdm(
@@ -267,6 +273,7 @@ class _Embedding:
         tensors = {"embeds": torch.cat(blocks)}
         if self.label_column:
             tensors["labels"] = _as_labels(labels, self.label_column)
+        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"key": self.key, "digest": _part_digest(tensors)}
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -285,7 +292,6 @@ class _Embedding:
             encoder_fingerprint=self.encoder.fingerprint,
             dataset_fingerprint=content,
         )
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _from_main(value, state):
