@@ -1,3 +1,91 @@
-"""hf_transmiter: carry a fine-tuned CLIP over to a stronger CLIP."""
+"""hf_transmiter: carry a fine-tuned CLIP over to a stronger CLIP.
+
+Reading order, the way data flows: `catalog`-free inputs `splits`, `vocabulary`, `anchors` (what is asked); `backbone`,
+`classifier`, `features` (who answers); `solvers`, `tuners`, `teachers`, `extraction`, `bridge`, `transferring`,
+`label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `report` (what it is worth); `cli`.
+
+Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit image
+rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class vectors.
+weak: the pre-trained model; tuned: the weak model after any fine-tuning; strong: the model that shall inherit it.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "AnchorClassifier": "classifier",
+    "Anchors": "anchors",
+    "Bridge": "bridge",
+    "CalibrationPack": "calibration",
+    "CrossMoment": "bridge",
+    "DualEncoder": "backbone",
+    "ExtractionConfig": "extraction",
+    "LabelTuningConfig": "label_tuning",
+    "TransMiterConfig": "tuners",
+    "TransferConfig": "transferring",
+    "compare": "evaluation",
+    "embed_dataset": "features",
+    "evaluate": "evaluation",
+    "extract": "extraction",
+    "label_tune": "label_tuning",
+    "transfer": "transferring",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from .anchors import Anchors
+    from .backbone import DualEncoder
+    from .bridge import Bridge, CrossMoment
+    from .calibration import CalibrationPack
+    from .classifier import AnchorClassifier
+    from .evaluation import compare, evaluate
+    from .extraction import ExtractionConfig, extract
+    from .features import embed_dataset
+    from .label_tuning import LabelTuningConfig, label_tune
+    from .transferring import TransferConfig, transfer
+    from .tuners import TransMiterConfig
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+class _RegisterWithPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Registers the adapters the moment PEFT is imported.
+
+    `import hf_transmiter` is enough for `PeftModel.from_pretrained` to know them, and costs nothing (importing PEFT
+    takes seconds) where PEFT is not used, as in `hf-transmiter --help`.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        importlib.import_module(f"{__name__}.tuners")
+
+
+if "peft" in sys.modules:
+    importlib.import_module(f"{__name__}.tuners")
+else:
+    sys.meta_path.insert(0, _RegisterWithPeft())

@@ -26,7 +26,7 @@ def check_finite(rows: Tensor, what: str) -> Tensor:
     bad = ~torch.isfinite(rows).flatten(1).all(1)
     if bad.any():
         raise ValueError(
-            f"{what} hold NaN or infinite values, first in row {int(bad.nonzero()[0])} ({int(bad.sum())} rows in all); "
+            f"{what} hold NaN or infinite values, first in row {int(bad.nonzero()[0])} (in {int(bad.sum())} rows); "
             "look at that image, or compute in float32 if the model runs in half precision."
         )
     return rows

@@ -18,6 +18,24 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return q * torch.diagonal(r).sign()  # the sign makes the draw uniform over orthonormal bases
 
 
+def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    """``ẑ = z + MLP(LN(z Wᵀ)) W``, given back its mean and std (arXiv 2508.08604, section 3).
+
+    Equal to the published ``h + MLP(LN(h))`` with ``h = z Wᵀ`` read out by ``W``, since ``Wᵀ W = 1``.
+
+    Args:
+        logits (`Tensor`): (B, K) over the anchors, scale included.
+        basis (`Tensor`): W (D, K), orthonormal columns.
+        norm, up, down (`nn.Module`): LayerNorm(D), Linear(D, 4D), Linear(4D, D).
+
+    Returns:
+        `Tensor`: (B, K); the first C columns are the prediction.
+    """
+    z, std, mean = standardise(logits.to(basis.dtype))
+    change = down(nn.functional.gelu(up(norm(z @ basis.T))))
+    return (z + change @ basis) * std + mean
+
+
 class TransMiterLayer(nn.Module, BaseTunerLayer):
     """Holds any number of adapters; the first active one answers.
 
@@ -130,23 +148,6 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
         """The adapter that answers: the first active one held here."""
         return next((name for name in self.active_adapters if name in self.configs), None)
 
-    def refine(self, name: str, logits: Tensor) -> Tensor:
-        """``ẑ = z + MLP(LN(z Wᵀ)) W``, given back its mean and std (arXiv 2508.08604, section 3).
-
-        Equal to the published ``h + MLP(LN(h))`` with ``h = z Wᵀ`` read out by ``W``, since ``Wᵀ W = 1``.
-
-        Args:
-            logits (`Tensor`): (B, K) over the anchors, scale included.
-
-        Returns:
-            `Tensor`: (B, K); the first C columns are the prediction.
-        """
-        basis = self.transmiter_basis[name]
-        z, std, mean = standardise(logits.to(basis.dtype))
-        hidden = self.transmiter_up[name](self.transmiter_norm[name](z @ basis.T))
-        change = self.transmiter_down[name](nn.functional.gelu(hidden))
-        return (z + change @ basis) * std + mean
-
     def forward(self, image_embeds: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
         """Unit image embeddings (B, d) to task logits (B, C) of the answering adapter; zero-shot when disabled."""
         name = self.active_name
@@ -162,7 +163,8 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
             vectors = self.transmiter_class_vectors[name]
             logits = scale * x @ vectors.T + self.transmiter_bias[name] + bias
         else:
-            logits = self.refine(name, scale * x @ anchors.T + bias)[:, :classes]
+            parts = (self.transmiter_norm[name], self.transmiter_up[name], self.transmiter_down[name])
+            logits = refine(scale * x @ anchors.T + bias, self.transmiter_basis[name], *parts)[:, :classes]
         return logits.to(image_embeds.dtype)
 
     # Hooks of the root. Bound methods, so that copies and pickles of the model rebind them to their own layer.
@@ -175,7 +177,7 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
         return args, {**kwargs, **self.dummy_text}
 
     def answer(self, root: nn.Module, args: tuple, kwargs: dict, output):
-        """After the root's forward: logits over the saved class names, unless the caller brought texts of their own."""
+        """After the root's forward: logits over the saved class names, unless the caller brought own texts."""
         name = self.active_name
         own_text = kwargs.get("input_ids") is not (self.dummy_text or {}).get("input_ids")
         if name is None or args or own_text or kwargs.get("pixel_values") is None:

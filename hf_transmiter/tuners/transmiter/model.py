@@ -37,8 +37,8 @@ class TransMiterModel(BaseTuner):
         root = self.model
         if not (is_dual_encoder(root) or isinstance(root, AnchorClassifier)):
             raise ValueError(
-                f"TransMiter needs a two-tower model or an AnchorClassifier, got {type(root).__name__}: load the whole "
-                "model (for example CLIPModel), not one tower."
+                f"TransMiter needs a two-tower model or an AnchorClassifier, got {type(root).__name__}: load the "
+                "whole model (for example CLIPModel), not one tower."
             )
         embed_dim = root.encoder.embed_dim if isinstance(root, AnchorClassifier) else shared_width(root)
         if peft_config.embed_dim not in (None, embed_dim):

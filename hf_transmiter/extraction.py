@@ -1,0 +1,285 @@
+"""[`extract`]: what a fine-tuning changed, as an adapter of the weak model. No labels.
+
+Two solvers: the published one by gradients (arXiv 2508.08604, section 3) and one in closed form, a ridge regression
+of the teacher's logits on the weak model's embeddings around the zero-shot class vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from torch.nn.utils.parametrizations import orthogonal
+
+from .anchors import DEFAULT_TEMPLATES, Anchors
+from .backbone import DualEncoder
+from .calibration import CalibrationPack
+from .classifier import AnchorClassifier
+from .features import FeatureTable, embed_dataset
+from .solvers import LAMBDAS, ridge
+from .teachers import Teacher, teacher_class_vectors, teacher_logits
+from .training import FitConfig, fit
+from .tuners import TransMiterConfig, TransMiterLayer
+from .tuners.transmiter.layer import refine
+
+
+SOLVERS = ("closed_form", "gradient")
+
+
+@dataclass
+class ExtractionConfig(FitConfig):
+    """Settings of [`extract`]. The fields of the gradient solver default to the published run.
+
+    Args:
+        solver (`str`, *optional*, defaults to `"closed_form"`): `"closed_form"` or `"gradient"` (published).
+        lambdas (`tuple[float, ...]`, *optional*): penalties the closed form chooses from by leave-one-out error.
+        teacher_temperature (`float`, *optional*, defaults to 0.5): divides the teacher's logits.
+        noise_std (`float`, *optional*, defaults to 0.5): input noise in units of each row's logit std.
+        noise_probability (`float`, *optional*, defaults to 0.5): share of the batches with noise.
+        basis (`str`, *optional*, defaults to `"learned"`): `"learned"` (published) or `"fixed"` (3-4 times faster).
+        orthogonal_map (`str`, *optional*, defaults to `"cayley"`):
+            How a learned basis stays orthonormal; `"matrix_exp"` and `"householder"` are slower.
+        width (`int`, *optional*): D; the number of anchors when omitted.
+
+    The remaining fields are those of [`FitConfig`] (epochs 10, batch_size 128, lr 1e-3, weight_decay 1e-3, warmup
+    0.05 of the steps, AdamW): the published values.
+    """
+
+    solver: str = field(default="closed_form", metadata={"help": "'closed_form' or 'gradient' (published)."})
+    lambdas: tuple[float, ...] = field(default=LAMBDAS, metadata={"help": "Penalties the closed form chooses from."})
+    teacher_temperature: float = field(default=0.5, metadata={"help": "Divides the teacher's logits."})
+    noise_std: float = field(default=0.5, metadata={"help": "Input noise in units of each row's logit std."})
+    noise_probability: float = field(default=0.5, metadata={"help": "Share of the batches with noise."})
+    basis: str = field(default="learned", metadata={"help": "'learned' (published) or 'fixed' (faster)."})
+    orthogonal_map: str = field(default="cayley", metadata={"help": "'cayley', 'matrix_exp' or 'householder'."})
+    width: int | None = field(default=None, metadata={"help": "D, rows of the basis; the number of anchors if unset."})
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {SOLVERS}, got {self.solver!r}.")
+        if self.basis not in ("learned", "fixed"):
+            raise ValueError(f"basis must be 'learned' or 'fixed', got {self.basis!r}.")
+
+
+def extract(
+    weak: DualEncoder,
+    teacher: Teacher,
+    dataset=None,
+    *,
+    class_names: Sequence[str] | None = None,
+    anchors: Anchors | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    config: ExtractionConfig | None = None,
+    accelerator=None,
+    checkpoint=None,
+    progress: bool = True,
+    **embedding,
+) -> AnchorClassifier:
+    """An adapter that turns the weak model's predictions into its fine-tuned version's.
+
+    Args:
+        weak (`DualEncoder`): the pre-trained model the teacher was tuned from.
+        teacher: any fine-tuned version of it, see [`Teacher`].
+        dataset (`datasets.Dataset`, *optional*):
+            Unlabelled images of the task's domain; labels, if there are any, are not read. Not needed for the closed
+            form when the teacher has class vectors on the weak model's own embeddings (prompt methods).
+        class_names (`Sequence[str]`, *optional*): the C names; the teacher's or the dataset's when omitted.
+        anchors (`Anchors`, *optional*): names the published adapter reads; 1,024 with random common nouns if omitted.
+        templates (`Sequence[str]`, *optional*): prompts of the anchors made here.
+        config (`ExtractionConfig`, *optional*): settings.
+        accelerator (`Accelerator`, *optional*): for several processes.
+        checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
+        progress (`bool`, *optional*, defaults to `True`): show progress bars.
+        **embedding: passed to `embed_dataset` (`batch_size`, `cache_dir`, `image_column`, ...).
+
+    Returns:
+        `AnchorClassifier`: the weak model with the adapter, and the teacher's logits as its calibration pack.
+
+    Raises:
+        ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
+            begin with the class names, or logits that are not finite.
+    """
+    config = config or ExtractionConfig()
+    class_names = _class_names(class_names, anchors, teacher, dataset)
+    if anchors is None:
+        closed = config.solver == "closed_form"
+        anchors = Anchors(class_names, (), templates) if closed else Anchors.build(class_names, templates=templates)
+    if anchors.task != class_names:
+        raise ValueError("the anchors' task names are not the class names, or in another order.")
+    table = logits = None
+    if dataset is not None:
+        table = embed_dataset(weak, dataset, accelerator=accelerator, progress=progress, **embedding)
+        logits = teacher_logits(
+            teacher,
+            dataset,
+            class_names,
+            templates=anchors.templates,
+            weak=weak,
+            table=table,
+            accelerator=accelerator,
+            progress=progress,
+            **embedding,
+        )
+    text = weak.embed_names(anchors.names, anchors.templates)
+    facts = {
+        "step": "extract",
+        "solver": config.solver,
+        "weak": {"name": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint},
+        "num_images": 0 if table is None else len(table),
+        "dataset_fingerprint": None if table is None else table.dataset_fingerprint,
+    }
+    if config.solver == "closed_form":
+        vectors = teacher_class_vectors(teacher, weak, class_names)
+        tensors, solved = closed_form(
+            table, logits, text[: len(class_names)].cpu(), weak, vectors, config, accelerator
+        )
+        adapter = TransMiterConfig(
+            class_names=list(class_names), templates=list(anchors.templates), form="class_vectors"
+        )
+    else:
+        if table is None:
+            raise ValueError("the gradient solver needs unlabelled images: pass a dataset.")
+        tensors, solved = gradient(table, logits, text, weak, config, accelerator, checkpoint, progress)
+        adapter = TransMiterConfig.for_anchors(anchors, form="mlp", width=config.width, seed=config.seed)
+    adapter.provenance = {**facts, **solved}
+    classifier = AnchorClassifier(weak, anchors, text).add_adapter(adapter, tensors)
+    if logits is not None:
+        classifier.calibration = CalibrationPack(logits, class_names, table.dataset_fingerprint)
+    return classifier
+
+
+def closed_form(
+    table: FeatureTable | None,
+    logits: Tensor | None,
+    text: Tensor,
+    weak: DualEncoder,
+    vectors: Tensor | None,
+    config: ExtractionConfig,
+    accelerator=None,
+) -> tuple[dict[str, Tensor], dict]:
+    """Class vectors of the weak model that say what the teacher says.
+
+    ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²``: a ridge around the zero-shot vectors T₀ (delta form), with
+    ``t_i = x_i T₀ᵀ + centred(teacher_i / s - x_i T₀ᵀ)``; only differences between classes count, so residuals are
+    centred per image. λ by leave-one-out error, from streamed sums.
+
+    Args:
+        table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
+        text (`Tensor`): T₀ (C, d).
+        weak (`DualEncoder`): for its scale s.
+        vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are.
+
+    Returns:
+        The adapter's tensors, and facts for its provenance.
+
+    Raises:
+        ValueError: neither images nor vectors.
+    """
+    if vectors is not None:
+        tensors = {"anchors": text, "class_vectors": vectors.float().cpu(), "bias": torch.zeros(len(text))}
+        return tensors, {"class_vectors": "the teacher's own"}
+    if table is None:
+        raise ValueError(
+            "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "
+            "its logits are stored): pass unlabelled images as dataset."
+        )
+    scale = float(weak.logit_scale)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+
+    def blocks():
+        start = 0
+        for number, x in enumerate(table.batches(4096)):
+            said = logits[start : start + len(x)] / scale
+            start += len(x)
+            if number % world == rank:
+                own = x @ text.T
+                change = said - own
+                yield x, own + change - change.mean(1, keepdim=True)
+
+    solution = ridge(blocks, text.T, config.lambdas, accelerator)
+    tensors = {"anchors": text, "class_vectors": solution.weight.T.contiguous(), "bias": solution.bias * scale}
+    return tensors, {"lambda": solution.lam, "leave_one_out_error": solution.errors.get(solution.lam)}
+
+
+def gradient(
+    table: FeatureTable,
+    logits: Tensor,
+    text: Tensor,
+    weak: DualEncoder,
+    config: ExtractionConfig,
+    accelerator=None,
+    checkpoint=None,
+    progress: bool = True,
+) -> tuple[dict[str, Tensor], dict]:
+    """The published adapter by its published training (arXiv 2508.08604, section 3).
+
+    Minimises ``τ · KL(softmax(teacher / τ) ‖ softmax(ẑ))`` over the C task classes, batch mean, with Gaussian noise
+    on the weak logits in some batches; W stays orthonormal by a parametrisation, or fixed.
+
+    Args:
+        table (`FeatureTable`): N image embeddings of the weak model.
+        logits (`Tensor`): the teacher's, (N, C).
+        text (`Tensor`): (K, d) anchor embeddings.
+
+    Returns:
+        The adapter's tensors, and facts for its provenance.
+
+    Raises:
+        ValueError: more anchors than the basis is wide, or a loss that is not finite.
+    """
+    k, classes, device = len(text), logits.shape[1], weak.device
+    layer_config = TransMiterConfig(
+        class_names=[str(i) for i in range(k)], width=config.width, seed=config.seed, embed_dim=text.shape[1]
+    )
+    layer = TransMiterLayer()
+    layer.update_layer("default", layer_config, text)
+    basis = nn.Linear(k, config.width or k, bias=False, device=device)
+    basis.weight.data.copy_(layer.transmiter_basis["default"])
+    if config.basis == "learned":
+        orthogonal(basis, orthogonal_map=config.orthogonal_map)
+    basis.requires_grad_(config.basis == "learned")
+    parts = [layer.transmiter_norm["default"], layer.transmiter_up["default"], layer.transmiter_down["default"]]
+    x = torch.cat(list(table.batches(4096))).to(device)
+    target = (logits / config.teacher_temperature).softmax(1).to(device)
+
+    def step(rows: Tensor, generator: torch.Generator) -> Tensor:
+        rows = rows.to(device)
+        z = weak.logits(x[rows], text)
+        if torch.rand((), generator=generator) < config.noise_probability:
+            noise = torch.randn(z.shape, generator=generator).to(device)
+            z = z + config.noise_std * z.std(1, keepdim=True) * noise
+        said = refine(z, basis.weight, *parts)[:, :classes].log_softmax(1)
+        return config.teacher_temperature * kl_div(said, target[rows], reduction="batchmean")
+
+    parameters = [p for module in (basis, *parts) for p in module.requires_grad_().parameters()]
+    if config.basis == "fixed":
+        parameters.remove(basis.weight)
+    losses = fit(
+        parameters,
+        step,
+        len(x),
+        config,
+        accelerator=accelerator,
+        checkpoint=checkpoint,
+        description="Extracting",
+        progress=progress,
+    )
+    layer.transmiter_basis["default"].data.copy_(basis.weight)
+    tensors = {**layer.tensors("default"), "anchors": text}
+    return tensors, {"loss": losses[-1] if losses else None, "settings": asdict(config)}
+
+
+def _class_names(given, anchors: Anchors | None, teacher: Teacher, dataset) -> tuple[str, ...]:
+    if given is not None:
+        return tuple(given)
+    if anchors is not None and anchors.task:
+        return anchors.task
+    if isinstance(teacher, (AnchorClassifier, CalibrationPack)):
+        return tuple(teacher.class_names)
+    for feature in (getattr(dataset, "features", None) or {}).values():
+        if getattr(feature, "names", None):
+            return tuple(feature.names)
+    raise ValueError("no class names: pass class_names, or a dataset whose label column is a ClassLabel.")

@@ -1,0 +1,251 @@
+"""[`transfer`]: an adapter of the weak model becomes one of the strong model. No labels, no gradients.
+
+What is at hand decides how: a bridge and no image; text alone; unlabelled images; unlabelled images with the stored
+teacher logits of an earlier extraction. Every closed form ends in C class vectors on the strong model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .backbone import DualEncoder
+from .bridge import BETA, Bridge
+from .calibration import CalibrationPack
+from .classifier import AnchorClassifier
+from .features import FeatureTable, embed_dataset
+from .solvers import DiscriminantSums, discriminant
+from .teachers import Teacher, teacher_logits
+from .tuners import TransMiterConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TransferConfig:
+    """Settings of [`transfer`].
+
+    Args:
+        refit (`bool`, *optional*, defaults to `True`):
+            With images: fit the carried class vectors to the strong model's embeddings of them (class vectors only).
+        zero_shot_weight (`float`, *optional*):
+            Share of the strong model's own class vectors in the carried ones: 0 keeps all that tuning taught, larger
+            values protect classes that the tuning never saw. Chosen by `seen_classes` when omitted: 0 without
+            unseen classes, else 1/3.
+        shrinkage (`float`, *optional*, defaults to 3.0): of the refit's covariance, in units of its mean variance.
+        pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
+        beta (`float`, *optional*, defaults to 500.0): β of a logit-space bridge built here (published, absolute).
+        beta_per_image (`float`, *optional*): β = this times N instead.
+    """
+
+    refit: bool = field(default=True, metadata={"help": "With images: fit the carried class vectors to them."})
+    zero_shot_weight: float | None = field(
+        default=None, metadata={"help": "Share of the strong model's own class vectors; by seen classes if unset."}
+    )
+    shrinkage: float = field(default=3.0, metadata={"help": "Of the refit's covariance, in mean variances."})
+    pseudo_count: float = field(default=1.0, metadata={"help": "Images at the grand mean added to every class."})
+    beta: float = field(default=BETA, metadata={"help": "Pull of a logit-space bridge towards the identity."})
+    beta_per_image: float | None = field(default=None, metadata={"help": "Beta = this times the number of images."})
+
+    def __post_init__(self):
+        if self.zero_shot_weight is not None and not 0 <= self.zero_shot_weight <= 1:
+            raise ValueError(f"zero_shot_weight must lie between 0 and 1, got {self.zero_shot_weight}.")
+
+
+def transfer(
+    adapter: AnchorClassifier,
+    strong: DualEncoder,
+    dataset=None,
+    *,
+    bridge: Bridge | None = None,
+    teacher: Teacher | None = None,
+    seen_classes: Sequence[str] | None = None,
+    config: TransferConfig | None = None,
+    accelerator=None,
+    progress: bool = True,
+    **embedding,
+) -> AnchorClassifier:
+    """Carries an adapter over to a stronger model, in closed form.
+
+    Args:
+        adapter (`AnchorClassifier`): what [`extract`] returned, or `AnchorClassifier.from_pretrained(...)`.
+        strong (`DualEncoder`): any dual encoder; family, width, tokenizer and image size may differ.
+        dataset (`datasets.Dataset`, *optional*): unlabelled images of the task.
+        bridge (`Bridge`, *optional*):
+            Between the adapter's model and `strong`. Without one it is built from `dataset`, or from text alone.
+        teacher (*optional*):
+            The tuned model's logits on `dataset`, see [`Teacher`]. Defaults to the adapter's calibration pack when
+            that belongs to these images; without either, the refit relies on the carried class vectors.
+        seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
+        config (`TransferConfig`, *optional*): settings.
+        **embedding: passed to `embed_dataset`.
+
+    Returns:
+        `AnchorClassifier`: the strong model with its adapter; `adapter_config.provenance` says how it was made.
+
+    Raises:
+        ValueError: no adapter, a bridge of another pair or space, a published adapter without images or bridge, or
+            unknown names in `seen_classes`.
+    """
+    config, source = config or TransferConfig(), adapter.adapter_config
+    if source is None:
+        raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
+    unseen = _unseen(source.class_names, seen_classes)
+    weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
+    space = "logit" if source.form == "mlp" else "embedding"
+    if bridge is None:
+        if space == "logit" and dataset is None:
+            raise ValueError("a published adapter needs unlabelled images or a logit-space bridge: pass one of them.")
+        beta = {"beta": config.beta, "beta_per_image": config.beta_per_image}
+        anchors = source.anchors if space == "logit" else None
+        bridge = Bridge.build(weak, strong, dataset, space=space, anchors=anchors, **beta, **options)
+    else:
+        bridge.weak.check(weak, "weak")
+        bridge.strong.check(strong, "strong")
+    facts = {
+        "step": "transfer",
+        "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
+        "bridge": {key: getattr(bridge, key) for key in ("space", "source", "num_pairs", "alignment", "beta")},
+        "extracted": source.provenance,
+    }
+    text = strong.embed_names(source.anchors.names, source.templates).cpu()
+    tensors = {key: tensor.cpu() for key, tensor in adapter.transmiter.tensors(adapter.transmiter.active_name).items()}
+    if source.form == "mlp":
+        if bridge.anchors is not None:
+            bridge.anchors.check_same(source.anchors)
+        tensors.update(basis=bridge.carry_basis(tensors["basis"]), anchors=text)
+    else:
+        weight = config.zero_shot_weight
+        weight = (1 / 3 if unseen else 0.0) if weight is None else weight
+        anchor_texts = None
+        if bridge.space == "logit":
+            names, templates = bridge.anchors.names, bridge.anchors.templates
+            anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
+        carried = bridge.carry_class_vectors(tensors["class_vectors"], tensors["anchors"], text, anchor_texts)
+        vectors = interpolate(carried, text, weight)
+        tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
+        facts["zero_shot_weight"] = weight
+        if dataset is not None and config.refit:
+            table = embed_dataset(strong, dataset, **options)
+            said = _teacher_on(table, dataset, adapter, teacher, options)
+            tensors.update(refit(table, vectors, said, strong, config, accelerator))
+            facts.update(refit_on=len(table), teacher_logits=said is not None)
+    upgraded = TransMiterConfig(
+        class_names=list(source.class_names),
+        auxiliary_names=list(source.auxiliary_names),
+        templates=list(source.templates),
+        form=source.form,
+        width=source.width,
+        mlp_ratio=source.mlp_ratio,
+        provenance=facts,
+    )
+    return AnchorClassifier(strong, source.anchors, text.to(strong.device)).add_adapter(upgraded, tensors)
+
+
+def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
+    """``normalise((1 - w) · normalise(Σ carried) + w · zero_shot)``: class vectors on a line to the zero-shot ones.
+
+    Full and delta transport err in different ways; their mean beats either (see `tests/benchmarks`).
+
+    Args:
+        carried (`dict[str, Tensor]`): unit rows (C, d) of each kind of transport.
+        zero_shot (`Tensor`): (C, d).
+        weight (`float`): w in [0, 1].
+    """
+    mean = normalize(torch.stack(list(carried.values())).sum(0), dim=-1)
+    return normalize((1 - weight) * mean + weight * zero_shot, dim=-1)
+
+
+def refit(
+    table: FeatureTable,
+    vectors: Tensor,
+    teacher: Tensor | None,
+    strong: DualEncoder,
+    config: TransferConfig,
+    accelerator=None,
+) -> dict[str, Tensor]:
+    """Class vectors fitted to unlabelled images around the carried ones, from two passes of streamed sums.
+
+    Soft labels ``q = softmax(mean of student and teacher logits)``, the student being the carried vectors on the
+    strong embeddings; a linear discriminant (w_c, b_c) of those labels; then both, in units of their own spread over
+    classes: ``logits ∝ (x Wᵀ + b) / σ_W + (x Tᵀ) / σ_T``, given the spread of the soft labels' logits.
+
+    Args:
+        table (`FeatureTable`): N image embeddings of the strong model.
+        vectors (`Tensor`): T (C, d), carried, unit rows.
+        teacher (`Tensor` or `None`): the tuned model's logits (N, C).
+
+    Returns:
+        `class_vectors` (C, d) and `bias` (C,) of the adapter.
+    """
+    scale = float(strong.logit_scale)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for number, x in enumerate(table.batches(4096)):
+            logits = scale * x @ vectors.T
+            if teacher is not None:
+                logits = (logits + teacher[start : start + len(x)]) / 2
+            start += len(x)
+            if number % world == rank:
+                yield x, logits
+
+    sums = DiscriminantSums.zeros(vectors.shape[1], len(vectors))
+    for x, logits in blocks():
+        sums.update(x, logits.softmax(1))
+    weight, bias = discriminant(sums.reduce(accelerator), config.shrinkage, config.pseudo_count)
+    square = torch.zeros(4, dtype=torch.float64)  # of the discriminant, the carried logits, their product, the labels
+    for x, logits in blocks():
+        fitted, carried, label = (_centred(z).double() for z in (x @ weight.T + bias, x @ vectors.T, logits))
+        square += torch.stack(
+            [(a * b).sum() for a, b in ((fitted,) * 2, (carried,) * 2, (fitted, carried), (label,) * 2)]
+        )
+    if world > 1:
+        square = accelerator.reduce(square.to(accelerator.device), "sum").cpu()
+    fitted, carried, both, label = square.clamp(min=1e-12).tolist()
+    spread = (2 + 2 * both / (fitted * carried) ** 0.5) ** 0.5  # of the sum of two unit parts
+    unit = label**0.5 / spread / scale
+    return {
+        "class_vectors": unit * (weight / fitted**0.5 + vectors / carried**0.5),
+        "bias": unit * scale * bias / fitted**0.5,
+    }
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
+
+
+def _unseen(class_names: Sequence[str], seen: Sequence[str] | None) -> list[str]:
+    if seen is None:
+        return []
+    unknown = sorted(set(seen) - set(class_names))
+    if unknown:
+        raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
+    return [name for name in class_names if name not in set(seen)]
+
+
+def _teacher_on(table, dataset, adapter: AnchorClassifier, teacher: Teacher | None, options: dict) -> Tensor | None:
+    """The teacher's logits on the images of `table`, `None` when they are not to be had."""
+    names = adapter.adapter_config.class_names
+    if teacher is not None:
+        return teacher_logits(teacher, dataset, names, templates=adapter.adapter_config.templates, **options)
+    pack: CalibrationPack | None = adapter.calibration
+    if pack is None:
+        return None
+    try:
+        pack.check_images(len(table), table.dataset_fingerprint)
+    except ValueError:
+        logger.warning(
+            "the adapter's calibration pack belongs to other images (%s): the refit goes without the teacher's "
+            "logits; pass teacher= or the dataset of the extraction.",
+            pack.dataset or pack.dataset_fingerprint,
+        )
+        return None
+    return teacher_logits(pack, dataset, names)
