@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-from hf_transmiter.families import (
+from .families import (
     EMBEDDING_PARTS,
     FAMILIES,
     SIGLIP,
@@ -33,7 +33,7 @@ from hf_transmiter.families import (
     text_positions,
     unwrap,
 )
-from hf_transmiter.fingerprint import model_fingerprint
+from .fingerprint import model_fingerprint
 
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,8 @@ class DualEncoder:
 
         Modules added to the root beside the two towers (a head on the logits) do not count.
         """
-        settings = [self.model.config.to_dict(), self._processor_facts]
+        # Only what differs from transformers' defaults: a later version that adds an entry changes nothing.
+        settings = [self.model.config.to_diff_dict(), self._processor_facts]
         return model_fingerprint(self.model, EMBEDDING_PARTS, settings)
 
     def preprocess(self, images) -> Tensor:
@@ -294,7 +295,7 @@ class DualEncoder:
         tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
         vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
         return {
-            "image": {"class": type(image_processor).__name__, **image_processor.to_dict()},
+            "image": {"backend": getattr(image_processor, "backend", None), **image_processor.to_dict()},
             "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "special_tokens": dict(tokenizer.special_tokens_map),
             "text": [tokenizer.padding_side, self.context_length],

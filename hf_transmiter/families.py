@@ -9,7 +9,6 @@ Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343).
 """
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,7 +36,10 @@ EMBEDDING_PARTS = (
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, adapters still active in its layers; any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    # Here and not at the top: importing PEFT registers the adapters, whose modules import this one.
+    from peft import PeftModel
+
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_dual_encoder(model: nn.Module) -> bool:

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.feature_table import FeatureTable, replace_file, write_table
+from .backbone import DualEncoder
+from .feature_table import FeatureTable, replace_file, write_table
 
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,15 @@ import json
 from collections.abc import Iterator, Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 
 # Config entries that say where or with what a model was saved, not what it computes.
-_PROVENANCE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+_PROVENANCE = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
+    *("image_processor_type", "processor_class"),
+)
 
 # Keyed by identity and dying with the tensor, so a new adapter never inherits the digest of a deleted one.
 _DIGESTS = WeakIdKeyDictionary()
@@ -29,11 +31,13 @@ def model_fingerprint(model: nn.Module, parts: Sequence[str], settings) -> str:
         settings: anything made of dicts, lists and plain values; where it was saved and by which version is ignored.
     """
     facts = [without_provenance(settings), list(_adapter_state(model, parts))]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if name.split(".", 1)[0] in parts and torch.is_tensor(tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_tensor_digest(tensor)}".encode())
-    return digest.hexdigest()
+    tensors = [
+        f"{tensor.dtype} {tuple(tensor.shape)} {_tensor_digest(tensor)}"
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.split(".", 1)[0] in parts and torch.is_tensor(tensor)
+    ]
+    # Sorted by value, not by name: transformers renames modules between versions, saved fingerprints must outlive it.
+    return hashlib.sha256(json.dumps([facts, sorted(tensors)], sort_keys=True).encode()).hexdigest()
 
 
 def without_provenance(value):
@@ -47,6 +51,9 @@ def without_provenance(value):
 
 def _adapter_state(model: nn.Module, parts: Sequence[str]) -> Iterator[list]:
     """Adapters switched on per layer, with their scale: the same weights answer differently."""
+    # Not at the top: importing PEFT registers this package's adapters, and those import this module.
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and name.split(".", 1)[0] in parts:
             scaling = {key: float(value) for key, value in getattr(module, "scaling", {}).items()}
