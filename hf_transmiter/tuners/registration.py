@@ -10,6 +10,7 @@ class PeftType(str, enum.Enum):
     """The PEFT types of this package. PEFT's own enum stays as it is: it looks types up by value."""
 
     TRANSMITER = "TRANSMITER"
+    COOP = "COOP"
 
 
 def register(peft_type: PeftType, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
