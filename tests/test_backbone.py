@@ -441,3 +441,13 @@ def test_config_is_written_as_transformers_does(model_dir):
     for family in FAMILIES:
         with open(os.path.join(model_dir(family), "config.json")) as file:
             assert json.load(file)["model_type"] == family
+
+
+def test_fingerprint_ignores_version_marks_and_spelled_out_defaults(encoder):
+    """A digest saved with a bridge must still hold after an upgrade of transformers."""
+    before = encoder.fingerprint
+    encoder.model.config.transformers_version = "99.0"
+    encoder.model.config.text_config.layer_norm_eps = 1e-5  # its default
+    assert encoder.fingerprint == before
+    encoder.model.config.text_config.hidden_act = "gelu"
+    assert encoder.fingerprint != before

@@ -5,7 +5,7 @@ import datasets
 import peft
 import pytest
 import torch
-from accelerate import debug_launcher
+from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 from hypothesis import given
@@ -72,6 +72,12 @@ def test_half_precision_on_disk(encoder, make_dataset, tmp_path):
 def test_without_labels(encoder, make_dataset, tmp_path):
     table = embed_dataset(encoder, make_dataset(5).remove_columns("label"), cache_dir=tmp_path)
     assert table.labels is None and table.class_names is None and len(table) == 5
+
+
+def test_with_an_accelerator_of_the_caller(encoder, make_dataset, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    table = embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path / "a", accelerator=Accelerator(cpu=True))
+    same(embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path / "b"), table)
 
 
 def test_only_the_first_images(encoder, make_dataset, watch, tmp_path):

@@ -74,7 +74,7 @@ def load_dataset(domain: str, split: str = "train", *, seed: int = 0) -> Dataset
     generator = torch.Generator().manual_seed(int(identity, 16) % 2**63)
     classes = torch.tensor(task.classes())
     labels = _labels(len(classes), split, generator)
-    pixels = torch.cat([render(classes[part], task.style, generator).pixels for part in labels.split(_CHUNK)])
+    pixels = torch.cat([render(classes[part], task.style, generator) for part in labels.split(_CHUNK)])
     features = Features({"image": Image(), "label": ClassLabel(names=task.names())})
     columns = {"image": [_png(picture) for picture in pixels], "label": labels.tolist()}
     made = Dataset.from_dict(columns, features=features)

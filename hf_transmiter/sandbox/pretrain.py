@@ -15,6 +15,7 @@ weak one's), then `independent` in the other. The recipe, for budgets of about 1
 """
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import os
@@ -152,21 +153,16 @@ def build_optimizers(model: CLIPModel, recipe: Recipe) -> list[torch.optim.Optim
 
 
 def batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches: normalised pixels (96, 3, 32, 32) and attributes (96, 5) in the order of `Description`."""
+    """Endless batches: normalised pixels (96, 3, 32, 32) and classes (96, 3): texture, colour, shape."""
     generator = Generator().manual_seed(recipe.seed)
     held_out = words.held_out_classes()
     shown = torch.tensor([c for c in words.CLASSES if c not in held_out])
     streets = round(recipe.street * BATCH_SIZE)
     while True:
         classes = shown[torch.randint(len(shown), (BATCH_SIZE,), generator=generator)]
-        parts = [
-            render(classes[:streets], "street", generator),
-            render(classes[streets:], "studio", generator),
-        ]
-        pixels, size, scene = (torch.cat(column) for column in zip(*parts, strict=True))
         order = torch.randperm(BATCH_SIZE, generator=generator)
-        attributes = torch.cat([classes, size[:, None], scene[:, None]], 1)
-        yield _jitter(pixels, recipe.jitter, generator)[order], attributes[order]
+        drawn = [render(classes[:streets], "street", generator), render(classes[streets:], "studio", generator)]
+        yield _jitter(torch.cat(drawn), recipe.jitter, generator)[order], classes[order]
 
 
 def _jitter(pixels: Tensor, strength: float, generator: Generator) -> Tensor:
@@ -181,22 +177,17 @@ def _jitter(pixels: Tensor, strength: float, generator: Generator) -> Tensor:
 
 def attribute_groups() -> list[list[words.Description]]:
     """One group per attribute, in the order of `Description`: every value of it and nothing else."""
-    sizes = [len(values) for values in (words.TEXTURES, words.COLOURS, words.SHAPES, words.SIZES, words.SCENES)]
+    sizes = (len(words.TEXTURES), len(words.COLOURS), len(words.SHAPES))
     fields = words.Description._fields
     return [[words.Description(**{name: i}) for i in range(n)] for name, n in zip(fields, sizes, strict=True)]
 
 
-def draw_captions(attributes: Tensor, rng: random.Random) -> list[words.Description]:
-    """Distinct descriptions of the pictures: three quarters name the full class, some the size or the background."""
+def draw_captions(classes: Tensor, rng: random.Random) -> list[words.Description]:
+    """Distinct descriptions of the pictures: 85 % name the full class, the others leave one attribute out."""
     captions = {}
-    for texture, colour, shape, size, scene in attributes.tolist():
-        said = words.Description(texture, colour, shape)
-        if rng.random() < 0.25:
-            said = said._replace(**{rng.choice(["texture", "texture", "colour", "shape"]): None})
-        if rng.random() < 0.3:
-            said = said._replace(size=size)
-        if rng.random() < 0.3:
-            said = said._replace(scene=scene)
+    for said in itertools.starmap(words.Description, classes.tolist()):
+        if rng.random() < 0.15:
+            said = said._replace(**{rng.choice(said._fields): None})
         captions[said] = None
     return list(captions)
 
@@ -207,21 +198,21 @@ def write(said: words.Description, rng: random.Random) -> str:
     return rng.choice(words.TEMPLATES).format(words.phrase(said, rng.choice(words.TRADE_NAMES) if named else ""))
 
 
-def matches(attributes: Tensor, captions: Sequence[words.Description]) -> Tensor:
+def matches(classes: Tensor, captions: Sequence[words.Description]) -> Tensor:
     """Which captions are true of which pictures: bool of shape (pictures, captions)."""
     said = torch.tensor([[-1 if value is None else value for value in caption] for caption in captions])
-    return ((attributes[:, None] == said) | (said < 0)).all(-1)
+    return ((classes[:, None] == said) | (said < 0)).all(-1)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
 def contrastive_loss(
-    model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, attributes: Tensor, rng: random.Random
+    model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, classes: Tensor, rng: random.Random
 ) -> tuple[Tensor, float]:
     """The loss of one batch, and the share of pictures whose best caption is a true one."""
     groups = attribute_groups()
-    captions = draw_captions(attributes[:CAPTIONED], rng)
+    captions = draw_captions(classes[:CAPTIONED], rng)
     texts = [write(said, rng) for group in [*groups, captions] for said in group]
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
     # The calls users will make: pooled outputs are already projected, but not normalised.
@@ -229,9 +220,8 @@ def contrastive_loss(
     image = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     logits = image @ text.T * model.logit_scale.exp()
     *parts, caption_logits = logits.split([len(group) for group in [*groups, captions]], dim=1)
-    weights = (1 / 3, 1 / 3, 1 / 3, 1 / 8, 1 / 8)
-    loss = sum(w * F.cross_entropy(z, attributes[:, i]) for i, (w, z) in enumerate(zip(weights, parts, strict=True)))
-    true = matches(attributes, captions)
+    loss = sum(F.cross_entropy(z, value) for z, value in zip(parts, classes.unbind(1), strict=True)) / 3
+    true = matches(classes, captions)
     described = true.any(1)
     loss = loss + _soft_cross_entropy(caption_logits[described], true[described])
     loss = loss + 0.5 * _soft_cross_entropy(caption_logits.T, true.T)
@@ -243,13 +233,18 @@ def _soft_cross_entropy(logits: Tensor, true: Tensor) -> Tensor:
     return F.cross_entropy(logits, true / true.sum(1, keepdim=True))
 
 
-def train(name: str, output_dir: Path, position: int = 0) -> None:
-    """Train one model by its recipe and save it to `output_dir / name` in one move.
+def train(name: str, recipe: Recipe, output_dir: Path, position: int = 0) -> None:
+    """Train one model and save it to `output_dir / name` in one move.
+
+    Args:
+        name (`str`): what to call it.
+        recipe (`Recipe`): how to build and train it; it uses one thread.
+        output_dir (`Path`): also where the model is looked for whose text tower this one starts from.
+        position (`int`, *optional*, defaults to 0): line of the progress bar.
 
     Raises:
         FileNotFoundError: if the model starts from another one that is not in `output_dir`.
     """
-    recipe = RECIPES[name]
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
@@ -264,10 +259,11 @@ def train(name: str, output_dir: Path, position: int = 0) -> None:
             )
         _copy_text_tower(source, model)
     optimizers = build_optimizers(model, recipe)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, (i + 1) / (0.05 * recipe.steps), 2 - 2 * i / recipe.steps))
-        for o in optimizers
-    ]
+
+    def warm_up_and_decay(step: int) -> float:
+        return min(1, (step + 1) / (0.05 * recipe.steps), 2 - 2 * step / recipe.steps)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_decay) for optimizer in optimizers]
     data = batches(recipe)
     smoothed = 0.0
     with tqdm(total=recipe.steps, desc=name, unit="step", position=position, mininterval=5) as bar:
@@ -300,7 +296,7 @@ def save(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
 
 def _train_lane(names: Sequence[str], output_dir: Path, position: int) -> None:
     for name in names:
-        train(name, output_dir, position)
+        train(name, RECIPES[name], output_dir, position)
 
 
 def pretrain(names: Sequence[str], output_dir: Path, overwrite: bool = False) -> list[str]:

@@ -14,8 +14,6 @@ COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink",
 SHAPES = (
     "disc", "square", "triangle", "star", "ring", "cross", "heart", "crescent", "arrow", "bowtie", "hexagon", "fork",
 )  # fmt: skip
-SIZES = ("small", "large")
-SCENES = ("dark", "bright", "busy")
 
 # Terms the pre-training captions drop in at random: known tokens without any visual meaning.
 TRADE_NAMES = ("acme", "zenith", "nimbus", "vertex", "orbit", "lumen", "quanta", "delta")
@@ -31,19 +29,15 @@ class Description(NamedTuple):
     texture: int | None = None
     colour: int | None = None
     shape: int | None = None
-    size: int | None = None
-    scene: int | None = None
 
 
 def phrase(said: Description, trade_name: str = "") -> str:
-    """The noun phrase for `said`, e.g. ``"large acme striped red heart on a dark background"``."""
+    """The noun phrase for `said`, e.g. ``"acme striped red heart"``."""
     words = [
-        SIZES[said.size] if said.size is not None else "",
         trade_name,
         TEXTURES[said.texture] if said.texture is not None else "",
         COLOURS[said.colour] if said.colour is not None else "",
         SHAPES[said.shape] if said.shape is not None else "thing",
-        f"on a {SCENES[said.scene]} background" if said.scene is not None else "",
     ]
     return " ".join(word for word in words if word)
 
@@ -152,5 +146,5 @@ def vocabulary() -> list[str]:
 
 def all_words() -> list[str]:
     """Every word that a caption can hold, sorted: each becomes one token."""
-    known = " ".join([*TEMPLATES, phrase(Description(scene=0)), *vocabulary(), *SIZES, *SCENES, *TRADE_NAMES])
+    known = " ".join([*TEMPLATES, *vocabulary(), *TRADE_NAMES])
     return sorted(set(known.replace("{}", " ").replace(".", " ").split()))

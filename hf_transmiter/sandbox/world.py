@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 
-from hf_transmiter.sandbox.words import SCENES, SHAPES, SIZES
+from hf_transmiter.sandbox.words import SHAPES
 
 
 IMAGE_SIZE = 32
@@ -29,23 +29,9 @@ _RGB = torch.tensor(
     ]
 )  # fmt: skip
 _WHITE = 9
-_RADIUS = ((0.62, 0.72), (0.76, 0.88))  # small, large, as a share of half the picture
-_INKS = torch.tensor([[0.62, 0.30, 0.05], [0.10, 0.55, 0.30], [0.28, 0.05, 0.52]])
+_RADIUS = (0.68, 0.86)  # as a share of half the picture
+_INKS = torch.tensor([[0.72, 0.22, 0.04], [0.08, 0.66, 0.22], [0.20, 0.06, 0.64]])
 _NEON_ANGLE = math.radians(50)
-
-
-class Pictures(NamedTuple):
-    """Rendered pictures and what happened to be drawn beside the class.
-
-    Attributes:
-        pixels (`Tensor`): uint8 RGB of shape `(N, 3, 32, 32)`.
-        size (`Tensor`): index into [`~hf_transmiter.sandbox.words.SIZES`], shape `(N,)`.
-        scene (`Tensor`): index into [`~hf_transmiter.sandbox.words.SCENES`], shape `(N,)`.
-    """
-
-    pixels: Tensor
-    size: Tensor
-    scene: Tensor
 
 
 class _Placed(NamedTuple):
@@ -59,13 +45,16 @@ class _Placed(NamedTuple):
     angle: Tensor
 
 
-def render(classes: Tensor | Sequence[Sequence[int]], style: str, generator: Generator) -> Pictures:
+def render(classes: Tensor | Sequence[Sequence[int]], style: str, generator: Generator) -> Tensor:
     """Draw one picture per row of `classes`; the same generator state gives the same pictures.
 
     Args:
         classes (`Tensor` or `Sequence`): index triples (texture, colour, shape) of shape `(N, 3)`.
         style (`str`): one of [`STYLES`].
         generator (`torch.Generator`): the only source of chance.
+
+    Returns:
+        `Tensor`: uint8 RGB of shape `(N, 3, 32, 32)`.
 
     Raises:
         ValueError: if `style` is unknown.
@@ -74,19 +63,18 @@ def render(classes: Tensor | Sequence[Sequence[int]], style: str, generator: Gen
         raise ValueError(f"Unknown style {style!r}; there are {', '.join(STYLES)}.")
     texture, colour, shape = torch.as_tensor(classes).unbind(1)
     n = len(texture)
-    size = torch.randint(len(SIZES), (n,), generator=generator)
-    placed = _place(size, generator)
+    placed = _place(n, generator)
     distance = _distance(shape, placed)
     base = (_RGB[colour] + _uniform(generator, -0.07, 0.07, n, 3)).clamp(0, 1)
     surface = _surface(texture, colour, base, placed, generator)
-    scene, background = _background(style, n, generator)
+    background = _background(style, n, generator)
     mask = (0.5 - distance).clamp(0, 1)[:, None]
     picture = surface * mask + background * (1 - mask)
     if style in ("street", "night", "neon"):
         picture = _occlude(picture, generator)
     picture, noise = _light(style, picture, placed, distance, base, generator)
     picture = picture + noise * torch.randn(picture.shape, generator=generator)
-    return Pictures((picture.clamp(0, 1) * 255).round().to(torch.uint8), size, scene)
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _uniform(generator: Generator, low: float, high: float, *shape: int) -> Tensor:
@@ -112,11 +100,9 @@ def _ramp(generator: Generator, n: int) -> Tensor:
     return _uniform(generator, -1, 1, n, 1, 1, 1) * x + _uniform(generator, -1, 1, n, 1, 1, 1) * y
 
 
-def _place(size: Tensor, generator: Generator) -> _Placed:
-    n = len(size)
+def _place(n: int, generator: Generator) -> _Placed:
     x, y = _axes()
-    low, high = torch.tensor(_RADIUS)[size].unbind(1)
-    radius = (low + torch.rand(n, generator=generator) * (high - low))[:, None, None]
+    radius = _uniform(generator, *_RADIUS, n, 1, 1)
     dx = x - _uniform(generator, -0.17, 0.17, n, 1, 1)
     dy = y - _uniform(generator, -0.17, 0.17, n, 1, 1)
     angle = _uniform(generator, -0.25, 0.25, n, 1, 1)
@@ -162,19 +148,15 @@ def _surface(texture: Tensor, colour: Tensor, base: Tensor, placed: _Placed, gen
     return base[:, :, None, None] * fill + second[:, :, None, None] * (1 - fill)
 
 
-def _background(style: str, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The scene index (N,) and the background (N, 3, S, S)."""
+def _background(style: str, n: int, generator: Generator) -> Tensor:
+    """What is behind the object, (N, 3, S, S)."""
     if style == "studio":
-        scene = torch.randint(2, (n,), generator=generator)
-        low, high = torch.tensor([(0.12, 0.40), (0.62, 0.88)])[scene].unbind(1)
-        grey = (low + torch.rand(n, generator=generator) * (high - low))[:, None, None, None]
-        tint = _uniform(generator, -0.08, 0.08, n, 3, 1, 1)
-        return scene, grey + tint + 0.12 * _ramp(generator, n)
-    scene = torch.full((n,), SCENES.index("busy"))
+        wall = _uniform(generator, 0.15, 0.85, n, 1, 1, 1) + _uniform(generator, -0.08, 0.08, n, 3, 1, 1)
+        return wall + 0.25 * _ramp(generator, n)
     background = 0.05 + 0.9 * _cloud(generator, n, 4)
     if style == "print":
-        return scene, 0.75 + 0.25 * background
-    return scene, 0.6 * background + 0.4 * _cloud(generator, n, 12)
+        return 0.75 + 0.25 * background
+    return 0.6 * background + 0.4 * _cloud(generator, n, 12)
 
 
 def _occlude(picture: Tensor, generator: Generator) -> Tensor:
@@ -219,7 +201,7 @@ def _printed(picture: Tensor, generator: Generator) -> Tensor:
     phase = _uniform(generator, 0, 2 * math.pi, n, 1, 1)
     pitch = IMAGE_SIZE / 2 * math.pi * math.sqrt(2) / 2.9
     screen = (torch.sin((x + y) * pitch + phase) * torch.sin((x - y) * pitch + phase))[:, None]
-    return paper * (0.30 + 0.62 * ink) + 0.16 * screen * (1 - ink)
+    return paper * (0.25 + 0.70 * ink) + 0.12 * screen * (1 - ink)
 
 
 def _hue_rotation(angle: float) -> Tensor:

@@ -7,8 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...backbone import DualEncoder, dummy_text_inputs, logit_scale_and_bias
-from ...classifier import AnchorClassifier
+from ...backbone import DualEncoder, dummy_text_inputs, is_dual_encoder, logit_scale_and_bias
 from ...solvers import check_finite, standardise
 from .config import TransMiterConfig
 
@@ -185,10 +184,10 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
         if not isinstance(output, ModelOutput):
             raise ValueError("a TransMiter adapter answers in a ModelOutput: call the model with return_dict=True.")
         if not self.has_anchors(name):
-            encoder = root.encoder if isinstance(root, AnchorClassifier) else DualEncoder(root)
+            encoder = DualEncoder(root) if is_dual_encoder(root) else root.encoder
             anchors = self.configs[name].anchors
             self.set_anchors(name, encoder.embed_names(anchors.names, anchors.templates))
-        scale, bias = logit_scale_and_bias(root.model if isinstance(root, AnchorClassifier) else root)
+        scale, bias = logit_scale_and_bias(root if is_dual_encoder(root) else root.model)
         image_embeds = nn.functional.normalize(output["image_embeds"].float(), dim=-1)
         logits = self(image_embeds, scale, bias).to(output["image_embeds"].dtype)
         output["logits_per_image"] = logits

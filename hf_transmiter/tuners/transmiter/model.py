@@ -6,7 +6,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...backbone import is_dual_encoder
-from ...classifier import AnchorClassifier
 from ...families import shared_width
 from .config import TransMiterConfig
 from .layer import TransMiterLayer
@@ -34,6 +33,8 @@ class TransMiterModel(BaseTuner):
             raise ValueError(f"the adapter name {name!r} clashes with the prefix {self.prefix!r}: choose another one.")
 
     def _prepare_adapter_config(self, peft_config: TransMiterConfig, model_config: dict) -> TransMiterConfig:
+        from ...classifier import AnchorClassifier  # not at the top: it imports PEFT, which imports this module
+
         root = self.model
         if not (is_dual_encoder(root) or isinstance(root, AnchorClassifier)):
             raise ValueError(
