@@ -162,7 +162,12 @@ def batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
         classes = shown[torch.randint(len(shown), (BATCH_SIZE,), generator=generator)]
         order = torch.randperm(BATCH_SIZE, generator=generator)
         drawn = [render(classes[:streets], "street", generator), render(classes[streets:], "studio", generator)]
-        yield _jitter(torch.cat(drawn), recipe.jitter, generator)[order], classes[order]
+        yield normalise(_jitter(torch.cat(drawn), recipe.jitter, generator))[order], classes[order]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Pixels within 0 to 1 as the image processor hands them to the models."""
+    return (pixels - PIXEL_MEAN) / PIXEL_STD
 
 
 def _jitter(pixels: Tensor, strength: float, generator: Generator) -> Tensor:
@@ -171,8 +176,7 @@ def _jitter(pixels: Tensor, strength: float, generator: Generator) -> Tensor:
 
     flipped = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5
     pixels = torch.where(flipped, pixels.flip(-1), pixels) / 255
-    pixels = (pixels * (1 + noise(1, 1, 1)) + 0.25 * noise(3, 1, 1)).clamp(0, 1)
-    return (pixels - PIXEL_MEAN) / PIXEL_STD
+    return (pixels * (1 + noise(1, 1, 1)) + 0.25 * noise(3, 1, 1)).clamp(0, 1)
 
 
 def attribute_groups() -> list[list[words.Description]]:
