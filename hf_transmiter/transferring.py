@@ -37,7 +37,7 @@ class TransferConfig:
         zero_shot_weight (`float`, *optional*):
             Share of the strong model's own class vectors in the carried ones: 0 keeps all that tuning taught, larger
             values protect classes that the tuning never saw. Chosen by `seen_classes` when omitted: 0 without
-            unseen classes, else 1/3.
+            unseen classes, else 1/2.
         shrinkage (`float`, *optional*, defaults to 3.0): of the refit's covariance, in units of its mean variance.
         pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
         beta (`float`, *optional*, defaults to 500.0): β of a logit-space bridge built here (published, absolute).
@@ -122,7 +122,7 @@ def transfer(
         tensors.update(basis=bridge.carry_basis(tensors["basis"]), anchors=text)
     else:
         weight = config.zero_shot_weight
-        weight = (1 / 3 if unseen else 0.0) if weight is None else weight
+        weight = (0.5 if unseen else 0.0) if weight is None else weight
         anchor_texts = None
         if bridge.space == "logit":
             names, templates = bridge.anchors.names, bridge.anchors.templates
