@@ -15,7 +15,7 @@ from hf_transmiter.sandbox.world import render
 MODELS = ("weak", "strong", "weak-upgraded")
 SPLITS = ("train", "unlabelled", "validation", "test")
 # Part of every fingerprint: raise it whenever the renderer, the words or the drawing of labels change.
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "sandbox"
 _DRAWN = {"unlabelled": 1500, "validation": 500, "test": 1500}

@@ -113,7 +113,10 @@ TASKS = {
         "red orange brown",
         "square cross bowtie star",
         "36 classes in the street; the texture words are trade terms without a visual meaning",
-        terms="acme zenith nimbus",
+        # Which term stands for which texture is a coin toss that tiny differences between the terms decide: zero-shot
+        # accuracy lies anywhere from 1 to 73 % over the 336 assignments, on average at a third of telling colour and
+        # shape apart. This assignment is near that average for the three shipped models.
+        terms="nimbus zenith lumen",
     ),
     "studio": _task(
         "studio",
