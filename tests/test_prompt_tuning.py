@@ -1,0 +1,227 @@
+"""Few-shot tuning: what is learnt, what stays, and that the product is an ordinary adapter."""
+
+import copy
+
+import datasets
+import pytest
+import tiny_models
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModel
+
+from hf_transmiter import prompt_tuning
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.features import embed_dataset
+from hf_transmiter.prompt_tuning import TuningConfig, augment, tune
+
+
+NAMES = ["cat", "dog", "car"]
+METHODS = ("lora", "coop")
+
+
+def quick(method="lora", **kwargs):
+    defaults = {"shots": 4, "epochs": 6, "batch_size": 6, "lr": 1e-2}
+    return TuningConfig(**{**defaults, "method": method, **kwargs})
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(weak, dataset, config, **kwargs):
+        return tune(weak, dataset, config=config, progress=False, cache_dir=tmp_path / "features", **kwargs)
+
+    return run
+
+
+def templates(method):
+    return ("{}.",) if method == "coop" else ("a photo of a {}.",)
+
+
+def scores(encoder, dataset, method, cache_dir):
+    """Logits of a tuned (or, with method "lora", of the weak) model, and the labels."""
+    table = embed_dataset(encoder, dataset, progress=False, cache_dir=cache_dir)
+    return encoder.logits(table.embeds, encoder.embed_names(NAMES, templates(method))), table.labels
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learns_and_leaves_the_weak_model_alone(encoder, make_dataset, run, tmp_path, method):
+    dataset = make_dataset(30)
+    before, fingerprint = copy.deepcopy(encoder.model.state_dict()), encoder.fingerprint
+    tuned = run(encoder, dataset, quick(method, shots=10, epochs=20, keep_near=0.0))
+    assert encoder.fingerprint == fingerprint and not encoder.model.text_model._forward_pre_hooks
+    assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.model.state_dict().items())
+    assert not any(p.requires_grad for p in tuned.model.parameters()) and not tuned.model.training
+    losses = []
+    for model, name in ((encoder, "lora"), (tuned, method)):
+        z, labels = scores(model, dataset, name, tmp_path)
+        losses.append(torch.nn.functional.cross_entropy(z, labels).item())
+    assert losses[1] < 0.7 * losses[0]
+    kept = {key.replace(".base_layer", ""): value for key, value in tuned.model.state_dict().items()}
+    assert all(torch.equal(kept[key], value) for key, value in before.items())
+
+
+def test_each_method_learns_on_its_own_side(encoder, make_dataset, run, make_images):
+    images, dataset = make_images(3), make_dataset(12)
+    texts = encoder.embed_names(NAMES)
+    coop, lora = run(encoder, dataset, quick("coop")), run(encoder, dataset, quick("lora"))
+    assert torch.equal(coop.embed_images(images), encoder.embed_images(images))
+    assert not torch.allclose(coop.embed_names(NAMES, ("{}.",)), texts, atol=1e-3)
+    assert torch.equal(lora.embed_names(NAMES), texts)
+    assert not torch.allclose(lora.embed_images(images), encoder.embed_images(images), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_as_any_adapter(encoder, make_dataset, run, tmp_path, make_images, method):
+    tuned = run(encoder, make_dataset(12), quick(method))
+    tuned.model.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder.name_or_path), str(tmp_path / "adapter"))
+    assert loaded.peft_config["default"].base_model_name_or_path == encoder.name_or_path
+    loaded = DualEncoder(loaded)
+    assert torch.equal(loaded.embed_images(make_images(3)), tuned.embed_images(make_images(3)))
+    assert torch.equal(loaded.embed_names(NAMES, ("{}.",)), tuned.embed_names(NAMES, ("{}.",)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides(encoder, make_dataset, run, make_images, method):
+    dataset, images = make_dataset(30), make_images(3)
+
+    def outcome(seed):
+        tuned = run(encoder, dataset, quick(method, seed=seed, init_phrase=None, n_ctx=4))
+        return torch.cat([tuned.embed_images(images), tuned.embed_names(NAMES, ("{}.",))])
+
+    first = outcome(1)
+    torch.manual_seed(123)
+    assert torch.equal(outcome(1), first)
+    assert not torch.allclose(outcome(2), first, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_run_resumes(encoder, make_dataset, run, tmp_path, make_images, monkeypatch, method):
+    dataset, images = make_dataset(12), make_images(3)
+    whole = run(encoder, dataset, quick(method))
+    loss, calls = prompt_tuning.classification_loss, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(prompt_tuning, "classification_loss", interrupted)
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(encoder, dataset, quick(method), checkpoint=checkpoint)
+    calls.clear()
+    calls.extend([None] * 8)  # past the interruption
+    resumed = run(encoder, dataset, quick(method), checkpoint=checkpoint)
+    assert len(calls) - 8 == 2 * (6 - 3) and not checkpoint.exists()
+    assert torch.equal(resumed.embed_images(images), whole.embed_images(images))
+    assert torch.equal(resumed.embed_names(NAMES, ("{}.",)), whole.embed_names(NAMES, ("{}.",)))
+
+
+def test_pixels_that_do_not_fit_in_memory(encoder, make_dataset, run, make_images, monkeypatch):
+    dataset = make_dataset(12)
+    kept = run(encoder, dataset, quick()).embed_images(make_images(3))
+    monkeypatch.setattr(prompt_tuning, "PIXEL_MEMORY", 0)
+    assert torch.equal(run(encoder, dataset, quick()).embed_images(make_images(3)), kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keep_near(encoder, make_dataset, run, tmp_path, method):
+    dataset = make_dataset(12)
+    zero_shot = scores(encoder, dataset, "lora", tmp_path)[0].log_softmax(1)
+    moved = []
+    for strength in (0.0, 10.0, 1000.0):
+        z, _ = scores(run(encoder, dataset, quick(method, keep_near=strength)), dataset, method, tmp_path)
+        moved.append((zero_shot.exp() * (zero_shot - z.log_softmax(1))).sum(1).mean().item())
+    assert moved[0] > 1.5 * moved[1] > 2 * moved[2], moved
+
+
+def test_shots(encoder, make_dataset, run, monkeypatch, caplog):
+    seen = []
+    fit = prompt_tuning.fit
+
+    def recording(parameters, step, num_examples, *args, **kwargs):
+        seen.append(num_examples)
+        return fit(parameters, step, num_examples, *args, **kwargs)
+
+    monkeypatch.setattr(prompt_tuning, "fit", recording)
+    run(encoder, make_dataset(30), quick(shots=2, epochs=1))
+    assert not caplog.records
+    run(encoder, make_dataset(11), quick(shots=4, epochs=1))
+    assert seen == [6, 11]
+    assert "1 classes have fewer than 4 images" in caplog.text
+
+
+@pytest.mark.parametrize("family", [family for family in tiny_models.FAMILIES if family != "align"])
+def test_lora_reaches_every_block_of_every_vision_transformer(model_dir, make_dataset, run, family):
+    encoder = DualEncoder.from_pretrained(model_dir(family))
+    tuned = run(encoder, make_dataset(6), quick(epochs=1, shots=2))
+    layers = [(name, m) for name, m in tuned.model.named_modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == 12 and all("layers" in name and "vision_model" in name for name, _ in layers)
+    assert all(layer.lora_B["default"].weight.abs().sum() > 0 for _, layer in layers)
+
+
+@pytest.mark.parametrize("family", ["siglip", "altclip"])
+def test_coop_of_other_families(model_dir, make_dataset, run, family):
+    encoder = DualEncoder.from_pretrained(model_dir(family))
+    tuned = run(encoder, make_dataset(6), quick("coop", epochs=1, shots=2))
+    assert not torch.allclose(tuned.embed_names(NAMES, ("{}.",)), encoder.embed_names(NAMES), atol=1e-4)
+
+
+def test_augment():
+    images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    out = augment(images, torch.Generator().manual_seed(1))
+    assert torch.equal(out, augment(images, torch.Generator().manual_seed(1)))
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    mirrored = torch.nn.functional.pad(images.flip(-1), (2, 2, 2, 2), mode="replicate")
+    kinds = set()
+    for index, image in enumerate(out):
+        kinds |= {
+            (flip, y, x)
+            for flip, source in enumerate((padded[index], mirrored[index]))
+            for y in range(5)
+            for x in range(5)
+            if torch.equal(source[:, y : y + 32, x : x + 32], image)
+        }
+    assert len(kinds) > 25 and {flip for flip, _, _ in kinds} == {0, 1}
+    moved = augment(images, torch.Generator().manual_seed(2))
+    assert not torch.equal(moved, out)
+
+
+def test_names_may_be_given(encoder, make_dataset, run):
+    dataset = make_dataset(12).cast_column("label", datasets.Value("int64"))
+    with pytest.raises(ValueError, match="does not name its classes: pass class_names"):
+        run(encoder, dataset, quick())
+    tuned = run(encoder, dataset, quick("coop"), class_names=NAMES)
+    named = run(encoder, make_dataset(12), quick("coop"))
+    assert torch.equal(tuned.embed_names(NAMES, ("{}.",)), named.embed_names(NAMES, ("{}.",)))
+
+
+def test_bad_input(encoder, make_dataset, run, tmp_path):
+    dataset = make_dataset(12)
+    for bad in ({"method": "cocoop"}, {"keep_near": -1.0}):
+        with pytest.raises(ValueError, match="must"):
+            TuningConfig(**bad)
+    with pytest.raises(ValueError, match="one split of a datasets.Dataset, not a DatasetDict"):
+        run(encoder, datasets.DatasetDict(train=dataset), quick())
+    with pytest.raises(ValueError, match="tuning needs labels"):
+        run(encoder, dataset.remove_columns("label"), quick())
+    with pytest.raises(ValueError, match="1 of 4 classes have no image, first 'tree'"):
+        run(encoder, dataset, quick(), class_names=[*NAMES, "tree"])
+    with pytest.raises(ValueError, match="below num_classes=2"):
+        run(encoder, dataset, quick(), class_names=NAMES[:2])
+    with pytest.raises(ValueError, match="must differ"):
+        run(encoder, dataset, quick(), class_names=["cat", "cat", "dog"])
+    words = dataset.remove_columns("label").add_column("label", ["cat"] * 12)
+    with pytest.raises(ValueError, match="holds 'cat', not class indices"):
+        run(encoder, words, quick(), class_names=NAMES)
+    with pytest.raises(ValueError, match=r"'the old big red car and ship and tree\.' has 16 tokens.* room for 12"):
+        run(encoder, dataset, quick("coop"), class_names=["cat", "the_old_big_red_car_and_ship_and_tree", "dog"])
+    encoder.model.add_adapter(prompt_tuning._adapter_config(encoder, quick()))
+    with pytest.raises(ValueError, match="has adapters already"):
+        run(encoder, dataset, quick())
