@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import datasets  # noqa: E402
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_models  # noqa: E402
@@ -25,6 +26,9 @@ from hf_transmiter.backbone import DualEncoder  # noqa: E402
 
 
 torch.set_num_threads(1)
+# The same examples on every run, and no deadline: the machine may be busy.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, max_examples=30)
+hypothesis.settings.load_profile("steady")
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 
