@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
 from ...backbone import is_dual_encoder
 from ...families import shared_width
+from ...solvers import check_finite
 from .config import TransMiterConfig
 from .layer import TransMiterLayer
 
@@ -69,6 +70,27 @@ class TransMiterModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: TransMiterConfig, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
         config.target_modules = None
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TransMiterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT only warns about a missing tensor and takes NaN as it comes.
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        path, layer = next(
+            (path, module) for path, module in model.named_modules() if isinstance(module, TransMiterLayer)
+        )
+        for part, own in layer.tensors(adapter_name).items():
+            container, _, rest = part.partition(".")
+            given = found.get(".".join(filter(None, (path, cls.prefix + container, adapter_name, rest))))
+            if given is None or given.shape != own.shape:
+                problem = "is missing" if given is None else f"has the shape {tuple(given.shape)}"
+                raise ValueError(
+                    f"the adapter's weights do not fit its config: {part!r} {problem}, it must be {tuple(own.shape)}. "
+                    "Load the adapter_model.safetensors that was saved with this adapter_config.json."
+                )
+            check_finite(given.reshape(1, -1), f"the adapter's weights {part!r}")
+        return found
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
