@@ -18,7 +18,6 @@ from transformers.utils import ModelOutput
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
-from .solvers import check_finite
 
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class AnchorClassifier(nn.Module):
     @property
     def adapter(self) -> PeftModel | None:
         """The PEFT model around this classifier, for switching, disabling, adding and deleting adapters."""
-        return self._peft[0] if self._peft else None
+        return self._peft[0] if self._peft and hasattr(self, "transmiter") else None
 
     @property
     def adapter_config(self) -> TransMiterConfig | None:
@@ -150,8 +149,9 @@ class AnchorClassifier(nn.Module):
         Returns:
             `AnchorClassifier`: itself.
         """
+        config.revision = self.encoder.revision
         if self.adapter is None:
-            self._peft.append(get_peft_model(self, config, adapter_name=name))
+            self._peft[:] = [get_peft_model(self, config, adapter_name=name)]
         else:
             self.adapter.add_adapter(name, config)
             self.adapter.set_adapter(name)
@@ -176,6 +176,8 @@ class AnchorClassifier(nn.Module):
         target.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
+            if (target / "README.md").is_file():  # PEFT updates a card where it finds one
+                shutil.copy(target / "README.md", temporary)
             self.adapter.save_pretrained(
                 str(temporary), selected_adapters=self.adapter.active_adapters, save_embedding_layers=False
             )
@@ -228,11 +230,6 @@ class AnchorClassifier(nn.Module):
             classifier, os.fspath(adapter), config=config, local_files_only=local_files_only, **hub
         )
         classifier._peft.append(loaded)
-        layer = classifier.transmiter
-        if not layer.has_anchors("default"):
-            raise ValueError(f"{adapter} is incomplete: its adapter_model.safetensors lacks the anchors.")
-        for key, tensor in layer.tensors("default").items():
-            check_finite(tensor.reshape(1, -1), f"the weights {key!r} of {adapter}")
         pack = Path(adapter) / (subfolder or "") / "calibration.safetensors"
         if pack.is_file():
             classifier.calibration = CalibrationPack.load(pack)

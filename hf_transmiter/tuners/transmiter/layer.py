@@ -177,17 +177,17 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
 
     def answer(self, root: nn.Module, args: tuple, kwargs: dict, output):
         """After the root's forward: logits over the saved class names, unless the caller brought own texts."""
-        name = self.active_name
+        name, raw = self.active_name, is_dual_encoder(root)
         own_text = kwargs.get("input_ids") is not (self.dummy_text or {}).get("input_ids")
-        if name is None or args or own_text or kwargs.get("pixel_values") is None:
+        if name is None or raw and (args or own_text or kwargs.get("pixel_values") is None):
             return None
         if not isinstance(output, ModelOutput):
             raise ValueError("a TransMiter adapter answers in a ModelOutput: call the model with return_dict=True.")
         if not self.has_anchors(name):
-            encoder = DualEncoder(root) if is_dual_encoder(root) else root.encoder
+            encoder = DualEncoder(root) if raw else root.encoder
             anchors = self.configs[name].anchors
             self.set_anchors(name, encoder.embed_names(anchors.names, anchors.templates))
-        scale, bias = logit_scale_and_bias(root if is_dual_encoder(root) else root.model)
+        scale, bias = logit_scale_and_bias(root if raw else root.model)
         image_embeds = nn.functional.normalize(output["image_embeds"].float(), dim=-1)
         logits = self(image_embeds, scale, bias).to(output["image_embeds"].dtype)
         output["logits_per_image"] = logits
