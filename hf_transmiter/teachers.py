@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import DEFAULT_TEMPLATES, Anchors
-from .backbone import DualEncoder, is_dual_encoder
+from .backbone import DualEncoder, is_dual_encoder, unwrap
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
@@ -27,7 +27,7 @@ def as_classifier(
     """The teacher as a classifier over `class_names`, `None` when it only has stored logits.
 
     Raises:
-        ValueError: a classifier that does not know one of the names.
+        ValueError: a classifier that does not know one of the names, or a bare model with a TransMiter adapter on it.
         TypeError: not a kind of teacher.
     """
     if isinstance(teacher, AnchorClassifier):
@@ -39,6 +39,8 @@ def as_classifier(
             )
         return teacher
     if isinstance(teacher, nn.Module) and is_dual_encoder(teacher):
+        if hasattr(unwrap(teacher), "transmiter"):
+            raise ValueError("a model with a TransMiter adapter on it is read by AnchorClassifier.from_pretrained.")
         teacher = DualEncoder(teacher)
     if isinstance(teacher, DualEncoder):
         return AnchorClassifier(teacher, Anchors(tuple(class_names), (), tuple(templates)))
@@ -59,12 +61,14 @@ def same_image_tower(a: DualEncoder, b: DualEncoder) -> bool:
     return bool(torch.allclose(a.embed_pixels(noise).cpu(), b.embed_pixels(noise).cpu(), atol=1e-6))
 
 
-def teacher_class_vectors(teacher: Teacher, weak: DualEncoder, class_names: Sequence[str]) -> Tensor | None:
+def teacher_class_vectors(
+    teacher: Teacher, weak: DualEncoder, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+) -> Tensor | None:
     """Class vectors T (C, d) with ``logits = s · x Tᵀ`` on the *weak* model's own image embeddings, where the teacher
     has them (class vectors or prompts were tuned, images are embedded as before); `None` for any other teacher."""
     if isinstance(teacher, (list, tuple)):
         return None
-    classifier = as_classifier(teacher, class_names)
+    classifier = as_classifier(teacher, class_names, templates)
     if classifier is None or not same_image_tower(weak, classifier.encoder):
         return None
     config = classifier.adapter_config
@@ -104,7 +108,7 @@ def teacher_logits(
         **embedding: passed to `embed_dataset`.
 
     Raises:
-        ValueError: stored logits do not fit the names or the number of images, or are not finite; an empty list.
+        ValueError: stored logits do not fit the names or the images, or are not finite; an empty list.
     """
     if isinstance(teacher, (list, tuple)):
         if not teacher:
@@ -116,7 +120,7 @@ def teacher_logits(
         return torch.stack(several).mean(0)
     classifier = as_classifier(teacher, class_names, templates)
     if classifier is None:
-        return _stored(teacher, class_names, None if table is None else len(table))
+        return _stored(teacher, class_names, table)
     if table is None or weak is None or not same_image_tower(weak, classifier.encoder):
         table = embed_dataset(classifier.encoder, dataset, **embedding)
     columns = [classifier.class_names.index(name) for name in class_names]
@@ -125,19 +129,24 @@ def teacher_logits(
     return check_finite(torch.cat(blocks), "the teacher's logits")
 
 
-def _stored(teacher: CalibrationPack | Tensor | str | os.PathLike, class_names: Sequence[str], count: int | None):
+def _stored(
+    teacher: CalibrationPack | Tensor | str | os.PathLike, class_names: Sequence[str], table: FeatureTable | None
+) -> Tensor:
     if isinstance(teacher, (str, os.PathLike)):
         teacher = CalibrationPack.load(teacher)
     if isinstance(teacher, CalibrationPack):
+        if table is not None:
+            teacher.check_images(len(table), table.dataset_fingerprint or None)
         missing = [name for name in class_names if name not in teacher.class_names]
         if missing:
             raise ValueError(f"the stored logits have no column for {missing[0]!r}; they hold {teacher.class_names}.")
         logits = teacher.logits[:, [teacher.class_names.index(name) for name in class_names]]
     else:
         logits = teacher.float()
-    if logits.ndim != 2 or logits.shape[1] != len(class_names) or count not in (None, len(logits)):
+    count = len(logits) if table is None else len(table)
+    if logits.ndim != 2 or logits.shape[1] != len(class_names) or count != len(logits):
         raise ValueError(
-            f"stored teacher logits must be ({count or 'N'}, {len(class_names)}): one row per image, one column per "
+            f"stored teacher logits must be ({count}, {len(class_names)}): one row per image, one column per "
             f"class name; got {tuple(logits.shape)}."
         )
     return check_finite(logits, "the teacher's logits")
