@@ -1,7 +1,8 @@
 """[`extract`]: what a fine-tuning changed, as an adapter of the weak model. No labels.
 
-Two solvers: the published one by gradients (arXiv 2508.08604, section 3) and one in closed form, a ridge regression
-of the teacher's logits on the weak model's embeddings around the zero-shot class vectors.
+Three solvers: the published one by gradients (arXiv 2508.08604, section 3), and two in closed form that end in class
+vectors of the weak model: a linear discriminant of the teacher's soft labels, whose change of the zero-shot vectors
+carries over best, and a ridge regression of the teacher's logits, which stays truest to the teacher on the weak model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, normalize
 from torch.nn.utils.parametrizations import orthogonal
 
 from .anchors import DEFAULT_TEMPLATES, Anchors
@@ -19,14 +20,14 @@ from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
-from .solvers import LAMBDAS, ridge
+from .solvers import LAMBDAS, discriminant_head, ridge
 from .teachers import Teacher, teacher_class_vectors, teacher_logits
 from .training import FitConfig, fit
 from .tuners import TransMiterConfig, TransMiterLayer
 from .tuners.transmiter.layer import refine
 
 
-SOLVERS = ("closed_form", "gradient")
+SOLVERS = ("discriminant", "ridge", "gradient")
 
 
 @dataclass
@@ -34,27 +35,35 @@ class ExtractionConfig(FitConfig):
     """Settings of [`extract`]. The fields of the gradient solver default to the published run.
 
     Args:
-        solver (`str`, *optional*, defaults to `"closed_form"`): `"closed_form"` or `"gradient"` (published).
-        lambdas (`tuple[float, ...]`, *optional*): penalties the closed form chooses from by leave-one-out error.
+        solver (`str`, *optional*, defaults to `"discriminant"`):
+            `"discriminant"` or `"ridge"` (closed forms), or `"gradient"` (published). Either closed form takes the
+            teacher's own class vectors where it has them (prompt methods).
+        shrinkage (`float`, *optional*, defaults to 30.0):
+            Of the discriminant's covariance, in units of its mean variance. Strong, because directions that are only
+            reliable on the weak model do not carry over (see `tests/benchmarks/sandbox_settings.py`).
+        lambdas (`tuple[float, ...]`, *optional*): penalties the ridge chooses from by leave-one-out error.
         teacher_temperature (`float`, *optional*, defaults to 0.5): divides the teacher's logits.
         noise_std (`float`, *optional*, defaults to 0.5): input noise in units of each row's logit std.
         noise_probability (`float`, *optional*, defaults to 0.5): share of the batches with noise.
         basis (`str`, *optional*, defaults to `"learned"`): `"learned"` (published) or `"fixed"` (3-4 times faster).
         orthogonal_map (`str`, *optional*, defaults to `"cayley"`):
-            How a learned basis stays orthonormal; `"matrix_exp"` and `"householder"` are slower.
+            How a learned basis stays orthonormal: `"cayley"`, or `"matrix_exp"`, which is slower.
         width (`int`, *optional*): D; the number of anchors when omitted.
 
     The remaining fields are those of [`FitConfig`] (epochs 10, batch_size 128, lr 1e-3, weight_decay 1e-3, warmup
     0.05 of the steps, AdamW): the published values.
     """
 
-    solver: str = field(default="closed_form", metadata={"help": "'closed_form' or 'gradient' (published)."})
-    lambdas: tuple[float, ...] = field(default=LAMBDAS, metadata={"help": "Penalties the closed form chooses from."})
+    solver: str = field(
+        default="discriminant", metadata={"help": "'discriminant', 'ridge' or 'gradient' (published)."}
+    )
+    shrinkage: float = field(default=30.0, metadata={"help": "Of the discriminant's covariance, in mean variances."})
+    lambdas: tuple[float, ...] = field(default=LAMBDAS, metadata={"help": "Penalties the ridge chooses from."})
     teacher_temperature: float = field(default=0.5, metadata={"help": "Divides the teacher's logits."})
     noise_std: float = field(default=0.5, metadata={"help": "Input noise in units of each row's logit std."})
     noise_probability: float = field(default=0.5, metadata={"help": "Share of the batches with noise."})
     basis: str = field(default="learned", metadata={"help": "'learned' (published) or 'fixed' (faster)."})
-    orthogonal_map: str = field(default="cayley", metadata={"help": "'cayley', 'matrix_exp' or 'householder'."})
+    orthogonal_map: str = field(default="cayley", metadata={"help": "'cayley' or 'matrix_exp' (slower)."})
     width: int | None = field(default=None, metadata={"help": "D, rows of the basis; the number of anchors if unset."})
 
     def __post_init__(self):
@@ -62,6 +71,9 @@ class ExtractionConfig(FitConfig):
             raise ValueError(f"solver must be one of {SOLVERS}, got {self.solver!r}.")
         if self.basis not in ("learned", "fixed"):
             raise ValueError(f"basis must be 'learned' or 'fixed', got {self.basis!r}.")
+        # torch's third map, "householder", keeps signs where weight decay turns them into zeros.
+        if self.orthogonal_map not in ("cayley", "matrix_exp"):
+            raise ValueError(f"orthogonal_map must be 'cayley' or 'matrix_exp', got {self.orthogonal_map!r}.")
 
 
 def extract(
@@ -105,8 +117,8 @@ def extract(
     config = config or ExtractionConfig()
     class_names = _class_names(class_names, anchors, teacher, dataset)
     if anchors is None:
-        closed = config.solver == "closed_form"
-        anchors = Anchors(class_names, (), templates) if closed else Anchors.build(class_names, templates=templates)
+        published = config.solver == "gradient"
+        anchors = Anchors.build(class_names, templates=templates) if published else Anchors(class_names, (), templates)
     if anchors.task != class_names:
         raise ValueError("the anchors' task names are not the class names, or in another order.")
     table = logits = None
@@ -131,8 +143,8 @@ def extract(
         "num_images": 0 if table is None else len(table),
         "dataset_fingerprint": None if table is None else table.dataset_fingerprint,
     }
-    if config.solver == "closed_form":
-        vectors = teacher_class_vectors(teacher, weak, class_names)
+    if config.solver != "gradient":
+        vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)
         tensors, solved = closed_form(
             table, logits, text[: len(class_names)].cpu(), weak, vectors, config, accelerator
         )
@@ -147,7 +159,8 @@ def extract(
     adapter.provenance = {**facts, **solved}
     classifier = AnchorClassifier(weak, anchors, text).add_adapter(adapter, tensors)
     if logits is not None:
-        classifier.calibration = CalibrationPack(logits, class_names, table.dataset_fingerprint)
+        own = torch.cat([weak.logits(x.to(text.device), text[: len(class_names)]).cpu() for x in table.batches(4096)])
+        classifier.calibration = CalibrationPack(logits, class_names, table.dataset_fingerprint, weak_logits=own)
     return classifier
 
 
@@ -162,9 +175,10 @@ def closed_form(
 ) -> tuple[dict[str, Tensor], dict]:
     """Class vectors of the weak model that say what the teacher says.
 
-    ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²``: a ridge around the zero-shot vectors T₀ (delta form), with
-    ``t_i = x_i T₀ᵀ + centred(teacher_i / s - x_i T₀ᵀ)``; only differences between classes count, so residuals are
-    centred per image. λ by leave-one-out error, from streamed sums.
+    Discriminant: ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
+    `solvers.discriminant_head`), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
+    zero-shot vectors T₀ (delta form), ``t_i = x_i T₀ᵀ + centred(teacher_i / s - x_i T₀ᵀ)``: only differences between
+    classes count, so residuals are centred per image; λ by leave-one-out error. Both from streamed sums.
 
     Args:
         table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
@@ -180,7 +194,7 @@ def closed_form(
     """
     if vectors is not None:
         tensors = {"anchors": text, "class_vectors": vectors.float().cpu(), "bias": torch.zeros(len(text))}
-        return tensors, {"class_vectors": "the teacher's own"}
+        return tensors, {"own_class_vectors": True}
     if table is None:
         raise ValueError(
             "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "
@@ -189,19 +203,27 @@ def closed_form(
     scale = float(weak.logit_scale)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
 
-    def blocks():
+    def labelled():
         start = 0
         for number, x in enumerate(table.batches(4096)):
-            said = logits[start : start + len(x)] / scale
+            said = logits[start : start + len(x)]
             start += len(x)
             if number % world == rank:
-                own = x @ text.T
-                change = said - own
-                yield x, own + change - change.mean(1, keepdim=True)
+                yield x, said
 
-    solution = ridge(blocks, text.T, config.lambdas, accelerator)
-    tensors = {"anchors": text, "class_vectors": solution.weight.T.contiguous(), "bias": solution.bias * scale}
-    return tensors, {"lambda": solution.lam, "leave_one_out_error": solution.errors.get(solution.lam)}
+    def targets():
+        for x, said in labelled():
+            own = x @ text.T
+            change = said / scale - own
+            yield x, own + change - change.mean(1, keepdim=True)
+
+    if config.solver == "ridge":
+        solution = ridge(targets, text.T, config.lambdas, accelerator)
+        tensors = {"anchors": text, "class_vectors": solution.weight.T.contiguous(), "bias": solution.bias * scale}
+        return tensors, {"lambda": solution.lam, "leave_one_out_error": solution.errors.get(solution.lam)}
+    vectors, _, _ = discriminant_head(labelled, text, 1.0, config.shrinkage, accelerator=accelerator)
+    tensors = {"anchors": text, "class_vectors": normalize(vectors, dim=-1), "bias": torch.zeros(len(text))}
+    return tensors, {"shrinkage": config.shrinkage}
 
 
 def gradient(
