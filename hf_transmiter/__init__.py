@@ -4,8 +4,8 @@ Reading order, the way data flows: `catalog`-free inputs `splits`, `vocabulary`,
 `classifier`, `features` (who answers); `solvers`, `tuners`, `teachers`, `extraction`, `bridge`, `transferring`,
 `label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `report` (what it is worth); `cli`.
 
-Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit image
-rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class vectors.
+Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
+image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class vectors.
 weak: the pre-trained model; tuned: the weak model after any fine-tuning; strong: the model that shall inherit it.
 """
 
@@ -29,14 +29,35 @@ _EXPORTS = {
     "LabelTuningConfig": "label_tuning",
     "TransMiterConfig": "tuners",
     "TransferConfig": "transferring",
-    "compare": "evaluation",
+    "TuningConfig": "prompt_tuning",
+    "compare": "comparison",
     "embed_dataset": "features",
     "evaluate": "evaluation",
     "extract": "extraction",
     "label_tune": "label_tuning",
     "transfer": "transferring",
+    "tune": "prompt_tuning",
 }
-__all__ = sorted(_EXPORTS)
+__all__ = [
+    "AnchorClassifier",
+    "Anchors",
+    "Bridge",
+    "CalibrationPack",
+    "CrossMoment",
+    "DualEncoder",
+    "ExtractionConfig",
+    "LabelTuningConfig",
+    "TransMiterConfig",
+    "TransferConfig",
+    "TuningConfig",
+    "compare",
+    "embed_dataset",
+    "evaluate",
+    "extract",
+    "label_tune",
+    "transfer",
+    "tune",
+]
 
 if TYPE_CHECKING:
     from .anchors import Anchors
@@ -44,10 +65,12 @@ if TYPE_CHECKING:
     from .bridge import Bridge, CrossMoment
     from .calibration import CalibrationPack
     from .classifier import AnchorClassifier
-    from .evaluation import compare, evaluate
+    from .comparison import compare
+    from .evaluation import evaluate
     from .extraction import ExtractionConfig, extract
     from .features import embed_dataset
     from .label_tuning import LabelTuningConfig, label_tune
+    from .prompt_tuning import TuningConfig, tune
     from .transferring import TransferConfig, transfer
     from .tuners import TransMiterConfig
 

@@ -24,6 +24,7 @@ class CalibrationPack:
         class_names (`tuple[str, ...]`): the C names.
         dataset_fingerprint (`str`, *optional*): of the dataset whose rows the logits belong to, in order.
         dataset (`str`, *optional*): where to find it, for people (Hub id and revision, or a description).
+        weak_logits (`Tensor`, *optional*): (N, C) zero-shot logits of the weak model: what tuning started from.
 
     Raises:
         ValueError: shapes do not fit, or a logit is not finite.
@@ -33,6 +34,7 @@ class CalibrationPack:
     class_names: tuple[str, ...]
     dataset_fingerprint: str | None = None
     dataset: str | None = None
+    weak_logits: Tensor | None = None
 
     def __post_init__(self):
         self.class_names = tuple(self.class_names)
@@ -42,6 +44,10 @@ class CalibrationPack:
                 f"got {tuple(self.logits.shape)}."
             )
         check_finite(self.logits, "the teacher's logits")
+        if self.weak_logits is not None:
+            if self.weak_logits.shape != self.logits.shape:
+                raise ValueError(f"weak_logits must be {tuple(self.logits.shape)}, as logits.")
+            check_finite(self.weak_logits, "the weak model's logits")
 
     def check_images(self, count: int, fingerprint: str | None) -> None:
         """Makes sure that row i belongs to image i.
@@ -68,7 +74,9 @@ class CalibrationPack:
             "dataset_fingerprint": self.dataset_fingerprint or "",
             "dataset": self.dataset or "",
         }
-        save_file({"logits": self.logits.to(torch.float16).contiguous()}, temporary, metadata=metadata)
+        tensors = {"logits": self.logits, "weak_logits": self.weak_logits}
+        tensors = {key: t.to(torch.float16).contiguous() for key, t in tensors.items() if t is not None}
+        save_file(tensors, temporary, metadata=metadata)
         os.replace(temporary, path)
 
     @classmethod
@@ -86,5 +94,6 @@ class CalibrationPack:
             if metadata.get("format") != "hf_transmiter.calibration" or "logits" not in file.keys():
                 raise ValueError(f"{path} is not a calibration pack; write one with CalibrationPack.save.")
             logits = file.get_tensor("logits").float()
+            weak = file.get_tensor("weak_logits").float() if "weak_logits" in file.keys() else None
         names = tuple(json.loads(metadata["class_names"]))
-        return cls(logits, names, metadata.get("dataset_fingerprint") or None, metadata.get("dataset") or None)
+        return cls(logits, names, metadata.get("dataset_fingerprint") or None, metadata.get("dataset") or None, weak)

@@ -6,7 +6,7 @@ memory does not grow with N, and every sum can be added up over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -194,7 +194,7 @@ class DiscriminantSums(Sums):
         self.xx += x.T @ x
 
 
-def discriminant(sums: DiscriminantSums, shrinkage: float = 3.0, pseudo_count: float = 1.0) -> tuple[Tensor, Tensor]:
+def discriminant(sums: DiscriminantSums, shrinkage: float = 1.0, pseudo_count: float = 1.0) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis with soft labels and one shared covariance, in closed form.
 
     ``w_c = Σ⁻¹ (μ_c - μ)`` and ``b_c = -½ (μ_c + μ)ᵀ w_c``, the logits of Gaussian classes with means μ_c and
@@ -204,7 +204,7 @@ def discriminant(sums: DiscriminantSums, shrinkage: float = 3.0, pseudo_count: f
 
     Args:
         sums (`DiscriminantSums`): of N images.
-        shrinkage (`float`, *optional*, defaults to 3.0): in units of the mean within-class variance.
+        shrinkage (`float`, *optional*, defaults to 1.0): in units of the mean within-class variance.
         pseudo_count (`float`, *optional*, defaults to 1.0): in images.
 
     Returns:
@@ -221,7 +221,53 @@ def discriminant(sums: DiscriminantSums, shrinkage: float = 3.0, pseudo_count: f
     return weight.float(), bias.float()
 
 
-def row_blocks(tensors: Sequence[Tensor], size: int = 4096) -> Iterator[tuple[Tensor, ...]]:
-    """Aligned blocks of at most `size` rows of several (N, ...) tensors."""
-    for start in range(0, len(tensors[0]), size):
-        yield tuple(tensor[start : start + size] for tensor in tensors)
+def discriminant_head(
+    blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    prior: Tensor,
+    prior_weight: float,
+    shrinkage: float,
+    pseudo_count: float = 1.0,
+    accelerator=None,
+) -> tuple[Tensor, Tensor, float]:
+    """A discriminant of soft labels and a head known beforehand, each in units of its own spread over classes.
+
+    ``logits ∝ (x Wᵀ + b) / σ_W + ρ · x Tᵀ / σ_T`` with (W, b) from [`discriminant`] of ``q = softmax(label logits)``
+    and σ the root mean square of the logits minus their mean over classes. Two passes of streamed sums.
+
+    Args:
+        blocks: called twice, yields x (B, d) and label logits (B, C).
+        prior (`Tensor`): T (C, d).
+        prior_weight (`float`): ρ.
+        shrinkage, pseudo_count (`float`): see [`discriminant`].
+        accelerator (`Accelerator`, *optional*): sums are added up over processes, each with its own blocks.
+
+    Returns:
+        Class vectors (C, d) and bias (C,) whose logits have spread 1 on these images, and the label logits' spread.
+
+    Raises:
+        ValueError: fewer than two images, or a value that is not finite.
+    """
+    sums = DiscriminantSums.zeros(prior.shape[1], len(prior))
+    for x, logits in blocks():
+        sums.update(check_finite(x, "the embeddings"), check_finite(logits, "the label logits").softmax(1))
+    sums.reduce(accelerator)
+    if sums.n < 2:
+        raise ValueError(f"a fit needs at least two images, got {int(sums.n)}.")
+    weight, bias = discriminant(sums, shrinkage, pseudo_count)
+    squares = torch.zeros(4, dtype=torch.float64)  # of the discriminant, the prior, their product, the labels
+    for x, logits in blocks():
+        fitted, known, said = (_over_classes(z) for z in (x @ weight.T + bias, x @ prior.T, logits))
+        pairs = ((fitted, fitted), (known, known), (fitted, known), (said, said))
+        squares += torch.stack([(a * b).sum() for a, b in pairs])
+    if accelerator is not None and accelerator.num_processes > 1:
+        squares = accelerator.reduce(squares.to(accelerator.device), "sum").cpu()
+    size = sums.n * len(prior)
+    fitted, known, both, said = (squares.clamp(min=1e-12) / size).tolist()
+    rho = prior_weight
+    spread = (1 + rho**2 + 2 * rho * both / (fitted * known) ** 0.5) ** 0.5
+    vectors = (weight / fitted**0.5 + rho * prior / known**0.5) / spread
+    return vectors, bias / fitted**0.5 / spread, said**0.5
+
+
+def _over_classes(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(1, keepdim=True)).double()

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .anchors import Anchors
 from .backbone import DualEncoder
 from .bridge import BETA, Bridge
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
-from .solvers import DiscriminantSums, discriminant
+from .solvers import discriminant_head
 from .teachers import Teacher, teacher_logits
 from .tuners import TransMiterConfig
 
@@ -38,8 +39,10 @@ class TransferConfig:
             Share of the strong model's own class vectors in the carried ones: 0 keeps all that tuning taught, larger
             values protect classes that the tuning never saw. Chosen by `seen_classes` when omitted: 0 without
             unseen classes, else 1/2.
-        shrinkage (`float`, *optional*, defaults to 3.0): of the refit's covariance, in units of its mean variance.
+        shrinkage (`float`, *optional*, defaults to 1.0): of the refit's covariance, in units of its mean variance.
         pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
+        carried_images (`float`, *optional*, defaults to 4.0):
+            Images per class that the carried vectors count as in the refit.
         beta (`float`, *optional*, defaults to 500.0): β of a logit-space bridge built here (published, absolute).
         beta_per_image (`float`, *optional*): β = this times N instead.
     """
@@ -48,8 +51,11 @@ class TransferConfig:
     zero_shot_weight: float | None = field(
         default=None, metadata={"help": "Share of the strong model's own class vectors; by seen classes if unset."}
     )
-    shrinkage: float = field(default=3.0, metadata={"help": "Of the refit's covariance, in mean variances."})
+    shrinkage: float = field(default=1.0, metadata={"help": "Of the refit's covariance, in mean variances."})
     pseudo_count: float = field(default=1.0, metadata={"help": "Images at the grand mean added to every class."})
+    carried_images: float = field(
+        default=4.0, metadata={"help": "Images per class that the carried vectors count as in the refit."}
+    )
     beta: float = field(default=BETA, metadata={"help": "Pull of a logit-space bridge towards the identity."})
     beta_per_image: float | None = field(default=None, metadata={"help": "Beta = this times the number of images."})
 
@@ -128,14 +134,17 @@ def transfer(
             names, templates = bridge.anchors.names, bridge.anchors.templates
             anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
         carried = bridge.carry_class_vectors(tensors["class_vectors"], tensors["anchors"], text, anchor_texts)
+        if not source.provenance.get("own_class_vectors"):
+            # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
+            carried = {"delta": carried["delta"]}
         vectors = interpolate(carried, text, weight)
         tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
         facts["zero_shot_weight"] = weight
         if dataset is not None and config.refit:
             table = embed_dataset(strong, dataset, **options)
-            said = _teacher_on(table, dataset, adapter, teacher, options)
-            tensors.update(refit(table, vectors, said, strong, config, accelerator))
-            facts.update(refit_on=len(table), teacher_logits=said is not None)
+            pack = _teacher_on(table, dataset, adapter, teacher, options)
+            tensors.update(refit(table, vectors, text, pack, strong, config, accelerator))
+            facts.update(refit_on=len(table), teacher_logits=pack is not None)
     upgraded = TransMiterConfig(
         class_names=list(source.class_names),
         auxiliary_names=list(source.auxiliary_names),
@@ -165,21 +174,24 @@ def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) ->
 def refit(
     table: FeatureTable,
     vectors: Tensor,
-    teacher: Tensor | None,
+    zero_shot: Tensor,
+    pack: CalibrationPack | None,
     strong: DualEncoder,
     config: TransferConfig,
     accelerator=None,
 ) -> dict[str, Tensor]:
     """Class vectors fitted to unlabelled images around the carried ones, from two passes of streamed sums.
 
-    Soft labels ``q = softmax(mean of student and teacher logits)``, the student being the carried vectors on the
-    strong embeddings; a linear discriminant (w_c, b_c) of those labels; then both, in units of their own spread over
-    classes: ``logits ∝ (x Wᵀ + b) / σ_W + (x Tᵀ) / σ_T``, given the spread of the soft labels' logits.
+    Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
+    embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
+    them is blended with the carried vectors (`solvers.discriminant_head`), which count as `carried_images` images per
+    class, and given the spread of ``t``, so that probabilities stay meaningful.
 
     Args:
         table (`FeatureTable`): N image embeddings of the strong model.
         vectors (`Tensor`): T (C, d), carried, unit rows.
-        teacher (`Tensor` or `None`): the tuned model's logits (N, C).
+        zero_shot (`Tensor`): the strong model's own (C, d).
+        pack (`CalibrationPack` or `None`): t and w on these images; without it q = softmax(c).
 
     Returns:
         `class_vectors` (C, d) and `bias` (C,) of the adapter.
@@ -190,36 +202,23 @@ def refit(
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         start = 0
         for number, x in enumerate(table.batches(4096)):
-            logits = scale * x @ vectors.T
-            if teacher is not None:
-                logits = (logits + teacher[start : start + len(x)]) / 2
+            rows = slice(start, start + len(x))
             start += len(x)
-            if number % world == rank:
-                yield x, logits
+            if number % world != rank:
+                continue
+            labels = scale * x @ vectors.T
+            if pack is not None:
+                labels = labels + pack.logits[rows]
+                if pack.weak_logits is not None:
+                    labels = labels + scale * x @ zero_shot.T + pack.logits[rows] - pack.weak_logits[rows]
+            yield x, labels
 
-    sums = DiscriminantSums.zeros(vectors.shape[1], len(vectors))
-    for x, logits in blocks():
-        sums.update(x, logits.softmax(1))
-    weight, bias = discriminant(sums.reduce(accelerator), config.shrinkage, config.pseudo_count)
-    square = torch.zeros(4, dtype=torch.float64)  # of the discriminant, the carried logits, their product, the labels
-    for x, logits in blocks():
-        fitted, carried, label = (_centred(z).double() for z in (x @ weight.T + bias, x @ vectors.T, logits))
-        square += torch.stack(
-            [(a * b).sum() for a, b in ((fitted,) * 2, (carried,) * 2, (fitted, carried), (label,) * 2)]
-        )
-    if world > 1:
-        square = accelerator.reduce(square.to(accelerator.device), "sum").cpu()
-    fitted, carried, both, label = square.clamp(min=1e-12).tolist()
-    spread = (2 + 2 * both / (fitted * carried) ** 0.5) ** 0.5  # of the sum of two unit parts
-    unit = label**0.5 / spread / scale
-    return {
-        "class_vectors": unit * (weight / fitted**0.5 + vectors / carried**0.5),
-        "bias": unit * scale * bias / fitted**0.5,
-    }
-
-
-def _centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(1, keepdim=True)
+    ratio = config.carried_images * len(vectors) / len(table)
+    fitted, bias, spread = discriminant_head(
+        blocks, vectors, ratio, config.shrinkage, config.pseudo_count, accelerator
+    )
+    experts = 1 if pack is None else 2 if pack.weak_logits is None else 3
+    return {"class_vectors": fitted * spread / experts / scale, "bias": bias * spread / experts}
 
 
 def _unseen(class_names: Sequence[str], seen: Sequence[str] | None) -> list[str]:
@@ -231,12 +230,23 @@ def _unseen(class_names: Sequence[str], seen: Sequence[str] | None) -> list[str]
     return [name for name in class_names if name not in set(seen)]
 
 
-def _teacher_on(table, dataset, adapter: AnchorClassifier, teacher: Teacher | None, options: dict) -> Tensor | None:
-    """The teacher's logits on the images of `table`, `None` when they are not to be had."""
-    names = adapter.adapter_config.class_names
+def _teacher_on(
+    table: FeatureTable, dataset, adapter: AnchorClassifier, teacher: Teacher | None, options: dict
+) -> CalibrationPack | None:
+    """Tuned and weak logits on the images of `table`, `None` when they are not to be had."""
+    config = adapter.adapter_config
+    names, pack = tuple(config.class_names), adapter.calibration
     if teacher is not None:
-        return teacher_logits(teacher, dataset, names, templates=adapter.adapter_config.templates, **options)
-    pack: CalibrationPack | None = adapter.calibration
+        weak_table = embed_dataset(adapter.encoder, dataset, **options)
+        said = teacher_logits(
+            teacher, dataset, names, templates=config.templates, weak=adapter.encoder, table=weak_table, **options
+        )
+        zero_shot = AnchorClassifier(adapter.encoder, Anchors(names, (), config.templates))
+        return CalibrationPack(
+            said,
+            names,
+            weak_logits=teacher_logits(zero_shot, dataset, names, weak=adapter.encoder, table=weak_table, **options),
+        )
     if pack is None:
         return None
     try:
@@ -248,4 +258,4 @@ def _teacher_on(table, dataset, adapter: AnchorClassifier, teacher: Teacher | No
             pack.dataset or pack.dataset_fingerprint,
         )
         return None
-    return teacher_logits(pack, dataset, names)
+    return pack

@@ -1,0 +1,170 @@
+"""[`evaluate`]: accuracy of one classifier; [`Score`] rows, and their mean and spread over seeds.
+
+Protocols: all classes at once; base-to-novel (accuracy among the classes the tuning saw, among the others, their
+harmonic mean, and the *joint* accuracy over all classes, without which the two halves flatter).
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+from torch import Tensor
+
+from .classifier import AnchorClassifier
+from .features import FeatureTable, embed_dataset
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number. `value` in percent; `std` over seeds (0 with one); `seconds` and `peak_mb` (resident memory on top
+    of what was there, or GPU memory) of making the method, without embedding the images, which all methods share."""
+
+    method: str
+    split: str
+    metric: str
+    value: float
+    std: float = 0.0
+    seconds: float | None = None
+    peak_mb: float | None = None
+    seeds: int = 1
+
+
+def score_logits(logits: Tensor, labels: Tensor, base: Sequence[int] | None = None) -> dict[str, float]:
+    """Top-1 accuracies in percent.
+
+    Args:
+        logits (`Tensor`): (N, C).
+        labels (`Tensor`): (N,) in [0, C).
+        base (`Sequence[int]`, *optional*): columns the tuning saw; the others are novel.
+
+    Returns:
+        `dict[str, float]`: `accuracy`; with `base`, and where there are other classes, also `base` and `novel` (each
+        among its own classes only), their harmonic mean `hm`, and `joint`, the same number as `accuracy`.
+
+    Raises:
+        ValueError: no image, or a label that has no column.
+    """
+    if not len(labels):
+        raise ValueError("there is no image to score.")
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        raise ValueError(f"labels must lie in [0, {logits.shape[1]}), found {int(labels.min())}..{int(labels.max())}.")
+    scores = {"accuracy": _percent(logits.argmax(1) == labels)}
+    columns = torch.zeros(logits.shape[1], dtype=torch.bool)
+    columns[list(base or [])] = True
+    if base is None or columns.all():
+        return scores
+    of_base = columns[labels]
+    for name, mask, rows in (("base", columns, of_base), ("novel", ~columns, ~of_base)):
+        best = logits[rows].masked_fill(~mask, -torch.inf).argmax(1)
+        scores[name] = _percent(best == labels[rows]) if rows.any() else float("nan")
+    total = scores["base"] + scores["novel"]
+    scores["hm"] = 2 * scores["base"] * scores["novel"] / total if total else 0.0
+    scores["joint"] = scores["accuracy"]
+    return scores
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.float().mean())
+
+
+def evaluate(
+    classifier: AnchorClassifier,
+    dataset,
+    *,
+    seen_classes: Sequence[str] | None = None,
+    method: str = "model",
+    split: str = "test",
+    accelerator=None,
+    progress: bool = True,
+    **embedding,
+) -> list[Score]:
+    """Scores of a classifier, with or without an adapter, on labelled images.
+
+    Args:
+        classifier (`AnchorClassifier`): what to score.
+        dataset (`datasets.Dataset`): labelled images; label i means `classifier.class_names[i]`.
+        seen_classes (`Sequence[str]`, *optional*): adds base, novel, harmonic mean and joint.
+        **embedding: passed to `embed_dataset`.
+
+    Raises:
+        ValueError: no labels, or class names of the dataset that are not the classifier's.
+    """
+    table = embed_dataset(classifier.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
+    labels = _labels(table, classifier.class_names)
+    device = classifier.encoder.device
+    with torch.no_grad():
+        logits = torch.cat([classifier.classify(x.to(device)).cpu() for x in table.batches(4096)])
+    base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
+    scores = score_logits(logits, labels, base)
+    return [Score(method, split, metric, value) for metric, value in scores.items()]
+
+
+def _labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
+    if table.labels is None:
+        raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=...).")
+    if table.class_names is None or list(table.class_names) == list(class_names):
+        return table.labels
+    lookup = {name: i for i, name in enumerate(class_names)}
+    missing = [name for name in table.class_names if name not in lookup]
+    if missing:
+        raise ValueError(f"the dataset's class {missing[0]!r} is not among the classifier's names; pass those.")
+    return torch.tensor([lookup[name] for name in table.class_names])[table.labels]
+
+
+@contextmanager
+def measured() -> Iterable[dict[str, float]]:
+    """Wall seconds and peak memory (MB) of a block, in the dictionary it yields."""
+    process, found, done = psutil.Process(), {}, threading.Event()
+    start = peak = process.memory_info().rss
+    cuda = torch.cuda.is_available()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    since = time.perf_counter()
+    try:
+        yield found
+    finally:
+        found["seconds"] = time.perf_counter() - since
+        done.set()
+        watcher.join()
+        peak = torch.cuda.max_memory_allocated() if cuda else max(peak, process.memory_info().rss)
+        found["peak_mb"] = max(0.0, (peak - start) / 2**20)
+
+
+def aggregate(runs: Sequence[Sequence[Score]]) -> list[Score]:
+    """Mean and sample standard deviation over seeds, row by row in the order of first appearance."""
+    rows: dict[tuple, list[Score]] = {}
+    for scores in runs:
+        for score in scores:
+            rows.setdefault((score.method, score.split, score.metric), []).append(score)
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    return [
+        replace(
+            same[0],
+            value=statistics.fmean(s.value for s in same),
+            std=statistics.stdev([s.value for s in same]) if len(same) > 1 else 0.0,
+            seconds=mean(s.seconds for s in same),
+            peak_mb=mean(s.peak_mb for s in same),
+            seeds=len(same),
+        )
+        for same in rows.values()
+    ]
