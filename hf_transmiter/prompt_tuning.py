@@ -10,7 +10,6 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from datasets import ClassLabel, Dataset
@@ -21,68 +20,19 @@ from torch.nn.functional import normalize, pad
 from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder, image_inputs
 from .features import embed_dataset, guess_columns
+from .settings import TuningConfig
 from .splits import few_shot
-from .training import FitConfig, fit
+from .training import fit
 from .tuners.prompts import CoOpConfig, phrase_token_ids
 from .tuners.prompts.objectives import classification_loss
 
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("lora", "coop")
 # Pixels of the training images stay in memory up to this many bytes; more are read and scaled again batch by batch.
 PIXEL_MEMORY = 2 * 2**30
-# The linear layers in the blocks of an image tower that is a vision transformer, in every family that has one.
-VISION_LINEARS = r"vision_model\.(encoder\.)?layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2)"
 
 Logits = Callable[[Tensor, torch.Generator], Tensor]
-
-
-@dataclass
-class TuningConfig(FitConfig):
-    """Settings of [`tune`], besides those of [`FitConfig`].
-
-    Args:
-        method (`str`, *optional*, defaults to `"lora"`):
-            `"lora"` trains low-rank updates of the image tower's linear layers against the frozen class vectors.
-            `"coop"` trains a context before the class names and leaves the image tower as it is, which fits tasks
-            whose *words* the model does not know.
-        shots (`int`, *optional*, defaults to 16): training images per class; all of a class that has fewer.
-        keep_near (`float`, *optional*, defaults to 0.1):
-            Weight of the pull towards the zero-shot predictions. Models tuned far away from zero-shot carry over
-            badly.
-        n_ctx (`int`, *optional*, defaults to 16): CoOp: vectors in the context where there is no `init_phrase`.
-        init_phrase (`str`, *optional*, defaults to `"a photo of a"`):
-            CoOp: words the context starts from; `None` starts from noise.
-        rank (`int`, *optional*, defaults to 8): LoRA: rank r of each update.
-        alpha (`float`, *optional*, defaults to 16): LoRA: updates are multiplied by alpha / r.
-        target_modules (`str`, *optional*):
-            LoRA: regular expression for the whole name of a layer. Defaults to query, key, value and output of
-            attention and both layers of the MLP, in every block of the image tower.
-        augment (`bool`, *optional*, defaults to `True`): LoRA: mirror and shift the training images at random.
-
-    Raises:
-        ValueError: an unknown method or a negative `keep_near`.
-    """
-
-    epochs: int = field(default=30, metadata={"help": "Passes over the training images."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step, over all processes."})
-    lr: float = field(default=4e-3, metadata={"help": "Peak learning rate."})
-    method: str = field(default="lora", metadata={"help": "'lora' (image tower) or 'coop' (context before names)."})
-    shots: int = field(default=16, metadata={"help": "Training images per class; all of a class that has fewer."})
-    keep_near: float = field(default=0.1, metadata={"help": "Weight of the pull towards zero-shot predictions."})
-    n_ctx: int = field(default=16, metadata={"help": "CoOp: vectors in the context where there is no init_phrase."})
-    init_phrase: str | None = field(default="a photo of a", metadata={"help": "CoOp: words the context starts from."})
-    rank: int = field(default=8, metadata={"help": "LoRA: rank r of each update."})
-    alpha: float = field(default=16, metadata={"help": "LoRA: updates are multiplied by alpha / r."})
-    target_modules: str = field(default=VISION_LINEARS, metadata={"help": "LoRA: regular expression of layer names."})
-    augment: bool = field(default=True, metadata={"help": "LoRA: mirror and shift training images at random."})
-
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
-        if self.keep_near < 0:
-            raise ValueError(f"keep_near must not be negative, got {self.keep_near}.")
 
 
 def tune(

@@ -6,14 +6,18 @@ import datasets
 import pytest
 import tiny_models
 import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_transmiter import prompt_tuning
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.features import embed_dataset
 from hf_transmiter.prompt_tuning import TuningConfig, augment, tune
+from hf_transmiter.sandbox import load_dataset, model_path
 
 
 NAMES = ["cat", "dog", "car"]
@@ -157,6 +161,29 @@ def test_shots(encoder, make_dataset, run, monkeypatch, caplog):
     assert "1 classes have fewer than 4 images" in caplog.text
 
 
+def _in_two_processes(folder, dataset, config, out):
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    weak = DualEncoder.from_pretrained(folder)
+    tuned = tune(weak, dataset, config=config, accelerator=accelerator, progress=False, cache_dir=out / "features")
+    assert accelerator.num_processes == 2
+    texts = tuned.embed_names(NAMES, ("{}.",))
+    save_file({"texts": texts}, out / f"{accelerator.process_index}.safetensors")
+
+
+def test_two_processes_tune_one_model(encoder, make_dataset, run, tmp_path):
+    dataset, config = make_dataset(12), quick("coop")
+    expected = run(encoder, dataset, config).embed_names(NAMES, ("{}.",))
+    out = tmp_path / "two"
+    out.mkdir()
+    # This process may already count as a single one; the two must not inherit that.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_in_two_processes, args=(encoder.name_or_path, dataset, config, out), num_processes=2)
+    for process in range(2):
+        texts = load_file(out / f"{process}.safetensors")["texts"]
+        assert torch.allclose(texts, expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", [family for family in tiny_models.FAMILIES if family != "align"])
 def test_lora_reaches_every_block_of_every_vision_transformer(model_dir, make_dataset, run, family):
     encoder = DualEncoder.from_pretrained(model_dir(family))
@@ -225,3 +252,17 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
     encoder.model.add_adapter(prompt_tuning._adapter_config(encoder, quick()))
     with pytest.raises(ValueError, match="has adapters already"):
         run(encoder, dataset, quick())
+
+
+@pytest.mark.parametrize("method, domain, lift", [("lora", "print", 15), ("coop", "jargon", 15)])
+def test_sandbox_task(run, tmp_path, method, domain, lift):
+    weak = DualEncoder.from_pretrained(model_path("weak"))
+    # Another seed's validation split is a small pool to draw from, quicker to render than the training split.
+    pool, validation, hits = load_dataset(domain, "validation", seed=1), load_dataset(domain, "validation"), []
+    tuned = run(weak, pool, TuningConfig(method=method, shots=4, epochs=10))
+    names = validation.features["label"].names
+    for encoder, prompts in ((weak, templates("lora")), (tuned, templates(method))):
+        table = embed_dataset(encoder, validation, progress=False, cache_dir=tmp_path)
+        z = encoder.logits(table.embeds, encoder.embed_names(names, prompts))
+        hits.append(100 * (z.argmax(1) == table.labels).float().mean().item())
+    assert hits[1] > hits[0] + lift, hits
