@@ -23,10 +23,10 @@ from torch.nn.functional import normalize
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .features import embed_dataset
+from .settings import BETA
 from .solvers import Sums, check_finite, polar, standardise
 
 
-BETA = 500.0  # of the published run
 RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
 _FORMAT = "hf_transmiter.bridge"
 

@@ -8,7 +8,7 @@ carries over best, and a ridge regression of the teacher's logits, which stays t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -20,60 +20,12 @@ from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
-from .solvers import LAMBDAS, discriminant_head, ridge
+from .settings import ExtractionConfig
+from .solvers import discriminant_head, ridge
 from .teachers import Teacher, teacher_class_vectors, teacher_logits
-from .training import FitConfig, fit
+from .training import fit
 from .tuners import TransMiterConfig, TransMiterLayer
 from .tuners.transmiter.layer import refine
-
-
-SOLVERS = ("discriminant", "ridge", "gradient")
-
-
-@dataclass
-class ExtractionConfig(FitConfig):
-    """Settings of [`extract`]. The fields of the gradient solver default to the published run.
-
-    Args:
-        solver (`str`, *optional*, defaults to `"discriminant"`):
-            `"discriminant"` or `"ridge"` (closed forms), or `"gradient"` (published). Either closed form takes the
-            teacher's own class vectors where it has them (prompt methods).
-        shrinkage (`float`, *optional*, defaults to 30.0):
-            Of the discriminant's covariance, in units of its mean variance. Strong, because directions that are only
-            reliable on the weak model do not carry over (see `tests/benchmarks/sandbox_settings.py`).
-        lambdas (`tuple[float, ...]`, *optional*): penalties the ridge chooses from by leave-one-out error.
-        teacher_temperature (`float`, *optional*, defaults to 0.5): divides the teacher's logits.
-        noise_std (`float`, *optional*, defaults to 0.5): input noise in units of each row's logit std.
-        noise_probability (`float`, *optional*, defaults to 0.5): share of the batches with noise.
-        basis (`str`, *optional*, defaults to `"learned"`): `"learned"` (published) or `"fixed"` (3-4 times faster).
-        orthogonal_map (`str`, *optional*, defaults to `"cayley"`):
-            How a learned basis stays orthonormal: `"cayley"`, or `"matrix_exp"`, which is slower.
-        width (`int`, *optional*): D; the number of anchors when omitted.
-
-    The remaining fields are those of [`FitConfig`] (epochs 10, batch_size 128, lr 1e-3, weight_decay 1e-3, warmup
-    0.05 of the steps, AdamW): the published values.
-    """
-
-    solver: str = field(
-        default="discriminant", metadata={"help": "'discriminant', 'ridge' or 'gradient' (published)."}
-    )
-    shrinkage: float = field(default=30.0, metadata={"help": "Of the discriminant's covariance, in mean variances."})
-    lambdas: tuple[float, ...] = field(default=LAMBDAS, metadata={"help": "Penalties the ridge chooses from."})
-    teacher_temperature: float = field(default=0.5, metadata={"help": "Divides the teacher's logits."})
-    noise_std: float = field(default=0.5, metadata={"help": "Input noise in units of each row's logit std."})
-    noise_probability: float = field(default=0.5, metadata={"help": "Share of the batches with noise."})
-    basis: str = field(default="learned", metadata={"help": "'learned' (published) or 'fixed' (faster)."})
-    orthogonal_map: str = field(default="cayley", metadata={"help": "'cayley' or 'matrix_exp' (slower)."})
-    width: int | None = field(default=None, metadata={"help": "D, rows of the basis; the number of anchors if unset."})
-
-    def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {SOLVERS}, got {self.solver!r}.")
-        if self.basis not in ("learned", "fixed"):
-            raise ValueError(f"basis must be 'learned' or 'fixed', got {self.basis!r}.")
-        # torch's third map, "householder", keeps signs where weight decay turns them into zeros.
-        if self.orthogonal_map not in ("cayley", "matrix_exp"):
-            raise ValueError(f"orthogonal_map must be 'cayley' or 'matrix_exp', got {self.orthogonal_map!r}.")
 
 
 def extract(

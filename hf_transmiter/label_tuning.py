@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,22 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
-from .training import FitConfig, fit
-
-
-@dataclass
-class LabelTuningConfig(FitConfig):
-    """Settings of [`label_tune`]; the other fields are those of [`FitConfig`].
-
-    Args:
-        epochs (`int`, *optional*, defaults to 50): passes over the labelled images.
-        batch_size (`int`, *optional*, defaults to 32): images per step.
-        train_basis (`bool`, *optional*, defaults to `False`): also move W of a published adapter (unconstrained).
-    """
-
-    epochs: int = field(default=50, metadata={"help": "Passes over the labelled images."})
-    batch_size: int = field(default=32, metadata={"help": "Images per step."})
-    train_basis: bool = field(default=False, metadata={"help": "Also move the basis of a published adapter."})
+from .settings import LabelTuningConfig
+from .training import fit
 
 
 def label_tune(

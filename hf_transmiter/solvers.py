@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .settings import LAMBDAS
+
 
 EPS = 1e-6  # of the published standardisation (arXiv 2508.08604, section 3)
-LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def check_finite(rows: Tensor, what: str) -> Tensor:
@@ -262,9 +263,9 @@ def discriminant_head(
     if accelerator is not None and accelerator.num_processes > 1:
         squares = accelerator.reduce(squares.to(accelerator.device), "sum").cpu()
     size = sums.n * len(prior)
-    fitted, known, both, said = (squares.clamp(min=1e-12) / size).tolist()
-    rho = prior_weight
-    spread = (1 + rho**2 + 2 * rho * both / (fitted * known) ** 0.5) ** 0.5
+    fitted, known, both, said = (squares / size).tolist()
+    fitted, known, rho = max(fitted, 1e-12), max(known, 1e-12), prior_weight
+    spread = max(1 + rho**2 + 2 * rho * both / (fitted * known) ** 0.5, 1e-12) ** 0.5
     vectors = (weight / fitted**0.5 + rho * prior / known**0.5) / spread
     return vectors, bias / fitted**0.5 / spread, said**0.5
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,30 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .settings import FitConfig
 from .solvers import check_finite
-
-
-@dataclass
-class FitConfig:
-    """Settings of [`fit`].
-
-    Args:
-        epochs (`int`, *optional*, defaults to 10): passes over the examples.
-        batch_size (`int`, *optional*, defaults to 128): examples per step, over all processes.
-        lr (`float`, *optional*, defaults to 1e-3): peak learning rate.
-        weight_decay (`float`, *optional*, defaults to 1e-3): decoupled for AdamW.
-        warmup (`float`, *optional*, defaults to 0.05): share of the steps with linear warm-up; cosine to 0 after it.
-        optimizer (`str`, *optional*, defaults to `"adamw"`): `"adamw"` or `"sgd"` (momentum 0.9).
-        seed (`int`, *optional*, defaults to 0): of the order of the examples and of what `step` draws.
-    """
-
-    epochs: int = field(default=10, metadata={"help": "Passes over the examples."})
-    batch_size: int = field(default=128, metadata={"help": "Examples per step, over all processes."})
-    lr: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
-    warmup: float = field(default=0.05, metadata={"help": "Share of the steps with linear warm-up, then cosine to 0."})
-    optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order of examples and of random draws."})
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:

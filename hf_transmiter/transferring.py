@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,52 +15,17 @@ from torch.nn.functional import normalize
 
 from .anchors import Anchors
 from .backbone import DualEncoder
-from .bridge import BETA, Bridge
+from .bridge import Bridge
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
+from .settings import TransferConfig
 from .solvers import discriminant_head
 from .teachers import Teacher, teacher_logits
 from .tuners import TransMiterConfig
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TransferConfig:
-    """Settings of [`transfer`].
-
-    Args:
-        refit (`bool`, *optional*, defaults to `True`):
-            With images: fit the carried class vectors to the strong model's embeddings of them (class vectors only).
-        zero_shot_weight (`float`, *optional*):
-            Share of the strong model's own class vectors in the carried ones: 0 keeps all that tuning taught, larger
-            values protect classes that the tuning never saw. Chosen by `seen_classes` when omitted: 0 without
-            unseen classes, else 1/2.
-        shrinkage (`float`, *optional*, defaults to 1.0): of the refit's covariance, in units of its mean variance.
-        pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
-        carried_images (`float`, *optional*, defaults to 4.0):
-            Images per class that the carried vectors count as in the refit.
-        beta (`float`, *optional*, defaults to 500.0): β of a logit-space bridge built here (published, absolute).
-        beta_per_image (`float`, *optional*): β = this times N instead.
-    """
-
-    refit: bool = field(default=True, metadata={"help": "With images: fit the carried class vectors to them."})
-    zero_shot_weight: float | None = field(
-        default=None, metadata={"help": "Share of the strong model's own class vectors; by seen classes if unset."}
-    )
-    shrinkage: float = field(default=1.0, metadata={"help": "Of the refit's covariance, in mean variances."})
-    pseudo_count: float = field(default=1.0, metadata={"help": "Images at the grand mean added to every class."})
-    carried_images: float = field(
-        default=4.0, metadata={"help": "Images per class that the carried vectors count as in the refit."}
-    )
-    beta: float = field(default=BETA, metadata={"help": "Pull of a logit-space bridge towards the identity."})
-    beta_per_image: float | None = field(default=None, metadata={"help": "Beta = this times the number of images."})
-
-    def __post_init__(self):
-        if self.zero_shot_weight is not None and not 0 <= self.zero_shot_weight <= 1:
-            raise ValueError(f"zero_shot_weight must lie between 0 and 1, got {self.zero_shot_weight}.")
 
 
 def transfer(
@@ -96,8 +60,8 @@ def transfer(
         `AnchorClassifier`: the strong model with its adapter; `adapter_config.provenance` says how it was made.
 
     Raises:
-        ValueError: no adapter, a bridge of another pair or space, a published adapter without images or bridge, or
-            unknown names in `seen_classes`.
+        ValueError: no adapter, a bridge of another pair or space, a published adapter without images or bridge,
+            unknown names in `seen_classes`, or a calibration pack of other class names.
     """
     config, source = config or TransferConfig(), adapter.adapter_config
     if source is None:
@@ -249,6 +213,8 @@ def _teacher_on(
         )
     if pack is None:
         return None
+    if pack.class_names != names:
+        raise ValueError("the calibration pack's class names are not the adapter's: attach the pack saved with it.")
     try:
         pack.check_images(len(table), table.dataset_fingerprint)
     except ValueError:

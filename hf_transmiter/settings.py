@@ -1,0 +1,183 @@
+"""The settings of every stage as dataclasses; the command line and YAML files are made from their fields.
+
+Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. A field's `metadata` holds its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+SOLVERS = ("discriminant", "ridge", "gradient")
+LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+BETA = 500.0  # of the published run (arXiv 2508.08604)
+METHODS = ("lora", "coop")
+# The linear layers in the blocks of an image tower that is a vision transformer, in every family that has one.
+VISION_LINEARS = r"vision_model\.(encoder\.)?layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2)"
+
+
+@dataclass
+class FitConfig:
+    """Settings of [`fit`].
+
+    Args:
+        epochs (`int`, *optional*, defaults to 10): passes over the examples.
+        batch_size (`int`, *optional*, defaults to 128): examples per step, over all processes.
+        lr (`float`, *optional*, defaults to 1e-3): peak learning rate.
+        weight_decay (`float`, *optional*, defaults to 1e-3): decoupled for AdamW.
+        warmup (`float`, *optional*, defaults to 0.05): share of the steps with linear warm-up; cosine to 0 after it.
+        optimizer (`str`, *optional*, defaults to `"adamw"`): `"adamw"` or `"sgd"` (momentum 0.9).
+        seed (`int`, *optional*, defaults to 0): of the order of the examples and of what `step` draws.
+    """
+
+    epochs: int = field(default=10, metadata={"help": "Passes over the examples."})
+    batch_size: int = field(default=128, metadata={"help": "Examples per step, over all processes."})
+    lr: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
+    warmup: float = field(default=0.05, metadata={"help": "Share of the steps with linear warm-up, then cosine to 0."})
+    optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of examples and of random draws."})
+
+
+@dataclass
+class TuningConfig(FitConfig):
+    """Settings of [`tune`], besides those of [`FitConfig`].
+
+    Args:
+        method (`str`, *optional*, defaults to `"lora"`):
+            `"lora"` trains low-rank updates of the image tower's linear layers against the frozen class vectors.
+            `"coop"` trains a context before the class names and leaves the image tower as it is, which fits tasks
+            whose *words* the model does not know.
+        shots (`int`, *optional*, defaults to 16): training images per class; all of a class that has fewer.
+        keep_near (`float`, *optional*, defaults to 0.1):
+            Weight of the pull towards the zero-shot predictions. Models tuned far away from zero-shot carry over
+            badly.
+        n_ctx (`int`, *optional*, defaults to 16): CoOp: vectors in the context where there is no `init_phrase`.
+        init_phrase (`str`, *optional*, defaults to `"a photo of a"`):
+            CoOp: words the context starts from; `None` starts from noise.
+        rank (`int`, *optional*, defaults to 8): LoRA: rank r of each update.
+        alpha (`float`, *optional*, defaults to 16): LoRA: updates are multiplied by alpha / r.
+        target_modules (`str`, *optional*):
+            LoRA: regular expression for the whole name of a layer. Defaults to query, key, value and output of
+            attention and both layers of the MLP, in every block of the image tower.
+        augment (`bool`, *optional*, defaults to `True`): LoRA: mirror and shift the training images at random.
+
+    Raises:
+        ValueError: an unknown method or a negative `keep_near`.
+    """
+
+    epochs: int = field(default=20, metadata={"help": "Passes over the training images."})
+    batch_size: int = field(default=64, metadata={"help": "Images per step, over all processes."})
+    lr: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
+    method: str = field(default="lora", metadata={"help": "'lora' (image tower) or 'coop' (context before names)."})
+    shots: int = field(default=16, metadata={"help": "Training images per class; all of a class that has fewer."})
+    keep_near: float = field(default=0.1, metadata={"help": "Weight of the pull towards zero-shot predictions."})
+    n_ctx: int = field(default=16, metadata={"help": "CoOp: vectors in the context where there is no init_phrase."})
+    init_phrase: str | None = field(default="a photo of a", metadata={"help": "CoOp: words the context starts from."})
+    rank: int = field(default=8, metadata={"help": "LoRA: rank r of each update."})
+    alpha: float = field(default=16, metadata={"help": "LoRA: updates are multiplied by alpha / r."})
+    target_modules: str = field(default=VISION_LINEARS, metadata={"help": "LoRA: regular expression of layer names."})
+    augment: bool = field(default=True, metadata={"help": "LoRA: mirror and shift training images at random."})
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        if self.keep_near < 0:
+            raise ValueError(f"keep_near must not be negative, got {self.keep_near}.")
+
+
+@dataclass
+class ExtractionConfig(FitConfig):
+    """Settings of [`extract`]. The fields of the gradient solver default to the published run.
+
+    Args:
+        solver (`str`, *optional*, defaults to `"discriminant"`):
+            `"discriminant"` or `"ridge"` (closed forms), or `"gradient"` (published). Either closed form takes the
+            teacher's own class vectors where it has them (prompt methods).
+        shrinkage (`float`, *optional*, defaults to 30.0):
+            Of the discriminant's covariance, in units of its mean variance. Strong, because directions that are only
+            reliable on the weak model do not carry over (see `tests/benchmarks/sandbox_settings.py`).
+        lambdas (`tuple[float, ...]`, *optional*): penalties the ridge chooses from by leave-one-out error.
+        teacher_temperature (`float`, *optional*, defaults to 0.5): divides the teacher's logits.
+        noise_std (`float`, *optional*, defaults to 0.5): input noise in units of each row's logit std.
+        noise_probability (`float`, *optional*, defaults to 0.5): share of the batches with noise.
+        basis (`str`, *optional*, defaults to `"learned"`): `"learned"` (published) or `"fixed"` (3-4 times faster).
+        orthogonal_map (`str`, *optional*, defaults to `"cayley"`):
+            How a learned basis stays orthonormal: `"cayley"`, or `"matrix_exp"`, which is slower.
+        width (`int`, *optional*): D; the number of anchors when omitted.
+
+    The remaining fields are those of [`FitConfig`] (epochs 10, batch_size 128, lr 1e-3, weight_decay 1e-3, warmup
+    0.05 of the steps, AdamW): the published values.
+    """
+
+    solver: str = field(
+        default="discriminant", metadata={"help": "'discriminant', 'ridge' or 'gradient' (published)."}
+    )
+    shrinkage: float = field(default=30.0, metadata={"help": "Of the discriminant's covariance, in mean variances."})
+    lambdas: tuple[float, ...] = field(default=LAMBDAS, metadata={"help": "Penalties the ridge chooses from."})
+    teacher_temperature: float = field(default=0.5, metadata={"help": "Divides the teacher's logits."})
+    noise_std: float = field(default=0.5, metadata={"help": "Input noise in units of each row's logit std."})
+    noise_probability: float = field(default=0.5, metadata={"help": "Share of the batches with noise."})
+    basis: str = field(default="learned", metadata={"help": "'learned' (published) or 'fixed' (faster)."})
+    orthogonal_map: str = field(default="cayley", metadata={"help": "'cayley' or 'matrix_exp' (slower)."})
+    width: int | None = field(default=None, metadata={"help": "D, rows of the basis; the number of anchors if unset."})
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {SOLVERS}, got {self.solver!r}.")
+        if self.basis not in ("learned", "fixed"):
+            raise ValueError(f"basis must be 'learned' or 'fixed', got {self.basis!r}.")
+        # torch's third map, "householder", keeps signs where weight decay turns them into zeros.
+        if self.orthogonal_map not in ("cayley", "matrix_exp"):
+            raise ValueError(f"orthogonal_map must be 'cayley' or 'matrix_exp', got {self.orthogonal_map!r}.")
+
+
+@dataclass
+class TransferConfig:
+    """Settings of [`transfer`].
+
+    Args:
+        refit (`bool`, *optional*, defaults to `True`):
+            With images: fit the carried class vectors to the strong model's embeddings of them (class vectors only).
+        zero_shot_weight (`float`, *optional*):
+            Share of the strong model's own class vectors in the carried ones: 0 keeps all that tuning taught, larger
+            values protect classes that the tuning never saw. Chosen by `seen_classes` when omitted: 0 without
+            unseen classes, else 1/2.
+        shrinkage (`float`, *optional*, defaults to 1.0): of the refit's covariance, in units of its mean variance.
+        pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
+        carried_images (`float`, *optional*, defaults to 4.0):
+            Images per class that the carried vectors count as in the refit.
+        beta (`float`, *optional*, defaults to 500.0): β of a logit-space bridge built here (published, absolute).
+        beta_per_image (`float`, *optional*): β = this times N instead.
+    """
+
+    refit: bool = field(default=True, metadata={"help": "With images: fit the carried class vectors to them."})
+    zero_shot_weight: float | None = field(
+        default=None, metadata={"help": "Share of the strong model's own class vectors; by seen classes if unset."}
+    )
+    shrinkage: float = field(default=1.0, metadata={"help": "Of the refit's covariance, in mean variances."})
+    pseudo_count: float = field(default=1.0, metadata={"help": "Images at the grand mean added to every class."})
+    carried_images: float = field(
+        default=4.0, metadata={"help": "Images per class that the carried vectors count as in the refit."}
+    )
+    beta: float = field(default=BETA, metadata={"help": "Pull of a logit-space bridge towards the identity."})
+    beta_per_image: float | None = field(default=None, metadata={"help": "Beta = this times the number of images."})
+
+    def __post_init__(self):
+        if self.zero_shot_weight is not None and not 0 <= self.zero_shot_weight <= 1:
+            raise ValueError(f"zero_shot_weight must lie between 0 and 1, got {self.zero_shot_weight}.")
+
+
+@dataclass
+class LabelTuningConfig(FitConfig):
+    """Settings of [`label_tune`]; the other fields are those of [`FitConfig`].
+
+    Args:
+        epochs (`int`, *optional*, defaults to 50): passes over the labelled images.
+        batch_size (`int`, *optional*, defaults to 32): images per step.
+        train_basis (`bool`, *optional*, defaults to `False`): also move W of a published adapter (unconstrained).
+    """
+
+    epochs: int = field(default=50, metadata={"help": "Passes over the labelled images."})
+    batch_size: int = field(default=32, metadata={"help": "Images per step."})
+    train_basis: bool = field(default=False, metadata={"help": "Also move the basis of a published adapter."})
