@@ -1,0 +1,362 @@
+"""Figures of reports, written as PNG files.
+
+They need matplotlib (`pip install hf-transmiter[plots]`). Without it every function here logs that once, draws nothing
+and returns `None`. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which stay apart for
+colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import statistics
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_GAIN, _LOSS = "#2166AC", "#B2182B"  # the ends of the map RdBu
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    # A dollar sign in a class name is a dollar sign, not a formula.
+    "text.parse_math": False,
+}
+
+
+def _drawn(draw: Callable[..., Path]) -> Callable[..., Path | None]:
+    """Runs `draw` in the style above, or not at all without matplotlib."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs) -> Path | None:
+        try:
+            import matplotlib
+        except ImportError:
+            _say_missing()
+            return None
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+@functools.cache
+def _say_missing() -> None:
+    logger.warning("Figures are left out: matplotlib is missing. `pip install hf-transmiter[plots]` brings it.")
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix != ".png":
+        raise ValueError(f"figures are PNG files: {path} must end in .png.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _finite(values: Sequence[float], what: str) -> None:
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{what} must be finite numbers, found {list(values)}.")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        columns = max(1, min(len(labels), 78 // (max(map(len, labels)) + 7)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+@_drawn
+def bars(
+    scores_by_seed: Mapping[str, Sequence[float]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    reference: Mapping[str, float] | None = None,
+) -> Path | None:
+    """Horizontal bars of the mean accuracy over seeds, with one dot per seed.
+
+    Args:
+        scores_by_seed (`Mapping[str, Sequence[float]]`): accuracies in percent of every method, the first on top.
+        path (`str` or `os.PathLike`): PNG to write; its folder is made. Atomic.
+        reference (`Mapping[str, float]`, *optional*): vertical lines, in percent: zero-shot strong, the ceiling...
+
+    Returns:
+        `Path`: of the PNG; `None` without matplotlib.
+
+    Raises:
+        ValueError: no method, a method without values, or a value that is not finite.
+    """
+    reference = reference or {}
+    if not scores_by_seed or not all(len(values) for values in scores_by_seed.values()):
+        raise ValueError("bars need at least one method, and one value per method.")
+    for method, values in {**scores_by_seed, "reference": list(reference.values())}.items():
+        _finite(values, f"accuracies of {method}")
+    figure = _figure(7.0, 1.2 + 0.34 * len(scores_by_seed) + 0.1 * len(reference))
+    axes = figure.add_subplot()
+    for row, values in enumerate(scores_by_seed.values()):
+        mean = statistics.fmean(values)
+        axes.barh(row, mean, height=0.66, color="#A6CEE8", zorder=1)
+        # Spread downwards, so that equal seeds do not hide each other.
+        heights = row + np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [row]
+        axes.scatter(values, heights, s=13, color=_COLORS[0], edgecolors="white", linewidths=0.4, zorder=3)
+        text = f"{mean:.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+        axes.annotate(
+            text, (max(values), row), (6, 0), textcoords="offset points", va="center", fontsize=8, zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+        )  # fmt: skip
+    for i, (name, value) in enumerate(reference.items()):
+        color, dash = _COLORS[(1, 2, 3, 6)[i % 4]], _DASHES[i % 4]
+        axes.axvline(value, color=color, linestyle=dash, linewidth=1.5, zorder=2, label=f"{name} ({value:.1f})")
+    axes.set_yticks(range(len(scores_by_seed)), list(scores_by_seed))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(scores_by_seed) - 0.45, -0.55)
+    highest = max([*reference.values(), *(max(values) for values in scores_by_seed.values())])
+    axes.set_xlim(0, 1.16 * highest or 1)
+    axes.set(title=title, xlabel="accuracy (%)")
+    _legend(figure, axes)
+    return _save(figure, path)
+
+
+@_drawn
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float] | tuple[float, float, float]]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str = "accuracy (%)",
+    xscale: str = "log",
+    reference: Mapping[str, float] | None = None,
+) -> Path | None:
+    """Lines over one setting, such as beta or the number of unlabelled images.
+
+    Args:
+        series (`Mapping[str, Sequence[tuple]]`): points (x, y), or (x, y, std) for a band of one standard deviation.
+        path (`str` or `os.PathLike`): PNG to write; its folder is made. Atomic.
+        xlabel, ylabel (`str`): with units.
+        xscale (`str`, *optional*, defaults to `"log"`): `"log"` or `"linear"`.
+        reference (`Mapping[str, float]`, *optional*): horizontal lines.
+
+    Returns:
+        `Path`: of the PNG; `None` without matplotlib.
+
+    Raises:
+        ValueError: a series without points or with points of different lengths, a value that is not finite, an x that
+            a logarithmic axis cannot show, or another scale.
+    """
+    _check_series(series, xscale)
+    _finite(list((reference or {}).values()), "reference lines")
+    figure = _figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    for i, (name, points) in enumerate(series.items()):
+        color, marker = _COLORS[i % 7], _MARKERS[i % 7]
+        x, y, *std = np.array(sorted(points), dtype=float).T
+        if std:
+            axes.fill_between(x, y - std[0], y + std[0], color=color, alpha=0.16, linewidth=0)
+        axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=name)
+    for i, (name, value) in enumerate((reference or {}).items()):
+        axes.axhline(value, color="#555555", linestyle=_DASHES[i % 4], linewidth=1.2, label=f"{name} ({value:.1f})")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale=xscale)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.7)
+    axes.set_axisbelow(True)
+    if xscale == "log":
+        # Powers of ten say little about what was measured: ticks at the values themselves, where there is room.
+        ticks = _thinned(sorted({point[0] for points in series.values() for point in points}))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    _legend(figure, axes)
+    return _save(figure, path)
+
+
+def _check_series(series: Mapping[str, Sequence[tuple]], xscale: str) -> None:
+    if xscale not in ("log", "linear"):
+        raise ValueError(f"xscale must be 'log' or 'linear', found {xscale!r}.")
+    if not series:
+        raise ValueError("there is no series to draw.")
+    for name, points in series.items():
+        if len({len(point) for point in points}) != 1 or len(points[0]) not in (2, 3):
+            raise ValueError(
+                f"the points of {name!r} must all be (x, y) or all be (x, y, std), and there must be some."
+            )
+        _finite([value for point in points for value in point], f"the points of {name!r}")
+        if xscale == "log" and min(point[0] for point in points) <= 0:
+            raise ValueError(f"{name!r} has an x of 0 or less, which a logarithmic axis cannot show: xscale='linear'.")
+
+
+def _thinned(ticks: list[float]) -> list[float]:
+    """Positive ticks at least a twelfth of the logarithmic range apart."""
+    kept, gap = ticks[:1], math.log(ticks[-1] / ticks[0]) / 12
+    for tick in ticks[1:]:
+        if math.log(tick / kept[-1]) >= gap:
+            kept.append(tick)
+    return kept
+
+
+def confusion_difference(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
+    """Change of the row-normalised confusion matrix, in percentage points.
+
+    D[i, j] = 100 (|{n : label n = i, after says j}| - |{n : label n = i, before says j}|) / |{n : label n = i}|
+
+    Args:
+        before, after (`Tensor`): logits (N, C) on the same images.
+        labels (`Tensor`): (N,) in [0, C).
+
+    Returns:
+        `Tensor`: (C, C) float64; rows sum to 0, the diagonal is the change of each class's accuracy, and the row of a
+            class without images is NaN.
+
+    Raises:
+        ValueError: shapes do not fit, no image, or a label without a column.
+    """
+    if before.ndim != 2 or before.shape != after.shape or labels.shape != before.shape[:1]:
+        raise ValueError(
+            "before and after must be logits (N, C) on the same images and labels (N,); got "
+            f"{tuple(before.shape)}, {tuple(after.shape)} and {tuple(labels.shape)}."
+        )
+    classes = before.shape[1]
+    if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"labels must lie in [0, {classes}), and there must be one image at least.")
+    labels = labels.long().cpu()
+    difference = torch.zeros(classes, classes, dtype=torch.float64)
+    for logits, sign in ((after, 1.0), (before, -1.0)):
+        counts = torch.full((len(labels),), sign, dtype=torch.float64)
+        difference.index_put_((labels, logits.argmax(1).cpu()), counts, accumulate=True)
+    return 100 * difference / torch.bincount(labels, minlength=classes)[:, None]
+
+
+@_drawn
+def confusion_change(
+    before: Tensor, after: Tensor, labels: Tensor, names: Sequence[str], path: str | os.PathLike, *, title: str
+) -> Path | None:
+    """Map of [`confusion_difference`], and the classes whose accuracy rose and fell most.
+
+    Args:
+        before, after (`Tensor`): logits (N, C) on the same images.
+        labels (`Tensor`): (N,).
+        names (`Sequence[str]`): of the C classes; with many, only some are written along the map.
+        path (`str` or `os.PathLike`): PNG to write; its folder is made. Atomic.
+
+    Returns:
+        `Path`: of the PNG; `None` without matplotlib.
+
+    Raises:
+        ValueError: as [`confusion_difference`], or another number of names.
+    """
+    difference = confusion_difference(before, after, labels)
+    if len(names) != len(difference):
+        raise ValueError(f"there are {len(difference)} classes and {len(names)} names.")
+    names = [textwrap.shorten(name, 22, placeholder="…") for name in names]
+    figure = _figure(9.6, 5.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1.75, 1))
+    limit = float(difference.nan_to_num().abs().max()) or 1.0
+    left.set_facecolor("#DDDDDD")
+    image = left.imshow(difference.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+    bar = figure.colorbar(image, ax=left, shrink=0.8, pad=0.02)
+    bar.set_label("change (percentage points of the class's images)")
+    shown = range(0, len(names), math.ceil(len(names) / 25))
+    left.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=7)
+    left.set_yticks(shown, [names[i] for i in shown], fontsize=7)
+    left.set(xlabel="predicted class", ylabel="true class", title="How often a class is taken for another")
+    left.spines[:].set_visible(False)
+    _changed_most(right, difference.diagonal().nan_to_num(), names)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
+def _changed_most(axes: Axes, change: Tensor, names: Sequence[str], count: int = 8) -> None:
+    order = change.argsort(descending=True, stable=True).tolist()
+    rows = [i for i in order if change[i] > 0][:count] + [i for i in order if change[i] < 0][-count:]
+    values = [float(change[i]) for i in rows]
+    axes.barh(range(len(rows)), values, height=0.66, color=[_GAIN if value > 0 else _LOSS for value in values])
+    for row, value in enumerate(values):
+        axes.annotate(
+            f"{value:+.0f}", (value, row), (3 if value > 0 else -3, 0), textcoords="offset points",
+            va="center", ha="left" if value > 0 else "right", fontsize=7,
+        )  # fmt: skip
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [names[i] for i in rows], fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
+    axes.margins(x=0.18)
+    axes.set_title("Classes that gained and lost most" if rows else "No class gained or lost")
+    axes.set_xlabel("change of accuracy (percentage points)")
+
+
+def corrected_first(before: Tensor, after: Tensor, labels: Tensor) -> list[int]:
+    """Order in which to show images: those only `after` gets right, those only `before` gets right, those both get
+    wrong, those both get right.
+
+    Args:
+        before, after (`Tensor`): logits (N, C) on the same images.
+        labels (`Tensor`): (N,).
+    """
+    was, now = before.argmax(1) == labels, after.argmax(1) == labels
+    rank = torch.where(now & ~was, 0, torch.where(was & ~now, 1, torch.where(now, 3, 2)))
+    return rank.argsort(stable=True).tolist()
+
+
+@_drawn
+def picture_grid(
+    images: Sequence[Image], captions: Sequence[str], path: str | os.PathLike, *, title: str
+) -> Path | None:
+    """Pictures in rows of five with a caption under each; see [`corrected_first`] for an order.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): of any size.
+        captions (`Sequence[str]`): one each; lines are kept, long ones wrapped.
+        path (`str` or `os.PathLike`): PNG to write; its folder is made. Atomic.
+
+    Returns:
+        `Path`: of the PNG; `None` without matplotlib.
+
+    Raises:
+        ValueError: no image, or another number of captions.
+    """
+    if not len(images) or len(images) != len(captions):
+        raise ValueError(f"there must be images and a caption for each: {len(images)} and {len(captions)}.")
+    wrapped = ["\n".join(textwrap.fill(line, 24) for line in caption.splitlines()) for caption in captions]
+    columns = min(5, len(images))
+    rows = math.ceil(len(images) / columns)
+    lines = max(text.count("\n") + 1 for text in wrapped)
+    figure = _figure(1.7 * columns, rows * (1.7 + 0.15 * lines) + 0.35)
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, image, text in zip(grid, images, wrapped, strict=False):
+        axes.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+        axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
