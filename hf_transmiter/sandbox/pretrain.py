@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from torch import Generator, Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hf_transmiter.sandbox import words
 from hf_transmiter.sandbox.muon import Muon
-from hf_transmiter.sandbox.tokenizer import CONTEXT_LENGTH, PIXEL_MEAN, PIXEL_STD, build_processor
+from hf_transmiter.sandbox.tokenizer import CONTEXT_LENGTH, PIXEL_MEAN, PIXEL_STD, build_processor, build_tokenizer
 from hf_transmiter.sandbox.world import IMAGE_SIZE, render
 
 
@@ -252,8 +252,8 @@ def train(name: str, recipe: Recipe, output_dir: Path, position: int = 0) -> Non
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
-    processor = build_processor()
-    model = build_model(recipe, processor.tokenizer)
+    tokenizer = build_tokenizer()
+    model = build_model(recipe, tokenizer)
     if recipe.text_from is not None:
         source = output_dir / recipe.text_from
         if not source.is_dir():
@@ -272,7 +272,7 @@ def train(name: str, recipe: Recipe, output_dir: Path, position: int = 0) -> Non
     smoothed = 0.0
     with tqdm(total=recipe.steps, desc=name, unit="step", position=position, mininterval=5) as bar:
         for _ in range(recipe.steps):
-            loss, accuracy = contrastive_loss(model, processor.tokenizer, *next(data), rng)
+            loss, accuracy = contrastive_loss(model, tokenizer, *next(data), rng)
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -281,10 +281,10 @@ def train(name: str, recipe: Recipe, output_dir: Path, position: int = 0) -> Non
             smoothed += 0.05 * (accuracy - smoothed)
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{smoothed:.2f}", refresh=False)
-    save(model, processor, output_dir / name)
+    save(model, output_dir / name)
 
 
-def save(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
+def save(model: CLIPModel, folder: Path) -> None:
     """Write half-precision weights, tokenizer and processor, replacing `folder` in one move."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -292,7 +292,7 @@ def save(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
         # Half precision in the file only: config.json keeps saying float32, and from_pretrained follows it.
         half = {key: value.half() for key, value in model.state_dict().items() if not key.endswith("position_ids")}
         model.save_pretrained(made, state_dict=half)
-        processor.save_pretrained(made)
+        build_processor().save_pretrained(made)
         if folder.exists():
             folder.rename(Path(scratch) / "replaced")
         os.replace(made, folder)

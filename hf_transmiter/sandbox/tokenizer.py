@@ -1,18 +1,18 @@
 """The sandbox's tokenizer and image processor: the real CLIP classes, with a vocabulary made for the world."""
 
-import json
+from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_transmiter.sandbox.words import all_words
 from hf_transmiter.sandbox.world import IMAGE_SIZE
 
 
 CONTEXT_LENGTH = 24
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.27
 
+_MERGES = Path(__file__).parents[1] / "assets" / "sandbox" / "merges.txt"
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
@@ -21,24 +21,15 @@ def build_tokenizer() -> CLIPTokenizer:
 
     As in CLIP, all 256 bytes are in the alphabet, so a word it does not know is spelled out and nothing is ever
     unknown (the unknown token is the end-of-text token, which would cut the text short), and the end-of-text token
-    has the highest id, because text is pooled there.
+    has the highest id, because text is pooled there. The merges are stored, and not learnt again, because
+    `tokenizers.trainers.BpeTrainer` breaks ties in another way in every process, which would renumber the tokens.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    alphabet = letters + [letter + _WORD_END for letter in letters]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix=_WORD_END, show_progress=False
-    )
-    bpe.train_from_iterator([" ".join(all_words())], trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    longer = [token for token in sorted(learned["vocab"], key=learned["vocab"].get) if token not in set(alphabet)]
-    tokens = [_START, *alphabet, *longer, _END]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(pair) for pair in learned["merges"]],
-        model_max_length=CONTEXT_LENGTH,
-    )
+    letters = sorted(ByteLevel.alphabet())
+    merges = [tuple(line.split()) for line in _MERGES.read_text(encoding="utf-8").splitlines()[1:]]
+    merged = dict.fromkeys("".join(pair) for pair in merges)
+    tokens = [_START, *letters, *(letter + _WORD_END for letter in letters), *merged, _END]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)
 
 
 def build_processor() -> CLIPProcessor:

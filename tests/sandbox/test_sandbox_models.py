@@ -13,6 +13,7 @@ from hf_transmiter import sandbox
 from hf_transmiter.sandbox import measure
 from hf_transmiter.sandbox.data import MODELS
 from hf_transmiter.sandbox.pretrain import RECIPES
+from hf_transmiter.sandbox.tokenizer import build_tokenizer
 
 
 @functools.cache
@@ -47,6 +48,7 @@ def test_folders_load_with_plain_transformers(name):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.config.vision_config.hidden_size == recipe.vision_width
     assert model.config.text_config.hidden_size == model.config.projection_dim == recipe.text_width
+    assert processor.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     assert processor.tokenizer.eos_token_id == model.config.text_config.eos_token_id
     assert type(AutoProcessor.from_pretrained(sandbox.model_path(name))) is CLIPProcessor
