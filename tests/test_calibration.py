@@ -20,7 +20,9 @@ def test_save_and_load(tmp_path):
     assert load_file(path)["logits"].dtype == torch.float16 and len(list(tmp_path.iterdir())) == 1
     CalibrationPack(logits, NAMES).save(path)
     back = CalibrationPack.load(path)
-    assert back.dataset_fingerprint is None and back.dataset is None
+    assert back.dataset_fingerprint is None and back.dataset is None and back.weak_logits is None
+    CalibrationPack(logits, NAMES, weak_logits=logits - 1).save(path)
+    assert torch.equal(CalibrationPack.load(path).weak_logits, (logits - 1).half().float())
 
 
 def test_its_own_images():
@@ -41,6 +43,10 @@ def test_refused(tmp_path):
     bad[3, 1] = float("nan")
     with pytest.raises(ValueError, match="the teacher's logits hold NaN .* first in row 3"):
         CalibrationPack(bad, NAMES)
+    with pytest.raises(ValueError, match="the weak model's logits hold NaN"):
+        CalibrationPack(torch.zeros(5, 2), NAMES, weak_logits=bad)
+    with pytest.raises(ValueError, match=r"weak_logits must be \(5, 2\)"):
+        CalibrationPack(torch.zeros(5, 2), NAMES, weak_logits=bad[:3])
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         CalibrationPack.load(tmp_path / "nowhere")
     save_file({"logits": torch.zeros(5, 2)}, tmp_path / "other")

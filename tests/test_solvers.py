@@ -16,9 +16,9 @@ from hf_transmiter.solvers import (
     RegressionSums,
     check_finite,
     discriminant,
+    discriminant_head,
     polar,
     ridge,
-    row_blocks,
     standardise,
 )
 
@@ -32,6 +32,10 @@ def rows(n, d, seed=0):
 
 def rotation(d, seed=0):
     return torch.linalg.qr(rows(d, d, seed))[0]
+
+
+def row_blocks(tensors, size):
+    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
 def split(tensor, cuts):
@@ -124,14 +128,6 @@ def test_sums_are_what_they_say():
     torch.testing.assert_close(centred.weak_gram, (y - y.mean(0)).T @ (y - y.mean(0)))
     assert centred.strong_square == pytest.approx(float(((x - x.mean(0)) ** 2).sum()))
     assert {moment.cross.dtype, regression.xx.dtype, soft.xx.dtype} == {torch.float64}
-
-
-@given(st.integers(1, 30), st.integers(1, 12))
-def test_row_blocks_cover_every_row_once(n, size):
-    x = torch.arange(n)
-    blocks = list(row_blocks((x, 2 * x), size))
-    assert all(len(a) <= size and torch.equal(2 * a, b) for a, b in blocks)
-    assert torch.equal(torch.cat([a for a, _ in blocks]), x)
 
 
 # Orthogonal Procrustes
@@ -312,3 +308,31 @@ def test_shrinkage_pulls_towards_differences_of_means():
     offsets = torch.stack([x[labels == c].mean(0) for c in range(3)]) - x.mean(0)
     cosine = torch.nn.functional.cosine_similarity(weight.double(), offsets)
     assert cosine.min() > 0.99999
+
+
+def over_classes(logits):
+    return logits - logits.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("rho", [0.0, 0.3, 2.0])
+def test_discriminant_head_is_two_heads_of_equal_spread(rho, sign):
+    x, labels = (t.float() for t in classes())
+    said = 4 * torch.nn.functional.one_hot(labels.long(), 3).float() + rows(30, 3, 9).float()
+    weight, bias = discriminant(sums_of(x, said.softmax(1)), 2.0, 1.0)
+    prior = sign * weight + 0.3 * rows(3, 5, 8).float()  # of one mind with the discriminant, or against it
+    vectors, offset, spread = discriminant_head(lambda: row_blocks((x, said), 7), prior, rho, 2.0)
+    fitted, known = over_classes(x @ weight.T + bias), over_classes(x @ prior.T)
+    together = fitted / fitted.square().mean().sqrt() + rho * known / known.square().mean().sqrt()
+    found = over_classes(x @ vectors.T + offset)
+    torch.testing.assert_close(found, together / together.square().mean().sqrt(), atol=1e-4, rtol=1e-4)
+    assert spread == pytest.approx(float(over_classes(said).square().mean().sqrt()), rel=1e-5)
+
+
+def test_discriminant_head_refuses():
+    x, said = rows(4, 2).float(), rows(4, 3).float()
+    with pytest.raises(ValueError, match="at least two images, got 1"):
+        discriminant_head(lambda: [(x[:1], said[:1])], torch.zeros(3, 2), 1.0, 1.0)
+    for blocks, message in (([(x / 0, said)], "the embeddings hold NaN"), ([(x, said / 0)], "the label logits hold")):
+        with pytest.raises(ValueError, match=message):
+            discriminant_head(lambda blocks=blocks: blocks, torch.zeros(3, 2), 1.0, 1.0)
