@@ -243,7 +243,10 @@ def gradient(
     )
     layer.transmiter_basis["default"].data.copy_(basis.weight)
     tensors = {**layer.tensors("default"), "anchors": text}
-    return tensors, {"loss": losses[-1] if losses else None, "settings": asdict(config)}
+    return tensors, {
+        "loss": losses[-1] if losses else None,
+        "settings": {**asdict(config), "lambdas": list(config.lambdas)},
+    }
 
 
 def _class_names(given, anchors: Anchors | None, teacher: Teacher, dataset) -> tuple[str, ...]:

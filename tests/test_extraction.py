@@ -24,6 +24,7 @@ from hf_transmiter.tuners import CoOpConfig, TransMiterConfig
 
 NAMES = ("cat", "dog", "car")
 ANCHORS = Anchors(NAMES, ("tree", "ship", "big tree", "red dog", "old car"))
+RIDGE = ExtractionConfig(solver="ridge")
 GRADIENT = ExtractionConfig(solver="gradient", epochs=15, batch_size=8, lr=5e-3)
 
 
@@ -81,14 +82,15 @@ def test_a_class_vector_teacher_is_taken_as_it_is(weak, table):
     torch.testing.assert_close(adapter.classify(table.embeds), expected, atol=1e-4, rtol=1e-5)
     assert adapter.encoder is weak and adapter.class_names == NAMES and adapter.calibration is None
     facts = adapter.adapter_config.provenance
-    assert (facts["step"], facts["solver"], facts["num_images"]) == ("extract", "closed_form", 0)
+    assert (facts["step"], facts["solver"], facts["num_images"]) == ("extract", "discriminant", 0)
+    assert facts["own_class_vectors"]
     assert facts["weak"] == {"name": weak.name_or_path, "revision": None, "fingerprint": weak.fingerprint}
     bare = extract(weak, prompts.model, class_names=NAMES, templates=("{}.",))
     torch.testing.assert_close(bare.classify(table.embeds), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_a_linear_teacher_is_found_from_images(weak, dataset, table, linear, cache):
-    config = ExtractionConfig(lambdas=(1e-8,))
+    config = ExtractionConfig(solver="ridge", lambdas=(1e-8,))
     adapter = extract(weak, linear, dataset, config=config, **cache)
     found = adapter.classify(table.embeds)
     torch.testing.assert_close(centred(found), centred(linear), atol=1e-3, rtol=1e-3)
@@ -96,12 +98,14 @@ def test_a_linear_teacher_is_found_from_images(weak, dataset, table, linear, cac
     assert torch.equal(adapter.calibration.logits, linear)
     assert adapter.calibration.class_names == NAMES
     assert adapter.calibration.dataset_fingerprint == dataset._fingerprint
+    zero_shot = weak.logits(table.embeds, weak.embed_names(NAMES))
+    torch.testing.assert_close(adapter.calibration.weak_logits, zero_shot, atol=1e-5, rtol=1e-5)
     facts = adapter.adapter_config.provenance
     assert facts["num_images"] == 40 and facts["lambda"] == 1e-8
 
 
 def test_an_infinite_penalty_leaves_zero_shot(weak, dataset, table, linear, cache):
-    adapter = extract(weak, linear, dataset, config=ExtractionConfig(lambdas=(1e12,)), **cache)
+    adapter = extract(weak, linear, dataset, config=ExtractionConfig(solver="ridge", lambdas=(1e12,)), **cache)
     tensors = adapter.transmiter.tensors("default")
     torch.testing.assert_close(tensors["class_vectors"], weak.embed_names(NAMES), atol=1e-5, rtol=0)
 
@@ -109,22 +113,43 @@ def test_an_infinite_penalty_leaves_zero_shot(weak, dataset, table, linear, cach
 def test_the_penalty_is_chosen(weak, dataset, linear, cache):
     noisy = linear + 0.5 * torch.randn(linear.shape)
     for teacher in (linear, noisy):
-        facts = extract(weak, teacher, dataset, **cache).adapter_config.provenance
+        facts = extract(weak, teacher, dataset, config=RIDGE, **cache).adapter_config.provenance
         assert facts["lambda"] in ExtractionConfig().lambdas and facts["leave_one_out_error"] >= 0
 
 
-def test_constants_per_image_do_not_matter(weak, dataset, linear, cache):
-    shifted = linear + 10 * torch.randn(40, 1)
-    first, second = (extract(weak, t, dataset, **cache).transmiter.tensors("default") for t in (linear, shifted))
+def test_the_discriminant_learns_the_teacher(weak, dataset, table, cache):
+    """Its vectors are unit rows, so it is judged by what it would answer, not by how surely."""
+    zero_shot = weak.logits(table.embeds, weak.embed_names(NAMES))
+    said = table.labels
+    teacher = 8 * torch.nn.functional.one_hot(said, 3).float()
+    agreement = [float((zero_shot.argmax(1) == said).float().mean())]
+    for shrinkage in (30.0, 1.0):
+        config = ExtractionConfig(shrinkage=shrinkage)
+        adapter = extract(weak, teacher, dataset, config=config, **cache)
+        tensors = adapter.transmiter.tensors("default")
+        torch.testing.assert_close(tensors["class_vectors"].norm(dim=1), torch.ones(3))
+        assert not tensors["bias"].any() and adapter.adapter_config.provenance["shrinkage"] == shrinkage
+        agreement.append(float((adapter.classify(table.embeds).argmax(1) == said).float().mean()))
+    assert agreement[0] < agreement[1] <= agreement[2], agreement
+
+
+@pytest.mark.parametrize("solver", ["discriminant", "ridge"])
+def test_constants_per_image_do_not_matter(weak, dataset, linear, cache, solver):
+    shifted, config = linear + 10 * torch.randn(40, 1), ExtractionConfig(solver=solver)
+    first, second = (
+        extract(weak, t, dataset, config=config, **cache).transmiter.tensors("default") for t in (linear, shifted)
+    )
     for key in ("class_vectors", "bias"):
         torch.testing.assert_close(first[key], second[key], atol=1e-3, rtol=1e-3)
 
 
-def test_blocks_do_not_matter(weak, dataset, linear, cache, monkeypatch):
-    first = extract(weak, linear, dataset, **cache).transmiter.tensors("default")
+@pytest.mark.parametrize("solver", ["discriminant", "ridge"])
+def test_blocks_do_not_matter(weak, dataset, linear, cache, monkeypatch, solver):
+    config = ExtractionConfig(solver=solver)
+    first = extract(weak, linear, dataset, config=config, **cache).transmiter.tensors("default")
     batches = FeatureTable.batches
     monkeypatch.setattr(FeatureTable, "batches", lambda self, size: batches(self, 7))
-    second = extract(weak, linear, dataset, **cache).transmiter.tensors("default")
+    second = extract(weak, linear, dataset, config=config, **cache).transmiter.tensors("default")
     for key, tensor in first.items():
         torch.testing.assert_close(tensor, second[key], atol=1e-4, rtol=1e-4)
 
@@ -216,7 +241,7 @@ def test_interrupted_and_resumed(weak, dataset, linear, cache, tmp_path, monkeyp
 
 
 def test_save_and_load(weak, dataset, table, linear, cache, tmp_path):
-    for config in (ExtractionConfig(), replace(GRADIENT, epochs=1)):
+    for config in (ExtractionConfig(), RIDGE, replace(GRADIENT, epochs=1)):
         adapter = extract(weak, linear, dataset, anchors=ANCHORS, config=config, **cache)
         folder = tmp_path / config.solver
         adapter.save_pretrained(folder)
@@ -306,7 +331,7 @@ def _all_steps(folder, dataset, linear, cache, accelerator=None):
     weak = DualEncoder.from_pretrained(folder)
     options = {"cache_dir": cache, "progress": False, "accelerator": accelerator}
     results = {}
-    for config in (ExtractionConfig(), SHARED):
+    for config in (ExtractionConfig(), RIDGE, SHARED):
         adapter = extract(weak, linear, dataset, anchors=ANCHORS, config=config, **options)
         for key, tensor in adapter.transmiter.tensors("default").items():
             results[f"{config.solver}.{key}"] = tensor.contiguous()
