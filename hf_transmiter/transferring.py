@@ -87,7 +87,7 @@ def transfer(
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
     tensors = {key: tensor.cpu() for key, tensor in adapter.transmiter.tensors(adapter.transmiter.active_name).items()}
     if source.form == "mlp":
-        if bridge.anchors is not None:
+        if bridge.space == "logit" and bridge.anchors is not None:
             bridge.anchors.check_same(source.anchors)
         tensors.update(basis=bridge.carry_basis(tensors["basis"]), anchors=text)
     else:
