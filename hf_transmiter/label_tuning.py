@@ -39,7 +39,7 @@ def label_tune(
         **embedding: passed to `embed_dataset`.
 
     Raises:
-        ValueError: no adapter, no labels, or a label outside `seen_classes` or the class names.
+        ValueError: no adapter, no labels, unknown names in `seen_classes`, or a label outside them.
     """
     config, source = config or LabelTuningConfig(), adapter.adapter_config
     if source is None:
@@ -47,10 +47,13 @@ def label_tune(
     table = dataset
     if not isinstance(dataset, FeatureTable):
         table = embed_dataset(adapter.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
-    if table.labels is None:
-        raise ValueError("label_tune needs labels: pass a dataset with a label column (label_column=...).")
+    if table.labels is None or not len(table):
+        raise ValueError("label_tune needs labelled images: pass a dataset with a label column (label_column=...).")
     columns = torch.arange(len(source.class_names))
     if seen_classes is not None:
+        unknown = sorted(set(seen_classes) - set(source.class_names))
+        if unknown:
+            raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
         columns = torch.tensor([source.class_names.index(name) for name in seen_classes])
     position = torch.full((len(source.class_names),), -1)
     position[columns] = torch.arange(len(columns))
