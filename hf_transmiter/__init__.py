@@ -6,7 +6,7 @@ Reading order, the way data flows: `catalog`-free inputs `splits`, `vocabulary`,
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
 image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class vectors.
-weak: the pre-trained model; tuned: the weak model after any fine-tuning; strong: the model that shall inherit it.
+weak: the pre-trained model; tuned: it after any fine-tuning; strong: the model that shall inherit.
 """
 
 import importlib

@@ -97,7 +97,7 @@ def evaluate(
         ValueError: no labels, or class names of the dataset that are not the classifier's.
     """
     table = embed_dataset(classifier.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
-    labels = _labels(table, classifier.class_names)
+    labels = align_labels(table, classifier.class_names)
     device = classifier.encoder.device
     with torch.no_grad():
         logits = torch.cat([classifier.classify(x.to(device)).cpu() for x in table.batches(4096)])
@@ -106,7 +106,12 @@ def evaluate(
     return [Score(method, split, metric, value) for metric, value in scores.items()]
 
 
-def _labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
+def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
+    """Labels (N,) of a table as positions in `class_names`, matched by name.
+
+    Raises:
+        ValueError: no labels, or a class of the table that `class_names` lacks.
+    """
     if table.labels is None:
         raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=...).")
     if table.class_names is None or list(table.class_names) == list(class_names):

@@ -36,9 +36,6 @@ EMBEDDING_PARTS = (
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, adapters still active in its layers; any other model as it is."""
-    # Here and not at the top: importing PEFT registers the adapters, whose modules import this one.
-    from peft import PeftModel
-
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
