@@ -52,8 +52,8 @@ def tune(
     """Few-shot tuning of a copy of the weak model.
 
     Minimises ``CE(z, y) + keep_near · KL(softmax(z₀) ‖ softmax(z))`` with ``z = s · x aᵀ`` (B, C), where ``z₀`` is
-    zero-shot and, by method, either ``x`` (B, d), the unit image rows, or ``a`` (C, d), the unit class vectors, is
-    learnt while the other one stays as it was.
+    zero-shot (of the images before augmentation) and, by method, either ``x`` (B, d), the unit image rows, or ``a``
+    (C, d), the unit class vectors, is learnt while the other one stays as it was.
 
     Args:
         weak ([`DualEncoder`]): stays untouched.
