@@ -42,9 +42,9 @@ def fit(
     """Minimises `step` over the examples.
 
     Every process takes its part of each batch and gradients are summed, so that the result does not depend on the
-    number of processes (up to the order of floating-point sums, and to what `step` draws at random). The order of the examples and the generator given to
-    `step` follow from the seed and the step alone, so that a run resumed from `checkpoint` ends where an
-    uninterrupted one does.
+    number of processes (up to the order of floating-point sums, and to what `step` draws at random). The order of the
+    examples and the generator given to `step` follow from the seed and the step alone, so that a run resumed from
+    `checkpoint` ends where an uninterrupted one does.
 
     Args:
         parameters (`Sequence[nn.Parameter]`): what is learnt.
