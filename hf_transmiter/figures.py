@@ -35,7 +35,7 @@ _DASHES = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)
 _GAIN, _LOSS = "#2166AC", "#B2182B"  # the ends of the map RdBu
 _STYLE = {
     "font.size": 9,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -65,10 +65,12 @@ def _say_missing() -> None:
     logger.warning("Figures are left out: matplotlib is missing. `pip install hf-transmiter[plots]` brings it.")
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, title: str) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=11)
+    return figure
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> Path:
@@ -93,8 +95,9 @@ def _finite(values: Sequence[float], what: str) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = max(1, min(len(labels), 78 // (max(map(len, labels)) + 7)))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        room = int(16 * figure.get_figwidth())  # in characters
+        columns = max(1, min(len(labels), room // (max(map(len, labels)) + 7)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 @_drawn
@@ -123,7 +126,7 @@ def bars(
         raise ValueError("bars need at least one method, and one value per method.")
     for method, values in {**scores_by_seed, "reference": list(reference.values())}.items():
         _finite(values, f"accuracies of {method}")
-    figure = _figure(7.0, 1.2 + 0.34 * len(scores_by_seed) + 0.1 * len(reference))
+    figure = _figure(7.0, 1.2 + 0.34 * len(scores_by_seed) + 0.1 * len(reference), title)
     axes = figure.add_subplot()
     for row, values in enumerate(scores_by_seed.values()):
         mean = statistics.fmean(values)
@@ -132,10 +135,7 @@ def bars(
         heights = row + np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [row]
         axes.scatter(values, heights, s=13, color=_COLORS[0], edgecolors="white", linewidths=0.4, zorder=3)
         text = f"{mean:.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-        axes.annotate(
-            text, (max(values), row), (6, 0), textcoords="offset points", va="center", fontsize=8, zorder=4,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-        )  # fmt: skip
+        axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     for i, (name, value) in enumerate(reference.items()):
         color, dash = _COLORS[(1, 2, 3, 6)[i % 4]], _DASHES[i % 4]
         axes.axvline(value, color=color, linestyle=dash, linewidth=1.5, zorder=2, label=f"{name} ({value:.1f})")
@@ -143,8 +143,8 @@ def bars(
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(scores_by_seed) - 0.45, -0.55)
     highest = max([*reference.values(), *(max(values) for values in scores_by_seed.values())])
-    axes.set_xlim(0, 1.16 * highest or 1)
-    axes.set(title=title, xlabel="accuracy (%)")
+    axes.set_xlim(0, 1.03 * highest or 1)
+    axes.set_xlabel("accuracy (%)")
     _legend(figure, axes)
     return _save(figure, path)
 
@@ -178,7 +178,7 @@ def curves(
     """
     _check_series(series, xscale)
     _finite(list((reference or {}).values()), "reference lines")
-    figure = _figure(6.4, 4.4)
+    figure = _figure(6.4, 4.4, title)
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(series.items()):
         color, marker = _COLORS[i % 7], _MARKERS[i % 7]
@@ -188,7 +188,7 @@ def curves(
         axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=name)
     for i, (name, value) in enumerate((reference or {}).items()):
         axes.axhline(value, color="#555555", linestyle=_DASHES[i % 4], linewidth=1.2, label=f"{name} ({value:.1f})")
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale=xscale)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.7)
     axes.set_axisbelow(True)
     if xscale == "log":
@@ -277,42 +277,45 @@ def confusion_change(
     difference = confusion_difference(before, after, labels)
     if len(names) != len(difference):
         raise ValueError(f"there are {len(difference)} classes and {len(names)} names.")
-    names = [textwrap.shorten(name, 22, placeholder="…") for name in names]
-    figure = _figure(9.6, 5.2)
-    left, right = figure.subplots(1, 2, width_ratios=(1.75, 1))
+    names = [name if len(name) <= 22 else name[:21] + "…" for name in names]
+    figure = _figure(8.6, 4.8, title)
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
     limit = float(difference.nan_to_num().abs().max()) or 1.0
     left.set_facecolor("#DDDDDD")
-    image = left.imshow(difference.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
-    bar = figure.colorbar(image, ax=left, shrink=0.8, pad=0.02)
-    bar.set_label("change (percentage points of the class's images)")
+    scale = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+    image = left.imshow(difference.numpy(), **scale, interpolation="nearest", aspect="auto")
+    figure.colorbar(image, ax=left, pad=0.02, label="change (points)").outline.set_visible(False)
     shown = range(0, len(names), math.ceil(len(names) / 25))
     left.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=7)
     left.set_yticks(shown, [names[i] for i in shown], fontsize=7)
-    left.set(xlabel="predicted class", ylabel="true class", title="How often a class is taken for another")
+    left.set(xlabel="predicted class", ylabel="true class", title="Change of the confusion matrix")
     left.spines[:].set_visible(False)
     _changed_most(right, difference.diagonal().nan_to_num(), names)
-    figure.suptitle(title, fontsize=11)
     return _save(figure, path)
 
 
 def _changed_most(axes: Axes, change: Tensor, names: Sequence[str], count: int = 8) -> None:
     order = change.argsort(descending=True, stable=True).tolist()
     rows = [i for i in order if change[i] > 0][:count] + [i for i in order if change[i] < 0][-count:]
+    if not rows:
+        axes.set_axis_off()
+        axes.set_title("No class gained or lost")
+        return
     values = [float(change[i]) for i in rows]
     axes.barh(range(len(rows)), values, height=0.66, color=[_GAIN if value > 0 else _LOSS for value in values])
     for row, value in enumerate(values):
         axes.annotate(
-            f"{value:+.0f}", (value, row), (3 if value > 0 else -3, 0), textcoords="offset points",
+            f"{value:+.0f}".replace("-", "−"), (value, row), (3 if value > 0 else -3, 0), textcoords="offset points",
             va="center", ha="left" if value > 0 else "right", fontsize=7,
         )  # fmt: skip
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [names[i] for i in rows], fontsize=7)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
-    axes.margins(x=0.18)
-    axes.set_title("Classes that gained and lost most" if rows else "No class gained or lost")
-    axes.set_xlabel("change of accuracy (percentage points)")
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    axes.set_title("Classes that gained and lost most")
+    axes.set_xlabel("change of accuracy (points)")
 
 
 def corrected_first(before: Tensor, after: Tensor, labels: Tensor) -> list[int]:
@@ -351,12 +354,11 @@ def picture_grid(
     columns = min(5, len(images))
     rows = math.ceil(len(images) / columns)
     lines = max(text.count("\n") + 1 for text in wrapped)
-    figure = _figure(1.7 * columns, rows * (1.7 + 0.15 * lines) + 0.35)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    figure = _figure(1.7 * columns, rows * (1.75 + 0.128 * lines) + 0.35, title)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     for axes, image, text in zip(grid, images, wrapped, strict=False):
         axes.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
         axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5)
-    figure.suptitle(title, fontsize=11)
     return _save(figure, path)
