@@ -1,0 +1,7 @@
+"""`python -m hf_transmiter`, the same as `hf-transmiter`; what `accelerate launch -m hf_transmiter COMMAND` runs."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    main()

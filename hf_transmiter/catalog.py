@@ -1,0 +1,365 @@
+"""Where images, models and tuned models come from: a Hub id, a folder, a file, or ``sandbox:NAME``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from glob import glob
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, Value, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetsError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+
+from .anchors import DEFAULT_TEMPLATES, Anchors, load_templates
+from .backbone import DualEncoder
+from .calibration import CalibrationPack
+from .classifier import AnchorClassifier
+from .features import guess_columns
+from .settings import TuningConfig
+from .teachers import Teacher
+from .tuners import PeftType
+
+
+logger = logging.getLogger(__name__)
+
+SANDBOX = "sandbox:"
+TEACHER_FILE = "teacher.json"
+_FILES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """``"name@revision"`` to its parts. An existing path is a name as a whole."""
+    name, at, revision = source.rpartition("@")
+    return (name, revision) if at and name and not Path(source).exists() else (source, None)
+
+
+def load_images(
+    source: str,
+    split: str | None = None,
+    *,
+    prefer: Sequence[str] = ("train",),
+    subset: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_images: int | None = None,
+) -> Dataset:
+    """One split of pictures from anywhere.
+
+    Args:
+        source (`str`):
+            A Hub id (``id@revision`` pins a version); a folder with pictures (a subfolder per class names the
+            labels), with the files of a data set, or written by `Dataset.save_to_disk`; a ``.parquet`` or ``.arrow``
+            file or a glob of such; ``sandbox:DOMAIN``.
+        split (`str`, *optional*): name of the split, slices such as ``"train[:10%]"`` included.
+        prefer (`Sequence[str]`, *optional*): splits to look for when none is named, best first; the only one is
+            taken under any name.
+        subset (`str`, *optional*): configuration of a Hub data set that has several.
+        image_column, label_column (`str`, *optional*): guessed when omitted. Labels that are words become a
+            `ClassLabel` with the words in alphabetical order.
+        max_images (`int`, *optional*): take that many pictures, drawn at random, always the same ones.
+
+    Raises:
+        FileNotFoundError: no such folder, file or Hub data set.
+        ValueError: an unknown split or column, several that could be meant, or files that cannot be read.
+    """
+    if source.startswith(SANDBOX):
+        from . import sandbox  # the synthetic world is not needed for real pictures
+
+        splits = ("train", "unlabelled", "validation", "test")
+        dataset = sandbox.load_dataset(source.removeprefix(SANDBOX), _choose(splits, split, prefer, source))
+    else:
+        dataset = _load(source, split, prefer, subset)
+    _, label = guess_columns(dataset, image_column, label_column)
+    if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
+        dataset = dataset.class_encode_column(label)
+    if max_images is not None:
+        if max_images < 1:
+            raise ValueError(f"max_images must be at least 1, got {max_images}.")
+        dataset = dataset.shuffle(seed=0).select(range(min(max_images, len(dataset))))
+    return dataset
+
+
+def _load(source: str, split: str | None, prefer: Sequence[str], subset: str | None) -> Dataset:
+    name, revision = split_revision(source)
+    try:
+        if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            saved = load_from_disk(name)
+            return saved[_choose(list(saved), split, prefer, source)] if isinstance(saved, DatasetDict) else saved
+        where = _files(name) or {"path": name, "name": subset, "revision": revision}
+        builder = load_dataset_builder(**where)
+        splits = list(builder.info.splits or builder.config.data_files or {})
+        return load_dataset(**where, split=_choose(splits, split, prefer, source))
+    except DatasetsError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"cannot load the dataset {source!r}: {error.__cause__ or error}") from error
+
+
+def _files(name: str) -> dict | None:
+    """What `load_dataset` needs for files, `None` for a folder or a Hub id."""
+    if Path(name).is_dir():
+        return None
+    found = sorted(path for path in glob(name, recursive=True) if Path(path).is_file())
+    if not found:
+        _check_hub_id(name, "dataset")
+        return None
+    formats = {_FILES.get(Path(path).suffix) for path in found}
+    if len(formats) > 1 or None in formats:
+        raise ValueError(f"{name!r} must name .parquet or .arrow files, all of one kind; it matches {found[0]!r}.")
+    return {"path": formats.pop(), "data_files": found}
+
+
+def _choose(splits: Sequence[str], split: str | None, prefer: Sequence[str], source: str) -> str:
+    known = ", ".join(splits)
+    if split is not None:
+        # A slice ("train[:100]") or a sum ("train+test") begins with a name.
+        if splits and re.match(r"[^\[+]*", split).group() not in splits:
+            raise ValueError(f"{source!r} has no split {split!r}; there are {known}.")
+        return split
+    found = next((name for name in prefer if name in splits), splits[0] if len(splits) == 1 else None)
+    if found is None:
+        raise ValueError(f"{source!r} has none of the splits {', '.join(prefer)}; name one with --split: {known}.")
+    return found
+
+
+def _check_hub_id(name: str, what: str) -> None:
+    message = f"there is no {what} {name!r}: neither a local path nor a Hub id."
+    if name.startswith((".", "~", os.sep)) or any(letter in name for letter in "*?[\\"):
+        raise FileNotFoundError(message)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FileNotFoundError(message) from error
+
+
+def load_encoder(
+    source: str,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> DualEncoder:
+    """A frozen dual encoder: a Hub id (``id@revision`` too), a folder, or ``sandbox:weak|strong|weak-upgraded``.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a possible Hub id.
+        OSError: the Hub has no such model, or cannot be reached.
+        ValueError: a family that is not supported, or an unknown sandbox model.
+    """
+    if source.startswith(SANDBOX):
+        from . import sandbox
+
+        name = os.fspath(sandbox.model_path(source.removeprefix(SANDBOX)))
+    else:
+        name, suffix = split_revision(source)
+        revision = revision or suffix
+        if not Path(name).is_dir():
+            _check_hub_id(name, "model")
+    return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
+
+
+@dataclass
+class TeacherFacts:
+    """What `teacher.json` beside a tuned model's adapter says, so that the teacher can be put together again.
+
+    Args:
+        weak (`str`), revision (`str` or `None`), fingerprint (`str`): the model that was tuned.
+        class_names (`list[str]`): C names in label order.
+        templates (`list[str]`): prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
+        zero_shot_templates (`list[str]`): prompts of the weak model's class vectors it started from.
+        settings (`dict`): the [`TuningConfig`].
+    """
+
+    weak: str
+    revision: str | None
+    fingerprint: str
+    class_names: list[str]
+    templates: list[str]
+    zero_shot_templates: list[str]
+    settings: dict
+
+    @classmethod
+    def read(cls, source: str) -> TeacherFacts | None:
+        """From a folder or Hub repository; `None` where there is no such file."""
+        content = read_json(source, TEACHER_FILE)
+        if content is None:
+            return None
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{TEACHER_FILE} of {source!r} is damaged: {error}.") from error
+
+
+def save_teacher(
+    folder: str | os.PathLike,
+    tuned: DualEncoder,
+    weak: DualEncoder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    config: TuningConfig,
+) -> None:
+    """Writes what `tune` returned: an ordinary PEFT adapter, and `teacher.json` ([`TeacherFacts`])."""
+    own = ["{}."] if config.method == "coop" else list(templates)
+    facts = TeacherFacts(
+        weak.name_or_path, weak.revision, weak.fingerprint, list(class_names), own, list(templates), asdict(config)
+    )
+    tuned.model.save_pretrained(os.fspath(folder))
+    (Path(folder) / TEACHER_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+
+
+def load_teacher(source: str, weak: DualEncoder) -> Teacher:
+    """A tuned version of `weak` from where it was saved.
+
+    Args:
+        source (`str`): a folder of `hf-transmiter tune` or any PEFT adapter of `weak`; a TransMiter adapter; a whole
+            tuned model; a ``.safetensors`` file with its logits ([`CalibrationPack`]).
+        weak (`DualEncoder`): what was tuned.
+
+    Raises:
+        FileNotFoundError, OSError: nothing there.
+        ValueError: an adapter of another model, or damaged files.
+    """
+    if source.endswith(".safetensors"):
+        return CalibrationPack.load(source)
+    adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
+    if adapter is None:
+        return load_encoder(source, device=weak.device, dtype=weak.dtype)
+    name, revision = split_revision(source)
+    if adapter.get("peft_type") == PeftType.TRANSMITER:
+        same = (adapter.get("base_model_name_or_path"), adapter.get("revision")) == (weak.name_or_path, weak.revision)
+        return load_classifier(source, weak if same else None, device=weak.device, dtype=weak.dtype)
+    facts = TeacherFacts.read(source)
+    if facts is not None and facts.fingerprint != weak.fingerprint:
+        raise ValueError(
+            f"{source!r} was tuned from {facts.weak!r} (revision {facts.revision}), not from {weak.name_or_path!r} "
+            f"(revision {weak.revision}): pass that model as the weak one."
+        )
+    try:
+        model = PeftModel.from_pretrained(copy.deepcopy(weak.model), name, revision=revision)
+    except RuntimeError as error:  # what torch says of tensors of other shapes
+        raise ValueError(f"the adapter {source!r} does not fit {weak.name_or_path!r}: {error}") from error
+    tuned = DualEncoder(model.eval(), weak.processor, weak.name_or_path, weak.revision)
+    if facts is None:
+        return tuned
+    return AnchorClassifier(tuned, Anchors(tuple(facts.class_names), (), tuple(facts.templates)))
+
+
+def load_classifier(
+    source: str,
+    encoder: DualEncoder | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> AnchorClassifier:
+    """A classifier from a TransMiter adapter, a tuned model (see [`load_teacher`]), or a plain model (zero-shot).
+
+    Args:
+        source (`str`): folder, Hub id or ``sandbox:MODEL``.
+        encoder (`DualEncoder`, *optional*): the model under an adapter; loaded by the name in its config if omitted.
+        class_names (`Sequence[str]`, *optional*), templates (`Sequence[str]`, *optional*):
+            Of a model that has none saved with it.
+
+    Raises:
+        ValueError: no class names where they are needed, or what [`load_teacher`] raises.
+    """
+    adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
+    if adapter is None:
+        classifier = load_encoder(source, device=device, dtype=dtype)
+    else:
+        if encoder is None:
+            base = adapter.get("base_model_name_or_path")
+            if not base:
+                raise ValueError(f"{source!r} does not say which model it belongs to: name it with --base-model.")
+            encoder = load_encoder(base, adapter.get("revision"), device, dtype)
+        if adapter.get("peft_type") == PeftType.TRANSMITER:
+            name, revision = split_revision(source)
+            return AnchorClassifier.from_pretrained(name, encoder, revision=revision)
+        classifier = load_teacher(source, encoder)
+    if isinstance(classifier, AnchorClassifier):
+        return classifier
+    if not class_names:
+        raise ValueError(f"{source!r} has no class names saved with it: pass class names, or a dataset that has some.")
+    return AnchorClassifier(classifier, Anchors(tuple(class_names), (), tuple(templates)))
+
+
+def load_anchors(source: str) -> Anchors:
+    """The anchors of a TransMiter adapter (folder or Hub id), or of a file that `Anchors.save` wrote.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: another kind of file or adapter.
+    """
+    if source.endswith(".json"):
+        return Anchors.load(source)
+    adapter = read_json(source, "adapter_config.json") or {}
+    if adapter.get("peft_type") != PeftType.TRANSMITER:
+        raise ValueError(f"{source!r} is not a TransMiter adapter; pass one, or a .json file of Anchors.save.")
+    return Anchors(adapter["class_names"], adapter.get("auxiliary_names") or (), adapter["templates"])
+
+
+def fetch(source: str, file: str) -> Path | None:
+    """A file of a folder or Hub repository (``id@revision`` too); `None` where there is no such file.
+
+    Raises:
+        FileNotFoundError: `source` is neither a folder nor a possible Hub id.
+        OSError: the Hub has no such repository, or refuses it.
+    """
+    name, revision = split_revision(source)
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    _check_hub_id(name, "model or adapter")
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+
+
+def read_json(source: str, file: str) -> dict | None:
+    """A JSON file of a folder or Hub repository, see [`fetch`].
+
+    Raises:
+        ValueError: not JSON.
+    """
+    path = fetch(source, file)
+    try:
+        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Class names as people write them: several values, one value with commas, or a text file with a name per line."""
+    if not values:
+        return None
+    if len(values) > 1:
+        return tuple(values)
+    if Path(values[0]).is_file():
+        lines = Path(values[0]).read_text(encoding="utf-8").splitlines()
+    else:
+        lines = values[0].split(",")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Prompts as people write them: phrases with ``{}``, or names of shipped templates; the default for none."""
+    if not values:
+        return DEFAULT_TEMPLATES
+    return tuple(phrase for value in values for phrase in ([value] if "{" in value else load_templates(value)))
+
+
+def teacher_templates(source: str, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Prompts of the weak model's class vectors: those given, or those the teacher's tuning started from."""
+    local = source.startswith(SANDBOX) or source.endswith(".safetensors")
+    facts = None if given or local else TeacherFacts.read(source)
+    return read_templates(given) if facts is None else tuple(facts.zero_shot_templates)

@@ -1,0 +1,386 @@
+"""The command line: `hf-transmiter COMMAND --help`. Commands in the order of the work; all do little but call the API.
+
+Several GPUs or machines: `accelerate launch -m hf_transmiter COMMAND ...`. Heavy imports are inside the commands, so
+that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import (
+    DataOptions,
+    ModelOptions,
+    NameOptions,
+    OutputOptions,
+    Result,
+    RunOptions,
+    check_new,
+    command,
+)
+from .settings import ExtractionConfig, TransferConfig, TuningConfig
+
+
+UNLABELLED = ("unlabelled", "unlabeled", "train")
+LABELLED = ("train",)
+TEST = ("test", "validation")
+
+_MODEL = "Hub id (id@revision), folder, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
+_IMAGES = "Hub id (id@revision), folder, .parquet or .arrow files, or sandbox:DOMAIN."
+
+Weak = Annotated[str, typer.Option(help=f"The weak model: {_MODEL}")]
+Strong = Annotated[str, typer.Option(help=f"The strong model: {_MODEL}")]
+Teacher = Annotated[
+    str, typer.Option(help="The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors).")
+]
+Images = Annotated[str, typer.Option("--dataset", help=f"Pictures: {_IMAGES}")]
+OptionalImages = Annotated[str | None, typer.Option("--dataset", help=f"Pictures: {_IMAGES}")]
+Seen = Annotated[
+    list[str] | None, typer.Option(help="Names the tuning saw: repeated, 'a,b,c', or a file with one name per line.")
+]
+
+app = typer.Typer(
+    name="hf-transmiter",
+    help="Carry a fine-tuned CLIP over to a stronger CLIP: logit-space adapters and bridges, in closed form.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@command(app)
+def demo(
+    run: RunOptions,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the report, figures and adapters.")] = Path("out"),
+    domains: Annotated[list[str] | None, typer.Option(help="Sandbox task, may be repeated; two if unset.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Seed of tuning, may be repeated; 0 if unset.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> Result:
+    """The whole method offline, on tiny models and drawn pictures: scores, figures and adapters.
+
+    [bold]Example:[/bold] hf-transmiter demo --output-dir out
+    """
+    from .demo import run_demo
+
+    options = {"progress": run.progress, "overwrite": overwrite}
+    found = run_demo(output_dir, domains=domains or None, seeds=seeds or (0,), **options)
+    data = {**found, "scores": [asdict(score) for score in found["scores"]]}
+    return Result(data, f"{found['table']}\nReport: {Path(found['output_dir']) / 'report.md'}")
+
+
+@command(app)
+def tune(
+    weak: Weak,
+    dataset: Images,
+    output: OutputOptions,
+    data: DataOptions,
+    names: NameOptions,
+    config: TuningConfig,
+    models: ModelOptions,
+    run: RunOptions,
+    values: dict,
+) -> Result:
+    """Labelled pictures to a tuned weak model, saved as a PEFT adapter.
+
+    [bold]Example:[/bold] hf-transmiter tune --weak openai/clip-vit-base-patch16 --dataset mteb/dtd --output-dir out/tuned
+    """  # noqa: E501
+    output.check(run)
+    from .catalog import load_encoder, read_names, read_templates, save_teacher
+    from .features import guess_columns
+    from .prompt_tuning import tune
+
+    encoder, templates = load_encoder(weak, **models.load(run)), read_templates(names.template)
+    images = data.load(dataset, LABELLED, data.split)
+    _, label = guess_columns(images, data.image_column, data.label_column)
+    class_names = read_names(names.class_names) or getattr(images.features.get(label), "names", None)
+    tuned = tune(
+        encoder,
+        images,
+        class_names,
+        config,
+        templates=templates,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        accelerator=run.accelerator,
+        checkpoint=output.checkpoint,
+        progress=run.progress,
+        cache_dir=data.cache_dir,
+    )
+    output.write(lambda folder: save_teacher(folder, tuned, encoder, class_names, templates, config), values, run)
+    found = {"output_dir": str(output.output_dir), "method": config.method, "num_classes": len(class_names)}
+    return Result(found, f"Tuned {weak} ({config.method}) on {len(class_names)} classes: {output.output_dir}")
+
+
+@command(app)
+def extract(
+    weak: Weak,
+    teacher: Teacher,
+    output: OutputOptions,
+    data: DataOptions,
+    names: NameOptions,
+    config: ExtractionConfig,
+    models: ModelOptions,
+    run: RunOptions,
+    values: dict,
+    dataset: OptionalImages = None,
+) -> Result:
+    """What the tuning changed, as an adapter of the weak model, from unlabelled pictures.
+
+    Pictures are not needed when a prompt was tuned.
+
+    [bold]Example:[/bold] hf-transmiter extract --weak openai/clip-vit-base-patch16 --teacher out/tuned --dataset mteb/dtd --output-dir out/adapter
+    """  # noqa: E501
+    output.check(run)
+    from .catalog import load_encoder, load_teacher, read_names, teacher_templates
+    from .extraction import extract
+
+    encoder = load_encoder(weak, **models.load(run))
+    images = data.load(dataset, UNLABELLED, data.split)
+    adapter = extract(
+        encoder,
+        load_teacher(teacher, encoder),
+        images,
+        class_names=read_names(names.class_names),
+        templates=teacher_templates(teacher, names.template),
+        config=config,
+        checkpoint=output.checkpoint,
+        **data.embedding(run),
+    )
+    if adapter.calibration is not None:
+        adapter.calibration.dataset = f"{dataset} ({images.split})"
+    output.write(adapter.save_pretrained, values, run)
+    facts = adapter.adapter_config.provenance
+    found = {"output_dir": str(output.output_dir), "form": adapter.adapter_config.form, "provenance": facts}
+    return Result(found, f"Extracted from {facts['num_images']} images ({config.solver}): {output.output_dir}")
+
+
+@command(app)
+def bridge(
+    weak: Weak,
+    strong: Strong,
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    data: DataOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    dataset: OptionalImages = None,
+    space: Annotated[str, typer.Option(help="'embedding' or 'logit' (published; needs pictures).")] = "embedding",
+    anchors: Annotated[
+        str | None,
+        typer.Option(help="Names to ask about: an adapter, or a file of `Anchors.save`; common nouns if unset."),
+    ] = None,
+    beta: Annotated[float, typer.Option(help="Logit space: pull towards the identity.")] = TransferConfig.beta,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> Result:
+    """The map between two models, once per pair: from any pictures, or from text alone.
+
+    [bold]Example:[/bold] hf-transmiter bridge --weak openai/clip-vit-base-patch16 --strong openai/clip-vit-large-patch14 --output out/b16-l14.safetensors
+    """  # noqa: E501
+    if run.main_process:
+        check_new(output, overwrite)
+    from .bridge import Bridge
+    from .catalog import load_anchors, load_encoder
+
+    names = None if anchors is None else load_anchors(anchors)
+    encoders = [load_encoder(model, **models.load(run)) for model in (weak, strong)]
+    images = data.load(dataset, UNLABELLED, data.split)
+    made = Bridge.build(*encoders, images, space=space, anchors=names, beta=beta, **data.embedding(run))
+    if run.main_process:
+        made.save(output, overwrite=overwrite)
+    found = {key: getattr(made, key) for key in ("space", "source", "num_pairs", "alignment", "beta")}
+    text = f"Bridge from {made.num_pairs} {made.source} pairs, alignment {made.alignment:.3f}: {output}"
+    return Result({"output": str(output), **found}, text)
+
+
+@command(app)
+def transfer(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the weak model: folder or Hub id.")],
+    strong: Strong,
+    output: OutputOptions,
+    data: DataOptions,
+    config: TransferConfig,
+    models: ModelOptions,
+    run: RunOptions,
+    values: dict,
+    weak: Annotated[str | None, typer.Option(help="The weak model, if it is not where the adapter says.")] = None,
+    bridge: Annotated[Path | None, typer.Option(help="File of `bridge`; built here if unset.")] = None,
+    dataset: OptionalImages = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The tuned weak model, for pictures that `extract` did not see.")
+    ] = None,
+    seen_classes: Seen = None,
+) -> Result:
+    """An adapter of the weak model becomes one of the strong model, from unlabelled pictures, a bridge, or text alone.
+
+    [bold]Example:[/bold] hf-transmiter transfer out/adapter --strong openai/clip-vit-large-patch14 --dataset mteb/dtd --output-dir out/strong
+    """  # noqa: E501
+    output.check(run)
+    from .bridge import Bridge
+    from .catalog import load_classifier, load_encoder, load_teacher, read_names
+    from .transferring import transfer
+
+    options = models.load(run)
+    source = load_classifier(adapter, load_encoder(weak, **options) if weak else None, **options)
+    upgraded = transfer(
+        source,
+        load_encoder(strong, **options),
+        data.load(dataset, UNLABELLED, data.split),
+        bridge=None if bridge is None else Bridge.load(bridge),
+        teacher=None if teacher is None else load_teacher(teacher, source.encoder),
+        seen_classes=read_names(seen_classes),
+        config=config,
+        **data.embedding(run),
+    )
+    output.write(upgraded.save_pretrained, values, run)
+    facts = upgraded.adapter_config.provenance
+    found = {"output_dir": str(output.output_dir), "form": upgraded.adapter_config.form, "provenance": facts}
+    how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"
+    return Result(found, f"Transferred to {strong} ({how}): {output.output_dir}")
+
+
+@command(app)
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help=f"Adapter or tuned model (folder or Hub id), or a plain model: {_MODEL}")
+    ],
+    dataset: Images,
+    data: DataOptions,
+    names: NameOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    base_model: Annotated[
+        str | None, typer.Option(help="The model under an adapter, if it is not where the adapter says.")
+    ] = None,
+    seen_classes: Seen = None,
+) -> Result:
+    """Accuracy on labelled pictures; with seen classes also base, novel, their harmonic mean, and joint.
+
+    [bold]Example:[/bold] hf-transmiter evaluate out/strong --dataset mteb/dtd
+    """
+    from .catalog import load_classifier, load_encoder, read_names, read_templates
+    from .evaluation import evaluate
+    from .features import guess_columns
+    from .report import markdown_table
+
+    options = models.load(run)
+    images = data.load(dataset, TEST, data.split)
+    _, label = guess_columns(images, data.image_column, data.label_column)
+    classifier = load_classifier(
+        model,
+        load_encoder(base_model, **options) if base_model else None,
+        class_names=read_names(names.class_names) or getattr(images.features.get(label), "names", None),
+        templates=read_templates(names.template),
+        **options,
+    )
+    seen = read_names(seen_classes)
+    split = str(images.split)
+    scores = evaluate(classifier, images, seen_classes=seen, method=model, split=split, **data.embedding(run))
+    found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}
+    return Result(found, markdown_table(scores))
+
+
+@command(app)
+def compare(
+    weak: Weak,
+    strong: Strong,
+    teacher: Teacher,
+    dataset: Images,
+    data: DataOptions,
+    names: NameOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
+    labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
+    shots: Annotated[int, typer.Option(help="Labelled pictures per class.")] = TuningConfig.shots,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.")] = 0,
+    general: Annotated[str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.")] = None,
+    seen_classes: Seen = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for report.md and scores.json.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+) -> Result:
+    """Every way to upgrade and every cheap alternative on one task, in one table, with a recommendation.
+
+    [bold]Example:[/bold] hf-transmiter compare --weak sandbox:weak --strong sandbox:strong --teacher out/tuned --dataset sandbox:print --unlabelled sandbox:print
+    """  # noqa: E501
+    if output_dir is not None and run.main_process:
+        check_new(output_dir / "report.md", overwrite)
+    from .catalog import load_encoder, load_teacher, read_names, teacher_templates
+    from .comparison import compare
+    from .report import Section, markdown_table, write_report, write_scores
+
+    options = models.load(run)
+    encoder = load_encoder(weak, **options)
+    test = data.load(dataset, TEST, data.split)
+    found = compare(
+        encoder,
+        load_encoder(strong, **options),
+        load_teacher(teacher, encoder),
+        test,
+        unlabelled=data.load(unlabelled, UNLABELLED),
+        labelled=_few_shot(data.load(labelled, LABELLED), data, shots, seed),
+        general=data.load(general, UNLABELLED),
+        class_names=read_names(names.class_names),
+        seen_classes=read_names(seen_classes),
+        templates=teacher_templates(teacher, names.template),
+        split=str(test.split),
+        **data.embedding(run),
+    )
+    advice = f"Recommended: {found.recommended}. {found.reason}"
+    if output_dir is not None and run.main_process:
+        write_scores(output_dir / "scores.json", found.scores)
+        section = Section("Scores", advice, found.scores, notes=found.notes)
+        write_report(output_dir, [section], title=f"{weak} to {strong} on {dataset}")
+    scores = {"scores": [asdict(score) for score in found.scores]}
+    data_out = {**scores, "notes": found.notes, "recommended": found.recommended, "reason": found.reason}
+    return Result(data_out, f"{markdown_table(found.scores, notes=found.notes)}\n{advice}")
+
+
+def _few_shot(images, data: DataOptions, shots: int, seed: int):
+    """`shots` labelled pictures of each class, `None` without pictures."""
+    if images is None:
+        return None
+    from .features import guess_columns
+    from .splits import few_shot
+
+    _, label = guess_columns(images, data.image_column, data.label_column)
+    if label is None:
+        raise ValueError(f"the labelled pictures have no labels; their columns are {', '.join(images.column_names)}.")
+    return images.select(few_shot(images[label], shots, seed, allow_fewer=True))
+
+
+@command(app)
+def inspect(
+    path: Annotated[str, typer.Argument(help="Adapter folder, bridge or calibration file, model; or a Hub id.")],
+    run: RunOptions,
+) -> Result:
+    """What an adapter, bridge, calibration pack or model is. Loads no model.
+
+    [bold]Example:[/bold] hf-transmiter inspect out/adapter
+    """
+    from .inspection import describe
+
+    found = describe(path)
+    return Result(found, "\n".join(_lines(found)))
+
+
+def _lines(facts: dict, indent: str = "") -> list[str]:
+    """Nested facts as indented `key: value` lines; long lists are cut."""
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            more = f", and {len(value) - 5} more" if len(value) > 5 else ""
+            lines.append(f"{indent}{key}: {', '.join(value[:5])}{more}")
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return lines
