@@ -19,6 +19,7 @@ from torch.nn.functional import normalize, pad
 
 from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder, image_inputs
+from .classifier import AnchorClassifier
 from .features import embed_dataset, guess_columns
 from .settings import TuningConfig
 from .splits import few_shot
@@ -29,6 +30,7 @@ from .tuners.prompts.objectives import classification_loss
 
 logger = logging.getLogger(__name__)
 
+PROMPTED = ("{}.",)  # template of class vectors whose context is learnt
 # Pixels of the training images stay in memory up to this many bytes; more are read and scaled again batch by batch.
 PIXEL_MEMORY = 2 * 2**30
 
@@ -48,7 +50,7 @@ def tune(
     checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
     cache_dir: str | os.PathLike | None = None,
-) -> DualEncoder:
+) -> AnchorClassifier:
     """Few-shot tuning of a copy of the weak model.
 
     Minimises ``CE(z, y) + keep_near · KL(softmax(z₀) ‖ softmax(z))`` with ``z = s · x aᵀ`` (B, C), where ``z₀`` is
@@ -68,9 +70,9 @@ def tune(
         cache_dir (`str` or `os.PathLike`, *optional*): of the image embeddings, see [`embed_dataset`].
 
     Returns:
-        [`DualEncoder`]: the tuned model, its adapter named "default". **LoRA**: class vectors are the weak model's,
-        with the same `templates`. **CoOp**: the learnt context takes the place of the template, so its class vectors
-        are ``tuned.embed_names(names, templates=("{}.",))``.
+        [`AnchorClassifier`]: the tuned model (`.encoder`, its PEFT adapter named "default") and the names it was tuned
+        on, with the templates its class vectors are made with: `templates` after LoRA, ``"{}."`` after CoOp, whose
+        learnt context takes the place of the template.
 
     Raises:
         ValueError: no or unusable labels, a class without images, duplicate names, a name too long for the context,
@@ -123,7 +125,8 @@ def tune(
         weak.name_or_path, len(rows), len(names), 100 * hits, losses,
     )  # fmt: skip
     tuned.model.requires_grad_(False)
-    return tuned
+    templates = PROMPTED if config.method == "coop" else anchors.templates
+    return AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -32,7 +32,9 @@ def quick(method="lora", **kwargs):
 @pytest.fixture
 def run(tmp_path):
     def run(weak, dataset, config, **kwargs):
-        return tune(weak, dataset, config=config, progress=False, cache_dir=tmp_path / "features", **kwargs)
+        tuned = tune(weak, dataset, config=config, progress=False, cache_dir=tmp_path / "features", **kwargs)
+        assert tuned.anchors.templates == templates(config.method)
+        return tuned.encoder
 
     return run
 
@@ -165,7 +167,9 @@ def _in_two_processes(folder, dataset, config, out):
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     weak = DualEncoder.from_pretrained(folder)
-    tuned = tune(weak, dataset, config=config, accelerator=accelerator, progress=False, cache_dir=out / "features")
+    tuned = tune(
+        weak, dataset, config=config, accelerator=accelerator, progress=False, cache_dir=out / "features"
+    ).encoder
     assert accelerator.num_processes == 2
     texts = tuned.embed_names(NAMES, ("{}.",))
     save_file({"texts": texts}, out / f"{accelerator.process_index}.safetensors")

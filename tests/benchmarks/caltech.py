@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from hf_transmiter.baselines import emulated_fine_tuning, linear_head, logit_ensemble
 from hf_transmiter.bridge import Bridge, CrossMoment, ModelId, image_moment
+from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.extraction import ExtractionConfig, gradient
 from hf_transmiter.features import FeatureTable
 from hf_transmiter.splits import per_class_split
@@ -105,9 +106,16 @@ class Run:
         c = len(tuned)
         return bridge.carry_class_vectors(tuned, self.text[self.weak][:c], self.text[self.strong][:c], anchors)
 
-    def refit(self, rows: Tensor, vectors: Tensor, teacher: Tensor | None, **settings) -> tuple[Tensor, Tensor]:
-        config = TransferConfig(**settings)
-        fitted = refit(FeatureTable(self.strong.x[rows]), vectors, teacher, self.strong, config)
+    def pack(self, rows: Tensor, tuned: Tensor) -> CalibrationPack:
+        """Tuned and zero-shot weak logits on unlabelled images, as an extraction leaves them."""
+        names = tuple(str(i) for i in range(len(tuned)))
+        x = self.weak.x[rows]
+        zero_shot = self.weak.logits(x, self.text[self.weak][: len(tuned)])
+        return CalibrationPack(self.weak.logits(x, tuned), names, weak_logits=zero_shot)
+
+    def refit(self, rows: Tensor, vectors: Tensor, pack: CalibrationPack | None, **settings) -> tuple[Tensor, Tensor]:
+        table, text = FeatureTable(self.strong.x[rows]), self.text[self.strong][: len(vectors)]
+        fitted = refit(table, vectors, text, pack, self.strong, TransferConfig(**settings))
         return fitted["class_vectors"], fitted["bias"]
 
     def published(self, tuned_logits: Tensor, rows: Tensor, test: Tensor, classes: int) -> dict[str, Tensor]:
@@ -165,9 +173,9 @@ def table_all(run: Run, out: dict) -> None:
     carried = run.carry(run.bridge(unlabelled), tuned)
     vectors = interpolate(carried, run.text[strong], 0.0)
     add("class vectors, embedding bridge (task images)", strong.logits(x, vectors), since)
-    for name, said in (("no teacher logits", None), ("teacher logits", teacher)):
+    for name, pack in (("no teacher logits", None), ("teacher logits", run.pack(unlabelled, tuned))):
         since = time.perf_counter()
-        fitted, bias = run.refit(unlabelled, vectors, said)
+        fitted, bias = run.refit(unlabelled, vectors, pack)
         add(f"class vectors, bridge and refit ({name})", strong.logits(x, fitted) + bias, since)
     table_zero_images(run, out)
 
@@ -220,7 +228,7 @@ def table_novel(run: Run, out: dict) -> None:
     for weight in (0.0, 0.2, 1 / 3, 0.5):
         vectors = interpolate(carried, run.text[strong], weight)
         add(f"class vectors, zero-shot weight {weight:.2f}", strong.logits(x, vectors))
-        fitted, bias = run.refit(images, vectors, teacher)
+        fitted, bias = run.refit(images, vectors, run.pack(images, tuned))
         add(f"class vectors, zero-shot weight {weight:.2f}, refit", strong.logits(x, fitted) + bias)
 
 
@@ -230,14 +238,18 @@ def table_settings(run: Run, out: dict) -> None:
     test, images, labelled = run.of("test"), run.of("unlabelled"), run.of("labelled")
     y, x = run.labels[test], strong.x[test]
     tuned = tune_class_vectors(weak.x[labelled], run.labels[labelled], run.text[weak])
-    teacher = weak.logits(weak.x[images], tuned)
+    pack = run.pack(images, tuned)
     carried = run.carry(run.bridge(images), tuned)
     mean = interpolate(carried, run.text[strong], 0.0)
     for name, vectors in {**carried, "mean of full and delta": mean}.items():
         out[f"transport: {name}"].append(accuracy(strong.logits(x, vectors), y))
-    for key, values in (("shrinkage", (0.3, 1.0, 3.0, 10.0, 30.0)), ("pseudo_count", (0.1, 0.3, 1.0, 3.0))):
+    for key, values in {
+        "shrinkage": (0.3, 1.0, 3.0, 10.0),
+        "pseudo_count": (0.1, 0.3, 1.0, 3.0),
+        "carried_images": (1.0, 2.0, 4.0, 8.0),
+    }.items():
         for value in values:
-            for name, said in (("teacher", teacher), ("no teacher", None)):
+            for name, said in (("teacher", pack), ("no teacher", None)):
                 fitted, bias = run.refit(images, mean, said, **{key: value})
                 out[f"refit: {key} {value}, {name}"].append(accuracy(strong.logits(x, fitted) + bias, y))
 

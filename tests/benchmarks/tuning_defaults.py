@@ -93,7 +93,7 @@ def main() -> None:
                 config, start = TuningConfig(method=arguments.method, seed=seed, **setting), time.process_time()
                 tuned = tune(weak, train, config=config, progress=False)
                 seconds = time.process_time() - start
-                z, _ = logits(tuned, validation, templates)
+                z, _ = logits(tuned.encoder, validation, templates)
                 carried = standardise(z_strong)[0] + standardise(z)[0] - standardise(z_weak)[0]
                 values.append((percent(z, labels), percent(carried, labels), seconds))
             cells.append(cell(values))
