@@ -28,6 +28,7 @@ from .solvers import Sums, check_finite, polar, standardise
 
 
 RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
+SPAN_TOLERANCE = 0.05  # text directions weaker than this share of the strongest do not carry class vectors (logit space)
 _FORMAT = "hf_transmiter.bridge"
 
 
@@ -265,7 +266,8 @@ class Bridge:
 
         ``full = μ_s + s·Q (T - μ_w)`` and ``delta = A_strong + s·Q (T - A_weak)`` in embedding space. In logit space
         only ``delta``: the change is written over the anchors, ``T - A_weak = Bᵀ Ā_w``, and read as
-        ``A_strong + (P B)ᵀ Ā_s`` with Ā the anchors minus their mean.
+        ``A_strong + (P B)ᵀ Ā_s`` with Ā the anchors minus their mean; what lies outside the span of the names, up to
+        `SPAN_TOLERANCE`, stays behind.
 
         Args:
             tuned (`Tensor`): T (C, d_weak).
@@ -280,7 +282,7 @@ class Bridge:
             if anchor_texts is None:
                 raise ValueError("a logit-space bridge carries class vectors by its anchors: pass anchor_texts.")
             weak_anchors, strong_anchors = (a - a.mean(0) for a in anchor_texts)
-            coefficients = torch.linalg.pinv(weak_anchors.T.double()) @ change.T.double()
+            coefficients = torch.linalg.pinv(weak_anchors.T.double(), rtol=SPAN_TOLERANCE) @ change.T.double()
             carried = (self.matrix.double() @ coefficients).T @ strong_anchors.double()
             return {"delta": normalize(strong_text + carried.float(), dim=-1)}
         carry = self.scale * self.matrix

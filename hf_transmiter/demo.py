@@ -19,11 +19,12 @@ from transformers import CLIPModel
 from . import figures, report, sandbox
 from .anchors import Anchors
 from .backbone import DualEncoder
-from .bridge import Bridge
+from .bridge import Bridge, ModelId, image_moment
 from .classifier import AnchorClassifier
 from .comparison import Comparison, compare
 from .evaluation import Score, aggregate, evaluate
 from .extraction import ExtractionConfig, extract
+from .features import embed_dataset
 from .prompt_tuning import TuningConfig, tune
 from .splits import base_novel, few_shot
 from .transferring import TransferConfig, transfer
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 METHODS = {"print": "lora", "night": "lora", "neon": "lora", "jargon": "coop"}
 """How the weak model is tuned: the image tower where pictures changed, a prompt where words are unknown."""
 DOMAINS = ("print", "jargon")
+SANDBOX_LR = 1e-2  # its models are tiny; the default of TuningConfig is for CLIPs of usual size
 NUM_ANCHORS = 320  # enough for the sandbox's few hundred phrases
 
 
@@ -83,7 +85,10 @@ class Task:
         Returns:
             The comparison and the tuned weak model.
         """
-        config, options = TuningConfig(method=method, seed=seed), {"progress": progress, "cache_dir": cache_dir}
+        config, options = (
+            TuningConfig(method=method, seed=seed, lr=SANDBOX_LR),
+            {"progress": progress, "cache_dir": cache_dir},
+        )
         train, unlabelled = self.images("train"), self.images("unlabelled")
         names, seen = train.features["label"].names, None
         shots = few_shot(train["label"], config.shots, seed)
@@ -253,11 +258,15 @@ def _accuracy(classifier: AnchorClassifier, test, progress: bool) -> float:
 def beta_sweep(task: Task, teacher, progress: bool = False) -> list[tuple[float, float]]:
     """Accuracy of the published adapter on the strong model for several β."""
     config = ExtractionConfig(solver="gradient", basis="fixed")
-    images, test = task.images("unlabelled"), task.images("test")
-    adapter = extract(task.weak, teacher, images, anchors=task.anchors, config=config, progress=progress)
-    points = []
-    for beta in (1e-3, 1.0, 10.0, 50.0, 150.0, 500.0, 5000.0, 5e5):
-        upgraded = transfer(adapter, task.strong, images, config=TransferConfig(beta=beta), progress=progress)
+    images, test, options = task.images("unlabelled"), task.images("test"), {"progress": progress}
+    adapter = extract(task.weak, teacher, images, anchors=task.anchors, config=config, **options)
+    tables = [embed_dataset(model, images, **options) for model in task.models]
+    texts = [model.embed_names(task.anchors.names, task.anchors.templates) for model in task.models]
+    moment = image_moment(*task.models, tables, texts)
+    pair, points = [ModelId.of(model) for model in task.models], []
+    for beta in (1e-3, 1.0, 10.0, 100.0, 500.0, 5000.0, 5e5):
+        bridge = Bridge.from_moment(moment, *pair, space="logit", beta=beta, anchors=task.anchors)
+        upgraded = transfer(adapter, task.strong, bridge=bridge, **options)
         points.append((beta, _accuracy(upgraded, test, progress)))
     return points
 
@@ -280,7 +289,7 @@ def image_sweep(task: Task, teacher, progress: bool = False) -> list[tuple[float
     """Accuracy of the refit for several numbers of unlabelled images."""
     images, test, points = task.images("unlabelled"), task.images("test"), []
     names = test.features["label"].names
-    for count in (36, 72, 150, 300, 750, len(images)):
+    for count in (36, 144, 576, len(images)):
         some = images.select(range(count))
         adapter = extract(task.weak, teacher, some, class_names=names, progress=progress)
         points.append(
