@@ -85,7 +85,7 @@ def load_images(
     if max_images is not None:
         if max_images < 1:
             raise ValueError(f"max_images must be at least 1, got {max_images}.")
-        dataset = dataset.shuffle(seed=0).select(range(min(max_images, len(dataset))))
+        dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
     return dataset
 
 
@@ -97,7 +97,7 @@ def _load(source: str, split: str | None, prefer: Sequence[str], subset: str | N
             return saved[_choose(list(saved), split, prefer, source)] if isinstance(saved, DatasetDict) else saved
         where = _files(name) or {"path": name, "name": subset, "revision": revision}
         builder = load_dataset_builder(**where)
-        splits = list(builder.info.splits or builder.config.data_files or {})
+        splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
         return load_dataset(**where, split=_choose(splits, split, prefer, source))
     except DatasetsError as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
@@ -163,7 +163,10 @@ def load_encoder(
         revision = revision or suffix
         if not Path(name).is_dir():
             _check_hub_id(name, "model")
-    return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
+    try:
+        return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
+    except OSError as error:
+        raise OSError(f"cannot load the model {source!r}: {error}") from error
 
 
 @dataclass
@@ -200,17 +203,17 @@ class TeacherFacts:
 
 def save_teacher(
     folder: str | os.PathLike,
-    tuned: DualEncoder,
+    tuned: AnchorClassifier,
     weak: DualEncoder,
-    class_names: Sequence[str],
     templates: Sequence[str],
     config: TuningConfig,
 ) -> None:
-    """Writes what `tune` returned: an ordinary PEFT adapter, and `teacher.json` ([`TeacherFacts`])."""
-    own = ["{}."] if config.method == "coop" else list(templates)
-    facts = TeacherFacts(
-        weak.name_or_path, weak.revision, weak.fingerprint, list(class_names), own, list(templates), asdict(config)
-    )
+    """Writes what `tune(weak, ..., config, templates=templates)` returned: an ordinary PEFT adapter, and
+    `teacher.json` ([`TeacherFacts`])."""
+    anchors = tuned.anchors.to_dict()
+    model = {"weak": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
+    names = {"class_names": anchors["task"], "templates": anchors["templates"]}
+    facts = TeacherFacts(**model, **names, zero_shot_templates=list(templates), settings=asdict(config))
     tuned.model.save_pretrained(os.fspath(folder))
     (Path(folder) / TEACHER_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
 

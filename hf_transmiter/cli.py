@@ -96,17 +96,13 @@ def tune(
     """  # noqa: E501
     output.check(run)
     from .catalog import load_encoder, read_names, read_templates, save_teacher
-    from .features import guess_columns
     from .prompt_tuning import tune
 
     encoder, templates = load_encoder(weak, **models.load(run)), read_templates(names.template)
-    images = data.load(dataset, LABELLED, data.split)
-    _, label = guess_columns(images, data.image_column, data.label_column)
-    class_names = read_names(names.class_names) or getattr(images.features.get(label), "names", None)
     tuned = tune(
         encoder,
-        images,
-        class_names,
+        data.load(dataset, LABELLED, data.split),
+        read_names(names.class_names),
         config,
         templates=templates,
         image_column=data.image_column,
@@ -116,9 +112,10 @@ def tune(
         progress=run.progress,
         cache_dir=data.cache_dir,
     )
-    output.write(lambda folder: save_teacher(folder, tuned, encoder, class_names, templates, config), values, run)
-    found = {"output_dir": str(output.output_dir), "method": config.method, "num_classes": len(class_names)}
-    return Result(found, f"Tuned {weak} ({config.method}) on {len(class_names)} classes: {output.output_dir}")
+    output.write(lambda folder: save_teacher(folder, tuned, encoder, templates, config), values, run)
+    count = len(tuned.class_names)
+    found = {"output_dir": str(output.output_dir), "method": config.method, "num_classes": count}
+    return Result(found, f"Tuned {weak} ({config.method}) on {count} classes: {output.output_dir}")
 
 
 @command(app)

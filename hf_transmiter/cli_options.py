@@ -13,8 +13,9 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -327,11 +328,11 @@ def _reporting(run: RunOptions) -> Iterator[None]:
     logger = logging.getLogger(__package__)
     before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.ERROR if run.quiet or not run.main_process else logging.INFO)
-    if run.quiet or not run.main_process:
-        _silence()
+    quiet = run.quiet or not run.main_process
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
     try:
-        yield
+        with _silence() if quiet else nullcontext():
+            yield
     except (ValueError, OSError) as error:
         if run.debug:
             raise
@@ -341,7 +342,24 @@ def _reporting(run: RunOptions) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _silence() -> None:
-    """No bars and remarks of the libraries either; they read these when they are imported."""
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", DATASETS_VERBOSITY="error")
-    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and remarks of the libraries either: they read these variables when a command imports them."""
+    variables = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -39,7 +39,7 @@ def describe(source: str) -> dict:
         return _adapter(source, adapter)
     config = read_json(source, "config.json")
     if config is None:
-        raise ValueError(f"{source!r} holds neither adapter_config.json nor config.json: no adapter and no model.")
+        raise ValueError(f"found neither adapter_config.json nor config.json in {source!r}: no adapter and no model.")
     towers = {key: config[key].get("hidden_size") for key in ("vision_config", "text_config") if config.get(key)}
     facts = {"model_type": config.get("model_type"), "embed_dim": config.get("projection_dim"), "hidden_size": towers}
     return {"kind": "model", **facts, **_size(fetch(source, "model.safetensors"))}
@@ -52,15 +52,9 @@ def _adapter(source: str, config: dict) -> dict:
         pack = fetch(source, "calibration.safetensors")
         anchors = load_anchors(source)
         facts = {key: config.get(key) for key in ("form", "embed_dim", "provenance")}
-        calibration = None if pack is None else _file(pack)
-        return {
-            "kind": "TransMiter adapter",
-            **base,
-            **facts,
-            **_names(anchors),
-            "calibration": calibration,
-            **weights,
-        }
+        facts["calibration"] = None if pack is None else _file(pack)
+        size = {} if weights is None else _header(weights)[1]
+        return {"kind": "TransMiter adapter", **base, **facts, **_names(anchors), **size}
     teacher = read_json(source, TEACHER_FILE)
     facts = {"peft_type": config.get("peft_type"), **base}
     if teacher is None:
