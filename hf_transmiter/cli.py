@@ -50,6 +50,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    # Typer imports pydantic to find out that nobody asked for the overview, which costs every --help 0.3 s.
+    context_settings={"default_map": {"help": False}},
 )
 
 
@@ -70,6 +72,8 @@ def demo(
 
     [bold]Example:[/bold] hf-transmiter demo --output-dir out
     """
+    if run.accelerator is not None:
+        raise ValueError("the demo runs in one process: start it without accelerate launch.")
     from .demo import run_demo
 
     options = {"progress": run.progress, "overwrite": overwrite}

@@ -334,7 +334,7 @@ def _reporting(run: RunOptions) -> Iterator[None]:
         with _silence() if quiet else nullcontext():
             yield
     except (ValueError, OSError) as error:
-        if run.debug:
+        if run.debug or isinstance(error, BrokenPipeError):  # `| head` closed the pipe: typer leaves quietly
             raise
         _fail(str(error) or type(error).__name__)
     finally:
