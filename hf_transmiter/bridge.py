@@ -28,7 +28,7 @@ from .solvers import Sums, check_finite, polar, standardise
 
 
 RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
-SPAN_TOLERANCE = 0.05  # text directions weaker than this share of the strongest do not carry class vectors (logit space)
+SPAN_TOLERANCE = 0.05  # weaker text directions, in shares of the strongest, do not carry class vectors (logit space)
 _FORMAT = "hf_transmiter.bridge"
 
 

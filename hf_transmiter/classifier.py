@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -124,7 +126,7 @@ class AnchorClassifier(nn.Module):
         Returns:
             `list[list[dict]]`: per image `{"label": name, "score": probability}`, best first.
         """
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        images = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else list(images)
         names, results = self.class_names, []
         for start in range(0, len(images), batch_size):
             pixels = self.encoder.preprocess(images[start : start + batch_size])

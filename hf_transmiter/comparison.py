@@ -62,9 +62,9 @@ class Comparison:
 def recommend(*, own_class_vectors: bool, unlabelled: bool, general: bool) -> tuple[str, str]:
     """The way to upgrade to take, from what is known without labels, and why (figures: README, "What to expect")."""
     if unlabelled:
-        kind = "class vectors or prompts" if own_class_vectors else "the image tower"
+        tuned = "prompts or class vectors were" if own_class_vectors else "the image tower was"
         return "refit", (
-            f"{kind} were tuned and there are unlabelled task images: the refit joins the tuned model, the strong "
+            f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model, the strong "
             "model's own knowledge and the carried class vectors, and costs nothing at run time."
         )
     source = "general images" if general else "text"

@@ -151,15 +151,18 @@ def run_demo(
         `dict`: `scores` (`list[Score]` over all tasks, `split` names the task), `recommended`, `output_dir`, `table`.
 
     Raises:
-        FileExistsError: `output_dir` is not empty and `overwrite` is `False`.
+        FileExistsError: `output_dir` is not empty, and `overwrite` is `False` or it holds something else than a demo.
         ValueError: an unknown task.
     """
     domains, target = tuple(domains or DOMAINS), Path(output_dir)
     unknown = [domain for domain in domains if domain not in METHODS]
     if unknown:
         raise ValueError(f"there is no sandbox task {unknown[0]!r}; there are {', '.join(METHODS)}.")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} is not empty: choose another folder or pass --overwrite.")
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{target} is not empty: choose another folder or pass --overwrite.")
+        if not (target / "scores.json").is_file():
+            raise FileExistsError(f"{target} does not hold an earlier demo and is not replaced: choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -44,6 +44,9 @@ def extract(
 ) -> AnchorClassifier:
     """An adapter that turns the weak model's predictions into its fine-tuned version's.
 
+    What it is for is to be carried over. On the weak model itself the default solver stays short of the tuned model:
+    it keeps the directions that carry over and gives up others (`solver="ridge"` stays truest there).
+
     Args:
         weak (`DualEncoder`): the pre-trained model the teacher was tuned from.
         teacher: any fine-tuned version of it, see [`Teacher`].

@@ -1,0 +1,117 @@
+"""compare on tiny random models: every row is there, is what its own function gives, and needs what it says."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_transmiter.anchors import Anchors
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.comparison import AT_RUN_TIME, LABELS, compare, recommend
+from hf_transmiter.extraction import ExtractionConfig, extract
+from hf_transmiter.transferring import transfer
+from hf_transmiter.tuners import TransMiterConfig
+
+
+NAMES = ("cat", "dog", "car")
+
+
+@pytest.fixture(scope="module")
+def found(model_dir, make_dataset):
+    weak = DualEncoder.from_pretrained(model_dir("clip"))
+    strong = DualEncoder.from_pretrained(model_dir("siglip", seed=1))
+    text = weak.embed_names(NAMES)
+    moved = torch.nn.functional.normalize(text + 0.1 * torch.randn(text.shape), dim=-1)
+    config = TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+    tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
+    teacher = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors)
+    sets = {name: make_dataset(30, seed=seed) for seed, name in enumerate(("test", "unlabelled"))}
+    sets["labelled"] = make_dataset(30, names=NAMES[:2], seed=2)
+    result = compare(
+        weak,
+        strong,
+        teacher,
+        sets["test"],
+        unlabelled=sets["unlabelled"],
+        labelled=sets["labelled"],
+        general=make_dataset(30, names=("tree", "ship"), seed=9),
+        tuned_strong=strong,
+        anchors=Anchors(NAMES, ("tree", "ship", "red", "blue")),
+        text_anchors=Anchors((), ("tree", "ship", "red", "blue", "old", "big")),
+        gradient=ExtractionConfig(solver="gradient", basis="fixed", epochs=1),
+        seen_classes=NAMES[:2],
+        progress=False,
+    )
+    return result, weak, strong, teacher, sets
+
+
+def test_every_method_has_every_metric(found):
+    result = found[0]
+    assert {score.metric for score in result.scores} == {"accuracy", "base", "novel", "hm", "joint"}
+    assert len(result.scores) == 5 * len(result.logits) and len(result.logits) == 20
+    assert all(torch.isfinite(z).all() and z.shape == (30, 3) for z in result.logits.values())
+    assert all(score.seconds >= 0 for score in result.scores)
+
+
+def test_rows_are_what_the_public_functions_give(found):
+    result, weak, strong, teacher, sets = found
+    adapter = extract(weak, teacher, sets["unlabelled"], progress=False)
+    upgraded = transfer(adapter, strong, sets["unlabelled"], seen_classes=NAMES[:2], progress=False)
+    x = strong.embed_images(sets["test"]["image"])
+    with torch.no_grad():
+        assert torch.allclose(result.logits["refit"], upgraded.classify(x), atol=1e-4)
+    eft = result.logits["zero-shot strong"] + result.logits["tuned weak"] - result.logits["zero-shot weak"]
+    assert torch.allclose(result.logits["EFT"], eft, atol=1e-5)
+    assert torch.allclose(result.logits["tuned strong"], result.logits["zero-shot strong"], atol=1e-4)
+
+
+def test_notes_name_what_a_method_needs(found):
+    result = found[0]
+    assert {m for m, note in result.notes.items() if note == AT_RUN_TIME} == {
+        "EFT",
+        "EFT averaged with tuned weak",
+        "logit ensemble",
+    }
+    assert {m for m, note in result.notes.items() if note == LABELS} == {
+        "linear probe",
+        "TransMiter+ from identity",
+        "TransMiter+ from refit",
+        "tuned strong",
+    }
+
+
+def test_the_recommended_method_was_run_and_can_be_saved(found, tmp_path):
+    result = found[0]
+    assert result.recommended == "refit" and result.reason
+    result.classifiers[result.recommended].save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_what_is_not_at_hand_is_left_out(found):
+    _, weak, strong, teacher, sets = found
+    result = compare(weak, strong, teacher, sets["test"], text_anchors=Anchors((), ("tree", "ship")), progress=False)
+    assert list(result.logits) == [
+        "zero-shot weak",
+        "zero-shot strong",
+        "tuned weak",
+        "EFT",
+        "EFT averaged with tuned weak",
+        "logit ensemble",
+        "bridge from text",
+    ]
+    assert result.recommended == "bridge from text"
+    with pytest.raises(KeyError, match="no score 'accuracy' of 'refit'"):
+        result.value("refit")
+
+
+def test_recommendation_follows_the_data():
+    assert recommend(own_class_vectors=True, unlabelled=True, general=True)[0] == "refit"
+    assert recommend(own_class_vectors=True, unlabelled=False, general=True)[0] == "bridge from general images"
+    assert recommend(own_class_vectors=True, unlabelled=False, general=False)[0] == "bridge from text"
+
+
+def test_a_test_set_without_names_is_refused(found):
+    _, weak, strong, teacher, sets = found
+    bare = Dataset.from_dict({"image": sets["test"]["image"], "label": sets["test"]["label"]})
+    with pytest.raises(ValueError, match="pass class_names"):
+        compare(weak, strong, teacher, bare, progress=False)

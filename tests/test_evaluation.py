@@ -1,0 +1,79 @@
+import math
+import time
+
+import pytest
+import torch
+
+from hf_transmiter.anchors import Anchors
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.evaluation import Score, aggregate, align_labels, evaluate, measured, score_logits
+from hf_transmiter.features import FeatureTable, embed_dataset
+
+
+LOGITS = torch.tensor([[3.0, 1, 0, 9], [0, 3, 1, 2], [0, 9, 3, 1], [5, 0, 1, 3]])
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def test_all_class_accuracy():
+    assert score_logits(LOGITS, LABELS) == {"accuracy": 25.0}
+    assert score_logits(LOGITS, LABELS, base=[0, 1, 2, 3]) == {"accuracy": 25.0}  # nothing is novel
+
+
+def test_base_to_novel_scores_each_half_among_its_own_names_and_jointly():
+    scores = score_logits(LOGITS, LABELS, base=[0, 1])
+    # Among {0, 1}: rows 0 and 1 are right; among {2, 3}: row 2 says 2 and row 3 says 3.
+    assert scores == {"accuracy": 25.0, "base": 100.0, "novel": 100.0, "hm": 100.0, "joint": 25.0}
+    worse = LOGITS.clone()
+    worse[3, 2] = 9
+    scores = score_logits(worse, LABELS, base=[0, 1])
+    assert scores["novel"] == 50.0 and scores["hm"] == pytest.approx(2 * 100 * 50 / 150)
+
+
+def test_a_half_without_images_is_not_a_number():
+    assert math.isnan(score_logits(LOGITS[:2], LABELS[:2], base=[0, 1])["novel"])
+
+
+def test_bad_labels():
+    with pytest.raises(ValueError, match="no image"):
+        score_logits(LOGITS[:0], LABELS[:0])
+    with pytest.raises(ValueError, match=r"\[0, 4\), found 0\.\.4"):
+        score_logits(LOGITS, LABELS + torch.tensor([0, 0, 0, 1]))
+
+
+def test_labels_are_matched_by_name():
+    table = FeatureTable(torch.eye(3), [0, 1, 2], ["dog", "cat", "car"])
+    assert align_labels(table, ["cat", "car", "dog"]).tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="'car' is not among"):
+        align_labels(table, ["cat", "dog"])
+    with pytest.raises(ValueError, match="needs labels"):
+        align_labels(FeatureTable(torch.eye(3)), ["cat"])
+
+
+def test_evaluate_equals_counting_predictions(encoder, make_dataset):
+    dataset, names = make_dataset(15), ("cat", "dog", "car")
+    classifier = AnchorClassifier(encoder, Anchors(names, ("tree",)))
+    [score] = evaluate(classifier, dataset, progress=False)
+    best = [row[0]["label"] for row in classifier.predict(dataset["image"])]
+    hits = sum(name == names[label] for name, label in zip(best, dataset["label"], strict=True))
+    assert (score.method, score.split, score.metric) == ("model", "test", "accuracy")
+    assert score.value == pytest.approx(100 * hits / 15, abs=1e-4)
+    metrics = [s.metric for s in evaluate(classifier, dataset, seen_classes=["cat"], progress=False)]
+    assert metrics == ["accuracy", "base", "novel", "hm", "joint"]
+    assert len(embed_dataset(encoder, dataset, progress=False)) == 15
+
+
+def test_aggregate_takes_mean_and_sample_deviation_over_seeds():
+    runs = [[Score("a", "test", "accuracy", v, seconds=s), Score("b", "test", "accuracy", 1.0)] for v, s in
+            ((10.0, 1.0), (20.0, 3.0), (30.0, None))]  # fmt: skip
+    first, second = aggregate(runs)
+    assert (first.value, first.std, first.seconds, first.seeds) == (20.0, 10.0, 2.0, 3)
+    assert (second.value, second.std, second.seconds, second.seeds) == (1.0, 0.0, None, 3)
+    assert aggregate(runs[:1])[0].std == 0.0
+
+
+def test_measured_sees_time_and_memory():
+    with measured() as cost:
+        block = torch.ones(30_000_000)
+        time.sleep(0.05)
+        del block
+    assert cost["seconds"] >= 0.05 and cost["peak_mb"] > 60
