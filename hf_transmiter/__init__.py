@@ -1,12 +1,13 @@
 """hf_transmiter: carry a fine-tuned CLIP over to a stronger CLIP.
 
-Reading order, the way data flows: `catalog`-free inputs `splits`, `vocabulary`, `anchors` (what is asked); `backbone`,
-`classifier`, `features` (who answers); `solvers`, `tuners`, `teachers`, `extraction`, `bridge`, `transferring`,
-`label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `report` (what it is worth); `cli`.
+Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is asked); `backbone`, `features`,
+`classifier` (who answers); `solvers`, `tuners`, `prompt_tuning`, `teachers`, `extraction`, `bridge`, `transferring`,
+`label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `comparison`, `report` (what it is worth);
+`sandbox`, `demo`, `catalog`, `cli`.
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
-image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class vectors.
-weak: the pre-trained model; tuned: it after any fine-tuning; strong: the model that shall inherit.
+image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class
+vectors. weak: the pre-trained model; tuned: it after any fine-tuning; strong: the model that shall inherit.
 """
 
 import importlib

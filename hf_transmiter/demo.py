@@ -27,7 +27,7 @@ from .extraction import ExtractionConfig, extract
 from .features import embed_dataset
 from .prompt_tuning import TuningConfig, tune
 from .splits import base_novel, few_shot
-from .transferring import TransferConfig, transfer
+from .transferring import transfer
 
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def run_demo(
         if not overwrite:
             raise FileExistsError(f"{target} is not empty: choose another folder or pass --overwrite.")
         if not (target / "scores.json").is_file():
-            raise FileExistsError(f"{target} does not hold an earlier demo and is not replaced: choose another folder.")
+            raise FileExistsError(f"{target} holds something else than a demo: choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

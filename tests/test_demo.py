@@ -1,0 +1,38 @@
+import json
+
+import pytest
+from PIL import Image
+
+from hf_transmiter import demo
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.report import read_scores
+
+
+def test_refuses_unknown_tasks_and_outputs_that_are_not_its_own(tmp_path):
+    with pytest.raises(ValueError, match="no sandbox task 'mars'; there are print"):
+        demo.run_demo(tmp_path / "out", domains=["mars"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        demo.run_demo(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="something else than a demo"):
+        demo.run_demo(tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_leaves_everything_behind(tmp_path):
+    found = demo.run_demo(tmp_path / "out", domains=["jargon"], ceiling=False, progress=False)
+    out = tmp_path / "out"
+    scores = {score.method: score.value for score in read_scores(out / "scores.json")}
+    assert scores["refit"] > scores["zero-shot strong"] + 10 and scores["refit"] > scores["tuned weak"]
+    rows = json.loads((out / "scores.json").read_text())
+    assert set(rows[0]) >= {"method", "split", "metric", "value", "std", "seconds", "peak_mb"}
+    figures = sorted(path.name for path in (out / "figures").iterdir())
+    assert figures == [f"jargon_{name}.png" for name in ("beta", "confusion", "images", "lambda", "methods")]
+    for name in figures:
+        assert min(Image.open(out / "figures" / name).size) > 300 and name in (out / "report.md").read_text()
+    assert AnchorClassifier.from_pretrained(out / "jargon" / "adapter").calibration is not None
+    assert (out / "jargon" / "bridge.safetensors").is_file()
+    assert len(AnchorClassifier.from_pretrained(out / "jargon" / "strong_adapter").class_names) == 36
+    assert found["recommended"] == {"jargon": "refit"}
