@@ -59,8 +59,19 @@ class Comparison:
         raise KeyError(f"no score {metric!r} of {method!r}; methods: {list(self.logits)}.")
 
 
-def recommend(*, own_class_vectors: bool, unlabelled: bool, general: bool) -> tuple[str, str]:
-    """The way to upgrade to take, from what is known without labels, and why (figures: README, "What to expect")."""
+def recommend(*, own_class_vectors: bool, unlabelled: bool, general: bool, unseen: bool = False) -> tuple[str, str]:
+    """The way to upgrade to take, from what is known without labels, and why (figures: README, "What to expect").
+
+    Args:
+        own_class_vectors (`bool`): whether prompts or class vectors were tuned, and not the image tower.
+        unlabelled, general (`bool`): whether there are unlabelled images of the task, or any images.
+        unseen (`bool`, *optional*, defaults to `False`): whether the tuning saw only some of the classes.
+    """
+    if unlabelled and unseen:
+        return "bridge from task images", (
+            "the tuning saw only some of the classes: the bridge carries the change to all of them, while a refit on "
+            "the tuned model's labels would take accuracy from the others."
+        )
     if unlabelled:
         tuned = "prompts or class vectors were" if own_class_vectors else "the image tower was"
         return "refit", (
@@ -143,7 +154,10 @@ def compare(
             found.scores.append(Score(method, split, metric, value, **cost))
     found.bridges = task.bridges
     found.recommended, found.reason = recommend(
-        own_class_vectors=task.own_class_vectors, unlabelled=unlabelled is not None, general=general is not None
+        own_class_vectors=task.own_class_vectors,
+        unlabelled=unlabelled is not None,
+        general=general is not None,
+        unseen=base is not None and len(base) < len(names),
     )
     return found
 
@@ -312,7 +326,14 @@ class _Task:
     def refit(self, adapter: AnchorClassifier, packed: bool = True) -> AnchorClassifier:
         if not packed:
             adapter.calibration = None
-        return transfer(adapter, self.strong, self.sets["unlabelled"], seen_classes=self.seen_classes, **self.options)
+        return transfer(
+            adapter,
+            self.strong,
+            self.sets["unlabelled"],
+            seen_classes=self.seen_classes,
+            config=TransferConfig(refit=True),
+            **self.options,
+        )
 
     def label_tune(self, adapter: AnchorClassifier) -> AnchorClassifier:
         return label_tune(adapter, self.sets["labelled"], seen_classes=self.seen_classes, **self.options)

@@ -153,12 +153,14 @@ class TransferConfig:
     """Settings of [`transfer`].
 
     Args:
-        refit (`bool`, *optional*, defaults to `True`):
+        refit (`bool`, *optional*):
             With images: fit the carried class vectors to the strong model's embeddings of them (class vectors only).
+            Done when omitted, unless some classes are not among the `seen_classes`: the tuned model's labels teach
+            nothing about those, and a refit takes accuracy from them.
         zero_shot_weight (`float`, *optional*):
             Share of the strong model's own class vectors in the carried ones: 0 keeps all that tuning taught, larger
             values protect classes that the tuning never saw. Chosen by `seen_classes` when omitted: 0 without
-            unseen classes, else 1/2.
+            unseen classes, else 1/3.
         shrinkage (`float`, *optional*, defaults to 1.0): of the refit's covariance, in units of its mean variance.
         pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
         carried_images (`float`, *optional*, defaults to 4.0):
@@ -167,7 +169,9 @@ class TransferConfig:
         beta_per_image (`float`, *optional*): β = this times N instead.
     """
 
-    refit: bool = field(default=True, metadata={"help": "With images: fit the carried class vectors to them."})
+    refit: bool | None = field(
+        default=None, metadata={"help": "Fit the carried class vectors to images; done if unset and all classes seen."}
+    )
     zero_shot_weight: float | None = field(
         default=None, metadata={"help": "Share of the strong model's own class vectors; by seen classes if unset."}
     )

@@ -92,22 +92,25 @@ def transfer(
         tensors.update(basis=bridge.carry_basis(tensors["basis"]), anchors=text)
     else:
         weight = config.zero_shot_weight
-        weight = (0.5 if unseen else 0.0) if weight is None else weight
+        weight = (1 / 3 if unseen else 0.0) if weight is None else weight
         anchor_texts = None
         if bridge.space == "logit":
             names, templates = bridge.anchors.names, bridge.anchors.templates
             anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
         carried = bridge.carry_class_vectors(tensors["class_vectors"], tensors["anchors"], text, anchor_texts)
-        if not source.provenance.get("own_class_vectors"):
+        own = bool(source.provenance.get("own_class_vectors"))
+        if not own:
             # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
             carried = {"delta": carried["delta"]}
         vectors = interpolate(carried, text, weight)
         tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
         facts["zero_shot_weight"] = weight
-        if dataset is not None and config.refit:
+        wanted = not unseen if config.refit is None else config.refit
+        if dataset is not None and wanted:
             table = embed_dataset(strong, dataset, **options)
             pack = _teacher_on(table, dataset, adapter, teacher, options)
-            tensors.update(refit(table, vectors, text, pack, strong, config, accelerator))
+            fitted = refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own)
+            tensors.update(fitted)
             facts.update(refit_on=len(table), teacher_logits=pack is not None)
     upgraded = TransMiterConfig(
         class_names=list(source.class_names),
@@ -143,6 +146,8 @@ def refit(
     strong: DualEncoder,
     config: TransferConfig,
     accelerator=None,
+    *,
+    ask_carried: bool = True,
 ) -> dict[str, Tensor]:
     """Class vectors fitted to unlabelled images around the carried ones, from two passes of streamed sums.
 
@@ -156,6 +161,9 @@ def refit(
         vectors (`Tensor`): T (C, d), carried, unit rows.
         zero_shot (`Tensor`): the strong model's own (C, d).
         pack (`CalibrationPack` or `None`): t and w on these images; without it q = softmax(c).
+        ask_carried (`bool`, *optional*, defaults to `True`):
+            Whether c is one of the experts. [`transfer`] leaves it out where an image tower was tuned: class vectors
+            hold only part of that, and where zero-shot is systematically wrong (neon) they repeat the error.
 
     Returns:
         `class_vectors` (C, d) and `bias` (C,) of the adapter.
@@ -170,7 +178,7 @@ def refit(
             start += len(x)
             if number % world != rank:
                 continue
-            labels = scale * x @ vectors.T
+            labels = scale * x @ vectors.T if ask_carried or pack is None else torch.zeros(len(x), len(vectors))
             if pack is not None:
                 labels = labels + pack.logits[rows]
                 if pack.weak_logits is not None:
@@ -181,7 +189,7 @@ def refit(
     fitted, bias, spread = discriminant_head(
         blocks, vectors, ratio, config.shrinkage, config.pseudo_count, accelerator
     )
-    experts = 1 if pack is None else 2 if pack.weak_logits is None else 3
+    experts = 1 if pack is None else ask_carried + (1 if pack.weak_logits is None else 2)
     return {"class_vectors": fitted * spread / experts / scale, "bias": bias * spread / experts}
 
 

@@ -9,7 +9,7 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison import AT_RUN_TIME, LABELS, compare, recommend
 from hf_transmiter.extraction import ExtractionConfig, extract
-from hf_transmiter.transferring import transfer
+from hf_transmiter.transferring import TransferConfig, transfer
 from hf_transmiter.tuners import TransMiterConfig
 
 
@@ -56,10 +56,14 @@ def test_every_method_has_every_metric(found):
 def test_rows_are_what_the_public_functions_give(found):
     result, weak, strong, teacher, sets = found
     adapter = extract(weak, teacher, sets["unlabelled"], progress=False)
-    upgraded = transfer(adapter, strong, sets["unlabelled"], seen_classes=NAMES[:2], progress=False)
+    seen = {"seen_classes": NAMES[:2], "progress": False}
+    upgraded = transfer(adapter, strong, sets["unlabelled"], config=TransferConfig(refit=True), **seen)
     x = strong.embed_images(sets["test"]["image"])
     with torch.no_grad():
         assert torch.allclose(result.logits["refit"], upgraded.classify(x), atol=1e-4)
+    bridged = transfer(adapter, strong, sets["unlabelled"], **seen)  # no refit: one class was not seen
+    with torch.no_grad():
+        assert torch.allclose(result.logits["bridge from task images"], bridged.classify(x), atol=1e-4)
     eft = result.logits["zero-shot strong"] + result.logits["tuned weak"] - result.logits["zero-shot weak"]
     assert torch.allclose(result.logits["EFT"], eft, atol=1e-5)
     assert torch.allclose(result.logits["tuned strong"], result.logits["zero-shot strong"], atol=1e-4)
@@ -82,7 +86,7 @@ def test_notes_name_what_a_method_needs(found):
 
 def test_the_recommended_method_was_run_and_can_be_saved(found, tmp_path):
     result = found[0]
-    assert result.recommended == "refit" and result.reason
+    assert result.recommended == "bridge from task images" and result.reason
     result.classifiers[result.recommended].save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -106,6 +110,8 @@ def test_what_is_not_at_hand_is_left_out(found):
 
 def test_recommendation_follows_the_data():
     assert recommend(own_class_vectors=True, unlabelled=True, general=True)[0] == "refit"
+    unseen = recommend(own_class_vectors=True, unlabelled=True, general=True, unseen=True)
+    assert unseen[0] == "bridge from task images"
     assert recommend(own_class_vectors=True, unlabelled=False, general=True)[0] == "bridge from general images"
     assert recommend(own_class_vectors=True, unlabelled=False, general=False)[0] == "bridge from text"
 

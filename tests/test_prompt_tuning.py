@@ -263,7 +263,7 @@ def test_sandbox_task(run, tmp_path, method, domain, lift):
     weak = DualEncoder.from_pretrained(model_path("weak"))
     # Another seed's validation split is a small pool to draw from, quicker to render than the training split.
     pool, validation, hits = load_dataset(domain, "validation", seed=1), load_dataset(domain, "validation"), []
-    tuned = run(weak, pool, TuningConfig(method=method, shots=4, epochs=6))
+    tuned = run(weak, pool, TuningConfig(method=method, shots=4, epochs=6, lr=1e-2))
     names = validation.features["label"].names
     for encoder, prompts in ((weak, templates("lora")), (tuned, templates(method))):
         table = embed_dataset(encoder, validation, progress=False, cache_dir=tmp_path)

@@ -252,7 +252,7 @@ def test_unseen_classes_keep_a_share_of_zero_shot(weak, strong):
     text = strong.embed_names(NAMES)
     for seen, config, weight in (
         (NAMES, None, 0.0),
-        (("cat",), None, 0.5),
+        (("cat",), None, 1 / 3),
         (("cat",), TransferConfig(zero_shot_weight=0.25), 0.25),
         (None, TransferConfig(zero_shot_weight=1.0), 1.0),
     ):
