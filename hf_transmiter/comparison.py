@@ -159,7 +159,21 @@ def compare(
         general=general is not None,
         unseen=base is not None and len(base) < len(names),
     )
+    found.reason += _what_beats(found)
     return found
+
+
+def _what_beats(found: Comparison) -> str:
+    """A sentence on the best method that scored higher on these test images than the recommended one, if any did."""
+    own = found.value(found.recommended)
+    better = [m for m in found.logits if m not in (found.recommended, "tuned strong") and found.value(m) > own]
+    if not better:
+        return ""
+    best = max(better, key=found.value)
+    need = found.notes.get(best)
+    return f" On these test images {best} scored higher ({found.value(best):.1f} against {own:.1f})" + (
+        f"; it {need}." if need else "."
+    )
 
 
 def _baselines(task: _Task) -> list[tuple]:

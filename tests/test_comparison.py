@@ -7,7 +7,8 @@ from datasets import Dataset
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.comparison import AT_RUN_TIME, LABELS, compare, recommend
+from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, _what_beats, compare, recommend
+from hf_transmiter.evaluation import Score
 from hf_transmiter.extraction import ExtractionConfig, extract
 from hf_transmiter.transferring import TransferConfig, transfer
 from hf_transmiter.tuners import TransMiterConfig
@@ -114,6 +115,16 @@ def test_recommendation_follows_the_data():
     assert unseen[0] == "bridge from task images"
     assert recommend(own_class_vectors=True, unlabelled=False, general=True)[0] == "bridge from general images"
     assert recommend(own_class_vectors=True, unlabelled=False, general=False)[0] == "bridge from text"
+
+
+def test_says_so_when_something_else_scored_higher():
+    scores = [Score(m, "test", "accuracy", v) for m, v in (("refit", 60.0), ("linear probe", 70.0), ("EFT", 65.0))]
+    logits = {score.method: torch.zeros(1, 2) for score in scores}
+    found = Comparison(scores, logits, torch.zeros(1), ("a", "b"), notes={"linear probe": LABELS}, recommended="refit")
+    said = " On these test images linear probe scored higher (70.0 against 60.0); it needs labelled images."
+    assert _what_beats(found) == said
+    found.recommended = "linear probe"
+    assert _what_beats(found) == ""
 
 
 def test_a_test_set_without_names_is_refused(found):

@@ -40,9 +40,9 @@ def solvers(images: int, epochs: int) -> None:
     torch.manual_seed(0)
     d, k, c = 512, 1024, 50
     weak, text = Recorded(d), normalize(torch.randn(k, d), dim=-1)
-    tuned = normalize(text[:c] + 0.6 * normalize(torch.randn(c, d), dim=-1), dim=-1)
+    tuned = normalize(text[:c] + 1.5 * normalize(torch.randn(c, d), dim=-1), dim=-1)
     labels = torch.randint(c, (images + 2000,))
-    x = normalize(tuned[labels] + 0.13 * torch.randn(len(labels), d), dim=-1)
+    x = normalize(tuned[labels] + 0.2 * torch.randn(len(labels), d), dim=-1)
     table, test = FeatureTable(x[:images]), x[images:]
     said = weak.logits(x[:images], tuned)
     truth = weak.logits(test, tuned).argmax(1)
