@@ -127,13 +127,18 @@ def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
 def measured() -> Iterable[dict[str, float]]:
     """Wall seconds and peak memory (MB) of a block, in the dictionary it yields."""
     process, found, done = psutil.Process(), {}, threading.Event()
-    start = peak = process.memory_info().rss
+
+    def resident() -> int:
+        memory = process.memory_info()
+        return memory.rss - getattr(memory, "shared", 0)  # tables mapped from disk can be dropped at any time
+
+    start = peak = resident()
     cuda = torch.cuda.is_available()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, resident())
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -147,7 +152,7 @@ def measured() -> Iterable[dict[str, float]]:
         found["seconds"] = time.perf_counter() - since
         done.set()
         watcher.join()
-        peak = torch.cuda.max_memory_allocated() if cuda else max(peak, process.memory_info().rss)
+        peak = torch.cuda.max_memory_allocated() if cuda else max(peak, resident())
         found["peak_mb"] = max(0.0, (peak - start) / 2**20)
 
 
