@@ -5,7 +5,7 @@
 - solvers: gradient extraction at D = K = 1024 with a learned basis held orthonormal by `cayley`, with a fixed basis,
   and by `matrix_exp`; and both closed forms. Random embeddings of a planted teacher; accuracies are printed beside.
 - memory: peak resident memory of the moment and the refit at N = 2,000 and 20,000 (d = 512 / 768, C = 100).
-- forward: a ViT-B/16-sized image tower (random weights, batch 32) with and without the adapter (K = D = 1024).
+- forward: a ViT-B/16-sized image tower (random weights, batch 32), and what the adapter adds to it (K = D = 1024).
 """
 
 import argparse
@@ -104,6 +104,7 @@ def forward(repeats: int) -> None:
     from peft import get_peft_model
     from transformers import CLIPConfig, CLIPModel
 
+    from hf_transmiter.backbone import dummy_text_inputs
     from hf_transmiter.tuners import TransMiterConfig
 
     torch.manual_seed(0)
@@ -111,7 +112,7 @@ def forward(repeats: int) -> None:
     bare = CLIPModel(CLIPConfig(vision_config=vision)).eval()
     names = [str(i) for i in range(1024)]
     pixels = torch.randn(32, 3, 224, 224)
-    models = {"image tower": bare}
+    models = {}
     for form in ("mlp", "class_vectors"):
         config = TransMiterConfig(
             class_names=names[:100], auxiliary_names=names[100:] if form == "mlp" else [], form=form
@@ -121,20 +122,29 @@ def forward(repeats: int) -> None:
         k = len(config.anchors)
         layer.set_anchors("default", normalize(torch.randn(k, bare.config.projection_dim), dim=-1))
         models[form] = model
-    times = {name: [] for name in models}
+    scale = bare.logit_scale.exp()
+    x = normalize(torch.randn(32, bare.config.projection_dim), dim=-1)
+    dummy = dummy_text_inputs(bare)
+    parts = {
+        "image tower": (lambda: bare.get_image_features(pixel_values=pixels), 1),
+        "smallest text, for a bare CLIPModel": (lambda: bare.get_text_features(**dummy), 20),
+    }
+    for form, model in models.items():
+        parts[f"adapter, {form}"] = (lambda m=model: m.get_base_model().transmiter(x, scale), 20)
+    print(f"forward: ViT-B/16, batch 32, best of {repeats} (adapters: {20 * repeats})")
+    best = {}
     with torch.no_grad():
-        for _ in range(repeats + 1):
-            for name, model in models.items():
-                since = time.perf_counter()
-                if name == "image tower":
-                    model.get_image_features(pixel_values=pixels)
-                else:
-                    model(pixel_values=pixels)
-                times[name].append(time.perf_counter() - since)
-    best = {name: min(values[1:]) for name, values in times.items()}
-    print(f"forward: ViT-B/16, batch 32, best of {repeats}")
-    for name, value in best.items():
-        print(f"  {name:14s} {value:7.3f} s  {100 * (value / best['image tower'] - 1):+6.2f} %", flush=True)
+        for name, (run, times) in parts.items():
+            run()
+            best[name] = min(_seconds(run) for _ in range(repeats * times))
+            share = 100 * best[name] / best["image tower"]
+            print(f"  {name:36s} {1000 * best[name]:10.2f} ms  {share:7.3f} % of the tower", flush=True)
+
+
+def _seconds(run) -> float:
+    since = time.perf_counter()
+    run()
+    return time.perf_counter() - since
 
 
 def main() -> None:
