@@ -165,6 +165,8 @@ def run_demo(
             raise FileExistsError(f"{target} holds something else than a demo: choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny: more threads bring little, and cost much on cores that are shared
     try:
         scores, sections, recommended = [], [], {}
         for domain in domains:
@@ -180,6 +182,8 @@ def run_demo(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        torch.set_num_threads(threads)
     return {
         "output_dir": str(target),
         "scores": scores,
