@@ -209,7 +209,12 @@ class _Embedding:
         hidden = not (self.progress and self.state.is_main_process)
         total = 0
         with tqdm(
-            total=self.rows, desc="Embedding images", unit="img", disable=hidden, name="hf_transmiter.features"
+            total=self.rows,
+            desc="Embedding images",
+            unit="img",
+            leave=False,
+            disable=hidden,
+            name="hf_transmiter.features",
         ) as bar:
             for index, rows, load in self._parts():
                 mine = index % self.state.num_processes == self.state.process_index
