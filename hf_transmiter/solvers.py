@@ -79,7 +79,7 @@ class Sums:
 
 @dataclass
 class RegressionSums(Sums):
-    """``n, Σx, Σy, ΣxxᵀΣ, Σxyᵀ`` of inputs x (d) and targets y (C), in float64: all a centred ridge needs.
+    """``n, Σx, Σy, Σxxᵀ, Σxyᵀ`` of inputs x (d) and targets y (C), in float64: all a centred ridge needs.
 
     Build with [`RegressionSums.zeros`], feed with [`update`]. Memory is d² + dC, whatever N.
     """
