@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .files import replace_file
 from .vocabulary import NUM_ANCHORS, choose_auxiliary, load_vocabulary, name_key, universal_vocabulary
 
 
@@ -151,13 +152,7 @@ class Anchors:
             if path.read_text(encoding="utf-8") == text:
                 return
             raise FileExistsError(f"{path} exists and holds something else; choose another path or overwrite=True.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Anchors:

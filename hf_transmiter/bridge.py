@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -23,6 +22,7 @@ from torch.nn.functional import normalize
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .features import embed_dataset
+from .files import read_metadata_json, read_tensors, replace_file
 from .settings import BETA
 from .solvers import Sums, check_finite, polar, standardise
 
@@ -303,11 +303,9 @@ class Bridge:
         facts = {key: getattr(self, key) for key in ("space", "scale", "source", "num_pairs", "alignment", "beta")}
         facts.update(strong=asdict(self.strong), weak=asdict(self.weak))
         facts["anchors"] = None if self.anchors is None else self.anchors.to_dict()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         metadata = {"format": _FORMAT, "bridge": json.dumps(facts)}
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Bridge:
@@ -315,17 +313,14 @@ class Bridge:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not a bridge, shapes that do not fit, values that are not finite, or a matrix that is not
-                (semi-)orthogonal.
+            ValueError: not a bridge, a damaged one, shapes that do not fit, values that are not finite, or a matrix
+                that is not (semi-)orthogonal.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is not a bridge; write one with Bridge.save.")
-            facts = json.loads(metadata["bridge"])
-            tensors = {key: file.get_tensor(key) for key in ("matrix", "mean_strong", "mean_weak")}
+        tensors, metadata = read_tensors(path, _FORMAT, "bridge", "Bridge.save")
+        facts = read_metadata_json(path, metadata, "bridge", dict)
+        known = {"space", "scale", "source", "num_pairs", "alignment", "beta", "strong", "weak", "anchors"}
+        if set(facts) != known or set(tensors) != {"matrix", "mean_strong", "mean_weak"}:
+            raise ValueError(f"{path} is damaged: it holds {sorted(facts)} and {sorted(tensors)}.")
         for key, tensor in tensors.items():
             check_finite(tensor.reshape(1, -1), f"{key} of {path}")
         matrix = tensors["matrix"].double()
@@ -334,8 +329,14 @@ class Bridge:
         gram = matrix @ matrix.T
         if not torch.allclose(gram @ gram, gram, atol=1e-3):  # a projection: Q is a partial isometry
             raise ValueError(f"{path}: the matrix is not orthogonal; the file was changed or damaged.")
-        facts["anchors"] = None if facts["anchors"] is None else Anchors.from_dict(facts["anchors"])
-        facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
+        try:
+            facts["anchors"] = None if facts["anchors"] is None else Anchors.from_dict(facts["anchors"])
+            facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
+            facts.update({key: float(facts[key]) for key in ("scale", "alignment", "beta")})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        if facts["space"] not in ("embedding", "logit"):
+            raise ValueError(f"{path} is damaged: there is no space {facts['space']!r}.")
         return cls(**tensors, **facts)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import read_metadata_json, read_tensors, replace_file
 from .solvers import check_finite
+
+
+_FORMAT = "hf_transmiter.calibration"
 
 
 @dataclass
@@ -66,18 +68,15 @@ class CalibrationPack:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file; float16 logits, the rest as metadata. Atomic."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
         metadata = {
-            "format": "hf_transmiter.calibration",
+            "format": _FORMAT,
             "class_names": json.dumps(self.class_names),
             "dataset_fingerprint": self.dataset_fingerprint or "",
             "dataset": self.dataset or "",
         }
         tensors = {"logits": self.logits, "weak_logits": self.weak_logits}
         tensors = {key: t.to(torch.float16).contiguous() for key, t in tensors.items() if t is not None}
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CalibrationPack:
@@ -85,15 +84,19 @@ class CalibrationPack:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not a calibration pack.
+            ValueError: not a calibration pack, or a damaged one.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "hf_transmiter.calibration" or "logits" not in file.keys():
-                raise ValueError(f"{path} is not a calibration pack; write one with CalibrationPack.save.")
-            logits = file.get_tensor("logits").float()
-            weak = file.get_tensor("weak_logits").float() if "weak_logits" in file.keys() else None
-        names = tuple(json.loads(metadata["class_names"]))
-        return cls(logits, names, metadata.get("dataset_fingerprint") or None, metadata.get("dataset") or None, weak)
+        tensors, metadata = read_tensors(path, _FORMAT, "calibration pack", "CalibrationPack.save")
+        if "logits" not in tensors:
+            raise ValueError(f"{path} is damaged: it holds no logits.")
+        names = read_metadata_json(path, metadata, "class_names", list)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} is damaged: its class names are not all strings.")
+        weak = tensors.get("weak_logits")
+        return cls(
+            tensors["logits"].float(),
+            tuple(names),
+            metadata.get("dataset_fingerprint") or None,
+            metadata.get("dataset") or None,
+            None if weak is None else weak.float(),
+        )

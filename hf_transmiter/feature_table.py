@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from hf_transmiter.files import replace_file
 
 
 _FORMAT = "1"
@@ -158,16 +160,6 @@ def write_table(
                 raise ValueError(f"the blocks hold {written} bytes; {shape[0]} rows of {shape[1]} need {size}.")
 
     replace_file(path, write)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)` and move the result to `path` in one step: no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _raw(tensor: Tensor) -> memoryview:

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .backbone import DualEncoder
-from .feature_table import FeatureTable, replace_file, write_table
+from .feature_table import FeatureTable, write_table
+from .files import replace_file
 
 
 logger = logging.getLogger(__name__)

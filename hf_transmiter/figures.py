@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_transmiter.files import replace_file
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,13 +79,7 @@ def _save(figure: Figure, path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix != ".png":
         raise ValueError(f"figures are PNG files: {path} must end in .png.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
 
 

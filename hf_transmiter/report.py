@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .evaluation import Score
+from .files import replace_file
 
 
 logger = logging.getLogger(__name__)
@@ -263,12 +264,6 @@ def _link(figure: Path, directory: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         logger.info("%s is replaced.", path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

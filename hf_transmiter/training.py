@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import replace_file
 from .settings import FitConfig
 from .solvers import check_finite
 
@@ -135,10 +136,8 @@ class _Checkpoint:
             for key, value in self.optimizer.state[p].items():
                 if torch.is_tensor(value):
                     tensors[f"state.{i}.{key}"] = value.contiguous()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        save_file(tensors, temporary, metadata={"epoch": str(epoch), "settings": self.settings})
-        os.replace(temporary, self.path)
+        metadata = {"epoch": str(epoch), "settings": self.settings}
+        replace_file(self.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def load(self) -> int:
         if self.path is None or not self.path.is_file():
