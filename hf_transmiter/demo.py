@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,10 +160,12 @@ def run_demo(
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{target} is not empty: choose another folder or pass --overwrite.")
-        if not (target / "scores.json").is_file():
+        own = {"report.md", "scores.json", "figures", *METHODS}
+        if not (target / "scores.json").is_file() or any(entry.name not in own for entry in target.iterdir()):
             raise FileExistsError(f"{target} holds something else than a demo: choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    folder, old = (target.with_name(f".{target.name}-{os.getpid()}-{kind}") for kind in ("new", "old"))
+    folder.mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny: more threads bring little, and cost much on cores that are shared
     try:
@@ -177,8 +178,9 @@ def run_demo(
         report.write_scores(folder / "scores.json", scores)
         report.write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(folder, target)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -210,7 +212,7 @@ def _run_task(domain: str, seeds: tuple[int, ...], folder: Path, ceiling: bool, 
     _save(task, first, first_teacher, folder / domain, progress)
     scores = aggregate(runs)
     drawn = _figures(task, first, first_teacher, by_seed, folder / "figures", progress)
-    text = f"Recommended: **{first.recommended}**. {first.reason}"
+    text = f"Recommended: **{first.recommended}**, since {first.reason}"
     section = report.Section(
         f"Task: {domain} ({METHODS[domain]})", text, scores, drawn, first.notes, "zero-shot strong"
     )

@@ -17,6 +17,9 @@ def test_refuses_unknown_tasks_and_outputs_that_are_not_its_own(tmp_path):
         demo.run_demo(tmp_path / "mine")
     with pytest.raises(FileExistsError, match="something else than a demo"):
         demo.run_demo(tmp_path / "mine", overwrite=True)
+    (tmp_path / "mine" / "scores.json").write_text("[]")  # a common name alone does not make it a demo's
+    with pytest.raises(FileExistsError, match="something else than a demo"):
+        demo.run_demo(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
@@ -36,3 +39,6 @@ def test_leaves_everything_behind(tmp_path):
     assert (out / "jargon" / "bridge.safetensors").is_file()
     assert len(AnchorClassifier.from_pretrained(out / "jargon" / "strong_adapter").class_names) == 36
     assert found["recommended"] == {"jargon": "refit"}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert out.stat().st_mode == plain.stat().st_mode  # as readable as any other folder
