@@ -126,6 +126,14 @@ class DualEncoder:
         """
         name = os.fspath(name_or_path)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(
+            os.path.join(name, "config.json")
+        ):
+            raise ValueError(
+                f"{name!r} holds a PEFT adapter, not a model: load its base model and wrap both, "
+                "DualEncoder(PeftModel.from_pretrained(base, folder)); a TransMiter adapter is loaded by "
+                "AnchorClassifier.from_pretrained."
+            )
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
         check_family(config.model_type, f"{name!r}")
         model = AutoModel.from_pretrained(

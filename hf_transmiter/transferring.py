@@ -154,7 +154,7 @@ def refit(
     Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
     embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
     them is blended with the carried vectors (`solvers.discriminant_head`), which count as `carried_images` images per
-    class, and given the spread of ``t``, so that probabilities stay meaningful.
+    class, and given the mean spread of one expert, so that probabilities stay meaningful.
 
     Args:
         table (`FeatureTable`): N image embeddings of the strong model.

@@ -451,3 +451,9 @@ def test_fingerprint_ignores_version_marks_and_spelled_out_defaults(encoder):
     assert encoder.fingerprint == before
     encoder.model.config.text_config.hidden_act = "gelu"
     assert encoder.fingerprint != before
+
+
+def test_an_adapter_folder_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a PEFT adapter, not a model: load its base model"):
+        DualEncoder.from_pretrained(tmp_path)
