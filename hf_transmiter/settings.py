@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 
 SOLVERS = ("discriminant", "ridge", "gradient")
+AUGMENTATIONS = ("none", "shift", "crop")
+SCHEDULES = ("cosine", "epochs")
 LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 BETA = 500.0  # of the published run (arXiv 2508.08604)
 METHODS = ("lora", "coop")
@@ -25,7 +27,11 @@ class FitConfig:
         batch_size (`int`, *optional*, defaults to 128): examples per step, over all processes.
         lr (`float`, *optional*, defaults to 1e-3): peak learning rate.
         weight_decay (`float`, *optional*, defaults to 1e-3): decoupled for AdamW.
-        warmup (`float`, *optional*, defaults to 0.05): share of the steps with linear warm-up; cosine to 0 after it.
+        warmup (`float`, *optional*, defaults to 0.05): `"cosine"` schedule: share of the steps with linear warm-up.
+        schedule (`str`, *optional*, defaults to `"cosine"`):
+            `"cosine"` falls to 0 after the warm-up, step by step. `"epochs"` is that of the published prompt learners
+            (CoOp, arXiv 2109.01134, and its successors), set once per epoch: 1e-5 in the first epoch, then half a
+            cosine from the peak, which does not reach 0.
         optimizer (`str`, *optional*, defaults to `"adamw"`): `"adamw"` or `"sgd"` (momentum 0.9).
         seed (`int`, *optional*, defaults to 0): of the order of the examples and of what `step` draws.
     """
@@ -35,6 +41,7 @@ class FitConfig:
     lr: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
     warmup: float = field(default=0.05, metadata={"help": "Share of the steps with linear warm-up, then cosine to 0."})
+    schedule: str = field(default="cosine", metadata={"help": "'cosine' or 'epochs' (of published prompt learners)."})
     optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
     seed: int = field(default=0, metadata={"help": "Seed of the order of examples and of random draws."})
 
