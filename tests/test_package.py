@@ -14,8 +14,10 @@ ROOT = Path(hf_transmiter.__file__).parent
 # A module may import those before it. Inside functions anything goes: that is where a cycle is broken on purpose.
 ORDER = (
     *("settings", "files", "splits", "vocabulary", "anchors", "families", "fingerprint", "backbone"),
-    *("feature_table", "solvers", "calibration", "classifier", "features", "tuners", "training", "prompt_tuning"),
+    *("feature_table", "solvers", "calibration", "classifier", "features", "augmentation"),
+    *("tuners", "training", "prompt_tuning"),
     *("teachers", "extraction", "bridge", "transferring", "label_tuning", "baselines", "evaluation", "comparison"),
+    "drift",
     *(
         "catalog",
         "inspection",
