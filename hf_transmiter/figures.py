@@ -192,6 +192,8 @@ def curves(
         ticks = _thinned(sorted({point[0] for points in series.values() for point in points}))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
+    elif all(float(point[0]).is_integer() for points in series.values() for point in points):
+        axes.locator_params(axis="x", integer=True)  # there is no half layer
     _legend(figure, axes)
     return _save(figure, path)
 
