@@ -4,8 +4,6 @@ With unit rows ``x`` (B, d) for images and ``a`` (K, d) for texts, the model's l
 (B, K). What differs between families is in `families.py`; its functions are exported here too.
 """
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -23,7 +21,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from .families import (
     EMBEDDING_PARTS,
     FAMILIES,
-    SIGLIP,
     check_family,
     dummy_text_inputs,
     image_inputs,
@@ -31,9 +28,10 @@ from .families import (
     logit_scale_and_bias,
     shared_width,
     text_positions,
+    tokenize,
     unwrap,
 )
-from .fingerprint import model_fingerprint
+from .fingerprint import model_fingerprint, vocabulary_hash
 
 
 logger = logging.getLogger(__name__)
@@ -301,10 +299,9 @@ class DualEncoder:
         if self.processor is None:
             return None
         tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
-        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
         return {
             "image": {"backend": getattr(image_processor, "backend", None), **image_processor.to_dict()},
-            "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "vocabulary": vocabulary_hash(tokenizer),
             "special_tokens": dict(tokenizer.special_tokens_map),
             "text": [tokenizer.padding_side, self.context_length],
         }
@@ -329,10 +326,7 @@ class DualEncoder:
         tokenizer, limit = self._require("tokenizer"), self.context_length
         lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
         cut = [text for text, length in zip(texts, lengths, strict=True) if length > limit]
-        padding = "max_length" if self.family in SIGLIP else "longest"
-        inputs = tokenizer(texts, padding=padding, truncation=True, max_length=limit, return_tensors="pt")
-        if self.family in SIGLIP:
-            inputs = {"input_ids": inputs["input_ids"]}
+        inputs = tokenize(tokenizer, texts, self.family, limit)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, cut
 
     def _warn_cut(self, cut: list[str]) -> None:

@@ -127,3 +127,14 @@ def text_positions(model: nn.Module) -> int:
     # RoBERTa counts positions from the padding id on, so the first entries of its table are never used.
     unused = text.pad_token_id + 1 if config.model_type == "altclip" or "roberta" in text.model_type else 0
     return text.max_position_embeddings - unused
+
+
+def tokenize(tokenizer, texts: list[str], family: str, limit: int) -> dict[str, Tensor]:
+    """Token ids (B, L) and mask of texts, padded as the family was trained: to the longest one, cut after `limit`.
+
+    The SigLIP families read all `limit` positions and no mask.
+    """
+    padding = "max_length" if family in SIGLIP else "longest"
+    inputs = tokenizer(texts, padding=padding, truncation=True, max_length=limit, return_tensors="pt")
+    names = ("input_ids",) if family in SIGLIP else tuple(inputs)
+    return {name: inputs[name] for name in names}

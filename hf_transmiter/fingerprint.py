@@ -19,6 +19,11 @@ _PROVENANCE = (
 _DIGESTS = WeakIdKeyDictionary()
 
 
+def vocabulary_hash(tokenizer) -> str:
+    """SHA-256 of a tokenizer's tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
 def model_fingerprint(model: nn.Module, parts: Sequence[str], settings) -> str:
     """SHA-256 over `settings`, the adapters active inside `parts`, and the values of every tensor in `parts`.
 

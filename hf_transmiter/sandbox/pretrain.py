@@ -2,8 +2,9 @@
 
     python -m hf_transmiter.sandbox.pretrain --output-dir sandbox_models
 
-Two processes with one thread each: `strong` in one; `weak`, then `weak-upgraded` (whose text tower starts from the
-weak one's), then `independent` in the other. The recipe, for budgets of about 10^5 pictures:
+Processes with one thread each: `strong`, then `independent` (the widths of weak-upgraded, nothing in common with weak) in
+one; `weak`, then `weak-upgraded` (whose text tower starts from the weak one's) in another; `deep` and `deep-upgraded`
+(six text layers, image towers of one shape) in the last. The recipe, for budgets of about 10^5 pictures:
 
 * Each step pairs 96 pictures (studio and street, with colour jitter and flips) with phrases for every single
   attribute value and captions of 64 of the pictures. Captions may leave attributes out, so several fit one picture:
@@ -41,7 +42,6 @@ from hf_transmiter.sandbox.world import IMAGE_SIZE, render
 BATCH_SIZE = 96
 CAPTIONED = 64
 PATCH_SIZE = 8
-TEXT_LAYERS = 2
 HEAD_WIDTH = 32
 
 
@@ -58,6 +58,7 @@ class Recipe:
         seed (`int`): seeds the initialisation, the pictures and the captions.
         text_from (`str`, *optional*): the model whose text tower and projection this one starts from.
         text_lr_scale (`float`): factor on the learning rates of the text tower; low where it was already trained.
+        text_layers (`int`): depth of the text tower.
     """
 
     vision_width: int
@@ -71,6 +72,7 @@ class Recipe:
     seed: int
     text_from: str | None = None
     text_lr_scale: float = 1.0
+    text_layers: int = 2
 
 
 RECIPES = {
@@ -81,8 +83,13 @@ RECIPES = {
         text_lr_scale=0.1,
     ),
     "independent": Recipe(128, 4, 64, steps=800, street=0.5, jitter=0.3, lr=3e-3, muon_lr=6e-3, seed=3),
+    "deep": Recipe(64, 3, 64, steps=600, street=0.4, jitter=0.2, lr=3e-3, muon_lr=6e-3, seed=4, text_layers=6),
+    "deep-upgraded": Recipe(
+        64, 3, 64, steps=1200, street=0.5, jitter=0.3, lr=3e-3, muon_lr=6e-3, seed=5, text_from="deep",
+        text_lr_scale=0.1, text_layers=6,
+    ),
 }  # fmt: skip
-LANES = (("strong",), ("weak", "weak-upgraded", "independent"))
+LANES = (("strong", "independent"), ("weak", "weak-upgraded"), ("deep", "deep-upgraded"))
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -95,7 +102,7 @@ def build_model(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
             "vocab_size": len(tokenizer),
             "hidden_size": recipe.text_width,
             "intermediate_size": 4 * recipe.text_width,
-            "num_hidden_layers": TEXT_LAYERS,
+            "num_hidden_layers": recipe.text_layers,
             "num_attention_heads": recipe.text_width // HEAD_WIDTH,
             "max_position_embeddings": CONTEXT_LENGTH,
             "bos_token_id": tokenizer.bos_token_id,

@@ -1,17 +1,31 @@
 """Adapters as PEFT methods. Importing this package registers them."""
 
-from .prompts import CoOpConfig, CoOpLayer, CoOpModel
+from .prompts import (
+    CoCoOpConfig,
+    ContCoOpConfig,
+    CoOpConfig,
+    IVLPConfig,
+    KgCoOpConfig,
+    MaPLeConfig,
+    PromptSRCConfig,
+    set_classes,
+)
 from .registration import PeftType, register
 from .transmiter import TransMiterConfig, TransMiterLayer, TransMiterModel
 
 
 __all__ = [
+    "CoCoOpConfig",
     "CoOpConfig",
-    "CoOpLayer",
-    "CoOpModel",
+    "ContCoOpConfig",
+    "IVLPConfig",
+    "KgCoOpConfig",
+    "MaPLeConfig",
     "PeftType",
+    "PromptSRCConfig",
     "TransMiterConfig",
     "TransMiterLayer",
     "TransMiterModel",
     "register",
+    "set_classes",
 ]

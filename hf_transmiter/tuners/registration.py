@@ -11,6 +11,12 @@ class PeftType(str, enum.Enum):
 
     TRANSMITER = "TRANSMITER"
     COOP = "COOP"
+    KGCOOP = "KGCOOP"
+    COCOOP = "COCOOP"
+    CONTCOOP = "CONTCOOP"
+    IVLP = "IVLP"
+    MAPLE = "MAPLE"
+    PROMPTSRC = "PROMPTSRC"
 
 
 def register(peft_type: PeftType, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:

@@ -27,7 +27,17 @@ from transformers import AutoModel
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.tuners import CoOpConfig, PeftType, TransMiterConfig
+from hf_transmiter.tuners import (
+    CoCoOpConfig,
+    ContCoOpConfig,
+    CoOpConfig,
+    IVLPConfig,
+    KgCoOpConfig,
+    MaPLeConfig,
+    PeftType,
+    PromptSRCConfig,
+    TransMiterConfig,
+)
 
 
 NAMES, AUXILIARY = ["cat", "dog", "car"], ["tree", "ship"]
@@ -60,6 +70,30 @@ METHODS = {
         texts=False,
     ),
     "coop": Method(lambda **kwargs: CoOpConfig(n_ctx=4, **kwargs), ("clip", "siglip"), texts=True),
+    "coop_middle": Method(lambda **kwargs: CoOpConfig(n_ctx=4, position="middle", **kwargs), ("clip",), texts=True),
+    "coop_class_specific": Method(
+        lambda **kwargs: CoOpConfig(n_ctx=2, class_specific=True, class_names=["cat", "old dog"], **kwargs),
+        ("clip", "siglip"),
+        texts=True,
+    ),
+    "coop_layer": Method(lambda **kwargs: CoOpConfig(init_phrase="a photo", layer=1, **kwargs), ("clip",), texts=True),
+    "kgcoop": Method(KgCoOpConfig, ("clip",), texts=True),
+    "cocoop": Method(CoCoOpConfig, ("clip", "siglip"), texts=True),
+    "contcoop": Method(ContCoOpConfig, ("clip", "siglip"), texts=True),
+    "contcoop_offset": Method(
+        lambda **kwargs: ContCoOpConfig(
+            context_offset=True, class_embed="mean_token", attend_context=True, zero_init=False, **kwargs
+        ),
+        ("clip",),
+        texts=True,
+    ),
+    "ivlp": Method(
+        lambda **kwargs: IVLPConfig(text_depth=2, vision_depth=2, **kwargs), ("clip", "siglip"), texts=True
+    ),
+    "maple": Method(lambda **kwargs: MaPLeConfig(depth=2, **kwargs), ("clip", "siglip"), texts=True),
+    "promptsrc": Method(
+        lambda **kwargs: PromptSRCConfig(text_depth=2, vision_depth=1, **kwargs), ("clip",), texts=True
+    ),
 }
 MATRIX = [pytest.param(method, root, id=f"{name}-{root}") for name, method in METHODS.items() for root in method.roots]
 RAW = [pytest.param(method, root, id=f"{name}-{root}") for name, method in METHODS.items() for root in method.roots

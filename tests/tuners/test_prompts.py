@@ -93,10 +93,16 @@ def test_random_start(encoder):
     assert not torch.equal(other.get_parameter(f"{KEY}.default"), context)
 
 
-def test_phrase_overrides_the_number_of_vectors(encoder):
-    config = prompted(encoder, n_ctx=16).peft_config["default"]
+def test_phrase_and_number_of_vectors(encoder):
+    config = prompted(encoder).peft_config["default"]
     assert config.n_ctx == 4 and config.init_phrase == PHRASE
     assert config.init_token_ids == phrase_token_ids(encoder.processor.tokenizer, PHRASE)
+    fresh = DualEncoder.from_pretrained(encoder.name_or_path)
+    table = fresh.model.text_model.embeddings.token_embedding.weight
+    context = prompted(fresh, n_ctx=6).get_parameter(f"{KEY}.default")
+    assert torch.equal(context[2:], table[config.init_token_ids]) and 0 < context[:2].std() < 0.05
+    with pytest.raises(ValueError, match="'a photo of a' has 4 tokens, but the context only n_ctx=3"):
+        prompted(DualEncoder.from_pretrained(encoder.name_or_path), n_ctx=3)
 
 
 def test_save_and_load(encoder, tmp_path, recwarn):

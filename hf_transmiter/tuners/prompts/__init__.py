@@ -1,22 +1,67 @@
 """Prompt learners: vectors in the token-embedding space of a text tower, learnt instead of written.
 
-The names stay words: prompts of a model tuned this way are ``"{}."``, the learnt context comes before them by itself.
+The names stay words: prompts of a model tuned this way are ``"{}."``, the learnt context comes beside them by itself.
 """
 
 from ..registration import PeftType, register
-from .config import CoOpConfig, PromptConfig
-from .layer import CoOpLayer, PromptLayer
-from .model import CoOpModel, PromptModel, phrase_token_ids
+from .config import (
+    CoCoOpConfig,
+    ContCoOpConfig,
+    CoOpConfig,
+    IVLPConfig,
+    KgCoOpConfig,
+    MaPLeConfig,
+    PromptConfig,
+    PromptSRCConfig,
+)
+from .layer import PromptLayer
+from .learners import CoOpLayer
+from .logits import class_vectors, image_conditioned, image_conditioned_logits, prompt_layer, set_classes
+from .model import (
+    CoCoOpModel,
+    ContCoOpModel,
+    CoOpModel,
+    IVLPModel,
+    KgCoOpModel,
+    MaPLeModel,
+    PromptModel,
+    PromptSRCModel,
+)
+from .texts import class_inputs, phrase_token_ids
 
 
 register(PeftType.COOP, CoOpConfig, CoOpModel)
+register(PeftType.KGCOOP, KgCoOpConfig, KgCoOpModel)
+register(PeftType.COCOOP, CoCoOpConfig, CoCoOpModel)
+register(PeftType.CONTCOOP, ContCoOpConfig, ContCoOpModel)
+register(PeftType.IVLP, IVLPConfig, IVLPModel)
+register(PeftType.MAPLE, MaPLeConfig, MaPLeModel)
+register(PeftType.PROMPTSRC, PromptSRCConfig, PromptSRCModel)
 
 __all__ = [
+    "CoCoOpConfig",
+    "CoCoOpModel",
     "CoOpConfig",
     "CoOpLayer",
     "CoOpModel",
+    "ContCoOpConfig",
+    "ContCoOpModel",
+    "IVLPConfig",
+    "IVLPModel",
+    "KgCoOpConfig",
+    "KgCoOpModel",
+    "MaPLeConfig",
+    "MaPLeModel",
     "PromptConfig",
     "PromptLayer",
     "PromptModel",
+    "PromptSRCConfig",
+    "PromptSRCModel",
+    "class_inputs",
+    "class_vectors",
+    "image_conditioned",
+    "image_conditioned_logits",
     "phrase_token_ids",
+    "prompt_layer",
+    "set_classes",
 ]

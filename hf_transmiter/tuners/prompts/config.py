@@ -1,20 +1,32 @@
-"""Configurations of the prompt learners."""
+"""Configurations of the prompt learners: published settings are the defaults."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 
 from ..registration import PeftType
 
 
+POSITIONS = ("end", "middle", "front")
+CLASS_EMBEDS = ("tokens", "mean_token", "text_feature")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
 @dataclass
 class PromptConfig(PeftConfig):
-    """What every prompt learner has: a context of M vectors in front of the text.
+    """What every prompt learner has: a context of M vectors in the text.
 
     Args:
-        n_ctx (`int`, *optional*, defaults to 16): M, vectors in the context; the phrase's length when there is one.
+        n_ctx (`int`, *optional*):
+            M, vectors in the context. The phrase's number of tokens when omitted, or 16 without a phrase. A context
+            longer than its phrase starts with noise and ends with the phrase.
         init_phrase (`str`, *optional*):
             Words whose token embeddings the context starts from, such as `"a photo of a"`. Without, it starts from
             N(0, 0.02²).
@@ -22,12 +34,24 @@ class PromptConfig(PeftConfig):
             Token ids of `init_phrase`, without special tokens. Filled in with the tokenizer saved beside the model;
             give them for a model that was built in memory. Saved, so that loading needs no tokenizer.
         seed (`int`, *optional*, defaults to 0): of the random start.
+        class_names (`list[str]`, *optional*):
+            The classes asked about in a call without texts, `model(pixel_values=...)`; see `set_classes`.
+        period_id (`int`, *optional*):
+            Token id of the period after a name, filled in by learners that tell a name from its period.
+        base (`dict`, *optional*): sizes and vocabulary of the model it was made on; filled in, checked when loaded.
+        provenance (`dict`, *optional*): what it was trained on, filled in by `tune`.
 
     Raises:
-        ValueError: M < 1.
+        ValueError: M < 1, a phrase of more than M tokens, or a repeated or empty class name.
     """
 
-    n_ctx: int = field(default=16, metadata={"help": "M, vectors in the context; a phrase brings its own number."})
+    # Facts of the base model that must be the same where the adapter is loaded.
+    must_match: ClassVar[tuple[str, ...]] = ("text_width", "vocabulary_size", "vocabulary")
+    reads_names: ClassVar[bool] = False
+    # Whether words of the phrase beyond M vectors stay in the text as words.
+    keeps_words: ClassVar[bool] = False
+
+    n_ctx: int | None = field(default=None, metadata={"help": "M, vectors in the context."})
     init_phrase: str | None = field(
         default=None, metadata={"help": "Words the context starts from; without, it starts from N(0, 0.02^2)."}
     )
@@ -35,28 +59,84 @@ class PromptConfig(PeftConfig):
         default=None, metadata={"help": "Token ids of the phrase; filled in from the model's tokenizer."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random start."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "Classes of a call without texts."})
+    period_id: int | None = field(default=None, metadata={"help": "Token id of the period after a name."})
+    base: dict[str, Any] | None = field(default=None, metadata={"help": "Facts of the base model; filled in."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "What it was trained on."})
     # PEFT reads both on every config; the model's family decides which module is the token table.
     target_modules: str | None = field(default=None, metadata={"help": "Not used: the token table is known."})
     exclude_modules: str | None = field(default=None, metadata={"help": "Not used."})
 
     def __post_init__(self):
         super().__post_init__()
+        if self.n_ctx is None and self.init_phrase is None and self.init_token_ids is None:
+            self.n_ctx = 16
         if self.init_token_ids is not None:
-            self.n_ctx = len(self.init_token_ids)
-        if self.n_ctx < 1:
-            raise ValueError(f"the context needs at least 1 vector, got n_ctx={self.n_ctx} and no words.")
+            self.start_from(self.init_token_ids)
+        if self.n_ctx is not None and self.n_ctx < 1:
+            raise ValueError(f"the context needs at least 1 vector, got n_ctx={self.n_ctx}.")
+        if self.class_names is not None:
+            check_class_names(self.class_names)
+
+    def start_from(self, token_ids: list[int]) -> None:
+        """Takes the phrase's token ids, which decide M where it was left open.
+
+        Raises:
+            ValueError: more tokens than the context has vectors.
+        """
+        self.init_token_ids = list(token_ids)
+        self.n_ctx = len(token_ids) if self.n_ctx is None else self.n_ctx
+        if len(token_ids) > self.n_ctx and not self.keeps_words:
+            phrase = f"the phrase {self.init_phrase!r}" if self.init_phrase else "init_token_ids"
+            raise ValueError(
+                f"{phrase} has {len(token_ids)} tokens, but the context only n_ctx={self.n_ctx} vectors: use a "
+                "shorter phrase, or leave n_ctx out."
+            )
+
+    @property
+    def learned_ids(self) -> list[int]:
+        """Token ids the last vectors of the context start from."""
+        return (self.init_token_ids or [])[: self.n_ctx]
+
+    @property
+    def kept_ids(self) -> list[int]:
+        """Token ids of the phrase that stay in the text as words, after the context."""
+        return (self.init_token_ids or [])[self.n_ctx :]
+
+
+def check_class_names(names: list[str]) -> None:
+    """Raises a `ValueError` for an empty list, an empty name, or a name that is there twice."""
+    if not len(names):
+        raise ValueError("the list of class names is empty.")
+    seen = set()
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"class names must be words, got {name!r}.")
+        if name in seen:
+            raise ValueError(f"the class name {name!r} is there twice: its rows could not be told apart.")
+        seen.add(name)
 
 
 @dataclass
 class CoOpConfig(PromptConfig):
-    """CoOp: one context shared by all classes, before the name.
+    """CoOp: a context beside the name, one for all classes or one for each.
 
     The text tower reads ``[SOS] v_1 … v_M [name] [.] [EOS]`` where ``v`` (M, width) is all that is learnt. Prompts of
     a model tuned this way are ``"{}."``: with ``"a photo of a"`` to start from, the first forward pass gives what the
     untuned model gives for ``"a photo of a {}."``.
 
-    Source: Zhou et al., "Learning to Prompt for Vision-Language Models" (arXiv 2109.01134), the unified context with
-    the name at the end.
+    Args:
+        position (`str`, *optional*, defaults to `"end"`):
+            Where the name stands: `"end"` (above), `"middle"` (after M // 2 vectors) or `"front"` (before the context;
+            the period stays last).
+        class_specific (`bool`, *optional*, defaults to `False`):
+            A context of its own, (C, M, width) in all, for each of `class_names`; only those can be asked about.
+        layer (`int`, *optional*, defaults to 0):
+            0: the context is read by the first layer, as published. l: the tower reads the plain phrase, and the
+            context overwrites its M positions before layer l (counted from 0), for studies of which layer's prompts
+            survive an upgrade.
+
+    Source: Zhou et al., "Learning to Prompt for Vision-Language Models" (arXiv 2109.01134).
 
     ```python
     >>> model = get_peft_model(clip, CoOpConfig(init_phrase="a photo of a"))
@@ -64,6 +144,193 @@ class CoOpConfig(PromptConfig):
     ```
     """
 
+    position: str = field(default="end", metadata={"help": "Where the name stands: end, middle or front."})
+    class_specific: bool = field(default=False, metadata={"help": "A context for each of class_names."})
+    layer: int = field(default=0, metadata={"help": "Layer that reads the context; 0 is the input."})
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.COOP
+        _check_choice("position", self.position, POSITIONS)
+        if self.class_specific and not self.class_names:
+            raise ValueError("class-specific contexts belong to classes: pass class_names.")
+        if self.layer < 0:
+            raise ValueError(f"layer must not be negative, got {self.layer}.")
+        if self.layer and (self.class_specific or self.position != "end"):
+            raise ValueError("a context at a deeper layer is shared by all classes and stands before the name.")
+        if self.layer and self.init_phrase is None and self.init_token_ids is None:
+            raise ValueError("a context at a deeper layer overwrites words: pass init_phrase.")
+
+    @property
+    def reads_names(self) -> bool:
+        return self.position != "end"
+
+    @property
+    def kept_ids(self) -> list[int]:
+        return list(self.init_token_ids or []) if self.layer else []
+
+
+@dataclass
+class KgCoOpConfig(CoOpConfig):
+    """KgCoOp: CoOp from `"a photo of a"`, kept near hand-written prompts while it is trained (see `tune`).
+
+    Source: Yao et al., "Visual-Language Prompt Tuning with Knowledge-guided Context Optimization" (arXiv 2303.13283).
+    """
+
+    init_phrase: str | None = "a photo of a"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.KGCOOP
+
+
+@dataclass
+class CoCoOpConfig(PromptConfig):
+    """CoCoOp: a context that every image shifts, ``v_m(x) = v_m + h(x)`` with x (d,) the unit image embedding.
+
+    ``h`` is Linear(d, d // 16), ReLU, Linear(d // 16, width). Every image has class vectors of its own: B · C texts
+    per batch, also at inference.
+
+    Source: Zhou et al., "Conditional Prompt Learning for Vision-Language Models" (arXiv 2203.05557).
+    """
+
+    must_match: ClassVar[tuple[str, ...]] = (*PromptConfig.must_match, "embed_dim")
+
+    init_phrase: str | None = "a photo of a"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.COCOOP
+
+
+@dataclass
+class ContCoOpConfig(PromptConfig):
+    """ContCoOp: a context that attends to the class's embeddings in the *current* base model.
+
+    ``P_c = v + MHA(LN(v), LN(E_c), LN(E_c))`` with ``v`` (M, width) the context and ``E_c`` (L_c, width) the rows of
+    the base model's token table for the tokens of name c. ``P_c`` takes the place of CoOp's context. On another base
+    model the same weights read its embeddings, so the prompts follow the upgrade. The output projection starts at
+    zero: before training, this is the written phrase.
+
+    Args:
+        class_embed (`str`, *optional*, defaults to `"tokens"`):
+            What E_c is: `"tokens"`, their mean (`"mean_token"`), or the text tower's pooled state for the written
+            phrase and the name (`"text_feature"`).
+        attend_context (`bool`, *optional*, defaults to `False`):
+            Keys are the context and E_c. Advisable with a single row E_c, where attention is otherwise a linear map.
+        residual (`bool`, *optional*, defaults to `True`): `False` leaves out ``v +``.
+        context_offset (`bool`, *optional*, defaults to `False`):
+            Learn an offset of the phrase's rows in the current token table instead of the context itself, so that
+            the rows follow an upgrade, too.
+        heads (`int`, *optional*): attention heads; width // 64 (at least 1) when omitted.
+        pre_norm (`bool`, *optional*, defaults to `True`): the two layer norms.
+        zero_init (`bool`, *optional*, defaults to `True`):
+            The output projection starts at zero; else at N(0, 0.02²), its output times the spread of the current
+            token table.
+
+    Source: "Boosting Prompt Learning for Continual Upgrades of Vision-Language Models" (ContCoOp, arXiv 2412.20895);
+    it leaves the form of attention and of the class embeddings open, the defaults here were chosen by measurement.
+    """
+
+    reads_names: ClassVar[bool] = True
+
+    init_phrase: str | None = "a photo of a"
+    class_embed: str = field(default="tokens", metadata={"help": f"One of {', '.join(CLASS_EMBEDS)}."})
+    attend_context: bool = field(default=False, metadata={"help": "Attend to the context as well as to the class."})
+    residual: bool = field(default=True, metadata={"help": "Add the attention's output to the context."})
+    context_offset: bool = field(default=False, metadata={"help": "Learn an offset of the phrase's current rows."})
+    heads: int | None = field(default=None, metadata={"help": "Attention heads; width // 64 if unset."})
+    pre_norm: bool = field(default=True, metadata={"help": "Layer norms before attention."})
+    zero_init: bool = field(default=True, metadata={"help": "Start the output projection at zero."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.CONTCOOP
+        _check_choice("class_embed", self.class_embed, CLASS_EMBEDS)
+        if not self.residual and self.zero_init:
+            raise ValueError("without the residual, a zero start is an empty context: pass zero_init=False.")
+        if self.context_offset and self.init_phrase is None and self.init_token_ids is None:
+            raise ValueError("context_offset needs words to be an offset of: pass init_phrase.")
+
+
+@dataclass
+class DeepPromptConfig(PromptConfig):
+    """What learners with prompts in several layers share.
+
+    The text tower's layers 0 … D-1 get fresh vectors at the positions of the context (layer 0's are the context), the
+    image tower's get theirs behind the patches. Words of the phrase beyond M vectors stay in the text.
+    """
+
+    keeps_words: ClassVar[bool] = True
+
+    init_phrase: str | None = "a photo of a"
+
+
+@dataclass
+class IVLPConfig(DeepPromptConfig):
+    """IVLP: prompts of their own in several layers of either tower.
+
+    Args:
+        n_ctx (`int`, *optional*, defaults to 4): vectors per prompted layer of the text tower.
+        n_vision (`int`, *optional*, defaults to 4): vectors per prompted layer of the image tower.
+        text_depth (`int`, *optional*, defaults to 9): prompted layers of the text tower, at least 1.
+        vision_depth (`int`, *optional*, defaults to 9): prompted layers of the image tower; 0 leaves it alone.
+
+    Source: Rasheed et al. (arXiv 2212.03640) as set in Khattak et al., "Self-regulating Prompts" (arXiv 2307.06948).
+    """
+
+    n_ctx: int | None = 4
+    n_vision: int = field(default=4, metadata={"help": "Vectors per prompted layer of the image tower."})
+    text_depth: int = field(default=9, metadata={"help": "Prompted layers of the text tower."})
+    vision_depth: int = field(default=9, metadata={"help": "Prompted layers of the image tower; 0 for none."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.IVLP
+        if self.text_depth < 1 or self.vision_depth < 0 or self.n_vision < 1:
+            raise ValueError(
+                f"text_depth and n_vision must be at least 1 and vision_depth at least 0, got {self.text_depth}, "
+                f"{self.n_vision} and {self.vision_depth}."
+            )
+
+    @property
+    def must_match(self) -> tuple[str, ...]:
+        return (*PromptConfig.must_match, *(("vision_width",) if self.vision_depth else ()))
+
+
+@dataclass
+class PromptSRCConfig(IVLPConfig):
+    """PromptSRC: IVLP's prompts, trained against three pulls and averaged over epochs (see `tune`).
+
+    Source: Khattak et al., "Self-regulating Prompts: Foundational Model Adaptation without Forgetting" (arXiv
+    2307.06948).
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.PROMPTSRC
+
+
+@dataclass
+class MaPLeConfig(DeepPromptConfig):
+    """MaPLe: text prompts in D layers, and linear maps F_i from them to the image tower's prompts.
+
+    Layer i of the image tower gets ``F_i(P_i)`` behind its patches, P_i (M, width) the text prompt of layer i.
+
+    Args:
+        n_ctx (`int`, *optional*, defaults to 2): vectors per layer, in both towers.
+        depth (`int`, *optional*, defaults to 9): prompted layers of both towers.
+
+    Source: Khattak et al., "MaPLe: Multi-modal Prompt Learning" (arXiv 2210.03117).
+    """
+
+    must_match: ClassVar[tuple[str, ...]] = (*PromptConfig.must_match, "vision_width")
+
+    n_ctx: int | None = 2
+    depth: int = field(default=9, metadata={"help": "Prompted layers of both towers."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.MAPLE
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}.")

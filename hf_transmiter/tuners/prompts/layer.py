@@ -2,79 +2,226 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import PromptConfig
+from .texts import (
+    arrange,
+    class_inputs,
+    end_token_id,
+    load_tokenizer,
+    name_lengths,
+    start_tokens,
+    text_ends,
+    text_keys,
+)
+
+
+class Texts(NamedTuple):
+    """A batch of texts without slots: ids (B, L), positions of the end tokens (B,), which tokens are the name (B, L)."""
+
+    ids: Tensor
+    ends: Tensor
+    named: Tensor
 
 
 class PromptLayer(nn.Module, BaseTunerLayer):
     """Takes the place of a text tower's token embedding; holds any number of adapters, the first active one answers.
 
-    Two bound methods work together. `insert`, a hook before the tower, puts the ids ``-1 … -M`` after the start token
-    and lengthens the mask, so that positions, masks and the pooling at the end token follow by themselves. `forward`
-    gives id ``-i`` the i-th row of [`context`]. A learner says what its context is; where it goes is `slot_ids`.
+    Bound methods of it are hooks elsewhere. `insert`, before the text tower, puts the ids ``-1 … -M`` beside the name
+    and lengthens the mask, so that positions, masks and the pooling at the end token follow by themselves; `forward`
+    gives id ``-i`` the i-th row of the context. `before_text_layer`, `after_patches` and `before_vision_layer` put
+    prompts into deeper layers and the image tower. `fill_texts`, before the whole model, gives a call without texts
+    the prompts of the config's classes.
+
+    A learner is a subclass: `prefix`, `parts` (its parameters or modules, each an attribute `prefix + part`),
+    `initial` for their start, and whichever of `context`, `text_prompt` and `vision_prompt` it fills.
 
     Args:
         base_layer (`nn.Embedding`): the token table.
-        positions (`int`): most tokens the tower reads.
-        start (`int`): tokens before the context: 1 for a start token, 0 where the family has none.
+        model_config: configuration of the whole model.
+        positions (`int`): most tokens the text tower reads.
     """
 
-    other_param_names = ("configs",)
+    prefix = ""
+    parts: tuple[str, ...] = ("ctx",)
+    modules_of: tuple[str, ...] = ()
+    other_param_names = ("configs", "class_texts", "class_rows")
 
-    def __init__(self, base_layer: nn.Embedding, positions: int, start: int):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.adapter_layer_names = tuple(cls.prefix + part for part in (*cls.parts, *cls.modules_of))
+
+    def __init__(self, base_layer: nn.Embedding, model_config, positions: int):
         super().__init__()
         self.base_layer = base_layer
-        self.positions, self.start = positions, start
+        self.positions = positions
+        self.start, self.end_id = start_tokens(model_config), end_token_id(model_config)
+        self.reads_every_position = model_config.model_type == "siglip"
         self.configs: dict[str, PromptConfig] = {}
+        self.class_texts: dict[str, dict[str, Tensor]] = {}
+        self.class_rows: dict[str, dict[tuple[int, ...], int]] = {}
         self.merged_adapters = []
         self.hooks: list = []
+        self.plain = False  # inside a call that must see the base model
+        self.texts: Texts | None = None  # of the call under way
+        for part in self.parts:
+            setattr(self, self.prefix + part, nn.ParameterDict())
+        for part in self.modules_of:
+            setattr(self, self.prefix + part, nn.ModuleDict())
+
+    # ---- adapters ---------------------------------------------------------------------------------------------------
 
     @property
     def active_name(self) -> str | None:
         """The adapter that answers: the first active one held here, none while adapters are disabled."""
-        if self.disable_adapters:
+        if self.disable_adapters or self.plain:
             return None
         return next((name for name in self.active_adapters if name in self.configs), None)
 
+    @property
+    def active_config(self) -> PromptConfig | None:
+        name = self.active_name
+        return None if name is None else self.configs[name]
+
+    def part(self, part: str, name: str):
+        """The parameter or module `part` of the adapter `name`."""
+        return getattr(self, self.prefix + part)[name]
+
+    def update_layer(self, name: str, config: PromptConfig, root: nn.Module) -> None:
+        """Adds an adapter at its start; a phrase changes nothing compared with writing it out."""
+        self.configs[name] = config
+        self.class_texts.pop(name, None)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # modules draw their start from the global generator
+            start = self.initial(config, root)
+        for part, value in start.items():
+            if isinstance(value, Tensor):
+                value = nn.Parameter(value)
+            getattr(self, self.prefix + part)[name] = value
+        if getattr(config, "class_specific", False):
+            self.set_classes(name, config.class_names, load_tokenizer(root), root.config.model_type)
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def initial(self, config: PromptConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
+        """Start of every part; parts a configuration does not have are left out."""
+        return {"ctx": self.initial_context(config)}
+
     def initial_context(self, config: PromptConfig) -> Tensor:
-        """(M, width): the token embeddings of the phrase, or a draw from N(0, 0.02²) that the seed decides.
+        """(M, width): noise from N(0, 0.02²) that the seed decides, then the token embeddings of the phrase.
 
         Raises:
             ValueError: the phrase's ids are not in this token table, or the context leaves no room for a text.
         """
-        table = self.get_base_layer().weight
-        if config.n_ctx > self.positions - 3:  # start token, one word, end token
+        table, ids = self.get_base_layer().weight, config.init_token_ids or []
+        count = config.n_ctx + len(config.kept_ids)
+        if count > self.positions - 3:  # start token, one word, end token
             raise ValueError(
-                f"a context of {config.n_ctx} vectors leaves no room for a text: the text tower reads "
+                f"a context of {count} vectors leaves no room for a text: the text tower reads "
                 f"{self.positions} tokens in all. Use a smaller n_ctx."
             )
-        if config.init_token_ids is None:
-            generator = torch.Generator().manual_seed(config.seed)
-            return 0.02 * torch.randn(config.n_ctx, table.shape[1], generator=generator, device="cpu")
-        if not 0 <= min(config.init_token_ids) <= max(config.init_token_ids) < len(table):
+        if ids and not 0 <= min(ids) <= max(ids) < len(table):
             raise ValueError(
-                f"init_token_ids {config.init_token_ids} are not all in this model's vocabulary of {len(table)}: "
+                f"init_token_ids {ids} are not all in this model's vocabulary of {len(table)}: "
                 "they come from another tokenizer. Leave them out and give init_phrase."
             )
-        return table.detach()[config.init_token_ids].clone()
+        words = table.detach()[config.learned_ids].float()
+        return torch.cat([self.noise(config, config.n_ctx - len(words), table.shape[1]).to(words.device), words])
 
-    def context(self, name: str) -> Tensor:
-        """(M, width): the vectors in the slots."""
-        raise NotImplementedError
+    @staticmethod
+    def noise(config: PromptConfig, *shape: int) -> Tensor:
+        """A draw from N(0, 0.02²) that the seed decides, also while PEFT builds modules without memory."""
+        generator = torch.Generator().manual_seed(config.seed)
+        return 0.02 * torch.randn(*shape, generator=generator, device="cpu")
+
+    def set_classes(self, name: str, names: Sequence[str], tokenizer, family: str) -> None:
+        """See [`set_classes`](hf_transmiter.tuners.prompts.set_classes)."""
+        config = self.configs[name]
+        if tokenizer is None:
+            raise ValueError(
+                "there is no tokenizer beside this model: call set_classes(model, class_names, tokenizer=...)."
+            )
+        inputs = class_inputs(names, tokenizer, family, self.positions, config.n_ctx + len(config.kept_ids))
+        if getattr(config, "class_specific", False):
+            unknown = [n for n in names if n not in config.class_names]
+            if unknown:
+                raise ValueError(
+                    f"class-specific contexts know only the {len(config.class_names)} classes they were learnt for, "
+                    f"not {unknown[0]!r}: use a context shared by all classes for new names."
+                )
+            all_names = class_inputs(config.class_names, tokenizer, family, self.positions, config.n_ctx)
+            ids = all_names["input_ids"]
+            keys = text_keys(ids, text_ends(ids, all_names.get("attention_mask"), self.end_id))
+            self.class_rows[name] = {key: row for row, key in enumerate(keys)}
+        else:
+            config.class_names = list(names)
+        self.class_texts[name] = inputs
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """PEFT only warns of tensors that a file lacks: half an adapter is refused here.
+
+        Raises:
+            ValueError: some of an adapter's tensors are there, others are missing.
+        """
+        for name in self.configs:
+            stores = tuple(f"{prefix}{store}.{name}" for store in self.adapter_layer_names)
+            own = [
+                key for key in self.state_dict(prefix=prefix) if f"{key}.".startswith(tuple(f"{s}." for s in stores))
+            ]
+            missing = [key for key in own if key not in state_dict]
+            if missing and len(missing) < len(own):
+                raise ValueError(
+                    f"the checkpoint lacks {missing[0].replace(f'.{name}', '')!r}, which a {self.prefix.rstrip('_')} "
+                    "adapter of this configuration has: it is damaged, or belongs to another configuration."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # ---- what a learner fills ---------------------------------------------------------------------------------------
+
+    def context(self, name: str) -> Tensor | None:
+        """(M, width), or (B, M, width) for the texts of the call under way: the vectors in the slots."""
+        return self.part("ctx", name)
+
+    def text_prompt(self, name: str, layer: int) -> Tensor | None:
+        """(M, width): what takes the context's places before the text tower's layer, counted from 0; or `None`."""
+        return None
+
+    def vision_prompt(self, name: str, layer: int) -> Tensor | None:
+        """(n, width): what stands behind the patches from the image tower's layer on; `None` leaves what is there."""
+        return None
+
+    def slot_ids(self, config: PromptConfig) -> list[int]:
+        """What goes in beside the name: -1 … -M for the context, ordinary ids for words of the phrase."""
+        return [*range(-1, -1 - config.n_ctx, -1), *config.kept_ids]
+
+    # ---- hooks ------------------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids (B, L), slots negative, to embeddings (B, L, width)."""
-        if self.active_name is None:
+        context = None if self.active_name is None else self.context(self.active_name)
+        if context is None:
             return self.base_layer(input_ids)
         embeds = self.base_layer(input_ids.clamp(min=0))
-        vectors = self.context(self.active_name)[(-1 - input_ids).clamp(min=0)]
+        slots = (-1 - input_ids).clamp(min=0)
+        if context.ndim == 2:
+            vectors = context[slots]
+        else:
+            vectors = context.gather(1, slots.unsqueeze(-1).expand(-1, -1, context.shape[-1]))
         return torch.where((input_ids < 0).unsqueeze(-1), vectors.to(embeds.dtype), embeds)
 
     def insert(self, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before the tower's forward: context slots enter ids and mask; the tower counts positions anew.
+        """Before the text tower's forward: slots enter ids and mask; the tower counts positions anew.
+
+        Padding is cut off: the texts end with the longest one (in the SigLIP family, which reads every position, they
+        stay as long as they were where there is room).
 
         Raises:
             ValueError: a text is too long for the tower with the context in it, or padded on the left.
@@ -83,58 +230,115 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.active_name is None or ids is None:
             return None
-        count = self.configs[self.active_name].n_ctx
-        ids, mask = self._make_room(ids, mask, self.positions - count)
-        slots = (-1 - torch.arange(count, device=ids.device)).expand(len(ids), -1)
-        kwargs["input_ids"] = self._with_slots(ids, slots)
+        config = self.active_config
+        slots = torch.tensor(self.slot_ids(config), device=ids.device).expand(len(ids), -1)
+        count = slots.shape[1]
+        ids, mask, ends = self._cut(ids, mask, self.positions - count)
+        names = name_lengths(ids, ends, self.start, config.period_id) if config.reads_names else torch.ones_like(ends)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        self.texts = Texts(ids, ends, (place >= self.start) & (place < self.start + names[:, None]))
+        self._read(tower, ids, mask)
+        before = {"end": count, "middle": count // 2, "front": 0}[getattr(config, "position", "end")]
+        order = arrange(ids.shape[1], self.start, count, before, names)
+        kwargs["input_ids"] = torch.cat([ids, slots], 1).gather(1, order)
         if mask is not None:
-            kwargs["attention_mask"] = self._with_slots(mask, torch.ones_like(slots, dtype=mask.dtype))
+            kwargs["attention_mask"] = torch.cat([mask, torch.ones_like(slots, dtype=mask.dtype)], 1).gather(1, order)
         # Both are counted for the text as it was; the towers' own defaults fit the longer one.
         kwargs.pop("position_ids", None)
         kwargs.pop("token_type_ids", None)
         return (), kwargs
 
-    def _with_slots(self, row: Tensor, slots: Tensor) -> Tensor:
-        return torch.cat([row[:, : self.start], slots, row[:, self.start :]], dim=1)
+    def _read(self, tower: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+        """Called with every batch of texts (padding cut) before its slots go in."""
 
-    def _make_room(self, ids: Tensor, mask: Tensor | None, room: int) -> tuple[Tensor, Tensor | None]:
-        """Drops padding, never words, so that ids and mask (B, L) have L <= room."""
+    def _cut(self, ids: Tensor, mask: Tensor | None, room: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Drops padding, never words; returns ids and mask (B, L) with L <= room, and the texts' last positions."""
         if mask is not None and not mask[:, 0].all():
             raise ValueError("texts must be padded on the right: the context goes after their first token.")
-        if ids.shape[1] <= room:
-            return ids, mask
-        if mask is not None:
-            lengths = mask.long().sum(1)
-        else:
-            # Up to the last token that differs from the final one, and one more: the end token may be the padding.
-            differs = ids != ids[:, -1:]
-            lengths = ids.shape[1] - differs.flip(1).int().argmax(1) + 1
-            lengths = lengths.where(differs.any(1), torch.ones_like(lengths))
-        row = int(lengths.argmax())
-        if lengths[row] > room:
+        ends = text_ends(ids, mask, self.end_id)
+        longest = int(ends.max()) + 1
+        if longest > room:
             raise ValueError(
-                f"text {row} of the batch has {int(lengths[row])} tokens, but only {room} of the text tower's "
+                f"text {int(ends.argmax())} of the batch has {longest} tokens, but only {room} of the text tower's "
                 f"{self.positions} positions are left beside the learnt context: shorten the name, or use a smaller "
                 "n_ctx. Prompts of a tuned model are '{}.', without words of their own."
             )
-        return ids[:, :room], None if mask is None else mask[:, :room]
+        length = min(room, ids.shape[1]) if self.reads_every_position else longest
+        return ids[:, :length], None if mask is None else mask[:, :length], ends
+
+    def before_text_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        prompt = None if self.active_name is None else self.text_prompt(self.active_name, index)
+        if prompt is None:
+            return None
+
+        def put(hidden: Tensor) -> Tensor:
+            rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
+            return torch.cat([hidden[:, : self.start], rows, hidden[:, self.start + rows.shape[1] :]], 1)
+
+        return _with_hidden(args, kwargs, put)
+
+    def after_patches(self, embeddings: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        prompt = None if self.active_name is None else self.vision_prompt(self.active_name, 0)
+        return None if prompt is None else _behind(output, prompt, 0)
+
+    def before_vision_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        prompt = None if self.active_name is None or not index else self.vision_prompt(self.active_name, index)
+        if prompt is None:
+            return None
+        return _with_hidden(args, kwargs, lambda hidden: _behind(hidden, prompt, len(prompt)))
+
+    def fill_texts(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before the whole model's forward: the classes' prompts, where no texts were given."""
+        config = self.active_config
+        if config is None or not config.class_names or args or kwargs.get("input_ids") is not None:
+            return None
+        if self.active_name not in self.class_texts:
+            self.set_classes(self.active_name, config.class_names, load_tokenizer(root), root.config.model_type)
+        device = self.get_base_layer().weight.device
+        texts = {key: value.to(device) for key, value in self.class_texts[self.active_name].items()}
+        return args, {**kwargs, **texts}
+
+    def attach(self, root: nn.Module) -> None:
+        """Registers the hooks on the whole model; `detach` takes them off."""
+        text, vision = root.text_model, root.vision_model
+        self.hooks = [
+            root.register_forward_pre_hook(self.fill_texts, with_kwargs=True),
+            text.register_forward_pre_hook(self.insert, with_kwargs=True),
+            vision.embeddings.register_forward_hook(self.after_patches),
+        ]
+        for tower, hook in ((text, self.before_text_layer), (vision, self.before_vision_layer)):
+            for index, layer in enumerate(layers(tower)):
+                # Bound methods and partials of them survive deepcopy and pickle; closures would not.
+                bound = functools.partial(hook, index)
+                self.hooks.append(layer.register_forward_pre_hook(bound, with_kwargs=True))
+
+    def detach(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    @contextmanager
+    def as_base(self):
+        """Inside, the model answers as if there were no adapter here."""
+        self.plain = True
+        try:
+            yield
+        finally:
+            self.plain = False
 
 
-class CoOpLayer(PromptLayer):
-    """The context is a parameter: `coop_ctx` (M, width) per adapter."""
+def layers(tower: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a tower, which families keep under different names."""
+    return next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
 
-    adapter_layer_names = ("coop_ctx",)
 
-    def __init__(self, base_layer: nn.Embedding, positions: int, start: int):
-        super().__init__(base_layer, positions, start)
-        self.coop_ctx = nn.ParameterDict()
+def _with_hidden(args: tuple, kwargs: dict, change) -> tuple[tuple, dict]:
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
-    def update_layer(self, name: str, config: PromptConfig) -> None:
-        """Adds an adapter at its start; a phrase changes nothing compared with writing it out."""
-        self.configs[name] = config
-        self.coop_ctx[name] = nn.Parameter(self.initial_context(config))
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def context(self, name: str) -> Tensor:
-        return self.coop_ctx[name]
+def _behind(hidden: Tensor, prompt: Tensor, replaced: int) -> Tensor:
+    """Hidden states (B, L, width) with the prompt (n, width) behind them, in place of the last `replaced` ones."""
+    rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
+    return torch.cat([hidden[:, : hidden.shape[1] - replaced], rows], 1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import AutoTokenizer
 
-from ...families import FAMILIES, SIGLIP, is_dual_encoder, text_positions
+from ...families import FAMILIES, is_dual_encoder, shared_width, text_positions
+from ...fingerprint import vocabulary_hash
 from .config import PromptConfig
-from .layer import CoOpLayer, PromptLayer
+from .layer import PromptLayer, layers
+from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
+from .logits import set_classes
+from .texts import load_tokenizer, period_token_id, phrase_token_ids
 
 
 TOKEN_TABLES = {
@@ -25,31 +28,56 @@ other tokens than the same name after words; a context learns just as well there
 exactly that of the written phrase.
 """
 
+_WORDS = {
+    "text_width": "the text tower is {new} wide, the one it was learnt on {old}",
+    "vocabulary_size": "the tokenizer has {new} tokens, the one it was learnt with {old}",
+    "vocabulary": "the tokenizer has other tokens than the one it was learnt with",
+    "vision_width": "the image tower is {new} wide, the one it was learnt on {old}",
+    "embed_dim": "embeddings have {new} dimensions, those it was learnt on {old}",
+}
 
-def phrase_token_ids(tokenizer, phrase: str) -> list[int]:
-    """Token ids of a phrase without start and end tokens, as they would stand before a name.
 
-    Raises:
-        ValueError: the phrase has no token.
-    """
-    ids = tokenizer(phrase, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"the phrase {phrase!r} has no token to start the context from.")
-    return list(ids)
+def base_facts(model: nn.Module, tokenizer=None) -> dict:
+    """Sizes of a dual encoder that a prompt depends on, and the digest of its vocabulary (`None` if unknown)."""
+    table = model.get_submodule(TOKEN_TABLES[model.config.model_type])
+    table = getattr(table, "base_layer", table)
+    return {
+        "text_width": table.embedding_dim,
+        "text_layers": len(layers(model.text_model)),
+        "vocabulary_size": table.num_embeddings,
+        "vocabulary": None if tokenizer is None else vocabulary_hash(tokenizer),
+        "vision_width": model.config.vision_config.hidden_size,
+        "vision_layers": len(layers(model.vision_model)),
+        "embed_dim": shared_width(model),
+    }
+
+
+def misfit(config: PromptConfig, facts: dict) -> str | None:
+    """Why an adapter cannot be attached to a model with these facts, `None` where nothing is against it."""
+    known = config.base or {}
+    for key in config.must_match:
+        old, new = known.get(key), facts.get(key)
+        if old is not None and new is not None and old != new:
+            return _WORDS[key].format(old=old, new=new)
+    return None
 
 
 class PromptModel(BaseTuner):
-    """PEFT tuner of all prompt learners; a learner is a subclass that names its layer and its prefix.
+    """PEFT tuner of all prompt learners; a learner is a subclass that names its layer.
 
-    The root is a transformers two-tower model (`TOKEN_TABLES` lists the families). A hook before the text tower makes
-    room for the context; `unload` removes it.
+    The root is a transformers two-tower model (`TOKEN_TABLES` lists the families). Hooks on it make room for the
+    context; `unload` removes them.
 
     Raises:
-        ValueError: the model is no dual encoder of such a family, `init_phrase` meets a model without a tokenizer, or
-            the adapter's name is part of the parameter prefix.
+        ValueError: the model is no dual encoder of such a family or does not fit the adapter, `init_phrase` meets a
+            model without a tokenizer, or the adapter's name is part of the parameter prefix.
     """
 
     target_module_mapping = TOKEN_TABLES
+
+    def set_classes(self, class_names: list[str], tokenizer=None) -> None:
+        """See [`set_classes`](hf_transmiter.tuners.prompts.set_classes)."""
+        set_classes(self.model, class_names, tokenizer)
 
     def _check_new_adapter_config(self, config: PromptConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -65,36 +93,52 @@ class PromptModel(BaseTuner):
                 f"prompt learning needs a whole two-tower model of a supported family, got "
                 f"{type(self.model).__name__} of type {family!r}. Supported: {supported}."
             )
-        if peft_config.init_phrase is not None and peft_config.init_token_ids is None:
-            peft_config.init_token_ids = phrase_token_ids(self._tokenizer(), peft_config.init_phrase)
-            peft_config.n_ctx = len(peft_config.init_token_ids)
+        self._learn_words(peft_config)
+        facts = base_facts(self.model)
+        if (peft_config.base or {}).get("vocabulary") and misfit(peft_config, facts) is None:
+            facts = base_facts(self.model, load_tokenizer(self.model))
+        reason = misfit(peft_config, facts)
+        if reason is not None:
+            raise ValueError(
+                f"this {peft_config.peft_type.value} adapter does not fit the model: {reason}. Load the model it was "
+                "learnt on, or carry its class vectors over with hf_transmiter.extract and hf_transmiter.transfer."
+            )
+        known = {key: value for key, value in facts.items() if value is not None}
+        peft_config.base = {**facts, **(peft_config.base or {}), **known}
         peft_config.target_modules = TOKEN_TABLES[family]
         return peft_config
 
-    def _tokenizer(self):
-        config = self.model.config
-        try:
-            return AutoTokenizer.from_pretrained(
-                config._name_or_path, revision=getattr(config, "_commit_hash", None), trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
+    def _learn_words(self, config: PromptConfig) -> None:
+        """What only a tokenizer knows; a configuration that was saved has it all."""
+        phrase = config.init_phrase if config.init_token_ids is None else None
+        period = config.reads_names and config.period_id is None
+        if phrase is None and not period:
+            return
+        tokenizer = load_tokenizer(self.model)
+        if tokenizer is None:
+            wanted = "init_token_ids = phrase_token_ids(tokenizer, phrase)" if phrase is not None else "period_id"
+            cause = "init_phrase" if phrase is not None else "a learner that reads names"
             raise ValueError(
-                f"init_phrase needs a tokenizer and there is none beside the model ({config._name_or_path!r}): load "
-                "the model from a folder that has one, or give init_token_ids = phrase_token_ids(tokenizer, phrase)."
-            ) from error
+                f"{cause} needs a tokenizer and there is none beside the model ({self.model.config._name_or_path!r}): "
+                f"load the model from a folder that has one, or give {wanted}."
+            )
+        if phrase is not None:
+            config.start_from(phrase_token_ids(tokenizer, phrase))
+        if period:
+            config.period_id = period_token_id(tokenizer)
+        config.base = config.base or base_facts(self.model, tokenizer)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         if isinstance(target, PromptLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, self.model)
             return
-        start = 0 if self.model.config.model_type in SIGLIP else 1
-        layer = self.tuner_layer_cls(target, text_positions(self.model), start)
+        layer = self.tuner_layer_cls(target, self.model.config, text_positions(self.model))
         layer._active_adapter = self.active_adapters
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, peft_config, self.model)
         self._replace_module(parent, target_name, layer, target)
-        layer.hooks.append(self.model.text_model.register_forward_pre_hook(layer.insert, with_kwargs=True))
+        layer.attach(self.model)
 
     def _post_injection_hook(self, model: nn.Module, config: PromptConfig, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
@@ -105,13 +149,47 @@ class PromptModel(BaseTuner):
             raise NotImplementedError("a learnt context cannot be merged into the token table; use unload().")
         for module in self.model.modules():
             if isinstance(module, PromptLayer):
-                for hook in module.hooks:
-                    hook.remove()
+                module.detach()
         return super()._unload_and_optionally_merge(merge=False, **kwargs)
 
 
 class CoOpModel(PromptModel):
     """PEFT tuner of CoOp."""
 
-    prefix = "coop_"
-    tuner_layer_cls = CoOpLayer
+    prefix, tuner_layer_cls = CoOpLayer.prefix, CoOpLayer
+
+
+class KgCoOpModel(PromptModel):
+    """PEFT tuner of KgCoOp."""
+
+    prefix, tuner_layer_cls = KgCoOpLayer.prefix, KgCoOpLayer
+
+
+class CoCoOpModel(PromptModel):
+    """PEFT tuner of CoCoOp."""
+
+    prefix, tuner_layer_cls = CoCoOpLayer.prefix, CoCoOpLayer
+
+
+class ContCoOpModel(PromptModel):
+    """PEFT tuner of ContCoOp."""
+
+    prefix, tuner_layer_cls = ContCoOpLayer.prefix, ContCoOpLayer
+
+
+class IVLPModel(PromptModel):
+    """PEFT tuner of IVLP."""
+
+    prefix, tuner_layer_cls = IVLPLayer.prefix, IVLPLayer
+
+
+class PromptSRCModel(PromptModel):
+    """PEFT tuner of PromptSRC."""
+
+    prefix, tuner_layer_cls = PromptSRCLayer.prefix, PromptSRCLayer
+
+
+class MaPLeModel(PromptModel):
+    """PEFT tuner of MaPLe."""
+
+    prefix, tuner_layer_cls = MaPLeLayer.prefix, MaPLeLayer

@@ -1,0 +1,292 @@
+"""The learners: what each one learns and what it puts into the slots, [`PromptLayer`] does the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, relu, scaled_dot_product_attention
+
+from ...families import shared_width
+from .config import ContCoOpConfig, IVLPConfig, MaPLeConfig, PromptConfig
+from .layer import PromptLayer, layers
+from .texts import start_tokens, text_keys
+
+
+class CoOpLayer(PromptLayer):
+    """The context is a parameter: `ctx` (M, width), or (C, M, width) for class-specific contexts."""
+
+    prefix = "coop_"
+
+    def initial(self, config: PromptConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
+        context = self.initial_context(config)
+        if config.layer:
+            context = self._states(config, root) if _causal(root) else self.noise(config, *context.shape)
+        if config.class_specific:
+            context = context.repeat(len(config.class_names), 1, 1)
+            if not config.learned_ids:
+                context = self.noise(config, *context.shape)
+        return {"ctx": context}
+
+    def _states(self, config: PromptConfig, root: nn.Module) -> Tensor:
+        """(M, width): the phrase's states before `config.layer`; in a causal tower the same for every name."""
+        text = root.config.text_config
+        # Checkpoints from before transformers 4.31 have 0 for the start token; CLIP's is the last but one.
+        first = text.vocab_size - 2 if text.eos_token_id == 2 and text.vocab_size > 2 else text.bos_token_id
+        ids = torch.tensor([[first, *config.init_token_ids]], device=root.device)
+        tower_layers, seen = layers(root.text_model), []
+        if config.layer >= len(tower_layers):
+            raise ValueError(f"layer={config.layer}, but the text tower's last layer is {len(tower_layers) - 1}.")
+        # output_hidden_states would leave transformers' own hooks on the model for good.
+        hook = tower_layers[config.layer].register_forward_pre_hook(
+            lambda layer, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        try:
+            with self.as_base(), torch.no_grad():
+                root.text_model(input_ids=ids)
+        finally:
+            hook.remove()
+        return seen[0][0, start_tokens(root.config) :].float().clone()
+
+    def slot_ids(self, config: PromptConfig) -> list[int]:
+        return config.kept_ids if config.layer else super().slot_ids(config)
+
+    def text_prompt(self, name: str, layer: int) -> Tensor | None:
+        return self.part("ctx", name) if layer and layer == self.configs[name].layer else None
+
+    def context(self, name: str) -> Tensor | None:
+        config = self.configs[name]
+        if config.layer:
+            return None
+        if not config.class_specific:
+            return self.part("ctx", name)
+        rows = [self.class_rows[name].get(key) for key in text_keys(self.texts.ids, self.texts.ends)]
+        if None in rows:
+            raise ValueError(
+                f"text {rows.index(None)} of the batch is none of the {len(config.class_names)} classes of these "
+                "class-specific contexts: ask about '{}.' filled with one of class_names."
+            )
+        return self.part("ctx", name)[rows]
+
+
+class KgCoOpLayer(CoOpLayer):
+    """As [`CoOpLayer`]: what differs is the objective."""
+
+    prefix = "kgcoop_"
+
+
+class CoCoOpLayer(PromptLayer):
+    """`ctx` (M, width), and `down`, `up`: the net from a unit image embedding to a shift of all M vectors."""
+
+    prefix = "cocoop_"
+    modules_of = ("down", "up")
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.images: Tensor | None = None  # (B, d): one unit image embedding per text of the call under way
+
+    def initial(self, config: PromptConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
+        context, d = self.initial_context(config), shared_width(root)
+        hidden = max(d // 16, 1)
+        return {"ctx": context, "down": nn.Linear(d, hidden), "up": nn.Linear(hidden, context.shape[1])}
+
+    def context(self, name: str) -> Tensor:
+        context = self.part("ctx", name)
+        if self.images is None:
+            return context
+        down = self.part("down", name)
+        shift = self.part("up", name)(relu(down(self.images.to(down.weight.dtype))))
+        return context + shift[:, None]
+
+    def attach(self, root: nn.Module) -> None:
+        super().attach(root)
+        self.hooks.append(root.register_forward_hook(self.rewrite_logits, with_kwargs=True))
+
+    def rewrite_logits(self, root: nn.Module, args: tuple, kwargs: dict, output):
+        """After the whole model's forward: logits against class vectors that every image makes for itself."""
+        if self.active_name is None or getattr(output, "logits_per_image", None) is None:
+            return output
+        from .logits import image_conditioned_logits  # not at the top: it names this class
+
+        inputs = {key: kwargs[key] for key in ("input_ids", "attention_mask") if kwargs.get(key) is not None}
+        if "input_ids" not in inputs:
+            inputs["input_ids"] = args[0]
+        logits = image_conditioned_logits(root, self, output.image_embeds, inputs)
+        output.logits_per_image, output.logits_per_text = logits, logits.T
+        return output
+
+
+class ContCoOpLayer(PromptLayer):
+    """`ctx` (M, width), and the attention from it to the class's embeddings in the base model (see the config)."""
+
+    prefix = "contcoop_"
+    modules_of = ("norm_q", "norm_k", "query", "key", "value", "out")
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.features: Tensor | None = None  # (B, width) pooled states, for class_embed="text_feature"
+
+    def initial(self, config: ContCoOpConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
+        context = self.initial_context(config)
+        width = context.shape[1]
+        if width % self._heads(config, width):
+            raise ValueError(f"{config.heads} heads do not divide the text tower's width of {width}.")
+        out = nn.Linear(width, width)
+        nn.init.zeros_(out.bias)
+        nn.init.zeros_(out.weight) if config.zero_init else nn.init.normal_(out.weight, std=0.02)
+        parts = {part: nn.Linear(width, width) for part in ("query", "value")}
+        parts["key"] = nn.Linear(width, width, bias=False)  # softmax does not see what all keys have in common
+        if config.pre_norm:
+            parts |= {part: nn.LayerNorm(width) for part in ("norm_q", "norm_k")}
+        start = torch.zeros_like(context) if config.context_offset else context
+        return {"ctx": start, **parts, "out": out}
+
+    @staticmethod
+    def _heads(config: ContCoOpConfig, width: int) -> int:
+        return config.heads or max(width // 64, 1)
+
+    def context(self, name: str) -> Tensor:
+        config, context = self.configs[name], self.part("ctx", name)
+        if config.context_offset:
+            context = context + self.initial_context(config).to(context)
+        query = context.expand(len(self.texts.ids), -1, -1)
+        keys, mask = self._class_embeds(config, context.dtype)
+        if config.attend_context:
+            keys = torch.cat([query, keys], 1)
+            mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, query.shape[1]), mask], 1)
+        attended = self._attend(name, config, query, keys, mask)
+        if not config.zero_init:
+            attended = attended * self.get_base_layer().weight.float().std()
+        return query + attended if config.residual else attended
+
+    def _class_embeds(self, config: ContCoOpConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """E (B, L, width) and which of its rows count (B, L), from the base model as it is now."""
+        ids, named = self.texts.ids, self.texts.named
+        if config.class_embed == "text_feature":
+            return self.features.to(dtype)[:, None], torch.ones_like(named[:, :1])
+        embeds = self.base_layer(ids).to(dtype)
+        if config.class_embed == "tokens":
+            return embeds, named
+        weight = named / named.sum(1, keepdim=True)
+        return (weight[..., None].to(dtype) * embeds).sum(1, keepdim=True), torch.ones_like(named[:, :1])
+
+    def _attend(self, name: str, config: ContCoOpConfig, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        if config.pre_norm:
+            query, keys = self.part("norm_q", name)(query), self.part("norm_k", name)(keys)
+        heads = self._heads(config, query.shape[-1])
+
+        def split(part: str, rows: Tensor) -> Tensor:
+            return self.part(part, name)(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        q, k, v = split("query", query), split("key", keys), split("value", keys)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.part("out", name)(attended.transpose(1, 2).flatten(2))
+
+    def _read(self, tower: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+        config = self.active_config
+        if config.class_embed != "text_feature":
+            return
+        words = torch.tensor([config.init_token_ids or []], dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
+        ids = torch.cat([ids[:, : self.start], words, ids[:, self.start :]], 1)
+        if mask is not None:
+            mask = torch.cat(
+                [mask[:, : self.start], torch.ones_like(words, dtype=mask.dtype), mask[:, self.start :]], 1
+            )
+        with self.as_base(), torch.no_grad():
+            output = tower(input_ids=ids, attention_mask=mask)
+        pooled = output.pooler_output
+        self.features = output.last_hidden_state[:, 0] if pooled is None else pooled
+        width = self.get_base_layer().embedding_dim
+        if self.features.shape[1] != width:
+            raise ValueError(
+                f"class_embed='text_feature' needs pooled text states as wide as tokens ({width}), this tower's have "
+                f"{self.features.shape[1]}: use 'tokens' or 'mean_token'."
+            )
+
+
+class DeepPromptLayer(PromptLayer):
+    """Learners with prompts in several layers; `depths` says in how many of the text and of the image tower."""
+
+    def depths(self, config: PromptConfig) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def check_depths(self, config: PromptConfig, root: nn.Module) -> None:
+        """Raises a `ValueError` where a tower has fewer layers than are to be prompted."""
+        towers = (("text", root.text_model), ("image", root.vision_model))
+        for (what, tower), depth in zip(towers, self.depths(config), strict=True):
+            if depth > len(layers(tower)):
+                raise ValueError(
+                    f"prompts in {depth} layers of the {what} tower, which has {len(layers(tower))}: use a smaller "
+                    "depth, or a model as deep as the one the prompts were learnt on."
+                )
+
+
+class IVLPLayer(DeepPromptLayer):
+    """`ctx` (M, width), `text` (D_t - 1, M, width) and `vision` (D_v, n, vision width), all free."""
+
+    prefix = "ivlp_"
+    parts = ("ctx", "text", "vision")
+
+    def depths(self, config: IVLPConfig) -> tuple[int, int]:
+        return config.text_depth, config.vision_depth
+
+    def initial(self, config: IVLPConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
+        self.check_depths(config, root)
+        context = self.initial_context(config)
+        deep = config.text_depth - 1
+        width = root.config.vision_config.hidden_size
+        count = deep * context.numel()
+        noise = self.noise(config, count + config.vision_depth * config.n_vision * width)
+        start = {"ctx": context}
+        if deep:
+            start["text"] = noise[:count].reshape(deep, *context.shape)
+        if config.vision_depth:
+            start["vision"] = noise[count:].reshape(config.vision_depth, config.n_vision, width)
+        return start
+
+    def text_prompt(self, name: str, layer: int) -> Tensor | None:
+        return self.part("text", name)[layer - 1] if 0 < layer < self.configs[name].text_depth else None
+
+    def vision_prompt(self, name: str, layer: int) -> Tensor | None:
+        return self.part("vision", name)[layer] if layer < self.configs[name].vision_depth else None
+
+
+class PromptSRCLayer(IVLPLayer):
+    """As [`IVLPLayer`]: what differs is the objective."""
+
+    prefix = "promptsrc_"
+
+
+class MaPLeLayer(DeepPromptLayer):
+    """`ctx` (M, width), `text` (D - 1, M, width), and the maps F_i: `weight` (D, vision width, width) and `bias`."""
+
+    prefix = "maple_"
+    parts = ("ctx", "text", "weight", "bias")
+
+    def depths(self, config: MaPLeConfig) -> tuple[int, int]:
+        return config.depth, config.depth
+
+    def initial(self, config: MaPLeConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
+        self.check_depths(config, root)
+        context = self.initial_context(config)
+        deep, width = config.depth - 1, context.shape[1]
+        # As published: F_0 has a start of its own, all others begin as copies of one. Uniform as in nn.Linear.
+        bound = width**-0.5
+        draws = torch.empty(2, root.config.vision_config.hidden_size, width + 1, device="cpu").uniform_(-bound, bound)
+        maps = torch.cat([draws[:1], draws[1:].expand(deep, -1, -1)])
+        start = {"ctx": context, "weight": maps[..., :-1].contiguous(), "bias": maps[..., -1].contiguous()}
+        if deep:
+            start["text"] = self.noise(config, deep, *context.shape)
+        return start
+
+    def text_prompt(self, name: str, layer: int) -> Tensor | None:
+        return self.part("text", name)[layer - 1] if 0 < layer < self.configs[name].depth else None
+
+    def vision_prompt(self, name: str, layer: int) -> Tensor | None:
+        if layer >= self.configs[name].depth:
+            return None
+        prompt = self.part("text", name)[layer - 1] if layer else self.part("ctx", name)
+        return linear(prompt, self.part("weight", name)[layer], self.part("bias", name)[layer])
+
+
+def _causal(root: nn.Module) -> bool:
+    return root.config.model_type in ("clip", "metaclip_2")

@@ -1,0 +1,127 @@
+"""Token ids of prompts: where a text ends, how long its name is, where the context goes, which class it names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from ...families import SIGLIP, tokenize
+from .config import check_class_names
+
+
+def phrase_token_ids(tokenizer, phrase: str) -> list[int]:
+    """Token ids of a phrase without start and end tokens, as they would stand before a name.
+
+    Raises:
+        ValueError: the phrase has no token.
+    """
+    ids = tokenizer(phrase, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"the phrase {phrase!r} has no token to start the context from.")
+    return list(ids)
+
+
+def period_token_id(tokenizer) -> int:
+    """Token id of a period that follows a word."""
+    return tokenizer("a.", add_special_tokens=False)["input_ids"][-1]
+
+
+def load_tokenizer(model: nn.Module):
+    """The tokenizer saved beside a transformers model, `None` where there is none."""
+    config = model.config
+    try:
+        return AutoTokenizer.from_pretrained(
+            config._name_or_path, revision=getattr(config, "_commit_hash", None), trust_remote_code=False
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def class_prompts(names: Sequence[str]) -> list[str]:
+    """`"{}."` filled with each name, underscores as spaces."""
+    return [f"{name.replace('_', ' ')}." for name in names]
+
+
+def class_inputs(names: Sequence[str], tokenizer, family: str, positions: int, context: int) -> dict[str, Tensor]:
+    """Token ids (C, L) and mask of the class prompts, cut at the longest one.
+
+    Args:
+        positions (`int`): most tokens the text tower reads.
+        context (`int`): how many of them the context takes.
+
+    Raises:
+        ValueError: no names, a name that is there twice, or one too long for the tower beside the context.
+    """
+    check_class_names(list(names))
+    prompts = class_prompts(names)
+    lengths = [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+    longest = max(range(len(names)), key=lengths.__getitem__)
+    if lengths[longest] > positions - context:
+        raise ValueError(
+            f"the prompt {prompts[longest]!r} has {lengths[longest]} tokens, but the context leaves room for "
+            f"{positions - context}: shorten the name, or use a smaller n_ctx or a shorter init_phrase."
+        )
+    return tokenize(tokenizer, prompts, family, positions)
+
+
+def text_ends(ids: Tensor, mask: Tensor | None, end_id: int | None) -> Tensor:
+    """(B,): position of each text's last token before the padding.
+
+    By the mask; without one by the first `end_id`; without that, the first of the equal tokens a row ends in.
+    """
+    if mask is not None:
+        return mask.long().sum(1) - 1
+    if end_id is not None and bool((ids == end_id).any(1).all()):
+        return (ids == end_id).int().argmax(1)
+    differs = ids != ids[:, -1:]
+    last = ids.shape[1] - differs.flip(1).int().argmax(1)
+    return last.where(differs.any(1), torch.zeros_like(last))
+
+
+def text_keys(ids: Tensor, ends: Tensor) -> list[tuple[int, ...]]:
+    """Each text's tokens without padding, to look it up by."""
+    return [tuple(row[: end + 1]) for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
+
+
+def name_lengths(ids: Tensor, ends: Tensor, start: int, period_id: int | None) -> Tensor:
+    """(B,): tokens of each name, which stands between the start token and its period, if it has one."""
+    lengths = ends - start
+    if period_id is not None:
+        before_end = ids.gather(1, (ends - 1).clamp(min=0)[:, None])[:, 0]
+        lengths = lengths - (before_end == period_id).long()
+    return lengths.clamp(min=1)
+
+
+def arrange(length: int, start: int, slots: int, before: int, names: Tensor) -> Tensor:
+    """(B, L + M): index into ``[text | slots]`` that puts `before` slots ahead of the name and the others after it.
+
+    Args:
+        length (`int`): L, tokens of a text.
+        start (`int`): tokens before the name.
+        slots (`int`): M.
+        before (`int`): slots ahead of the name.
+        names (`Tensor`): (B,) tokens of each name; plays no part when all slots are ahead of it.
+    """
+    place = torch.arange(length + slots, device=names.device).expand(len(names), -1)
+    after = start + before + names[:, None]  # first place behind the name
+    order = torch.where(place < start + before, length + place - start, place - before)
+    order = torch.where(place >= after, length + place - start - names[:, None], order)
+    order = torch.where(place >= after + slots - before, place - slots, order)
+    return torch.where(place < start, place, order)
+
+
+def end_token_id(config) -> int | None:
+    """What marks the end of a text in this family, `None` where only a mask tells."""
+    family, text = config.model_type, config.text_config
+    legacy = family == "clip" and text.eos_token_id == 2  # written before transformers 4.31: the id was wrong
+    if family == "chinese_clip":
+        return None
+    return text.vocab_size - 1 if legacy else text.eos_token_id
+
+
+def start_tokens(config) -> int:
+    """Tokens before the first word: 1, or 0 in the SigLIP families."""
+    return 0 if config.model_type in SIGLIP else 1
