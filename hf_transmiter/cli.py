@@ -22,6 +22,7 @@ from .cli_options import (
     check_new,
     command,
 )
+from .cli_upgrade import add_commands
 from .settings import ExtractionConfig, TransferConfig, TuningConfig
 
 
@@ -371,6 +372,9 @@ def inspect(
 
     found = describe(path)
     return Result(found, "\n".join(_lines(found)))
+
+
+add_commands(app)
 
 
 def _lines(facts: dict, indent: str = "") -> list[str]:
