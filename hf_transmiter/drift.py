@@ -205,7 +205,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
         if centred[-1].norm() <= 1e-6 * side.norm():
             return None
     x, y = centred
-    return float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+    value = float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+    return min(value, 1.0)  # rounding alone goes beyond
 
 
 def _text_states(

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _BAR = "#A6CEE8"
 _REFUSED = "#777777"
 _BARS = (
-    ("old", "old model", -0.27),
-    ("upgraded", "upgraded model, unchanged", 0.0),
-    ("retrained", "re-trained", 0.27),
+    ("old", "old model", -0.27, _BAR),
+    ("upgraded", "upgraded model, unchanged", 0.0, "#4C9FD3"),
+    ("retrained", "re-trained", 0.27, "#CCCCCC"),
 )
 
 
@@ -196,7 +196,7 @@ def compatibility_figure(
     _finite(list(floors.values()), "floors")
     figure = _figure(max(6.4, 1.4 + 0.95 * len(rows)), 4.6, title)
     axes = figure.add_subplot()
-    for (attribute, label, offset), color in zip(_BARS, (_BAR, "#4C9FD3", "#CCCCCC"), strict=True):
+    for attribute, label, offset, color in _BARS:
         places, means, stds = _columns(rows, attribute, offset)
         bars = {"color": color, "ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}}
         axes.bar(places, means, 0.25, yerr=stds, label=label, zorder=2, **bars)
