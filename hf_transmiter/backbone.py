@@ -290,6 +290,11 @@ class DualEncoder:
         self._warn_cut(cut)
         return normalize(total, dim=-1)
 
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts to the arguments of the text tower on the model's device: `input_ids` (B, L) and, outside the SigLIP
+        families, `attention_mask`. Texts longer than `context_length` tokens are cut."""
+        return self._tokenize(list(texts))[0]
+
     def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """``z = s * x @ a.T + b`` for rows ``x`` (B, d) and ``a`` (K, d): (B, K), scale included."""
         return self.logit_scale * image_embeds @ text_embeds.T + self.logit_bias

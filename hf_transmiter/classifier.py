@@ -104,15 +104,26 @@ class AnchorClassifier(nn.Module):
         image_embeds = self.encoder.embed_pixels(pixel_values)
         if self.adapter_config is not None:  # the adapter's hook writes the logits
             return AnchorClassifierOutput(image_embeds=image_embeds)
-        logits = self.encoder.logits(image_embeds, self.text_embeds)
+        logits = self._anchor_logits(image_embeds, len(self.anchors))
         return AnchorClassifierOutput(logits_per_image=logits, image_embeds=image_embeds)
 
     def classify(self, image_embeds: Tensor) -> Tensor:
         """Task logits (B, C) from unit image embeddings (B, d): the head alone, for cached features."""
         if self.adapter_config is not None:
             return self.transmiter(image_embeds, self.encoder.logit_scale, self.encoder.logit_bias)
-        columns = len(self.class_names)
-        return self.encoder.logits(image_embeds, self.text_embeds[:columns])
+        return self._anchor_logits(image_embeds, len(self.class_names))
+
+    def _anchor_logits(self, image_embeds: Tensor, columns: int) -> Tensor:
+        """(B, columns) over the first anchors; with class vectors of each image's own where it makes them (CoCoOp)."""
+        from .tuners.prompts import image_conditioned, image_conditioned_logits  # not at the top: tuners come later
+
+        layer = image_conditioned(self.model)
+        if layer is None:
+            return self.encoder.logits(image_embeds, self.text_embeds[:columns])
+        names = [name.replace("_", " ") for name in self.anchors.names[:columns]]
+        inputs = self.encoder.tokenize([self.anchors.templates[0].replace("{}", name) for name in names])
+        with torch.no_grad():
+            return image_conditioned_logits(self.model, layer, image_embeds, inputs)
 
     @torch.no_grad()
     def predict(self, images: Sequence, top_k: int = 1, batch_size: int = 32) -> list[list[dict]]:
@@ -220,7 +231,7 @@ class AnchorClassifier(nn.Module):
         hub = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
         hub = {key: value for key, value in hub.items() if value is not None}
         config = PeftConfig.from_pretrained(os.fspath(adapter), local_files_only=local_files_only, **hub)
-        if not hasattr(config, "class_names"):
+        if config.peft_type != "TRANSMITER":
             raise ValueError(f"{adapter} holds a {config.peft_type} adapter, not a TransMiter adapter.")
         if encoder is None:
             shared = {key: hub[key] for key in ("token", "cache_dir") if key in hub}

@@ -34,7 +34,11 @@ logger = logging.getLogger(__name__)
 METHODS = {"print": "lora", "night": "lora", "neon": "lora", "jargon": "coop"}
 """How the weak model is tuned: the image tower where pictures changed, a prompt where words are unknown."""
 DOMAINS = ("print", "jargon")
-SANDBOX_LR = 1e-2  # its models are tiny; the default of TuningConfig is for CLIPs of usual size
+SANDBOX_TUNING = {
+    **{"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "lr": 1e-2, "weight_decay": 1e-3},
+    **{"epochs": 20, "batch_size": 64, "keep_near": 0.1},
+}
+"""Its models are tiny; what TuningConfig does of itself is published for CLIPs of usual size."""
 NUM_ANCHORS = 320  # enough for the sandbox's few hundred phrases
 
 
@@ -85,7 +89,7 @@ class Task:
             The comparison and the tuned weak model.
         """
         config, options = (
-            TuningConfig(method=method, seed=seed, lr=SANDBOX_LR),
+            TuningConfig(method=method, seed=seed, **SANDBOX_TUNING),
             {"progress": progress, "cache_dir": cache_dir},
         )
         train, unlabelled = self.images("train"), self.images("unlabelled")

@@ -1,4 +1,4 @@
-"""[`tune`]: labelled images to a tuned weak model, by a learnt prompt (CoOp) or by LoRA in the image tower.
+"""[`tune`]: labelled images to a tuned weak model, by a prompt learner or by LoRA in the image tower.
 
 What comes out is an ordinary model with an ordinary adapter in it: ``tune(...).model.save_pretrained(folder)`` writes
 ``adapter_config.json`` and ``adapter_model.safetensors``, and ``PeftModel.from_pretrained(model, folder)`` reads them.
@@ -7,34 +7,54 @@ What comes out is an ordinary model with an ordinary adapter in it: ``tune(...).
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 
 import torch
 from datasets import ClassLabel, Dataset
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
-from .anchors import DEFAULT_TEMPLATES, Anchors
-from .backbone import DualEncoder, image_inputs
+from .anchors import DEFAULT_TEMPLATES, TEMPLATES, Anchors
+from .answers import Pixels, forward_pass, frozen_images, trained_images
+from .backbone import DualEncoder
 from .classifier import AnchorClassifier
 from .features import embed_dataset, guess_columns
 from .settings import TuningConfig
 from .splits import few_shot
-from .training import fit
-from .tuners.prompts import CoOpConfig, phrase_token_ids
-from .tuners.prompts.objectives import classification_loss
+from .training import fit, gaussian_epoch_weights, project_gradient
+from .tuners import (
+    CoCoOpConfig,
+    ContCoOpConfig,
+    CoOpConfig,
+    IVLPConfig,
+    KgCoOpConfig,
+    MaPLeConfig,
+    PromptSRCConfig,
+)
+from .tuners.prompts import layers, phrase_token_ids, prompt_layer
+from .tuners.prompts.objectives import losses
 
 
 logger = logging.getLogger(__name__)
 
 PROMPTED = ("{}.",)  # template of class vectors whose context is learnt
-# Pixels of the training images stay in memory up to this many bytes; more are read and scaled again batch by batch.
-PIXEL_MEMORY = 2 * 2**30
-
-Logits = Callable[[Tensor, torch.Generator], Tensor]
+CONFIGS = {
+    "coop": CoOpConfig,
+    "kgcoop": KgCoOpConfig,
+    "prograd": CoOpConfig,
+    "cocoop": CoCoOpConfig,
+    "contcoop": ContCoOpConfig,
+    "ivlp": IVLPConfig,
+    "maple": MaPLeConfig,
+    "promptsrc": PromptSRCConfig,
+}
+"""PEFT configuration of each prompt learner; ProGrad is a way to train CoOp's."""
+DEPTH = 9  # published, of prompts in several layers
 
 
 def tune(
@@ -43,7 +63,7 @@ def tune(
     class_names: Sequence[str] | None = None,
     config: TuningConfig | None = None,
     *,
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    templates: Sequence[str] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     accelerator=None,
@@ -53,16 +73,17 @@ def tune(
 ) -> AnchorClassifier:
     """Few-shot tuning of a copy of the weak model.
 
-    Minimises ``CE(z, y) + keep_near · KL(softmax(z₀) ‖ softmax(z))`` with ``z = s · x aᵀ`` (B, C), where ``z₀`` is
-    zero-shot (of the images before augmentation) and, by method, either ``x`` (B, d), the unit image rows, or ``a``
-    (C, d), the unit class vectors, is learnt while the other one stays as it was.
+    Minimises ``CE(z, y) + keep_near · pull`` with ``z = s · x wᵀ`` (B, C): x (B, d) are unit image rows and w (C, d)
+    unit class vectors, learnt or as they were, by method. The pull goes back to the weak model's zero-shot answers
+    (see [`TuningConfig`]); `prograd` follows the gradient of CE where it does not oppose that of the pull.
 
     Args:
         weak ([`DualEncoder`]): stays untouched.
         dataset (`datasets.Dataset`): one split with an image and a label column.
         class_names (`Sequence[str]`, *optional*): C names in label order; those of the label column when omitted.
         config ([`TuningConfig`], *optional*): settings.
-        templates (`Sequence[str]`, *optional*): prompts of the zero-shot class vectors.
+        templates (`Sequence[str]`, *optional*):
+            Prompts of the zero-shot class vectors; `"a photo of a {}."` when omitted, or PromptSRC's 60.
         image_column, label_column (`str`, *optional*): guessed when omitted.
         accelerator (`accelerate.Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): see [`fit`].
@@ -71,25 +92,26 @@ def tune(
 
     Returns:
         [`AnchorClassifier`]: the tuned model (`.encoder`, its PEFT adapter named "default") and the names it was tuned
-        on, with the templates its class vectors are made with: `templates` after LoRA, ``"{}."`` after CoOp, whose
-        learnt context takes the place of the template.
+        on, with the templates its class vectors are made with: `templates` after LoRA, ``"{}."`` after a prompt
+        learner, whose context takes the place of the template.
 
     Raises:
         ValueError: no or unusable labels, a class without images, duplicate names, a name too long for the context,
-            or a weak model that has adapters already.
+            an unknown option of the adapter, or a weak model that has adapters already.
 
     ```python
     >>> weak = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
-    >>> tuned = tune(weak, load_dataset("mteb/dtd", split="train"), config=TuningConfig(method="coop"))
-    >>> tuned.model.save_pretrained("dtd-coop")
+    >>> tuned = tune(weak, load_dataset("mteb/dtd", split="train"), config=TuningConfig(method="contcoop"))
+    >>> tuned.model.save_pretrained("dtd-contcoop")
     ```
     """
     config = config or TuningConfig()
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
     columns = guess_columns(dataset, image_column, label_column)
-    names = _class_names(dataset, columns[1], class_names)
-    anchors = Anchors(tuple(names), (), tuple(templates))
+    if templates is None:
+        templates = TEMPLATES["promptsrc"] if config.method == "promptsrc" else DEFAULT_TEMPLATES
+    anchors = Anchors(tuple(_class_names(dataset, columns[1], class_names)), (), tuple(templates))
     rows, labels = _few_shot(dataset, columns[1], anchors.task, config)
     examples, labels = dataset.select(rows), labels.to(weak.device)
     embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
@@ -97,48 +119,81 @@ def tune(
         table = embed_dataset(weak, examples, image_column=columns[0], label_column=columns[1], **embedding)
     except ValueError as error:
         raise ValueError(f"{error} (Rows are counted among the {len(rows)} drawn examples.)") from error
-    images, class_vectors = table.embeds.to(weak.device), weak.embed_names(anchors.names, anchors.templates)
-    zero_shot = weak.logits(images, class_vectors)
-    tuned = _with_adapter(weak, config)
-    if config.method == "coop":
-        logits = _prompt_logits(tuned, anchors.task, images)
+    embeds, zero_shot = table.embeds.to(weak.device), _zero_shot(weak, anchors, config)
+    tuned = _with_adapter(weak, anchors.task, config)
+    pixels = functools.partial(Pixels, tuned, examples, columns[0])
+    if _moves_images(tuned, config):
+        images = trained_images(weak, tuned, embeds, pixels, config)
     else:
-        logits = _image_logits(tuned, class_vectors, _Pixels(tuned, examples, columns[0]), config.augment)
+        images = frozen_images(weak, embeds, pixels, config)
+    answers = forward_pass(tuned, anchors.task, zero_shot, images, config)
+    projects = config.method == "prograd"
 
-    def step(drawn: Tensor, generator: torch.Generator) -> Tensor:
-        z, drawn = logits(drawn, generator), drawn.to(weak.device)
-        return classification_loss(z, labels[drawn], zero_shot[drawn], config.keep_near)
+    def step(drawn: Tensor, generator: torch.Generator) -> Tensor | tuple[Tensor, Tensor]:
+        main, pull = losses(*answers(drawn, generator), labels[drawn.to(weak.device)], config.pull)
+        return (main, pull) if projects else main + config.keep_near * pull
 
-    losses = fit(
+    found = fit(
         list(tuned.model.parameters()),
         step,
         len(rows),
         config,
+        combine=functools.partial(project_gradient, strength=config.keep_near) if projects else None,
+        epoch_weights=_epoch_weights(config),
         accelerator=accelerator,
         checkpoint=checkpoint,
         description=f"Tuning ({config.method})",
         progress=progress,
     )
-    hits = (zero_shot.argmax(1) == labels).float().mean()
+    hits = ((embeds @ zero_shot.T).argmax(1) == labels).float().mean()
     logger.info(
         "tuned %s on %d images of %d classes; zero-shot accuracy on them %.1f %%, losses %s",
-        weak.name_or_path, len(rows), len(names), 100 * hits, losses,
+        weak.name_or_path, len(rows), len(anchors.task), 100 * hits, found,
     )  # fmt: skip
+    _note(tuned, len(rows), dataset, config)
     tuned.model.requires_grad_(False)
-    templates = PROMPTED if config.method == "coop" else anchors.templates
+    templates = anchors.templates if config.method == "lora" else PROMPTED
     return AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images (B, 3, S, S) mirrored, each one shifted by up to S / 16 pixels; edges are repeated."""
-    side = pixels.shape[-1]
-    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-    reach = max(side // 16, 1)
-    padded = pad(pixels, (reach,) * 4, mode="replicate")
-    corners = torch.randint(2 * reach + 1, (len(pixels), 2), generator=generator).tolist()
-    crops = [image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, corners, strict=True)]
-    return torch.stack(crops)
+def _zero_shot(weak: DualEncoder, anchors: Anchors, config: TuningConfig) -> Tensor:
+    """(C, d) unit class vectors of the frozen model; PromptSRC's are of features that were averaged as they come."""
+    if config.method != "promptsrc":
+        return weak.embed_names(anchors.names, anchors.templates)
+    total = 0.0
+    for template in anchors.templates:
+        inputs = weak.tokenize([template.replace("{}", name.replace("_", " ")) for name in anchors.names])
+        with torch.no_grad():
+            total = total + weak.model.get_text_features(**inputs).pooler_output.float()
+    return normalize(total, dim=-1)
+
+
+def _moves_images(tuned: DualEncoder, config: TuningConfig) -> bool:
+    """Whether what is learnt changes image embeddings."""
+    layer = prompt_layer(tuned.model)
+    return config.method == "lora" or layer.vision_prompt(layer.active_name, 0) is not None
+
+
+def _epoch_weights(config: TuningConfig) -> list[float] | None:
+    if config.gaussian_mean is None:
+        return None
+    return gaussian_epoch_weights(config.epochs, config.gaussian_mean, config.gaussian_std)
+
+
+def _note(tuned: DualEncoder, num_images: int, dataset: Dataset, config: TuningConfig) -> None:
+    """Where the prompts come from, into the adapter's configuration."""
+    adapter = tuned.model.peft_config["default"]
+    if hasattr(adapter, "provenance"):
+        settings = {
+            key: value for key, value in asdict(config).items() if key not in ("target_modules", "rank", "alpha")
+        }
+        adapter.provenance = {
+            "base_model": {"name": tuned.name_or_path, "revision": tuned.revision},
+            "num_images": num_images,
+            "dataset_fingerprint": dataset._fingerprint,
+            "split": None if dataset.split is None else str(dataset.split),
+            "settings": {**settings, "adapter": list(config.adapter)},
+        }
 
 
 def _class_names(dataset: Dataset, label_column: str | None, given: Sequence[str] | None) -> list[str]:
@@ -172,11 +227,11 @@ def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config:
     return rows, labels
 
 
-def _with_adapter(weak: DualEncoder, config: TuningConfig) -> DualEncoder:
+def _with_adapter(weak: DualEncoder, names: Sequence[str], config: TuningConfig) -> DualEncoder:
     """A copy of the weak model with a fresh adapter, the only part of it that trains."""
     if getattr(weak.model, "peft_config", None):
         raise ValueError("the weak model has adapters already: merge or unload them before tuning.")
-    adapter = _adapter_config(weak, config)
+    adapter = _adapter_config(weak, names, config)
     model = copy.deepcopy(weak.model).eval().requires_grad_(False)
     # transformers' own way to attach an adapter, so that the model saves it without its PeftModel at hand.
     with torch.random.fork_rng():
@@ -185,67 +240,25 @@ def _with_adapter(weak: DualEncoder, config: TuningConfig) -> DualEncoder:
     return DualEncoder(model, weak.processor, weak.name_or_path, weak.revision)
 
 
-def _adapter_config(weak: DualEncoder, config: TuningConfig) -> PeftConfig:
+def _adapter_config(weak: DualEncoder, names: Sequence[str], config: TuningConfig) -> PeftConfig:
     if config.method == "lora":
         return LoraConfig(
             r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, revision=weak.revision
         )
-    phrase = config.init_phrase
-    return CoOpConfig(
-        n_ctx=config.n_ctx,
-        init_phrase=phrase,
-        init_token_ids=None if phrase is None else phrase_token_ids(weak.processor.tokenizer, phrase),
-        seed=config.seed,
-        revision=weak.revision,
-    )
-
-
-def _prompt_logits(tuned: DualEncoder, names: Sequence[str], images: Tensor) -> Logits:
-    """Logits of image rows (N, d), made once, against class vectors that follow the context."""
-    prompts = [f"{name.replace('_', ' ')}." for name in names]
-    room = tuned.context_length - tuned.model.peft_config["default"].n_ctx
-    lengths = [len(ids) for ids in tuned.processor.tokenizer(prompts, verbose=False)["input_ids"]]
-    longest = max(range(len(names)), key=lengths.__getitem__)
-    if lengths[longest] > room:
-        raise ValueError(
-            f"the prompt {prompts[longest]!r} has {lengths[longest]} tokens, but the context leaves room for {room}: "
-            "shorten the name, or use a smaller n_ctx or a shorter init_phrase."
-        )
-    inputs, _ = tuned._tokenize(prompts)
-    scale = tuned.logit_scale
-
-    def logits(rows: Tensor, generator: torch.Generator) -> Tensor:
-        class_vectors = normalize(tuned.model.get_text_features(**inputs).pooler_output.float(), dim=-1)
-        return scale * images[rows.to(images.device)] @ class_vectors.T
-
-    return logits
-
-
-def _image_logits(tuned: DualEncoder, class_vectors: Tensor, pixels: _Pixels, augmented: bool) -> Logits:
-    """Logits of pictures, embedded anew each time, against frozen class vectors (C, d)."""
-    scale = tuned.logit_scale
-
-    def logits(rows: Tensor, generator: torch.Generator) -> Tensor:
-        batch = augment(pixels[rows], generator) if augmented else pixels[rows]
-        inputs = image_inputs(tuned.model, batch.to(tuned.device, tuned.dtype))
-        images = normalize(tuned.model.get_image_features(**inputs).pooler_output.float(), dim=-1)
-        return scale * images @ class_vectors.T
-
-    return logits
-
-
-class _Pixels:
-    """Normalised pixels (3, S, S) of the examples by row."""
-
-    def __init__(self, encoder: DualEncoder, examples: Dataset, column: str):
-        self.encoder, self.column = encoder, column
-        self.examples = examples.with_format(None).select_columns([column])
-        self.kept = None
-        if 4 * 3 * encoder.image_size**2 * len(examples) <= PIXEL_MEMORY:
-            self.kept = torch.cat([self._read(rows) for rows in torch.arange(len(examples)).split(256)])
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        return self._read(rows) if self.kept is None else self.kept[rows]
-
-    def _read(self, rows: Tensor) -> Tensor:
-        return self.encoder.preprocess(self.examples[rows.tolist()][self.column])
+    kind = CONFIGS[config.method]
+    own = {item.name for item in fields(kind)} - {item.name for item in fields(PeftConfig)}
+    unknown = sorted(set(config.adapter_options) - own)
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}; it has {', '.join(sorted(own))}.")
+    options = {"init_phrase": config.init_phrase, "seed": config.seed, "class_names": list(names)}
+    if config.n_ctx is not None:
+        options["n_ctx"] = config.n_ctx
+    depths = {"text_depth": weak.model.text_model, "vision_depth": weak.model.vision_model, "depth": None}
+    for name, tower in depths.items():
+        if name in own:
+            towers = [weak.model.text_model, weak.model.vision_model] if tower is None else [tower]
+            options[name] = min(DEPTH, *(len(layers(tower)) for tower in towers))
+    options |= config.adapter_options
+    if options["init_phrase"] is not None and "init_token_ids" not in options:
+        options["init_token_ids"] = phrase_token_ids(weak.processor.tokenizer, options["init_phrase"])
+    return kind(**options, revision=weak.revision)

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 
@@ -13,7 +14,9 @@ AUGMENTATIONS = ("none", "shift", "crop")
 SCHEDULES = ("cosine", "epochs")
 LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 BETA = 500.0  # of the published run (arXiv 2508.08604)
-METHODS = ("lora", "coop")
+METHODS = ("lora", "coop", "kgcoop", "prograd", "cocoop", "contcoop", "ivlp", "maple", "promptsrc")
+PULLS = ("kl", "cosine", "l2", "l1", "promptsrc")
+PRECISIONS = ("float32", "bfloat16")
 # The linear layers in the blocks of an image tower that is a vision transformer, in every family that has one.
 VISION_LINEARS = r"vision_model\.(encoder\.)?layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2)"
 
@@ -46,24 +49,55 @@ class FitConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the order of examples and of random draws."})
 
 
+_SGD = {"optimizer": "sgd", "schedule": "epochs", "lr": 2e-3, "weight_decay": 5e-4, "warmup": 0.0}
+_ADAMW = {"optimizer": "adamw", "schedule": "cosine", "lr": 2e-4, "weight_decay": 1e-3, "warmup": 0.05}
+METHOD_SETTINGS = {
+    "lora": {**_ADAMW, "epochs": 20, "batch_size": 64, "pull": "kl", "keep_near": 0.1, "augment": "shift"},
+    "coop": {**_SGD, "batch_size": 32},
+    "kgcoop": {**_SGD, "epochs": 100, "batch_size": 128, "pull": "cosine", "keep_near": 8.0},
+    "prograd": {**_SGD, "batch_size": 32, "pull": "kl", "keep_near": 1.0},
+    "cocoop": {**_SGD, "epochs": 10, "batch_size": 1},
+    "contcoop": {**_SGD, "epochs": 100, "batch_size": 32, "pull": "kl", "keep_near": 1.0},
+    "ivlp": {**_SGD, "lr": 2.5e-3, "epochs": 20, "batch_size": 4, "augment": "crop"},
+    "maple": {**_SGD, "lr": 3.5e-3, "epochs": 5, "batch_size": 4, "augment": "crop"},
+    "promptsrc": {
+        **_SGD, "lr": 2.5e-3, "epochs": 20, "batch_size": 4, "augment": "crop", "pull": "promptsrc", "keep_near": 1.0,
+    },
+}  # fmt: skip
+"""What a field of [`TuningConfig`] is for each method where it is left open: the published settings."""
+
+
 @dataclass
 class TuningConfig(FitConfig):
-    """Settings of [`tune`], besides those of [`FitConfig`].
+    """Settings of [`tune`], besides those of [`FitConfig`]. What is left open becomes the method's published setting.
+
+    | method | what is learnt | optimiser, schedule, rate | batch, epochs | pull |
+    |---|---|---|---|---|
+    | `lora` | low-rank updates of the image tower | AdamW, cosine, 2e-4 | 64, 20 | 0.1 · kl |
+    | `coop` | a context beside the name | SGD, epochs, 2e-3 | 32, 200 (100 with up to 4 shots, 50 with 1) | none |
+    | `kgcoop` | the same | SGD, epochs, 2e-3 | 128, 100 | 8 · cosine |
+    | `prograd` | the same, where the gradient agrees with the pull's | as `coop` | as `coop` | kl |
+    | `cocoop` | a context that each image shifts | SGD, epochs, 2e-3 | 1, 10 | none |
+    | `contcoop` | a context that attends to the name's embeddings | SGD, epochs, 2e-3 | 32, 100 | 1 · kl |
+    | `ivlp` | prompts in several layers of both towers | SGD, epochs, 2.5e-3 | 4, 20 | none |
+    | `maple` | text prompts and maps from them to image prompts | SGD, epochs, 3.5e-3 | 4, 5 | none |
+    | `promptsrc` | as `ivlp`, averaged over epochs | SGD, epochs, 2.5e-3 | 4, 20 | promptsrc |
+
+    `contcoop`'s paper (arXiv 2412.20895) leaves these open; it takes CoOp's recipe. All but `lora` and the last three
+    leave the image tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where
+    the model does not know the *words*, a prompt.
 
     Args:
-        method (`str`, *optional*, defaults to `"lora"`):
-            `"lora"` trains low-rank updates of the image tower's linear layers against the frozen class vectors.
-            `"coop"` trains a context before the class names and leaves the image tower as it is, which fits tasks
-            whose *words* the model does not know.
+        method (`str`, *optional*, defaults to `"lora"`): one of the above.
         shots (`int`, *optional*, defaults to 16): training images per class; all of a class that has fewer.
-        epochs (`int`, *optional*, defaults to 20):
-            Passes over the training images. 40 take LoRA on the sandbox's print from 69.4 to 73.9 %, in 31 s
-            instead of 18.
-        lr (`float`, *optional*, defaults to 2e-4):
-            Peak learning rate; the default is customary for LoRA on a CLIP of usual size (Zanella and Ben Ayed, arXiv
-            2405.18541). The sandbox's tiny models want 1e-2, for both methods; all its figures were made with that.
-        keep_near (`float`, *optional*, defaults to 0.1):
-            Weight of the pull towards the zero-shot predictions. What was tuned far away from zero-shot carries over
+        epochs, batch_size, lr, weight_decay, warmup, schedule, optimizer (*optional*):
+            See [`FitConfig`]. The default rates are for CLIPs of usual size (LoRA's after Zanella and Ben Ayed, arXiv
+            2405.18541). The sandbox's tiny models want 1e-2 with AdamW; all its figures were made with that.
+        pull (`str`, *optional*):
+            What training is pulled back to zero-shot by: `"kl"` (predictions on the training images), `"cosine"`,
+            `"l2"`, `"l1"` (class vectors) or `"promptsrc"` (predictions, class vectors and image embeddings).
+        keep_near (`float`, *optional*):
+            Weight of that pull; `prograd`: strength of its rule. What was tuned far away from zero-shot carries over
             badly. On the sandbox's validation splits (16 shots, mean of 3 seeds), accuracy of the tuned weak model and
             (in brackets) of the strong model with the change of logits added:
 
@@ -73,40 +107,109 @@ class TuningConfig(FitConfig):
             | 0.1 | 69.4 (67.8) | 60.6 (70.1) | 41.9 (52.2) |
             | 0.3 | 69.7 (65.4) | 61.5 (73.1) | 36.8 (52.5) |
 
-            More of it pays where zero-shot is only partly wrong, and costs accuracy where it is mostly wrong. Made,
-            like the other defaults, with `tests/benchmarks/tuning_defaults.py`.
-        n_ctx (`int`, *optional*, defaults to 16): CoOp: vectors in the context where there is no `init_phrase`.
+            More of it pays where zero-shot is only partly wrong, and costs accuracy where it is mostly wrong. Made
+            with `tests/benchmarks/tuning_defaults.py`.
+        n_ctx (`int`, *optional*): prompts: vectors in the context, see `PromptConfig`.
         init_phrase (`str`, *optional*, defaults to `"a photo of a"`):
-            CoOp: words the context starts from; `None` starts from noise.
+            Prompts: words the context starts from; `None` starts from noise.
+        adapter (`tuple[str, ...]` or `dict`, *optional*):
+            Prompts: further fields of the method's PEFT configuration, such as `{"position": "middle"}` for
+            `CoOpConfig`; on the command line `--adapter position=middle`. Prompts in several layers reach the
+            published 9 or as deep as the tower is.
+        gaussian_mean, gaussian_std (`float`, *optional*):
+            Average the parameters over the epochs with these weights; `promptsrc`: 15 and 1 of 20 epochs.
         rank (`int`, *optional*, defaults to 8): LoRA: rank r of each update.
         alpha (`float`, *optional*, defaults to 16): LoRA: updates are multiplied by alpha / r.
         target_modules (`str`, *optional*):
             LoRA: regular expression for the whole name of a layer. Defaults to query, key, value and output of
             attention and both layers of the MLP, in every block of the image tower.
-        augment (`bool`, *optional*, defaults to `True`): LoRA: mirror and shift the training images at random.
+        augment (`str`, *optional*):
+            Of the training images: `"none"`, `"shift"` (mirrored, moved a little) or `"crop"` (published: mirrored,
+            random resized crops). Methods that leave the image tower alone default to `"none"`, which embeds each
+            image once.
+        views (`int`, *optional*, defaults to 0):
+            Those methods with `augment`: embed that many augmented views of each image once and draw among them; 0
+            embeds new ones in every step.
+        precision (`str`, *optional*, defaults to `"float32"`):
+            `"bfloat16"` runs the towers under autocast; what is learnt, embeddings, logits and losses stay float32.
+        text_batch_size (`int`, *optional*, defaults to 256):
+            Class prompts per forward pass. With more classes than that, activations are computed again for the
+            gradient, so that memory does not grow with their number.
 
     Raises:
-        ValueError: an unknown method or a negative `keep_near`.
+        ValueError: an unknown method, pull, augmentation or precision, or a negative `keep_near`.
     """
 
-    epochs: int = field(default=20, metadata={"help": "Passes over the training images."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step, over all processes."})
-    lr: float = field(default=2e-4, metadata={"help": "Peak learning rate; 1e-2 for the sandbox's tiny models."})
-    method: str = field(default="lora", metadata={"help": "'lora' (image tower) or 'coop' (context before names)."})
+    epochs: int | None = field(default=None, metadata={"help": "Passes over the training images."})
+    batch_size: int | None = field(default=None, metadata={"help": "Images per step, over all processes."})
+    lr: float | None = field(default=None, metadata={"help": "Peak learning rate."})
+    weight_decay: float | None = field(default=None, metadata={"help": "Weight decay."})
+    warmup: float | None = field(default=None, metadata={"help": "Cosine schedule: share of the steps to warm up."})
+    schedule: str | None = field(default=None, metadata={"help": "'cosine' or 'epochs' (published prompt learners)."})
+    optimizer: str | None = field(default=None, metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
+    method: str = field(default="lora", metadata={"help": f"One of {', '.join(METHODS)}."})
     shots: int = field(default=16, metadata={"help": "Training images per class; all of a class that has fewer."})
-    keep_near: float = field(default=0.1, metadata={"help": "Weight of the pull towards zero-shot predictions."})
-    n_ctx: int = field(default=16, metadata={"help": "CoOp: vectors in the context where there is no init_phrase."})
-    init_phrase: str | None = field(default="a photo of a", metadata={"help": "CoOp: words the context starts from."})
+    pull: str | None = field(default=None, metadata={"help": f"Back to zero-shot: {', '.join(PULLS)}."})
+    keep_near: float | None = field(default=None, metadata={"help": "Weight of the pull towards zero-shot."})
+    n_ctx: int | None = field(default=None, metadata={"help": "Prompts: vectors in the context."})
+    init_phrase: str | None = field(default="a photo of a", metadata={"help": "Prompts: words to start from."})
+    adapter: tuple[str, ...] = field(
+        default=(), metadata={"help": "Prompts: another field of the PEFT config, key=value; may be repeated."}
+    )
+    gaussian_mean: float | None = field(default=None, metadata={"help": "Average over epochs: centre."})
+    gaussian_std: float | None = field(default=None, metadata={"help": "Average over epochs: spread."})
     rank: int = field(default=8, metadata={"help": "LoRA: rank r of each update."})
     alpha: float = field(default=16, metadata={"help": "LoRA: updates are multiplied by alpha / r."})
     target_modules: str = field(default=VISION_LINEARS, metadata={"help": "LoRA: regular expression of layer names."})
-    augment: bool = field(default=True, metadata={"help": "LoRA: mirror and shift training images at random."})
+    augment: str | None = field(default=None, metadata={"help": f"Of training images: {', '.join(AUGMENTATIONS)}."})
+    views: int = field(default=0, metadata={"help": "Augmented views per image, embedded once; 0: new each step."})
+    precision: str = field(default="float32", metadata={"help": "'float32', or 'bfloat16' autocast of the towers."})
+    text_batch_size: int = field(default=256, metadata={"help": "Class prompts per forward pass."})
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        _check_choice("method", self.method, METHODS)
+        by_shots = 50 if self.shots == 1 else 100 if self.shots <= 4 else 200
+        common = {"epochs": by_shots, "pull": "kl", "keep_near": 0.0, "augment": "none"}
+        for name, value in {**common, **METHOD_SETTINGS[self.method]}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.method == "promptsrc":
+            self.gaussian_mean = 0.75 * self.epochs if self.gaussian_mean is None else self.gaussian_mean
+            self.gaussian_std = 0.05 * self.epochs if self.gaussian_std is None else self.gaussian_std
+        if isinstance(self.adapter, dict):
+            self.adapter = tuple(f"{key}={json.dumps(value)}" for key, value in self.adapter.items())
+        _check_choice("pull", self.pull, PULLS)
+        _check_choice("augment", self.augment, AUGMENTATIONS)
+        _check_choice("precision", self.precision, PRECISIONS)
         if self.keep_near < 0:
             raise ValueError(f"keep_near must not be negative, got {self.keep_near}.")
+        if self.text_batch_size < 1 or self.views < 0:
+            raise ValueError("text_batch_size must be at least 1 and views at least 0.")
+        if (self.gaussian_mean is None) != (self.gaussian_std is None):
+            raise ValueError("gaussian_mean and gaussian_std must both be given, or neither.")
+
+    @property
+    def adapter_options(self) -> dict:
+        """`adapter` as a dictionary; values are read as JSON where they are.
+
+        Raises:
+            ValueError: an entry without ``=``.
+        """
+        options = {}
+        for entry in self.adapter:
+            key, found, value = entry.partition("=")
+            if not found or not key:
+                raise ValueError(f"adapter options must be key=value, got {entry!r}.")
+            try:
+                options[key.strip()] = json.loads(value)
+            except json.JSONDecodeError:
+                options[key.strip()] = value
+        return options
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
 from .solvers import check_finite
+from .tuners.prompts import image_conditioned
 
 
 Teacher = AnchorClassifier | DualEncoder | nn.Module | CalibrationPack | Tensor | str | os.PathLike | Sequence
@@ -69,7 +70,9 @@ def teacher_class_vectors(
     if isinstance(teacher, (list, tuple)):
         return None
     classifier = as_classifier(teacher, class_names, templates)
-    if classifier is None or not same_image_tower(weak, classifier.encoder):
+    if classifier is None or image_conditioned(classifier.encoder.model) is not None:
+        return None
+    if not same_image_tower(weak, classifier.encoder):
         return None
     config = classifier.adapter_config
     columns = [classifier.class_names.index(name) for name in class_names]

@@ -10,7 +10,7 @@ from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.demo import SANDBOX_LR
+from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.evaluation import evaluate
 from hf_transmiter.extraction import extract
 from hf_transmiter.prompt_tuning import tune
@@ -22,7 +22,7 @@ from hf_transmiter.transferring import transfer
 def job():
     """Print, LoRA: a domain shift. 600 unlabelled and 600 test pictures."""
     weak, strong = (DualEncoder.from_pretrained(sandbox.model_path(name)) for name in ("weak", "strong"))
-    config = TuningConfig(method="lora", shots=8, epochs=12, lr=SANDBOX_LR)
+    config = TuningConfig(method="lora", shots=8, **{**SANDBOX_TUNING, "epochs": 12})
     tuned = tune(weak, sandbox.load_dataset("print", "train"), config=config, progress=False)
     images = sandbox.load_dataset("print", "unlabelled").select(range(600))
     test = sandbox.load_dataset("print", "test").select(range(600))

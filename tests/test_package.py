@@ -15,7 +15,7 @@ ROOT = Path(hf_transmiter.__file__).parent
 ORDER = (
     *("settings", "files", "splits", "vocabulary", "anchors", "families", "fingerprint", "backbone"),
     *("feature_table", "solvers", "calibration", "classifier", "features", "augmentation"),
-    *("tuners", "training", "prompt_tuning"),
+    *("tuners", "training", "answers", "prompt_tuning"),
     *("teachers", "extraction", "bridge", "transferring", "label_tuning", "baselines", "evaluation", "comparison"),
     "drift",
     *(

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.demo import SANDBOX_LR
+from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.features import embed_dataset
 from hf_transmiter.prompt_tuning import TuningConfig, tune
 from hf_transmiter.sandbox import load_dataset, model_path
@@ -91,7 +91,7 @@ def main() -> None:
             (z_weak, labels), (z_strong, _) = before[name]
             values = []
             for seed in range(arguments.seeds):
-                config = TuningConfig(**{"method": arguments.method, "seed": seed, "lr": SANDBOX_LR, **setting})
+                config = TuningConfig(**{"method": arguments.method, "seed": seed, **SANDBOX_TUNING, **setting})
                 start = time.process_time()
                 tuned = tune(weak, train, config=config, progress=False)
                 seconds = time.process_time() - start

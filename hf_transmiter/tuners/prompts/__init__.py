@@ -14,7 +14,7 @@ from .config import (
     PromptConfig,
     PromptSRCConfig,
 )
-from .layer import PromptLayer
+from .layer import PromptLayer, layers
 from .learners import CoOpLayer
 from .logits import class_vectors, image_conditioned, image_conditioned_logits, prompt_layer, set_classes
 from .model import (
@@ -61,6 +61,7 @@ __all__ = [
     "class_vectors",
     "image_conditioned",
     "image_conditioned_logits",
+    "layers",
     "phrase_token_ids",
     "prompt_layer",
     "set_classes",

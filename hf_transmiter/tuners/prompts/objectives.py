@@ -1,31 +1,79 @@
-"""What is minimised when a dual encoder is tuned on labelled images."""
+"""What is minimised when a dual encoder is tuned on labelled images: cross-entropy, and a pull back to zero-shot."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 
-def near_zero_shot(logits: Tensor, zero_shot: Tensor) -> Tensor:
-    """``KL(q ‖ p)``, mean over images: how far the tuned posterior ``p`` has moved from the zero-shot one ``q``.
+class Answers(NamedTuple):
+    """What a model says about a batch.
 
     Args:
-        logits (`Tensor`): (B, C) of the model in training, scale included.
-        zero_shot (`Tensor`): (B, C) of the frozen model on the same images, scale included.
+        logits (`Tensor`): (B, C), scale included.
+        class_vectors (`Tensor` or `None`): (C, d), unit rows; `None` where every image has its own.
+        images (`Tensor`): (B, d), unit rows.
+    """
+
+    logits: Tensor
+    class_vectors: Tensor | None
+    images: Tensor
+
+
+def kl(tuned: Answers, frozen: Answers) -> Tensor:
+    """``KL(q ‖ p)``, mean over images: how far the tuned posterior ``p`` has moved from the zero-shot one ``q``.
 
     Source: the zero-shot teacher of Zhu et al., "Prompt-aligned Gradient for Prompt Tuning" (arXiv 2205.14865), at
     temperature 1.
     """
-    return kl_div(logits.log_softmax(-1), zero_shot.log_softmax(-1), reduction="batchmean", log_target=True)
+    p, q = tuned.logits.log_softmax(-1), frozen.logits.log_softmax(-1)
+    return kl_div(p, q, reduction="batchmean", log_target=True)
 
 
-def classification_loss(logits: Tensor, labels: Tensor, zero_shot: Tensor, keep_near: float) -> Tensor:
-    """``CE(logits, labels) + keep_near · KL(zero-shot ‖ tuned)``, mean over images.
+def cosine(tuned: Answers, frozen: Answers) -> Tensor:
+    """``1 - mean_c cos(w_c, w⁰_c)`` between class vectors and their zero-shot versions.
+
+    Source: the published code of Yao et al., KgCoOp (arXiv 2303.13283); the paper writes it as a squared distance.
+    """
+    return 1 - cosine_similarity(tuned.class_vectors, frozen.class_vectors, dim=-1).mean()
+
+
+def l2(tuned: Answers, frozen: Answers) -> Tensor:
+    """``mean_c ‖w_c - w⁰_c‖²``, for unit vectors twice the cosine's."""
+    return (tuned.class_vectors - frozen.class_vectors).square().sum(-1).mean()
+
+
+def l1(tuned: Answers, frozen: Answers) -> Tensor:
+    """Mean over classes and dimensions of ``|w - w⁰|``, the text part of PromptSRC."""
+    return (tuned.class_vectors - frozen.class_vectors).abs().mean()
+
+
+def promptsrc(tuned: Answers, frozen: Answers) -> Tensor:
+    """``25 · mean |w - w⁰| + 10 · mean |x - x⁰| + Σ KL(q ‖ p) / (B · C)`` over class vectors, images and predictions.
+
+    Source: Khattak et al. (arXiv 2307.06948), weights and reductions of the published code.
+    """
+    image = (tuned.images - frozen.images).abs().mean()
+    prediction = kl(tuned, frozen) / tuned.logits.shape[-1]
+    return 25 * l1(tuned, frozen) + 10 * image + prediction
+
+
+PULLS = {"kl": kl, "cosine": cosine, "l2": l2, "l1": l1, "promptsrc": promptsrc}
+
+
+def losses(tuned: Answers, frozen: Answers, labels: Tensor, pull: str) -> tuple[Tensor, Tensor]:
+    """Cross-entropy ``CE(z, y)``, mean over images, and the pull back to the frozen model.
 
     Args:
-        logits (`Tensor`): (B, C) of the model in training, scale included.
+        tuned, frozen (`Answers`): of the model in training and of its start, on the same images.
         labels (`Tensor`): (B,) class indices.
-        zero_shot (`Tensor`): (B, C), scale included.
-        keep_near (`float`): weight of the pull.
+        pull (`str`): a key of `PULLS`.
+
+    Raises:
+        ValueError: a pull between class vectors where every image has its own.
     """
-    return cross_entropy(logits, labels) + keep_near * near_zero_shot(logits, zero_shot)
+    if tuned.class_vectors is None and pull != "kl":
+        raise ValueError(f"pull={pull!r} compares class vectors, and here every image has its own: use pull='kl'.")
+    return cross_entropy(tuned.logits, labels), PULLS[pull](tuned, frozen)
