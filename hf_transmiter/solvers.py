@@ -170,6 +170,36 @@ def ridge(
     return RidgeSolution((prior + delta).float(), (mean_y - mean_x @ delta).float(), float(lam), errors)
 
 
+def token_map(old: Tensor, new: Tensor, ridge: float = 0.0) -> Tensor:
+    """The linear map between two token tables of one vocabulary, for what lives among an old model's token embeddings.
+
+    ``argmin_M ‖E_old M - E_new‖² + λ·ē·‖M‖²`` with ē the mean eigenvalue of ``E_oldᵀ E_old``; of several minima, the
+    smallest. A context ``v`` (M, d_old) becomes ``v @ token_map(...)`` (M, d_new).
+
+    Args:
+        old (`Tensor`): E_old (V, d_old), row i the embedding of token i.
+        new (`Tensor`): E_new (V, d_new), of the same tokens.
+        ridge (`float`, *optional*, defaults to 0.0): λ.
+
+    Returns:
+        `Tensor`: (d_old, d_new), float32.
+
+    Raises:
+        ValueError: tables of different lengths, a negative λ, or a value that is not finite.
+    """
+    if old.ndim != 2 or new.ndim != 2 or len(old) != len(new):
+        raise ValueError(
+            f"token tables must have a row for each token of one vocabulary, got {tuple(old.shape)} and "
+            f"{tuple(new.shape)}."
+        )
+    if ridge < 0:
+        raise ValueError(f"ridge must not be negative, got {ridge}.")
+    x, y = (check_finite(table.detach().cpu(), "the token embeddings").double() for table in (old, new))
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return (torch.linalg.pinv(gram, hermitian=True) @ (x.T @ y)).float()
+
+
 @dataclass
 class DiscriminantSums(Sums):
     """Sums of a linear discriminant with soft labels: ``n_c = Σq_c, Σ q xᵀ, Σx, Σxxᵀ, n`` in float64."""
