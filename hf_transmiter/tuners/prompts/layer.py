@@ -24,6 +24,9 @@ from .texts import (
 )
 
 
+NO_TOKENIZER = "there is no tokenizer beside this model: call set_classes(model, class_names, tokenizer=...)."
+
+
 class Texts(NamedTuple):
     """A batch of texts without slots: ids (B, L), positions of the end tokens (B,), which tokens are the name (B, L)."""
 
@@ -106,8 +109,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             if isinstance(value, Tensor):
                 value = nn.Parameter(value)
             getattr(self, self.prefix + part)[name] = value
-        if getattr(config, "class_specific", False):
-            self.set_classes(name, config.class_names, load_tokenizer(root), root.config.model_type)
+        tokenizer = load_tokenizer(root) if getattr(config, "class_specific", False) else None
+        if tokenizer is not None:
+            self.set_classes(name, config.class_names, tokenizer, root.config.model_type)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -146,9 +150,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """See [`set_classes`](hf_transmiter.tuners.prompts.set_classes)."""
         config = self.configs[name]
         if tokenizer is None:
-            raise ValueError(
-                "there is no tokenizer beside this model: call set_classes(model, class_names, tokenizer=...)."
-            )
+            raise ValueError(NO_TOKENIZER)
         inputs = class_inputs(names, tokenizer, family, self.positions, config.n_ctx + len(config.kept_ids))
         if getattr(config, "class_specific", False):
             unknown = [n for n in names if n not in config.class_names]
@@ -160,7 +162,14 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             all_names = class_inputs(config.class_names, tokenizer, family, self.positions, config.n_ctx)
             ids = all_names["input_ids"]
             keys = text_keys(ids, text_ends(ids, all_names.get("attention_mask"), self.end_id))
-            self.class_rows[name] = {key: row for row, key in enumerate(keys)}
+            rows = {key: row for row, key in enumerate(keys)}
+            for row, key in enumerate(keys):
+                if rows[key] != row:
+                    raise ValueError(
+                        f"the class names {config.class_names[row]!r} and {config.class_names[rows[key]]!r} are the "
+                        "same text to the tokenizer: class-specific contexts need names that read differently."
+                    )
+            self.class_rows[name] = rows
         else:
             config.class_names = list(names)
         self.class_texts[name] = inputs

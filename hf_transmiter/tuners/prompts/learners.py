@@ -8,8 +8,8 @@ from torch.nn.functional import linear, relu, scaled_dot_product_attention
 
 from ...families import shared_width
 from .config import ContCoOpConfig, IVLPConfig, MaPLeConfig, PromptConfig
-from .layer import PromptLayer, layers
-from .texts import start_tokens, text_keys
+from .layer import NO_TOKENIZER, PromptLayer, layers
+from .texts import start_token_id, start_tokens, text_keys
 
 
 class CoOpLayer(PromptLayer):
@@ -18,7 +18,9 @@ class CoOpLayer(PromptLayer):
     prefix = "coop_"
 
     def initial(self, config: PromptConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
-        context = self.initial_context(config)
+        context, depth = self.initial_context(config), len(layers(root.text_model))
+        if config.layer >= depth:
+            raise ValueError(f"layer={config.layer}, but the text tower's last layer is {depth - 1}.")
         if config.layer:
             context = self._states(config, root) if _causal(root) else self.noise(config, *context.shape)
         if config.class_specific:
@@ -29,15 +31,9 @@ class CoOpLayer(PromptLayer):
 
     def _states(self, config: PromptConfig, root: nn.Module) -> Tensor:
         """(M, width): the phrase's states before `config.layer`; in a causal tower the same for every name."""
-        text = root.config.text_config
-        # Checkpoints from before transformers 4.31 have 0 for the start token; CLIP's is the last but one.
-        first = text.vocab_size - 2 if text.eos_token_id == 2 and text.vocab_size > 2 else text.bos_token_id
-        ids = torch.tensor([[first, *config.init_token_ids]], device=root.device)
-        tower_layers, seen = layers(root.text_model), []
-        if config.layer >= len(tower_layers):
-            raise ValueError(f"layer={config.layer}, but the text tower's last layer is {len(tower_layers) - 1}.")
+        ids, seen = torch.tensor([[start_token_id(root.config), *config.init_token_ids]], device=root.device), []
         # output_hidden_states would leave transformers' own hooks on the model for good.
-        hook = tower_layers[config.layer].register_forward_pre_hook(
+        hook = layers(root.text_model)[config.layer].register_forward_pre_hook(
             lambda layer, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
         try:
@@ -59,6 +55,8 @@ class CoOpLayer(PromptLayer):
             return None
         if not config.class_specific:
             return self.part("ctx", name)
+        if name not in self.class_rows:
+            raise ValueError(NO_TOKENIZER)
         rows = [self.class_rows[name].get(key) for key in text_keys(self.texts.ids, self.texts.ends)]
         if None in rows:
             raise ValueError(

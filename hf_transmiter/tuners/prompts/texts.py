@@ -115,11 +115,19 @@ def arrange(length: int, start: int, slots: int, before: int, names: Tensor) -> 
 
 def end_token_id(config) -> int | None:
     """What marks the end of a text in this family, `None` where only a mask tells."""
-    family, text = config.model_type, config.text_config
-    legacy = family == "clip" and text.eos_token_id == 2  # written before transformers 4.31: the id was wrong
-    if family == "chinese_clip":
+    if config.model_type == "chinese_clip":
         return None
-    return text.vocab_size - 1 if legacy else text.eos_token_id
+    return config.text_config.vocab_size - 1 if _legacy(config) else config.text_config.eos_token_id
+
+
+def start_token_id(config) -> int:
+    """The token before the first word of a CLIP or MetaCLIP 2 text."""
+    return config.text_config.vocab_size - 2 if _legacy(config) else config.text_config.bos_token_id
+
+
+def _legacy(config) -> bool:
+    # CLIP checkpoints written before transformers 4.31 have wrong ids. In MetaCLIP 2's vocabulary 2 is right.
+    return config.model_type == "clip" and config.text_config.eos_token_id == 2
 
 
 def start_tokens(config) -> int:
