@@ -52,7 +52,7 @@ def chain(out):
         said[name] = json.loads(result.stdout)
 
     config = {"weak": "sandbox:weak", "dataset": "sandbox:print", "split": "validation"}
-    config.update({"epochs": 50, "batch-size": 72, "lr": 0.01, "shots": 6, "augment": False})
+    config.update({"epochs": 50, "batch-size": 72, "lr": 0.01, "shots": 6, "augment": "none"})
     (out / "tune.yaml").write_text(yaml.safe_dump(config))
     step("tune", "--config", out / "tune.yaml", "--epochs", "8", "--output-dir", out / "tuned")
     models = ("--weak", "sandbox:weak")
@@ -98,7 +98,7 @@ def test_help_is_cheap():
 def test_config_file_and_overrides(chain, out):
     settings = yaml.safe_load((out / "tuned" / "settings.yaml").read_text())
     assert settings["epochs"] == 8  # the command line wins over the file's 50
-    assert (settings["shots"], settings["batch_size"], settings["augment"]) == (6, 72, False)
+    assert (settings["shots"], settings["batch_size"], settings["augment"]) == (6, 72, "none")
     assert "output_dir" not in settings and settings["dataset"] == "sandbox:print"
     assert json.loads((out / "tuned" / "teacher.json").read_text())["settings"]["epochs"] == 8
 

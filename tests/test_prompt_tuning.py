@@ -21,7 +21,6 @@ from hf_transmiter.features import embed_dataset
 from hf_transmiter.prompt_tuning import TuningConfig, tune
 from hf_transmiter.sandbox import load_dataset, model_path
 from hf_transmiter.settings import METHODS
-from hf_transmiter.teachers import same_image_tower, teacher_class_vectors
 
 
 NAMES = ["cat", "dog", "car"]

@@ -4,7 +4,8 @@
 
 Processes with one thread each: `strong`, then `independent` (the widths of weak-upgraded, and nothing in common with
 weak) in one; `weak`, then `weak-upgraded` (whose text tower starts from the weak one's) in another; `deep` and
-`deep-upgraded` (six text layers, image towers of one shape) in the last. The recipe, for budgets of about 10^5 pictures:
+`deep-upgraded` (six text layers, image towers of one shape) in the last. The recipe, for budgets of about 10^5
+pictures:
 
 * Each step pairs 96 pictures (studio and street, with colour jitter and flips) with phrases for every single
   attribute value and captions of 64 of the pictures. Captions may leave attributes out, so several fit one picture:
