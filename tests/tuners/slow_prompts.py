@@ -61,7 +61,7 @@ def overwrite(model, prompts):
 
 
 def image_features(model, pixels, prompts):
-    """Projected features (B, d) with ``prompts[layer]`` (n, width) behind the patches, fresh in each of those layers."""
+    """Projected features (B, d) with ``prompts[layer]`` (n, width) behind the patches, fresh at each of them."""
     vision = model.vision_model
     hidden = vision.embeddings(pixels)
     length = hidden.shape[1]

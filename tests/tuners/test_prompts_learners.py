@@ -6,6 +6,7 @@ import pytest
 import slow_prompts as slow
 import torch
 from peft import get_peft_model
+from prompting import NAMES, PHRASE, close, features, parameters
 from transformers import CLIPConfig, CLIPModel
 
 from hf_transmiter.backbone import DualEncoder
@@ -19,12 +20,9 @@ from hf_transmiter.tuners import (
     PromptSRCConfig,
     set_classes,
 )
-from hf_transmiter.tuners.prompts import class_inputs, prompt_layer
 from hf_transmiter.tuners.prompts.model import TOKEN_TABLES
 
 
-NAMES = ["cat", "big red dog", "old x3 car"]
-PHRASE = "a photo of a"
 STARTS = {
     "coop": lambda: CoOpConfig(init_phrase=PHRASE),
     "kgcoop": KgCoOpConfig,
@@ -37,51 +35,14 @@ STARTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def encoders(model_dir):
-    known = {}
-
-    def get(family="clip"):
-        if family not in known:
-            known[family] = DualEncoder.from_pretrained(model_dir(family))
-        return known[family]
-
-    return get
-
-
-@pytest.fixture
-def tuned(encoders):
-    """``tuned(config, family)``: a fresh model with the adapter, and its layer."""
-
-    def make(config, family="clip"):
-        model = get_peft_model(copy.deepcopy(encoders(family).model), config)
-        return model, prompt_layer(model)
-
-    return make
-
-
-def features(model, encoder, names=NAMES):
-    """Projected text features of ``"{}."``, tokenised as the family is."""
-    texts = class_inputs(names, encoder.processor.tokenizer, encoder.family, encoder.context_length, 0)
-    return model.get_text_features(**texts).pooler_output
-
-
-def parameter(model, part):
-    return next(p for name, p in model.named_parameters() if name.endswith(f"_{part}.default"))
-
-
-def close(left, right, atol=1e-5):
-    torch.testing.assert_close(left, right, atol=atol, rtol=1e-5)
-
-
 # Starts
 
 
 @pytest.mark.parametrize("family", sorted(TOKEN_TABLES))
 @pytest.mark.parametrize("learner", STARTS)
-def test_the_phrase_is_what_it_starts_from(encoders, tuned, learner, family):
+def test_the_phrase_is_what_it_starts_from(encoders, prompted, learner, family):
     encoder = encoders(family)
-    model, _ = tuned(STARTS[learner](), family)
+    model, _ = prompted(STARTS[learner](), family)
     for attention in ("eager", "sdpa"):
         encoder.model.set_attn_implementation(attention)
         model.get_base_model().set_attn_implementation(attention)
@@ -131,11 +92,11 @@ def test_number_of_parameters(base_16, config, size, count):
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "metaclip_2"])
 @pytest.mark.parametrize(("position", "before"), [("end", 3), ("middle", 1), ("front", 0)])
-def test_positions(encoders, tuned, family, position, before):
+def test_positions(encoders, prompted, family, position, before):
     """Names of one, three and four tokens, against sequences of embeddings put together by hand."""
     encoder = encoders(family)
-    model, layer = tuned(CoOpConfig(n_ctx=3, position=position), family)
-    context = parameter(model, "ctx")
+    model, layer = prompted(CoOpConfig(n_ctx=3, position=position), family)
+    context = parameters(model)["ctx"]
     context.data.normal_(std=0.3)
     tokenizer = encoder.processor.tokenizer
     sequences = [slow.rows(encoder.model, tokenizer, name, context, before) for name in NAMES]
@@ -145,11 +106,11 @@ def test_positions(encoders, tuned, family, position, before):
     close(gradient, torch.autograd.grad(expected[:, :3].sum(), context)[0], atol=1e-4)
 
 
-def test_positions_differ(encoders, tuned):
+def test_positions_differ(encoders, prompted):
     answers = []
     for position in ("end", "middle", "front"):
-        model, _ = tuned(CoOpConfig(n_ctx=3, position=position, seed=2))
-        parameter(model, "ctx").data.mul_(20)
+        model, _ = prompted(CoOpConfig(n_ctx=3, position=position, seed=2))
+        parameters(model)["ctx"].data.mul_(20)
         answers.append(features(model, encoders()))
     for left, right in ((0, 1), (0, 2), (1, 2)):
         assert (answers[left] - answers[right]).abs().max() > 0.1
@@ -160,11 +121,11 @@ def test_positions_differ(encoders, tuned):
 
 @pytest.mark.parametrize("position", ["end", "front"])
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_class_specific(encoders, tuned, family, position):
+def test_class_specific(encoders, prompted, family, position):
     encoder = encoders(family)
     config = CoOpConfig(n_ctx=2, class_specific=True, class_names=NAMES, position=position)
-    model, _ = tuned(config, family)
-    context = parameter(model, "ctx")
+    model, _ = prompted(config, family)
+    context = parameters(model)["ctx"]
     assert context.shape == (3, 2, 16) and context.std(0).min() > 0  # each class has a draw of its own
     context.data.normal_(std=0.3)
     before = 2 if position == "end" else 0
@@ -177,16 +138,16 @@ def test_class_specific(encoders, tuned, family, position):
         features(model, encoder, [NAMES[0], "tree"])
 
 
-def test_class_specific_from_a_phrase(encoders, tuned):
-    model, _ = tuned(CoOpConfig(init_phrase=PHRASE, class_specific=True, class_names=NAMES))
-    assert parameter(model, "ctx").shape == (3, 4, 16)
+def test_class_specific_from_a_phrase(encoders, prompted):
+    model, _ = prompted(CoOpConfig(init_phrase=PHRASE, class_specific=True, class_names=NAMES))
+    assert parameters(model)["ctx"].shape == (3, 4, 16)
     written = encoders().embed_names(NAMES)
     close(DualEncoder(model, encoders().processor).embed_names(NAMES, ("{}.",)), written)
 
 
-def test_class_specific_knows_only_its_classes(encoders, tuned, make_images):
-    model, layer = tuned(CoOpConfig(n_ctx=2, class_specific=True, class_names=NAMES))
-    parameter(model, "ctx").data.normal_()
+def test_class_specific_knows_only_its_classes(encoders, prompted, make_images):
+    model, layer = prompted(CoOpConfig(n_ctx=2, class_specific=True, class_names=NAMES))
+    parameters(model)["ctx"].data.normal_()
     pixels = encoders().preprocess(make_images(2))
     with torch.no_grad():
         logits = model(pixel_values=pixels).logits_per_image
@@ -199,9 +160,9 @@ def test_class_specific_knows_only_its_classes(encoders, tuned, make_images):
         CoOpConfig(class_specific=True)
 
 
-def test_class_specific_names_must_read_differently(tuned):
+def test_class_specific_names_must_read_differently(prompted):
     with pytest.raises(ValueError, match="'old_car' and 'old car' are the same text"):
-        tuned(CoOpConfig(n_ctx=2, class_specific=True, class_names=["old_car", "cat", "old car"]))
+        prompted(CoOpConfig(n_ctx=2, class_specific=True, class_names=["old_car", "cat", "old car"]))
 
 
 def test_class_specific_on_a_model_from_memory(encoders, make_images):
@@ -219,9 +180,9 @@ def test_class_specific_on_a_model_from_memory(encoders, make_images):
 
 
 @pytest.mark.parametrize("family", ["clip", "metaclip_2"])
-def test_layer_starts_from_the_phrase(encoders, tuned, family):
+def test_layer_starts_from_the_phrase(encoders, prompted, family):
     encoder = encoders(family)
-    model, layer = tuned(CoOpConfig(init_phrase=PHRASE, layer=1), family)
+    model, layer = prompted(CoOpConfig(init_phrase=PHRASE, layer=1), family)
     close(DualEncoder(model, encoder.processor).embed_names(NAMES, ("{}.",)), encoder.embed_names(NAMES))
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     assert hooks == len(layer.hooks)
@@ -235,7 +196,7 @@ def test_every_layer_starts_from_the_phrase():
         model = get_peft_model(copy.deepcopy(encoder), CoOpConfig(init_token_ids=ids, layer=layer))
         text = model.get_text_features(input_ids=torch.tensor([[118, 20, 119]])).pooler_output
         close(text, expected)
-        parameter(model, "ctx").data.normal_()
+        parameters(model)["ctx"].data.normal_()
         changed = model.get_text_features(input_ids=torch.tensor([[118, 20, 119]])).pooler_output
         assert (changed - expected).abs().max() > 0.1
 
@@ -253,10 +214,10 @@ def deeper(layers):
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "metaclip_2"])
-def test_layer_changes_its_positions_only(encoders, tuned, family):
+def test_layer_changes_its_positions_only(encoders, prompted, family):
     encoder = encoders(family)
-    model, layer = tuned(CoOpConfig(init_phrase=PHRASE, layer=1), family)
-    context = parameter(model, "ctx")
+    model, layer = prompted(CoOpConfig(init_phrase=PHRASE, layer=1), family)
+    context = parameters(model)["ctx"]
     assert context.shape == (4, 16)
     context.data.normal_(std=0.3)
     table, ids = slow.table(encoder.model), model.peft_config["default"].init_token_ids
@@ -264,29 +225,18 @@ def test_layer_changes_its_positions_only(encoders, tuned, family):
     words = [slow.rows(encoder.model, tokenizer, name, table[torch.tensor(ids)]) for name in NAMES]
     expected = slow.text_features(encoder.model, words, slow.overwrite(encoder.model, {1: context}))
     close(features(model, encoder), expected)
-    seen = {}
-    hook = model.text_model.encoder.layers[1].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(kwargs) or None, with_kwargs=True
-    )
-    features(model, encoder)
-    prompted = seen["hidden_states"]
-    with layer.as_base():
-        model.get_text_features(input_ids=torch.stack([fill(tokenizer, ids, name, layer) for name in NAMES]))
-    plain = seen["hidden_states"]
-    hook.remove()
-    changed = ((prompted - plain[:, : prompted.shape[1]]).abs() > 1e-5).any(-1)
-    place = torch.arange(changed.shape[1])
-    assert torch.equal(changed, ((place >= layer.start) & (place < layer.start + 4)).expand(len(NAMES), -1))
+    seen = []
+    attention = model.text_model.encoder.layers[1].self_attn
+    attention.register_forward_pre_hook(lambda _, args, given: seen.append(given["hidden_states"]), with_kwargs=True)
+    for name in NAMES:
+        features(model, encoder, [name])
+        with layer.as_base():
+            features(model, encoder, [f"{PHRASE} {name}"])
+        changed = ((seen[-2] - seen[-1]).abs() > 1e-5).any(-1)[0]
+        assert changed.nonzero()[:, 0].tolist() == list(range(layer.start, layer.start + 4))
 
 
-def fill(tokenizer, ids, name, layer):
-    """Token ids of the phrase and the name, 16 long."""
-    text = tokenizer(f"{name}.")["input_ids"]
-    text = [*text[: layer.start], *ids, *text[layer.start :]]
-    return torch.tensor([*text, *[tokenizer.pad_token_id] * (16 - len(text))])
-
-
-def test_layers_there_are_not(tuned):
+def test_layers_there_are_not(prompted):
     for family in ("clip", "siglip"):
         with pytest.raises(ValueError, match="layer=2, but the text tower's last layer is 1"):
-            tuned(CoOpConfig(init_phrase=PHRASE, layer=2), family)
+            prompted(CoOpConfig(init_phrase=PHRASE, layer=2), family)

@@ -28,7 +28,7 @@ NO_TOKENIZER = "there is no tokenizer beside this model: call set_classes(model,
 
 
 class Texts(NamedTuple):
-    """A batch of texts without slots: ids (B, L), positions of the end tokens (B,), which tokens are the name (B, L)."""
+    """Texts without slots: ids (B, L), positions of their end tokens (B,), which tokens are the name (B, L)."""
 
     ids: Tensor
     ends: Tensor
