@@ -17,6 +17,8 @@ SPLITS = ("train", "unlabelled", "validation", "test")
 # Part of every fingerprint: raise it whenever the renderer, the words or the drawing of labels change.
 WORLD_VERSION = 2
 
+STYLES = tuple(dict.fromkeys(task.style for task in TASKS.values()))
+
 _ASSETS = Path(__file__).parents[1] / "assets" / "sandbox"
 _DRAWN = {"unlabelled": 1500, "validation": 500, "test": 1500}
 _TRAIN_PER_CLASS = 64
@@ -47,7 +49,7 @@ def domains() -> dict[str, str]:
     return {name: task.description for name, task in TASKS.items()}
 
 
-def load_dataset(domain: str, split: str = "train", *, seed: int = 0) -> Dataset:
+def load_dataset(domain: str, split: str = "train", *, seed: int = 0, style: str | None = None) -> Dataset:
     """Draw a split of a domain: always the same pictures for the same arguments, and the same fingerprint.
 
     Args:
@@ -57,24 +59,28 @@ def load_dataset(domain: str, split: str = "train", *, seed: int = 0) -> Dataset
             4 with 720 classes), ``"unlabelled"`` (1,500 pictures; the labels are there for checks only),
             ``"validation"`` (500) or ``"test"`` (1,500).
         seed (`int`, *optional*, defaults to 0): another seed draws other pictures of the same classes.
+        style (`str`, *optional*): show the classes the way another domain shows its own (``"night"``, ...).
 
     Returns:
         `datasets.Dataset`: columns `image` (`datasets.Image`, 32 x 32 RGB) and `label` (`datasets.ClassLabel` with
         the class names).
 
     Raises:
-        ValueError: if the domain or the split is unknown.
+        ValueError: if the domain, the split or the style is unknown.
     """
     if domain not in TASKS:
         raise ValueError(f"There is no sandbox domain {domain!r}; there are {', '.join(TASKS)}.")
     if split not in SPLITS:
         raise ValueError(f"There is no sandbox split {split!r}; there are {', '.join(SPLITS)}.")
     task = TASKS[domain]
-    identity = Hasher.hash(f"sandbox/{WORLD_VERSION}/{domain}/{split}/{seed}")
+    if style is not None and style not in STYLES:
+        raise ValueError(f"There is no sandbox style {style!r}; there are {', '.join(STYLES)}.")
+    drawn = f"sandbox/{WORLD_VERSION}/{domain}/{split}/{seed}"
+    identity = Hasher.hash(drawn if style is None else f"{drawn}/{style}")
     generator = torch.Generator().manual_seed(int(identity, 16) % 2**63)
     classes = torch.tensor(task.classes())
     labels = _labels(len(classes), split, generator)
-    pixels = torch.cat([render(classes[part], task.style, generator) for part in labels.split(_CHUNK)])
+    pixels = torch.cat([render(classes[part], style or task.style, generator) for part in labels.split(_CHUNK)])
     features = Features({"image": Image(), "label": ClassLabel(names=task.names())})
     columns = {"image": [_png(picture) for picture in pixels], "label": labels.tolist()}
     made = Dataset.from_dict(columns, features=features)

@@ -107,3 +107,12 @@ def test_unknown_names_list_what_exists():
         sandbox.load_dataset("print", "dev")
     with pytest.raises(ValueError, match="'huge'.*weak, strong, weak-upgraded"):
         sandbox.model_path("huge")
+
+
+def test_classes_in_the_style_of_another_domain():
+    own, night = (sandbox.load_dataset("jargon", "validation", style=style) for style in (None, "night"))
+    assert own.features == night.features and own._fingerprint != night._fingerprint
+    bright = [pixel_values(build_processor(), part.select(range(64))).mean() for part in (own, night)]
+    assert bright[1] < bright[0]
+    with pytest.raises(ValueError, match="no sandbox style 'jargon'; there are print, night"):
+        sandbox.load_dataset("jargon", "validation", style="jargon")
