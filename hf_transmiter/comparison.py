@@ -9,18 +9,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import baselines
 from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder
-from .baselines import emulated_fine_tuning, linear_head, logit_ensemble
 from .bridge import Bridge
 from .classifier import AnchorClassifier
 from .evaluation import Score, align_labels, measured, score_logits
 from .extraction import ExtractionConfig, extract
 from .features import FeatureTable, embed_dataset
 from .label_tuning import label_tune
-from .teachers import Teacher, teacher_class_vectors, teacher_logits
+from .prompt_tuning import PROMPTED
+from .teachers import Teacher, as_classifier, teacher_class_vectors, teacher_logits
 from .transferring import TransferConfig, transfer
 from .tuners import TransMiterConfig
+from .tuners.prompts import prompt_layer
 
 
 AT_RUN_TIME = "needs the weak model and its tuned version for every prediction"
@@ -178,26 +180,31 @@ def _what_beats(found: Comparison) -> str:
 
 def _baselines(task: _Task) -> list[tuple]:
     strong, text = task.strong, task.text
+
+    def eft() -> Tensor:
+        return baselines.emulated_fine_tuning(task.zero_shot_strong, task.tuned, task.zero_shot_weak)
+
     rows = [
         ("zero-shot weak", lambda: task.zero_shot_weak, ""),
         ("zero-shot strong", lambda: task.zero_shot_strong, ""),
         ("tuned weak", lambda: task.tuned, ""),
-        ("EFT", lambda: emulated_fine_tuning(task.zero_shot_strong, task.tuned, task.zero_shot_weak), AT_RUN_TIME),
-        (
-            "EFT averaged with tuned weak",
-            lambda: (
-                emulated_fine_tuning(task.zero_shot_strong, task.tuned, task.zero_shot_weak) + task.tuned
-            ) / 2,
-            AT_RUN_TIME,
-        ),
-        ("logit ensemble", lambda: logit_ensemble(task.zero_shot_strong, task.tuned), AT_RUN_TIME),
-    ]  # fmt: skip
+        ("EFT", eft, AT_RUN_TIME),
+        ("EFT averaged with tuned weak", lambda: (eft() + task.tuned) / 2, AT_RUN_TIME),
+        ("logit ensemble", lambda: baselines.logit_ensemble(task.zero_shot_strong, task.tuned), AT_RUN_TIME),
+    ]
 
     def head(x: Tensor, target: Tensor) -> Tensor:
-        vectors = linear_head(x, target, text[strong], float(strong.logit_scale), progress=task.options["progress"])
+        vectors = baselines.linear_head(
+            x, target, text[strong], float(strong.logit_scale), progress=task.options["progress"]
+        )
         return strong.logits(task.tables(strong, "test").embeds, vectors)
 
+    prompted = task.prompted
+    if prompted is not None and baselines.why_not_reattached(prompted, strong) is None:
+        rows.append(("re-attached prompt", lambda: task.said_with(baselines.reattach_prompt(prompted, strong)), ""))
     if task.sets["unlabelled"] is not None:
+        if prompted is not None and baselines.why_no_prompt_transfer(prompted, strong) is None:
+            rows.append(("prompt transfer", task.prompt_transfer, ""))
         rows.append(("distilled head", lambda: head(task.tables(strong, "unlabelled").embeds, task.teacher_soft), ""))
     if task.sets["labelled"] is not None:
         table = task.tables(strong, "labelled")
@@ -267,6 +274,28 @@ class _Task:
         table = embed_dataset(base, dataset, **self.options)
         return teacher_logits(
             teacher, dataset, self.names, templates=self.templates, weak=base, table=table, **self.options
+        )
+
+    @cached_property
+    def prompted(self) -> DualEncoder | None:
+        """The tuned model where what was tuned is a prompt."""
+        if isinstance(self.teacher, (list, tuple)):
+            return None
+        classifier = as_classifier(self.teacher, self.names, self.templates)
+        if classifier is None or classifier.adapter_config or prompt_layer(classifier.encoder.model) is None:
+            return None
+        return classifier.encoder
+
+    def said_with(self, prompted: DualEncoder) -> Tensor:
+        """Test logits of the strong model with prompts in it."""
+        classifier = AnchorClassifier(prompted, Anchors(self.names, (), PROMPTED))
+        return self.said_by(classifier, self.sets["test"], self.strong)
+
+    def prompt_transfer(self) -> Tensor:
+        x = self.tables(self.strong, "unlabelled").embeds
+        options = {key: self.options[key] for key in ("accelerator", "progress")}
+        return self.said_with(
+            baselines.prompt_transfer(self.prompted, self.strong, x, self.teacher_soft, self.names, **options)
         )
 
     @cached_property
