@@ -3,7 +3,7 @@
 Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is asked); `backbone`, `features`,
 `classifier` (who answers); `solvers`, `tuners`, `prompt_tuning`, `teachers`, `extraction`, `bridge`, `transferring`,
 `label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `comparison`, `report` (what it is worth);
-`sandbox`, `demo`, `catalog`, `cli`.
+`attaching`, `retraining`, `compatibility`, `drift` (prompts across an upgrade); `sandbox`, `demo`, `catalog`, `cli`.
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
 image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class
@@ -31,11 +31,15 @@ _EXPORTS = {
     "TransMiterConfig": "tuners",
     "TransferConfig": "transferring",
     "TuningConfig": "prompt_tuning",
+    "UpgradeScore": "compatibility",
+    "attach": "attaching",
     "compare": "comparison",
     "embed_dataset": "features",
     "evaluate": "evaluation",
     "extract": "extraction",
     "label_tune": "label_tuning",
+    "score_upgrade": "compatibility",
+    "token_map": "attaching",
     "transfer": "transferring",
     "tune": "prompt_tuning",
 }
@@ -51,22 +55,28 @@ __all__ = [
     "TransMiterConfig",
     "TransferConfig",
     "TuningConfig",
+    "UpgradeScore",
+    "attach",
     "compare",
     "embed_dataset",
     "evaluate",
     "extract",
     "label_tune",
+    "score_upgrade",
+    "token_map",
     "transfer",
     "tune",
 ]
 
 if TYPE_CHECKING:
     from .anchors import Anchors
+    from .attaching import attach, token_map
     from .backbone import DualEncoder
     from .bridge import Bridge, CrossMoment
     from .calibration import CalibrationPack
     from .classifier import AnchorClassifier
     from .comparison import compare
+    from .compatibility import UpgradeScore, score_upgrade
     from .evaluation import evaluate
     from .extraction import ExtractionConfig, extract
     from .features import embed_dataset
