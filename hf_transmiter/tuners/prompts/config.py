@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -104,8 +105,10 @@ class PromptConfig(PeftConfig):
         return (self.init_token_ids or [])[self.n_ctx :]
 
 
-def check_class_names(names: list[str]) -> None:
-    """Raises a `ValueError` for an empty list, an empty name, or a name that is there twice."""
+def check_class_names(names: Sequence[str]) -> None:
+    """Raises a `ValueError` for one string, an empty list, an empty name, or a name that is there twice."""
+    if isinstance(names, str):
+        raise ValueError(f"class names must be a list of names, got one string, {names!r}.")
     if not len(names):
         raise ValueError("the list of class names is empty.")
     seen = set()
@@ -160,6 +163,14 @@ class CoOpConfig(PromptConfig):
             raise ValueError("a context at a deeper layer is shared by all classes and stands before the name.")
         if self.layer and self.init_phrase is None and self.init_token_ids is None:
             raise ValueError("a context at a deeper layer overwrites words: pass init_phrase.")
+
+    def start_from(self, token_ids: list[int]) -> None:
+        super().start_from(token_ids)
+        if self.layer and len(token_ids) != self.n_ctx:
+            raise ValueError(
+                f"a context at a deeper layer overwrites the {len(token_ids)} tokens of its phrase, got "
+                f"n_ctx={self.n_ctx}: leave n_ctx out."
+            )
 
     @property
     def reads_names(self) -> bool:
@@ -247,6 +258,8 @@ class ContCoOpConfig(PromptConfig):
         super().__post_init__()
         self.peft_type = PeftType.CONTCOOP
         _check_choice("class_embed", self.class_embed, CLASS_EMBEDS)
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"heads must be at least 1, got {self.heads}.")
         if not self.residual and self.zero_init:
             raise ValueError("without the residual, a zero start is an empty context: pass zero_init=False.")
         if self.context_offset and self.init_phrase is None and self.init_token_ids is None:

@@ -126,7 +126,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             ValueError: the phrase's ids are not in this token table, or the context leaves no room for a text.
         """
         table, ids = self.get_base_layer().weight, config.init_token_ids or []
-        count = config.n_ctx + len(config.kept_ids)
+        count = len(self.slot_ids(config))
         if count > self.positions - 3:  # start token, one word, end token
             raise ValueError(
                 f"a context of {count} vectors leaves no room for a text: the text tower reads "
@@ -151,7 +151,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         config = self.configs[name]
         if tokenizer is None:
             raise ValueError(NO_TOKENIZER)
-        inputs = class_inputs(names, tokenizer, family, self.positions, config.n_ctx + len(config.kept_ids))
+        inputs = class_inputs(names, tokenizer, family, self.positions, len(self.slot_ids(config)))
         if getattr(config, "class_specific", False):
             unknown = [n for n in names if n not in config.class_names]
             if unknown:
@@ -175,21 +175,26 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.class_texts[name] = inputs
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """PEFT only warns of tensors that a file lacks: half an adapter is refused here.
+        """PEFT only warns of tensors that a file lacks and is silent on those it has beside: both are refused here.
 
         Raises:
-            ValueError: some of an adapter's tensors are there, others are missing.
+            ValueError: some of an adapter's tensors are there and others are missing, or some are another method's.
         """
+        method, known = self.prefix.rstrip("_"), self.state_dict(prefix=prefix)
+        for key in (key for key in state_dict if key.startswith(prefix) and key not in known):
+            if key != f"{prefix}weight":  # a plain model's table, as load_state_dict(strict=False) may be given
+                raise ValueError(
+                    f"the checkpoint holds {key!r}, which a {method} adapter of this configuration does not have: it "
+                    "belongs to another method, or to another configuration."
+                )
         for name in self.configs:
-            stores = tuple(f"{prefix}{store}.{name}" for store in self.adapter_layer_names)
-            own = [
-                key for key in self.state_dict(prefix=prefix) if f"{key}.".startswith(tuple(f"{s}." for s in stores))
-            ]
+            stores = tuple(f"{prefix}{store}.{name}." for store in self.adapter_layer_names)
+            own = [key for key in known if f"{key}.".startswith(stores)]
             missing = [key for key in own if key not in state_dict]
             if missing and len(missing) < len(own):
                 raise ValueError(
-                    f"the checkpoint lacks {missing[0].replace(f'.{name}', '')!r}, which a {self.prefix.rstrip('_')} "
-                    "adapter of this configuration has: it is damaged, or belongs to another configuration."
+                    f"the checkpoint lacks {missing[0].replace(f'.{name}', '')!r}, which a {method} adapter of this "
+                    "configuration has: it is damaged, or belongs to another configuration."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

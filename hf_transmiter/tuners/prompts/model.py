@@ -93,9 +93,10 @@ class PromptModel(BaseTuner):
                 f"prompt learning needs a whole two-tower model of a supported family, got "
                 f"{type(self.model).__name__} of type {family!r}. Supported: {supported}."
             )
-        self._learn_words(peft_config)
-        facts = base_facts(self.model)
-        if (peft_config.base or {}).get("vocabulary") and misfit(peft_config, facts) is None:
+        tokenizer, known = self._learn_words(peft_config), peft_config.base
+        facts = base_facts(self.model, tokenizer)
+        wanted = known is None or known.get("vocabulary") is not None
+        if tokenizer is None and wanted and misfit(peft_config, facts) is None:
             facts = base_facts(self.model, load_tokenizer(self.model))
         reason = misfit(peft_config, facts)
         if reason is not None:
@@ -108,12 +109,12 @@ class PromptModel(BaseTuner):
         peft_config.target_modules = TOKEN_TABLES[family]
         return peft_config
 
-    def _learn_words(self, config: PromptConfig) -> None:
-        """What only a tokenizer knows; a configuration that was saved has it all."""
+    def _learn_words(self, config: PromptConfig):
+        """What only a tokenizer knows; a configuration that was saved has it all. The tokenizer, if it was needed."""
         phrase = config.init_phrase if config.init_token_ids is None else None
         period = config.reads_names and config.period_id is None
         if phrase is None and not period:
-            return
+            return None
         tokenizer = load_tokenizer(self.model)
         if tokenizer is None:
             wanted = "init_token_ids = phrase_token_ids(tokenizer, phrase)" if phrase is not None else "period_id"
@@ -126,7 +127,7 @@ class PromptModel(BaseTuner):
             config.start_from(phrase_token_ids(tokenizer, phrase))
         if period:
             config.period_id = period_token_id(tokenizer)
-        config.base = config.base or base_facts(self.model, tokenizer)
+        return tokenizer
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None

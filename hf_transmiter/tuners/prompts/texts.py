@@ -55,7 +55,7 @@ def class_inputs(names: Sequence[str], tokenizer, family: str, positions: int, c
     Raises:
         ValueError: no names, a name that is there twice, or one too long for the tower beside the context.
     """
-    check_class_names(list(names))
+    check_class_names(names)
     prompts = class_prompts(names)
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
     longest = max(range(len(names)), key=lengths.__getitem__)
