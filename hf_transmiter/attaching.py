@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import solvers
 from .backbone import DualEncoder
+from .baselines import TOKEN_RIDGE
 from .catalog import fetch, read_json
 from .tuners import CoOpConfig
 from .tuners.prompts import PromptConfig
@@ -26,7 +27,6 @@ from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
 logger = logging.getLogger(__name__)
 
-RIDGE = 1e-3
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every key PEFT saves
 
@@ -128,7 +128,7 @@ def why_not_mapped(config: PromptConfig) -> str | None:
 def token_map(old: DualEncoder, new: DualEncoder) -> Tensor:
     """The linear map from the token space of one model to that of another with the same vocabulary.
 
-    ``A = argmin ‖E_old A - E_new‖²_F`` with a small ridge; E (V, d) are the two token tables.
+    ``A = argmin ‖E_old A - E_new‖²_F`` with a small ridge (`TOKEN_RIDGE`); E (V, d) are the two token tables.
 
     Returns:
         `Tensor`: A (d_old, d_new), float32, for [`attach`]. How well it fits (R², see [`map_fit`]) is logged.
@@ -136,7 +136,7 @@ def token_map(old: DualEncoder, new: DualEncoder) -> Tensor:
     Raises:
         ValueError: other tokens, or a family without a token table that is known.
     """
-    mapping = solvers.token_map(*_tables(old, new), RIDGE)
+    mapping = solvers.token_map(*_tables(old, new), TOKEN_RIDGE)
     logger.info("token map from %s to %s: R² = %.3f", old.name_or_path, new.name_or_path, map_fit(old, new, mapping))
     return mapping
 

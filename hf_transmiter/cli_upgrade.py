@@ -9,11 +9,23 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import ModelOptions, NameOptions, OutputOptions, Result, RunOptions, command
+from .cli_options import (
+    DataOptions,
+    ModelOptions,
+    NameOptions,
+    OutputOptions,
+    Result,
+    RunOptions,
+    check_new,
+    command,
+)
 
 
 NUM_NAMES = 200
+_ADAPTER = "adapter_config.json"
 _MODEL = "Hub id (id@revision), folder, or sandbox:weak, sandbox:weak-upgraded, sandbox:strong."
+
+_IMAGES = "Hub id (id@revision), folder, .parquet or .arrow files, or sandbox:DOMAIN."
 
 Old = Annotated[str, typer.Option(help=f"The model before the upgrade: {_MODEL}")]
 New = Annotated[str, typer.Option(help=f"The model after the upgrade: {_MODEL}")]
@@ -21,7 +33,104 @@ New = Annotated[str, typer.Option(help=f"The model after the upgrade: {_MODEL}")
 
 def add_commands(app: typer.Typer) -> None:
     """Registers the commands of this module."""
+    command(app)(compat)
     command(app)(drift)
+
+
+def compat(
+    adapters: Annotated[
+        list[str],
+        typer.Option(help="A prompt adapter of `tune`: folder, folder of such folders (seeds), Hub id; repeated."),
+    ],
+    old: Old,
+    new: New,
+    dataset: Annotated[str, typer.Option(help=f"Labelled test pictures: {_IMAGES}")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for compat.md, compat.json, compat.png and retrained/.")],
+    data: DataOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    train: Annotated[
+        str | None, typer.Option(help="What the tunings drew from: re-train each on the new model, for the ceiling.")
+    ] = None,
+    class_names: Annotated[
+        list[str] | None, typer.Option(help="Class names in label order, if the dataset does not name them.")
+    ] = None,
+    seen_classes: Annotated[
+        list[str] | None, typer.Option(help="Base classes, which the tuning saw; adds base, novel and their mean.")
+    ] = None,
+    map_tokens: Annotated[
+        bool, typer.Option("--map-tokens", help="Add contexts that went through a map of the token tables.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing report; what was re-trained stays in use.")
+    ] = False,
+) -> Result:
+    """What prompts are worth before and after an upgrade: on the old model, on the new one unchanged, re-trained there.
+
+    Adapters of one method and settings but different seeds make one row. What the new model cannot take stays a row,
+    with the reason. An interrupted run goes on where it was.
+
+    [bold]Example:[/bold] hf-transmiter compat --old sandbox:weak --new sandbox:weak-upgraded --output-dir out/compat --adapters out/coop --adapters out/contcoop --dataset sandbox:jargon --train sandbox:jargon
+    """  # noqa: E501
+    if run.main_process:
+        check_new(output_dir / "compat.json", overwrite)
+    from .catalog import load_encoder, load_images, read_names
+    from .compatibility import score_upgrade, upgrade_table
+
+    folders = _adapter_folders(adapters)
+    before, after = (load_encoder(model, **models.load(run)) for model in (old, new))
+    test = data.load(dataset, ("test", "validation"), data.split)
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    rows = score_upgrade(
+        folders,
+        before,
+        after,
+        test,
+        train=None if train is None else load_images(train, subset=data.subset, **columns),
+        class_names=read_names(class_names),
+        seen_classes=read_names(seen_classes),
+        mapped=map_tokens,
+        output_dir=output_dir,
+        **data.embedding(run),
+    )
+    found = {"old": old, "new": new, "dataset": dataset, "split": str(test.split), "num_images": len(test)}
+    found |= {"seen_classes": list(read_names(seen_classes) or ()), "rows": [asdict(row) for row in rows]}
+    table = upgrade_table(rows)
+    if run.main_process:
+        _write_compat(output_dir, found, rows, table)
+    return Result({"output_dir": str(output_dir), **found}, f"{table}\nReport: {output_dir / 'compat.md'}")
+
+
+def _adapter_folders(sources: list[str]) -> list[str]:
+    """Folders that hold adapters in subfolders, such as one per seed, taken apart; the rest as it is."""
+    found = []
+    for source in sources:
+        folder = Path(source)
+        if not folder.is_dir() or (folder / _ADAPTER).is_file():
+            found.append(source)
+            continue
+        inside = sorted(str(path.parent) for path in folder.glob(f"[!.]*/{_ADAPTER}"))
+        if not inside:
+            raise ValueError(f"there is no adapter in {source!r}, nor in a folder in it: no {_ADAPTER}.")
+        found += inside
+    return found
+
+
+def _write_compat(folder: Path, found: dict, rows: list, table: str) -> None:
+    from .files import replace_file
+    from .upgrade_figures import compatibility_figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    learnt, floors = [row for row in rows if row.seeds], [row for row in rows if not row.seeds]
+    lines = {f"{row.method}, {model} model": getattr(row, model)[0] for row in floors for model in ("old", "upgraded")}
+    figure = compatibility_figure(learnt, folder / "compat.png", lines)
+    link = f"\n![compatibility]({figure.name})\n" if figure else ""
+    title = f"# Prompts from {found['old']} to {found['new']}, on {found['dataset']}"
+    text = f"{title}\n\n{found['num_images']} images ({found['split']}).\n\n{table}{link}"
+    replace_file(folder / "compat.md", lambda path: path.write_text(text, encoding="utf-8"))
+    # Last: its being there says that the rest is.
+    content = json.dumps(found, indent=2) + "\n"
+    replace_file(folder / "compat.json", lambda path: path.write_text(content, encoding="utf-8"))
 
 
 def drift(
