@@ -21,7 +21,7 @@ from .backbone import DualEncoder
 from .baselines import TOKEN_RIDGE
 from .catalog import fetch, read_json
 from .tuners import CoOpConfig
-from .tuners.prompts import PromptConfig
+from .tuners.prompts import PromptConfig, set_classes
 from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
 
@@ -93,6 +93,8 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder, *, token_map: Tenso
         raise Incompatible(source, str(error).rstrip(".")) from error
     model.peft_config["default"].base = facts
     set_peft_model_state_dict(model, _read_weights(source, model, token_map))
+    if getattr(config, "class_specific", False):  # which context is whose, by the encoder's own tokenizer
+        set_classes(model, config.class_names, encoder.processor.tokenizer)
     return DualEncoder(model.requires_grad_(False), encoder.processor, encoder.name_or_path, encoder.revision)
 
 
