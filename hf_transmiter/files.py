@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,17 @@ def replace_file(path: str | os.PathLike, write: Callable[[Path], object]) -> No
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Calls `write(temporary)` and moves the folder it filled to `path` in one step; nothing may be there yet."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        made.mkdir()  # with the usual permissions, which a temporary folder does not have
+        write(made)
+        os.replace(made, path)
 
 
 def read_tensors(

@@ -27,6 +27,7 @@ ORDER = (
         "attaching",
         "retraining",
         "compatibility",
+        "upgrade_studies",
         "cards",
         "hub",
         "sandbox",

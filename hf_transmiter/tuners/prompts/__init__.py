@@ -16,7 +16,14 @@ from .config import (
 )
 from .layer import PromptLayer, layers
 from .learners import CoOpLayer
-from .logits import class_vectors, image_conditioned, image_conditioned_logits, prompt_layer, set_classes
+from .logits import (
+    class_contexts,
+    class_vectors,
+    image_conditioned,
+    image_conditioned_logits,
+    prompt_layer,
+    set_classes,
+)
 from .model import (
     CoCoOpModel,
     ContCoOpModel,
@@ -57,6 +64,7 @@ __all__ = [
     "PromptModel",
     "PromptSRCConfig",
     "PromptSRCModel",
+    "class_contexts",
     "class_inputs",
     "class_vectors",
     "image_conditioned",

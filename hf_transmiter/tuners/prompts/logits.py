@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ...families import logit_scale_and_bias, unwrap
 from .layer import PromptLayer
 from .learners import CoCoOpLayer
+from .texts import class_inputs, load_tokenizer
 
 
 CHUNK = 256
@@ -47,8 +48,6 @@ def set_classes(model: nn.Module, class_names: list[str], tokenizer=None) -> Non
     if layer is None or layer.active_name is None:
         raise ValueError("the model has no active prompt learner: attach one with get_peft_model first.")
     if tokenizer is None:
-        from .texts import load_tokenizer
-
         tokenizer = load_tokenizer(root)
     layer.set_classes(layer.active_name, class_names, tokenizer, root.config.model_type)
 
@@ -70,6 +69,23 @@ def class_vectors(model: nn.Module, inputs: dict[str, Tensor], chunk_size: int =
     if not torch.is_grad_enabled():
         return torch.cat([encode(**part) for part in _parts(inputs, chunk_size)])
     return torch.cat([checkpoint(encode, use_reentrant=False, **part) for part in _parts(inputs, chunk_size)])
+
+
+@torch.no_grad()
+def class_contexts(model: nn.Module, class_names: list[str], tokenizer) -> Tensor:
+    """(C, M, width): what the active prompt learner puts beside each name, on this base model.
+
+    Raises:
+        ValueError: no active prompt learner, or names as in `class_inputs`.
+    """
+    layer, root = prompt_layer(model), unwrap(model)
+    if layer is None or layer.active_name is None:
+        raise ValueError("the model has no active prompt learner: attach one with get_peft_model first.")
+    count = len(layer.slot_ids(layer.active_config))
+    inputs = class_inputs(class_names, tokenizer, root.config.model_type, layer.positions, count)
+    layer.insert(root.text_model, (), {key: value.to(root.device) for key, value in inputs.items()})
+    context = layer.context(layer.active_name)
+    return context.expand(len(class_names), *context.shape[-2:]).clone()
 
 
 def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:

@@ -1,0 +1,237 @@
+"""Why some prompts survive an upgrade and others do not: their layer, their number, what they attend to.
+
+Each study tunes on the old model only, keeps the adapters in a folder (what is there is not tuned again), and scores
+them on both models with [`score_upgrade`]. Source: the analysis of ContCoOp (arXiv 2412.20895).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from datasets import Dataset
+
+from .anchors import DEFAULT_TEMPLATES, TEMPLATES, Anchors
+from .attaching import attach, read_config
+from .backbone import DualEncoder
+from .catalog import TEACHER_FILE, save_teacher
+from .classifier import AnchorClassifier
+from .compatibility import UpgradeScore, score_upgrade
+from .evaluation import evaluate
+from .files import new_folder
+from .prompt_tuning import PROMPTED, tune
+from .settings import TuningConfig
+from .tuners import CoOpConfig
+from .tuners.prompts import class_contexts, layers
+
+
+Points = dict[str, list[tuple[int, float, float]]]
+"""(x, mean, std) in percent, by name: what the figures draw."""
+
+
+def tune_seeds(
+    old: DualEncoder,
+    train: Dataset,
+    config: TuningConfig,
+    seeds: Sequence[int],
+    output_dir: str | os.PathLike,
+    **options,
+) -> list[Path]:
+    """Tunes with each seed and saves the adapters to `seed-0`, … in `output_dir`; those that are there are kept.
+
+    Args:
+        old (`DualEncoder`): the model to tune.
+        train (`datasets.Dataset`): labelled images.
+        config (`TuningConfig`): settings; its seed does not count.
+        seeds (`Sequence[int]`): of the draw of examples and of the training.
+        output_dir (`str` or `os.PathLike`): where the adapters go.
+        **options: passed to [`tune`].
+
+    Returns:
+        `list[Path]`: the folders, in the order of the seeds.
+
+    Raises:
+        ValueError: as [`tune`]; a folder that holds an adapter of other settings.
+    """
+    folders = []
+    for seed in seeds:
+        folder, seeded = Path(output_dir) / f"seed-{seed}", replace(config, seed=seed)
+        if not (folder / TEACHER_FILE).is_file():
+            tuned = tune(old, train, config=seeded, **options)
+            templates = options.get("templates") or _templates(config)
+            new_folder(folder, lambda path: save_teacher(path, tuned, old, templates, seeded))  # noqa: B023
+        elif _settings(folder) != _jsoned(seeded):
+            raise ValueError(f"{folder} holds an adapter of other settings: remove it, or choose another output_dir.")
+        folders.append(folder)
+    return folders
+
+
+def layer_study(
+    old: DualEncoder,
+    new: DualEncoder,
+    train: Dataset,
+    dataset: Dataset,
+    config: TuningConfig,
+    output_dir: str | os.PathLike,
+    *,
+    seeds: Sequence[int] = (0,),
+    depths: Sequence[int] | None = None,
+    **options,
+) -> tuple[Points, dict[str, float]]:
+    """Learns CoOp's context at one layer l of the text tower at a time, and scores it on both models.
+
+    Args:
+        old, new (`DualEncoder`): the model it is learnt on, and its upgrade.
+        train, dataset (`datasets.Dataset`): labelled images to learn from, and to score on.
+        config (`TuningConfig`): with `method="coop"`.
+        output_dir (`str` or `os.PathLike`): of the adapters.
+        seeds (`Sequence[int]`, *optional*): mean and standard deviation are over these.
+        depths (`Sequence[int]`, *optional*): layers l, counted from 0 (the input); all when omitted.
+        **options: passed to [`tune`].
+
+    Returns:
+        Points (l, mean, std) for "old model" and "upgraded model", and both models' zero-shot accuracies: what
+        [`layer_study_figure`](hf_transmiter.upgrade_figures.layer_study_figure) draws.
+    """
+    points, floors = {"old model": [], "upgraded model": []}, {}
+    for layer in range(len(layers(old.model.text_model))) if depths is None else depths:
+        at_layer = replace(config, adapter={**config.adapter_options, "layer": layer})
+        folders = tune_seeds(old, train, at_layer, seeds, Path(output_dir) / f"layer-{layer}", **options)
+        floor, row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))
+        floors = {"zero-shot, old model": floor.old[0], "zero-shot, upgraded model": floor.upgraded[0]}
+        for model, values in zip(points, (row.old, row.upgraded), strict=True):
+            points[model].append((layer, *mean_std(values)))
+    return points, floors
+
+
+def context_length_study(
+    old: DualEncoder,
+    new: DualEncoder,
+    train: Dataset,
+    dataset: Dataset,
+    configs: Mapping[str, TuningConfig],
+    output_dir: str | os.PathLike,
+    *,
+    lengths: Sequence[int] = (2, 4, 8, 16),
+    seeds: Sequence[int] = (0,),
+    **options,
+) -> Points:
+    """Harmonic mean of old and upgraded accuracy for contexts of M vectors, by method.
+
+    A context as long as the phrase starts from it, a longer one from noise and the phrase, a shorter one from noise.
+
+    Args:
+        old, new (`DualEncoder`): the model it is learnt on, and its upgrade.
+        train, dataset (`datasets.Dataset`): labelled images to learn from, and to score on.
+        configs (`Mapping[str, TuningConfig]`): settings by the name to show.
+        output_dir (`str` or `os.PathLike`): of the adapters.
+        lengths (`Sequence[int]`, *optional*, defaults to `(2, 4, 8, 16)`): M.
+        seeds (`Sequence[int]`, *optional*): mean and standard deviation are over these.
+        **options: passed to [`tune`].
+
+    Returns:
+        Points (M, mean, std) by method.
+    """
+    points: Points = {name: [] for name in configs}
+    for name, config in configs.items():
+        words = 0 if config.init_phrase is None else len(old.tokenize([config.init_phrase])["input_ids"][0]) - 2
+        for length in lengths:
+            sized = replace(config, n_ctx=length, init_phrase=config.init_phrase if length >= words else None)
+            folder = Path(output_dir) / f"{name}-{length}"
+            folders = tune_seeds(old, train, sized, seeds, folder, **options)
+            row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))[-1]
+            points[name].append((length, *mean_std(row.harmonic)))
+    return points
+
+
+def freeze_contexts(
+    adapter: str | os.PathLike, old: DualEncoder, new: DualEncoder, names: Sequence[str]
+) -> DualEncoder:
+    """The upgraded model with the contexts that ContCoOp makes on the *old* model, one per class, and never again.
+
+    What is left of ContCoOp when it may not read the current model's class embeddings: if those are what lets it
+    survive, this must score worse on the upgraded model than the same adapter attached to it.
+
+    Args:
+        adapter (`str` or `os.PathLike`): a saved ContCoOp adapter.
+        old, new (`DualEncoder`): the model it was learnt on, and its upgrade.
+        names (`Sequence[str]`): C class names.
+
+    Returns:
+        [`DualEncoder`]: a copy of the upgraded model with class-specific contexts (C, M, width).
+    """
+    source = attach(adapter, old)
+    contexts = class_contexts(source.model, names, source.processor.tokenizer)
+    words = read_config(os.fspath(adapter)).init_token_ids
+    config = CoOpConfig(n_ctx=contexts.shape[1], init_token_ids=words, class_specific=True, class_names=list(names))
+    model = copy.deepcopy(new.model)
+    model.add_adapter(config)
+    for name, parameter in model.named_parameters():
+        if "coop_ctx" in name:
+            parameter.data.copy_(contexts)
+    return DualEncoder(model.requires_grad_(False), new.processor, new.name_or_path, new.revision)
+
+
+def class_embedding_study(
+    adapters: Sequence[str | os.PathLike], old: DualEncoder, new: DualEncoder, dataset: Dataset, **embedding
+) -> dict[str, tuple[float, ...]]:
+    """Whether ContCoOp survives because it reads the current model's class embeddings.
+
+    Args:
+        adapters (`Sequence`): saved ContCoOp adapters, one per seed.
+        old, new (`DualEncoder`): the model they were learnt on, and its upgrade.
+        dataset (`datasets.Dataset`): labelled test images.
+        **embedding: passed to [`evaluate`].
+
+    Returns:
+        `dict`: accuracies on the upgraded model in percent, one per adapter, with the class embeddings
+        `"of the upgraded model"` and `"of the old model"`.
+    """
+    label = dataset.features[embedding.get("label_column") or "label"]
+    anchors = Anchors(tuple(label.names), (), PROMPTED)
+    found: dict[str, list[float]] = {"of the upgraded model": [], "of the old model": []}
+    for adapter in adapters:
+        both = attach(adapter, new), freeze_contexts(adapter, old, new, label.names)
+        for kind, encoder in zip(found, both, strict=True):
+            found[kind].append(evaluate(AnchorClassifier(encoder, anchors), dataset, **embedding)[0].value)
+    return {kind: tuple(values) for kind, values in found.items()}
+
+
+def out_of_distribution(
+    adapters: Sequence[str | os.PathLike],
+    old: DualEncoder,
+    new: DualEncoder,
+    datasets: Mapping[str, Dataset],
+    **options,
+) -> dict[str, list[UpgradeScore]]:
+    """Scores adapters on both models over data they were not tuned on; see [`score_upgrade`].
+
+    Args:
+        datasets (`Mapping[str, datasets.Dataset]`): labelled images of the same classes, by domain.
+
+    Returns:
+        `dict`: the rows of [`score_upgrade`] by domain.
+    """
+    return {name: score_upgrade(adapters, old, new, dataset, **options) for name, dataset in datasets.items()}
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation, as the prompt learners' papers report them."""
+    return statistics.fmean(values), statistics.pstdev(values)
+
+
+def _templates(config: TuningConfig) -> tuple[str, ...]:
+    return TEMPLATES["promptsrc"] if config.method == "promptsrc" else DEFAULT_TEMPLATES
+
+
+def _settings(folder: Path) -> dict:
+    return json.loads((folder / TEACHER_FILE).read_text(encoding="utf-8"))["settings"]
+
+
+def _jsoned(config: TuningConfig) -> dict:
+    return json.loads(json.dumps(asdict(config)))
