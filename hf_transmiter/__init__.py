@@ -24,10 +24,17 @@ _EXPORTS = {
     "Anchors": "anchors",
     "Bridge": "bridge",
     "CalibrationPack": "calibration",
+    "CoCoOpConfig": "tuners",
+    "CoOpConfig": "tuners",
+    "ContCoOpConfig": "tuners",
     "CrossMoment": "bridge",
     "DualEncoder": "backbone",
     "ExtractionConfig": "extraction",
+    "IVLPConfig": "tuners",
+    "KgCoOpConfig": "tuners",
     "LabelTuningConfig": "label_tuning",
+    "MaPLeConfig": "tuners",
+    "PromptSRCConfig": "tuners",
     "TransMiterConfig": "tuners",
     "TransferConfig": "transferring",
     "TuningConfig": "prompt_tuning",
@@ -39,6 +46,7 @@ _EXPORTS = {
     "extract": "extraction",
     "label_tune": "label_tuning",
     "score_upgrade": "compatibility",
+    "set_classes": "tuners",
     "token_map": "attaching",
     "transfer": "transferring",
     "tune": "prompt_tuning",
@@ -48,10 +56,17 @@ __all__ = [
     "Anchors",
     "Bridge",
     "CalibrationPack",
+    "CoCoOpConfig",
+    "CoOpConfig",
+    "ContCoOpConfig",
     "CrossMoment",
     "DualEncoder",
     "ExtractionConfig",
+    "IVLPConfig",
+    "KgCoOpConfig",
     "LabelTuningConfig",
+    "MaPLeConfig",
+    "PromptSRCConfig",
     "TransMiterConfig",
     "TransferConfig",
     "TuningConfig",
@@ -63,6 +78,7 @@ __all__ = [
     "extract",
     "label_tune",
     "score_upgrade",
+    "set_classes",
     "token_map",
     "transfer",
     "tune",
@@ -83,7 +99,17 @@ if TYPE_CHECKING:
     from .label_tuning import LabelTuningConfig, label_tune
     from .prompt_tuning import TuningConfig, tune
     from .transferring import TransferConfig, transfer
-    from .tuners import TransMiterConfig
+    from .tuners import (
+        CoCoOpConfig,
+        ContCoOpConfig,
+        CoOpConfig,
+        IVLPConfig,
+        KgCoOpConfig,
+        MaPLeConfig,
+        PromptSRCConfig,
+        TransMiterConfig,
+        set_classes,
+    )
 
 
 def __getattr__(name: str):
