@@ -1,0 +1,356 @@
+"""Prompts scored across an upgrade, on the sandbox's weak model and its upgrade: every number is checked by hand.
+
+MaPLe's row is the refused one: the two image towers have other widths.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from hf_transmiter import retraining
+from hf_transmiter.anchors import DEFAULT_TEMPLATES, TEMPLATES, Anchors
+from hf_transmiter.attaching import attach, map_fit, token_map
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.catalog import save_teacher
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.compatibility import UpgradeScore, score_upgrade, upgrade_table
+from hf_transmiter.evaluation import evaluate
+from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.sandbox import load_dataset, model_path
+from hf_transmiter.tuners.prompts import set_classes
+
+
+ADAMW = {"optimizer": "adamw", "lr": 1e-2, "epochs": 3, "batch_size": 32, "shots": 2, "schedule": "cosine"}
+TUNINGS = {
+    "coop-1": {"method": "coop", "seed": 1},
+    "coop-0": {"method": "coop"},
+    "contcoop": {"method": "contcoop"},
+    "maple": {"method": "maple", "epochs": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """The two models, pictures, saved tunings, and what `score_upgrade` says of them all."""
+    folder = tmp_path_factory.mktemp("compatibility")
+    old, new = (DualEncoder.from_pretrained(model_path(name)) for name in ("weak", "weak-upgraded"))
+    train, test = load_dataset("jargon", "train"), load_dataset("jargon", "validation").select(range(150))
+    options = {"progress": False, "cache_dir": folder / "features"}
+    adapters = {}
+    for name, settings in TUNINGS.items():
+        config = TuningConfig(**{**ADAMW, **settings})
+        adapters[name] = str(folder / name)
+        save_teacher(adapters[name], tune(old, train, config=config, **options), old, DEFAULT_TEMPLATES, config)
+    shutil.rmtree(options["cache_dir"])
+    given = {"train": train, "mapped": True, "output_dir": folder / "out", **options}
+    rows = score_upgrade(list(adapters.values()), old, new, test, **given)
+    names = train.features["label"].names
+    return SimpleNamespace(old=old, new=new, train=train, test=test, adapters=adapters, options=options, given=given,
+                           rows={row.method: row for row in rows}, names=names, folder=folder)  # fmt: skip
+
+
+@pytest.fixture
+def score(task):
+    def score(*adapters, new=None, **kwargs):
+        sources = [task.adapters.get(adapter, adapter) for adapter in adapters]
+        rows = score_upgrade(sources, task.old, new or task.new, task.test, **{**task.options, **kwargs})
+        return {row.method: row for row in rows}
+
+    return score
+
+
+def by_hand(task, encoder, templates=("{}.",), names=None, test=None):
+    classifier = AnchorClassifier(encoder, Anchors(tuple(names or task.names), (), templates))
+    return evaluate(classifier, test or task.test, **task.options)[0].value
+
+
+def harmonic(a, b):
+    return 2 * a * b / (a + b)
+
+
+def test_rows(task):
+    assert list(task.rows) == ["zero-shot", "coop", "coop, mapped", "contcoop", "maple"]
+    coop = task.rows["coop"]
+    assert coop.seeds == (0, 1) and coop.adapters == (task.adapters["coop-0"], task.adapters["coop-1"])
+    assert task.rows["maple"].refused == "the image tower is 128 wide, the one it was learnt on 64"
+    assert task.rows["maple"].upgraded is task.rows["maple"].harmonic is None
+    assert all(row.refused is None for name, row in task.rows.items() if name != "maple")
+    assert all(len(row.old) == len(row.seeds or "1") and row.halves == {} for row in task.rows.values())
+
+
+def test_accuracies_by_hand(task):
+    for name, model in (("old", task.old), ("upgraded", task.new)):
+        floor = by_hand(task, model, DEFAULT_TEMPLATES)
+        assert getattr(task.rows["zero-shot"], name) == (pytest.approx(floor),)
+        for method, sources in (("coop", ("coop-0", "coop-1")), ("contcoop", ("contcoop",))):
+            found = [by_hand(task, attach(task.adapters[source], model)) for source in sources]
+            assert getattr(task.rows[method], name) == pytest.approx(found)
+    assert task.rows["maple"].old == (pytest.approx(by_hand(task, attach(task.adapters["maple"], task.old))),)
+    for row in task.rows.values():
+        if row.refused is None:
+            assert row.harmonic == pytest.approx([harmonic(*pair) for pair in zip(row.old, row.upgraded, strict=True)])
+
+
+def test_mapped_contexts(task):
+    mapping = token_map(task.old, task.new)
+    row, plain = task.rows["coop, mapped"], task.rows["coop"]
+    found = [by_hand(task, attach(source, task.new, token_map=mapping)) for source in plain.adapters]
+    assert row.upgraded == pytest.approx(found) and row.upgraded != plain.upgraded
+    assert (row.old, row.retrained, row.seeds) == (plain.old, plain.retrained, plain.seeds)
+    fit = map_fit(task.old, task.new, mapping)
+    assert row.remark == f"context mapped between the token tables, R² = {fit:.2f}" and plain.remark is None
+
+
+def test_retrained_is_tuning_on_the_upgraded_model(task):
+    for method, names in (("coop", ("coop-0", "coop-1")), ("maple", ("maple",))):
+        found = []
+        for name in names:
+            config = TuningConfig(**{**ADAMW, **TUNINGS[name]})
+            found.append(by_hand(task, tune(task.new, task.train, config=config, **task.options).encoder))
+        assert task.rows[method].retrained == pytest.approx(found)
+    assert task.rows["zero-shot"].retrained is None
+
+
+def test_what_was_retrained_is_kept_as_adapters_of_the_upgraded_model(task):
+    made = {path.name.rpartition("-")[0]: path for path in (task.folder / "out" / "retrained").iterdir()}
+    assert set(made) == {"coop-seed-0", "coop-seed-1", "contcoop-seed-0", "maple-seed-0"}  # nothing half-made
+    facts = json.loads((made["coop-seed-1"] / "teacher.json").read_text())
+    assert facts["fingerprint"] == task.new.fingerprint and facts["settings"]["seed"] == 1
+    assert by_hand(task, attach(made["coop-seed-1"], task.new)) == pytest.approx(task.rows["coop"].retrained[1])
+
+
+def test_a_second_call_trains_nothing(task, monkeypatch):
+    monkeypatch.setattr(retraining, "tune", lambda *args, **kwargs: pytest.fail("trained again"))
+    rows = score_upgrade(list(task.adapters.values()), task.old, task.new, task.test, **task.given)
+    assert {row.method: row for row in rows} == task.rows
+
+
+def test_an_interrupted_call_goes_on(task, score, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return tune(*args, **kwargs)
+
+    monkeypatch.setattr(retraining, "tune", interrupted)
+    options = {"train": task.train, "output_dir": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        score("coop-0", "coop-1", **options)
+    rows = score("coop-0", "coop-1", **options)
+    assert len(calls) == 3 and rows["coop"] == task.rows["coop"]
+    monkeypatch.setattr(retraining, "tune", tune)
+    assert score("coop-1", train=task.train.select(range(1000)), **{"output_dir": tmp_path / "out"})["coop"].retrained
+    assert len(list((tmp_path / "out" / "retrained").iterdir())) == 3  # other images are another training
+
+
+def test_images_are_embedded_once_per_image_tower(task, score, tmp_path):
+    score("coop-0", "coop-1", "contcoop", "maple", cache_dir=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # both models as they are, and the old one with MaPLe
+
+
+def test_an_upgrade_to_the_same_model_changes_nothing(task, score):
+    same = DualEncoder.from_pretrained(model_path("weak"))
+    rows = score(*task.adapters, new=same, train=task.train, output_dir=task.folder / "same")
+    for row in rows.values():
+        assert row.refused is None and row.upgraded == row.old and row.harmonic == pytest.approx(row.old)
+    assert rows["coop"].retrained == rows["coop"].old
+
+
+def test_other_widths_are_refused_but_for_the_map(task, score):
+    strong = DualEncoder.from_pretrained(model_path("strong"))
+    rows = score("coop-0", "contcoop", new=strong, mapped=True)
+    for name in ("coop", "contcoop"):
+        assert rows[name].refused == "the text tower is 96 wide, the one it was learnt on 64"
+        assert rows[name].upgraded is None and rows[name].old == task.rows[name].old[:1]
+    mapped = attach(task.adapters["coop-0"], strong, token_map=token_map(task.old, strong))
+    assert rows["coop, mapped"].upgraded == (pytest.approx(by_hand(task, mapped)),)
+
+
+def test_base_and_novel_are_two_problems(task, score):
+    seen = task.names[::2]
+    row = score("coop-0", "maple", seen_classes=seen)["coop"]
+    labels = torch.tensor(task.test["label"])
+    for name, model in (("old", task.old), ("upgraded", task.new)):
+        encoder, parts = attach(task.adapters["coop-0"], model), {}
+        for part, names in (("base", seen), ("novel", task.names[1::2])):
+            columns = torch.tensor([task.names.index(n) for n in names])
+            rows = torch.isin(labels, columns).nonzero().flatten().tolist()
+            pictures = task.test.select(rows)["image"]
+            answers = AnchorClassifier(encoder, Anchors(tuple(names), (), ("{}.",))).predict(pictures)
+            right = [answer[0]["label"] == task.names[labels[row]] for answer, row in zip(answers, rows, strict=True)]
+            parts[part] = 100 * sum(right) / len(right)
+        parts["hm"] = harmonic(parts["base"], parts["novel"])
+        assert {key: values[0] for key, values in row.halves[name].items()} == pytest.approx(parts)
+        assert getattr(row, name)[0] == pytest.approx(getattr(task.rows["coop"], name)[0])
+    assert set(row.halves) == {"old", "upgraded"}
+
+
+@pytest.fixture
+def half(task, tmp_path):
+    """A prompt tuned on every other class, in an order of their own."""
+    names = task.names[::2][::-1]
+    images = retraining._of_classes(task.train, "label", names)
+    config = TuningConfig(method="coop", **ADAMW)
+    save_teacher(
+        tmp_path / "half", tune(task.old, images, config=config, **task.options), task.old, ("a {}.",), config
+    )
+    return SimpleNamespace(source=str(tmp_path / "half"), names=names, images=images, config=config)
+
+
+def test_tuned_on_the_base_classes_only(task, score, half, caplog):
+    assert {half.images.features["label"].names[i] for i in half.images["label"]} == set(half.names)
+    kept = next(i for i, label in enumerate(task.train["label"]) if task.names[label] in half.names)
+    first, was = half.images[0], task.train[kept]
+    assert first["image"] == was["image"] and half.names[first["label"]] == task.names[was["label"]]
+    rows = score(half.source, "coop-0", train=task.train, seen_classes=half.names)
+    assert list(rows) == ["zero-shot, a {}.", "zero-shot, a photo of a {}.", "coop, 18 classes, 1 templates",
+                          "coop, 36 classes, 1 templates"]  # fmt: skip
+    row = rows["coop, 18 classes, 1 templates"]
+    again = tune(task.new, half.images, config=half.config, **task.options)
+    assert row.retrained == (pytest.approx(by_hand(task, again.encoder)),)
+    assert row.halves["old"]["base"][0] > row.halves["old"]["novel"][0] and "hm" in row.halves["retrained"]
+    assert rows["zero-shot, a {}."].old == (pytest.approx(by_hand(task, task.old, ("a {}.",))),)
+    assert "coop-0 was tuned on other classes than the seen ones" in caplog.text and half.source not in caplog.text
+
+
+def test_settings_set_rows_apart(task, score, tmp_path):
+    sources = []
+    for name, settings in {"a": {}, "b": {"n_ctx": 6}, "c": {"adapter": ("layer=1",)}}.items():
+        config = TuningConfig(method="coop", **{**ADAMW, "epochs": 1, **settings})
+        tuned = tune(task.old, task.train, config=config, **task.options)
+        save_teacher(tmp_path / name, tuned, task.old, DEFAULT_TEMPLATES, config)
+        sources.append(str(tmp_path / name))
+    rows = score(*sources, mapped=True)
+    assert list(rows) == ["zero-shot", "coop, n_ctx=None", "coop, n_ctx=None, mapped", "coop, n_ctx=6",
+                          "coop, n_ctx=6, mapped", "coop, n_ctx=None, layer=1"]  # fmt: skip
+    with pytest.raises(ValueError, match="have the same settings and the same seed"):
+        score(sources[0], shutil.copytree(sources[0], tmp_path / "copy"))
+    with pytest.raises(ValueError, match="have the same settings and the same seed"):
+        score(sources[0], sources[0])
+
+
+def test_cocoop_is_scored_image_by_image(model_dir, make_dataset, tmp_path):
+    old, new = (DualEncoder.from_pretrained(model_dir("clip", seed)) for seed in (0, 1))
+    dataset, options = make_dataset(30), {"progress": False, "cache_dir": tmp_path / "features"}
+    config = TuningConfig(method="cocoop", **{**ADAMW, "shots": 8, "epochs": 10})
+    tuned = tune(old, dataset, config=config, **options)
+    save_teacher(tmp_path / "cocoop", tuned, old, DEFAULT_TEMPLATES, config)
+    _, row = score_upgrade([tmp_path / "cocoop"], old, new, make_dataset(60, seed=7), **options)
+    for accuracies, model in ((row.old, old), (row.upgraded, new)):
+        attached = attach(tmp_path / "cocoop", model)
+        set_classes(attached.model, ["cat", "dog", "car"])
+        pixels, labels = attached.preprocess(make_dataset(60, seed=7)["image"]), make_dataset(60, seed=7)["label"]
+        logits = torch.cat([attached.model(pixel_values=one[None]).logits_per_image for one in pixels])
+        assert accuracies == (pytest.approx(100 * float((logits.argmax(1) == torch.tensor(labels)).float().mean())),)
+
+
+def test_adapters_that_cannot_be_read_stay_rows(task, score, tmp_path):
+    damaged = shutil.copytree(task.adapters["coop-1"], tmp_path / "damaged")
+    tensors = load_file(damaged / "adapter_model.safetensors")
+    save_file({key: tensor * torch.inf for key, tensor in tensors.items()}, damaged / "adapter_model.safetensors")
+    lora = DualEncoder.from_pretrained(model_path("weak")).model
+    lora.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    rows = score("coop-0", damaged, tmp_path / "lora", train=task.train)
+    assert list(rows) == ["zero-shot", "coop", "coop, seed 1", "lora"]
+    assert rows["coop"].seeds == (0,) and rows["coop"].old == task.rows["coop"].old[:1]
+    assert "is not finite" in rows["coop, seed 1"].refused and "it is a LORA adapter" in rows["lora"].refused
+    assert rows["lora"].old is rows["lora"].upgraded is rows["lora"].retrained is None
+    table = upgrade_table(list(rows.values()))
+    assert "| lora ‡ | – | – | – | – |" in table and "‡ refused: it is a LORA adapter" in table
+
+
+def test_adapters_saved_by_peft_alone(task, score, tmp_path):
+    """Their settings are in the prompt's own configuration."""
+    source = shutil.copytree(task.adapters["coop-0"], tmp_path / "plain")
+    (source / "teacher.json").unlink()
+    row = score(source, train=task.train)["coop"]
+    expected = task.rows["coop"]
+    assert (row.old, row.upgraded, row.retrained) == (expected.old[:1], expected.upgraded[:1], expected.retrained[:1])
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps({**config, "provenance": None}))
+    row = score(source, train=task.train)["coop"]
+    assert row.upgraded == expected.upgraded[:1] and row.retrained is None and "were not saved" in row.remark
+
+
+def test_what_cannot_be_retrained_says_why(task, score, tmp_path):
+    source = shutil.copytree(task.adapters["coop-0"], tmp_path / "newer")
+    facts = json.loads((source / "teacher.json").read_text())
+    (source / "teacher.json").write_text(json.dumps({**facts, "settings": {**facts["settings"], "charm": 1}}))
+    row = score(source, train=task.train)["coop"]
+    assert row.upgraded == task.rows["coop"].upgraded[:1] and row.retrained is None
+    assert row.remark.startswith("not re-trained:") and "another version" in row.remark
+    few = task.train.select(range(20))
+    assert "have no image" in score("coop-0", train=few)["coop"].remark
+    other = load_dataset("print").select(range(20))
+    assert "have no class 'nimbus red square'" in score("coop-0", train=other)["coop"].remark
+
+
+def test_class_specific_contexts(task, score, tmp_path):
+    config = TuningConfig(method="coop", **{**ADAMW, "epochs": 1}, adapter=("class_specific=true",))
+    save_teacher(
+        tmp_path / "own", tune(task.old, task.train, config=config, **task.options), task.old, ("a {}.",), config
+    )
+    row = score(tmp_path / "own")["coop"]
+    assert row.upgraded == (pytest.approx(by_hand(task, attach(tmp_path / "own", task.new))),)
+    row = score(tmp_path / "own", class_names=[*task.names, "unicorn"])["coop"]
+    assert row.refused == "class-specific contexts know only the 36 classes they were learnt for, not 'unicorn'"
+
+
+def test_more_templates(task, score, tmp_path):
+    source = shutil.copytree(task.adapters["coop-0"], tmp_path / "many")
+    facts = json.loads((source / "teacher.json").read_text())
+    (source / "teacher.json").write_text(json.dumps({**facts, "zero_shot_templates": TEMPLATES["promptsrc"]}))
+    rows = score(source, "contcoop")
+    floor = rows["zero-shot, 60 templates"]
+    assert floor.old == (pytest.approx(by_hand(task, task.old, TEMPLATES["promptsrc"])),)
+    assert rows["zero-shot, a photo of a {}."] == UpgradeScore(
+        **{**asdict(task.rows["zero-shot"]), "method": "zero-shot, a photo of a {}."}
+    )
+
+
+def test_table(task):
+    table = upgrade_table(list(task.rows.values())).splitlines()
+    assert table[0] == (
+        "| method | old model accuracy | upgraded model accuracy | H (old, upgraded) | re-trained accuracy |"
+    )
+    coop = task.rows["coop"]
+    mean, std = sum(coop.harmonic) / 2, abs(coop.harmonic[0] - coop.harmonic[1]) / 2**0.5
+    assert f"{mean:.1f} ± {std:.1f}" in table[3] and table[3].startswith("| coop |")
+    assert table[6].startswith("| maple ‡ |") and table[6].count("| – ") == 2
+    assert "† context mapped" in "\n".join(table) and "‡ refused: the image tower is 128 wide" in "\n".join(table)
+    assert "base" not in table[0] and "novel" not in table[0]
+    halves = {model: {"base": (50.0,), "novel": (40.0,), "hm": (44.4,)} for model in ("old", "upgraded")}
+    row = UpgradeScore("coop", (0,), (45.0,), (55.0,), None, (49.5,), halves)
+    assert upgrade_table([row]).splitlines()[0] == (
+        "| method | old model accuracy | old model base | old model novel | old model hm | upgraded model accuracy "
+        "| upgraded model base | upgraded model novel | upgraded model hm | H (old, upgraded) |"
+    )
+
+
+def test_what_makes_no_sense(task, score, tmp_path):
+    with pytest.raises(ValueError, match="no adapter to score"):
+        score()
+    with pytest.raises(ValueError, match="was not tuned from"):
+        score_upgrade([task.adapters["coop-0"]], task.new, task.old, task.test, **task.options)
+    with pytest.raises(ValueError, match="has adapters already"):
+        score("coop-0", new=attach(task.adapters["coop-0"], task.new))
+    with pytest.raises(ValueError, match="seen class 'unicorn' is not among"):
+        score("coop-0", seen_classes=["unicorn"])
+    with pytest.raises(ValueError, match="base classes .* and novel ones"):
+        score("coop-0", seen_classes=task.names)
+    with pytest.raises(ValueError, match="have no labels"):
+        score("coop-0", train=task.train.remove_columns("label"))
+    with pytest.raises(FileNotFoundError):
+        score(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="needs labels"):
+        score_upgrade([task.adapters["coop-0"]], task.old, task.new, task.test.remove_columns("label"),
+                      class_names=task.names, **task.options)  # fmt: skip
