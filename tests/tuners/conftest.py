@@ -3,23 +3,31 @@
 import copy
 import functools
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
+from contract import NAMES, ask, stir
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from hf_transmiter import backbone
+from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.tuners.prompts import prompt_layer, texts
 
 
-@pytest.fixture(autouse=True, scope="session")
+# Every new adapter looks for the tokenizer beside its model: here a thousand times in the same few folders.
+READ_ONCE = {
+    (texts, "AutoTokenizer"): SimpleNamespace(from_pretrained=functools.cache(AutoTokenizer.from_pretrained)),
+    (backbone, "_load_processor"): functools.cache(backbone._load_processor),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _read_tokenizers_once():
-    """Every new adapter looks for the tokenizer beside its model: here a thousand times in the same few folders."""
-    read = SimpleNamespace(from_pretrained=functools.cache(AutoTokenizer.from_pretrained))
-    processors = functools.cache(backbone._load_processor)
-    with mock.patch.object(texts, "AutoTokenizer", read), mock.patch.object(backbone, "_load_processor", processors):
+    with pytest.MonkeyPatch.context() as patch:
+        for (module, name), reader in READ_ONCE.items():
+            patch.setattr(module, name, reader)
         yield
 
 
@@ -59,5 +67,62 @@ def prompted(fresh):
     def make(config, family="clip"):
         model = get_peft_model(fresh(family).model, config)
         return model, prompt_layer(model)
+
+    return make
+
+
+# The contract's models
+
+
+@pytest.fixture
+def new(encoders):
+    """``new(root)``: a fresh model of that kind."""
+
+    def make(root):
+        encoder = encoders("clip" if root == "classifier" else root)
+        model = copy.deepcopy(encoder.model)
+        return (
+            AnchorClassifier(DualEncoder(model, encoder.processor), Anchors(NAMES)) if root == "classifier" else model
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def inputs(encoders, make_images):
+    """``inputs(root)``: pixels and texts for it."""
+
+    def make(root):
+        encoder = encoders("clip" if root == "classifier" else root)
+        texts = encoder.processor.tokenizer(
+            ["cat.", "old dog."], padding="max_length", max_length=8, return_tensors="pt"
+        )
+        return {"pixel_values": encoder.preprocess(make_images(3)), **texts}
+
+    known = {root: make(root) for root in ("clip", "siglip", "classifier")}
+    return known.__getitem__
+
+
+@pytest.fixture(scope="session")
+def known():
+    return {}
+
+
+@pytest.fixture
+def tuned(new, inputs, known, tmp_path_factory):
+    """``tuned(method, root)``: a PEFT model that answers unlike its base, its logits, and a folder it was saved to."""
+
+    def make(method, root):
+        key = id(method), root
+        if key not in known:
+            model = get_peft_model(new(root), method.make())
+            ask(model, method, inputs(root))
+            stir(model, method)
+            folder = str(tmp_path_factory.mktemp("saved"))
+            model.save_pretrained(folder)
+            known[key] = model, folder
+        model, folder = known[key]
+        model = copy.deepcopy(model)
+        return model, ask(model, method, inputs(root)), folder
 
     return make

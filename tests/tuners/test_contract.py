@@ -1,195 +1,19 @@
 """What every PEFT method of this package owes its users, over every kind of model it goes on: one matrix.
 
-A new method joins by a line in `METHODS`.
+The methods are listed in `contract.METHODS`.
 """
 
 import copy
-import json
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
+from contract import METHODS, PLAIN, RAW, ask, call, hooks, matrix, raw, same, stir
 from peft import (
-    AutoPeftModel,
     LoraConfig,
-    PeftConfig,
-    PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
-from transformers import AutoModel
-
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.tuners import (
-    CoCoOpConfig,
-    ContCoOpConfig,
-    CoOpConfig,
-    IVLPConfig,
-    KgCoOpConfig,
-    MaPLeConfig,
-    PeftType,
-    PromptSRCConfig,
-    TransMiterConfig,
-)
-
-
-NAMES, AUXILIARY = ["cat", "dog", "car"], ["tree", "ship"]
-PLAIN = "vision_model.encoder.layers.0.self_attn.q_proj"
-
-
-@dataclass
-class Method:
-    """`make(**kwargs)` gives a config; `texts`: the method shows in calls with texts, not in calls without."""
-
-    make: Callable
-    roots: tuple[str, ...]
-    texts: bool
-
-    @property
-    def prefix(self):
-        return self.make().peft_type.value.lower() + "_"
-
-
-def transmiter(**kwargs):
-    return TransMiterConfig(class_names=NAMES, auxiliary_names=AUXILIARY, **kwargs)
-
-
-METHODS = {
-    "mlp": Method(transmiter, ("clip", "siglip", "classifier"), texts=False),
-    "wide": Method(lambda **kwargs: transmiter(width=8, train_basis=True, **kwargs), ("clip",), texts=False),
-    "class_vectors": Method(
-        lambda **kwargs: TransMiterConfig(class_names=NAMES, form="class_vectors", **kwargs),
-        ("clip", "classifier"),
-        texts=False,
-    ),
-    "coop": Method(lambda **kwargs: CoOpConfig(n_ctx=4, **kwargs), ("clip", "siglip"), texts=True),
-    "coop_middle": Method(lambda **kwargs: CoOpConfig(n_ctx=4, position="middle", **kwargs), ("clip",), texts=True),
-    "coop_class_specific": Method(
-        lambda **kwargs: CoOpConfig(n_ctx=2, class_specific=True, class_names=["cat", "old dog"], **kwargs),
-        ("clip", "siglip"),
-        texts=True,
-    ),
-    "coop_layer": Method(lambda **kwargs: CoOpConfig(init_phrase="a photo", layer=1, **kwargs), ("clip",), texts=True),
-    "kgcoop": Method(KgCoOpConfig, ("clip",), texts=True),
-    "cocoop": Method(CoCoOpConfig, ("clip", "siglip"), texts=True),
-    "contcoop": Method(ContCoOpConfig, ("clip", "siglip"), texts=True),
-    "contcoop_offset": Method(
-        lambda **kwargs: ContCoOpConfig(
-            context_offset=True, class_embed="mean_token", attend_context=True, zero_init=False, **kwargs
-        ),
-        ("clip",),
-        texts=True,
-    ),
-    "ivlp": Method(
-        lambda **kwargs: IVLPConfig(text_depth=2, vision_depth=2, **kwargs), ("clip", "siglip"), texts=True
-    ),
-    "maple": Method(lambda **kwargs: MaPLeConfig(depth=2, **kwargs), ("clip", "siglip"), texts=True),
-    "promptsrc": Method(
-        lambda **kwargs: PromptSRCConfig(text_depth=2, vision_depth=1, **kwargs), ("clip",), texts=True
-    ),
-}
-MATRIX = [pytest.param(method, root, id=f"{name}-{root}") for name, method in METHODS.items() for root in method.roots]
-RAW = [pytest.param(method, root, id=f"{name}-{root}") for name, method in METHODS.items() for root in method.roots
-       if root != "classifier"]  # fmt: skip
-matrix, raw = (pytest.mark.parametrize(("method", "root"), cases) for cases in (MATRIX, RAW))
-
-
-@pytest.fixture(scope="module")
-def encoders(model_dir):
-    return {family: DualEncoder.from_pretrained(model_dir(family)) for family in ("clip", "siglip")}
-
-
-@pytest.fixture
-def new(encoders):
-    """``new(root)``: a fresh model of that kind."""
-
-    def make(root):
-        encoder = encoders["clip" if root == "classifier" else root]
-        model = copy.deepcopy(encoder.model)
-        return (
-            AnchorClassifier(DualEncoder(model, encoder.processor), Anchors(NAMES)) if root == "classifier" else model
-        )
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def inputs(encoders, make_images):
-    """``inputs(root)``: pixels and texts for it."""
-
-    def make(root):
-        encoder = encoders["clip" if root == "classifier" else root]
-        texts = encoder.processor.tokenizer(
-            ["cat.", "old dog."], padding="max_length", max_length=8, return_tensors="pt"
-        )
-        return {"pixel_values": encoder.preprocess(make_images(3)), **texts}
-
-    known = {root: make(root) for root in ("clip", "siglip", "classifier")}
-    return known.__getitem__
-
-
-def call(method, inputs, texts=None):
-    texts = method.texts if texts is None else texts
-    return inputs if texts else {"pixel_values": inputs["pixel_values"]}
-
-
-@torch.no_grad()
-def ask(model, method, inputs, texts=None):
-    """Logits of the kind of call the method shows in."""
-    return model(**call(method, inputs, texts)).logits_per_image.clone()
-
-
-def same(left, right):
-    """Between models in different places of memory, whose matrix products round differently."""
-    torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
-
-
-def stir(model, method, adapter="default", seed=0, std=0.3):
-    """Gives the adapter weights that matter; returns their names."""
-    generator = torch.Generator().manual_seed(seed)
-    changed = []
-    for name, parameter in model.named_parameters():
-        if method.prefix in name and f".{adapter}" in name and "anchors" not in name:
-            parameter.data += std * torch.randn(parameter.shape, generator=generator)
-            changed.append(name)
-    assert changed
-    return changed
-
-
-@pytest.fixture(scope="module")
-def known():
-    return {}
-
-
-@pytest.fixture
-def tuned(new, inputs, known, tmp_path_factory):
-    """``tuned(method, root)``: a PEFT model that answers unlike its base, its logits, and a folder it was saved to."""
-
-    def make(method, root):
-        key = id(method), root
-        if key not in known:
-            model = get_peft_model(new(root), method.make())
-            ask(model, method, inputs(root))
-            stir(model, method)
-            folder = str(tmp_path_factory.mktemp("saved"))
-            model.save_pretrained(folder)
-            known[key] = model, folder
-        model, folder = known[key]
-        model = copy.deepcopy(model)
-        return model, ask(model, method, inputs(root)), folder
-
-    return make
-
-
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 # What it changes, and how it goes
@@ -211,6 +35,39 @@ def test_only_the_adapter_trains_and_training_shows(method, root, new, inputs):
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, values[name])}
     assert changed == trainable
     assert not torch.equal(ask(model, method, inputs(root)), before)
+
+
+@raw
+def test_gradient_checkpointing(method, root, new, inputs):
+    """Activations computed twice give the same gradients."""
+    model = get_peft_model(new(root), method.make()).train()
+    given, gradients = call(method, inputs(root)), []
+    with torch.no_grad():
+        model(**given)  # some build themselves in their first call
+    stir(model, method)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        model.zero_grad()
+        model(**given).logits_per_image.log_softmax(1)[:, 0].sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any(value.any() for value in gradients[0].values())
+    for name, value in gradients[0].items():
+        same(gradients[1][name], value)
+
+
+@pytest.mark.parametrize(("method", "root"), [case for case in RAW if case.values[0].texts])
+def test_the_order_of_classes(method, root, inputs, tuned):
+    """Classes in another order: columns in another order, nothing else."""
+    model, answer, _ = tuned(method, root)
+    turned = {key: value.flip(0) if key != "pixel_values" else value for key, value in inputs(root).items()}
+    same(ask(model, method, turned), answer.flip(1))
+    model.set_classes(["cat", "old dog"])
+    asked = ask(model, method, inputs(root), texts=False)
+    model.set_classes(["old dog", "cat"])
+    same(ask(model, method, inputs(root), texts=False), asked.flip(1))
+    assert (asked[:, 0] - asked[:, 1]).abs().max() > 1e-3
 
 
 @matrix
@@ -280,78 +137,6 @@ def test_hot_swap(method, root, inputs, tuned):
     assert not torch.equal(ask(model, method, inputs(root)), first)
     model.load_adapter(folder, adapter_name="default")
     same(ask(model, method, inputs(root)), first)
-
-
-# Files
-
-
-@matrix
-def test_save_and_load(method, root, new, inputs, tuned):
-    model, answer, folder = tuned(method, root)
-    config = PeftConfig.from_pretrained(folder)
-    assert config.peft_type == method.make().peft_type and isinstance(config.peft_type, PeftType)
-    assert config.target_modules is None
-    state = get_peft_model_state_dict(model)
-    for options in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
-        loaded = PeftModel.from_pretrained(new(root), folder, **options)
-        same(ask(loaded, method, inputs(root)), answer)
-        own = get_peft_model_state_dict(loaded, adapter_name=options.get("adapter_name", "default"))
-        assert own.keys() == state.keys() and all(torch.equal(own[key], state[key]) for key in state)
-        assert any(p.requires_grad for p in loaded.parameters()) is bool(options.get("is_trainable"))
-        assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
-
-
-@matrix
-def test_keys_carry_no_adapter_name(method, root, new, tmp_path):
-    get_peft_model(new(root), method.make(), adapter_name="mine").save_pretrained(str(tmp_path))
-    folder = tmp_path / "mine"
-    keys = load_file(folder / "adapter_model.safetensors")
-    assert keys and all(key.startswith("base_model.model.") and method.prefix in key for key in keys)
-    assert not [key for key in keys if "mine" in key or "default" in key]
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    assert saved["peft_type"] == method.make().peft_type.value
-
-
-@raw
-def test_auto_peft_model(method, root, inputs, tuned, model_dir):
-    _, answer, folder = tuned(method, root)
-    assert PeftConfig.from_pretrained(folder).base_model_name_or_path == model_dir(root)
-    same(ask(AutoPeftModel.from_pretrained(folder), method, inputs(root)), answer)
-
-
-@raw
-def test_transformers_own_adapters(method, root, new, inputs, tuned, tmp_path):
-    _, answer, folder = tuned(method, root)
-    model = new(root)
-    plain = ask(model, method, inputs(root), True)
-    model.load_adapter(folder)
-    same(ask(model, method, inputs(root)), answer)
-    model.disable_adapters()
-    assert not torch.equal(ask(model, method, inputs(root)), answer)
-    model.enable_adapters()
-    same(ask(model, method, inputs(root)), answer)
-    model.save_pretrained(tmp_path / "again")
-    again = PeftModel.from_pretrained(new(root), str(tmp_path / "again"))
-    same(ask(again, method, inputs(root)), answer)
-    model.delete_adapter("default")
-    assert torch.equal(ask(model, method, inputs(root), True), plain)
-    fresh = new(root)
-    fresh.add_adapter(method.make())
-    ask(fresh, method, inputs(root))
-    stir(fresh, method)
-    same(ask(fresh, method, inputs(root)), answer)
-    same(ask(AutoModel.from_pretrained(folder), method, inputs(root)), answer)
-
-
-@matrix
-def test_state_dicts(method, root, new, inputs, tuned):
-    model, answer, folder = tuned(method, root)
-    state = get_peft_model_state_dict(model)
-    assert state.keys() == load_file(f"{folder}/adapter_model.safetensors").keys()
-    other = get_peft_model(new(root), method.make())
-    result = set_peft_model_state_dict(other, state)
-    assert not result.unexpected_keys
-    same(ask(other, method, inputs(root)), answer)
 
 
 # Copies and company
