@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from .attaching import attach
 from .backbone import DualEncoder
 from .catalog import TEACHER_FILE, TeacherFacts, read_json, save_teacher
 from .features import guess_columns
+from .files import new_folder
 from .prompt_tuning import tune
 from .settings import TuningConfig
 
@@ -48,6 +47,12 @@ class SavedTuning:
 
     @classmethod
     def read(cls, source: str) -> SavedTuning:
+        """From a folder or Hub repository.
+
+        Raises:
+            FileNotFoundError, OSError: nothing there.
+            ValueError: a damaged file.
+        """
         facts, config = TeacherFacts.read(source), read_json(source, "adapter_config.json") or {}
         if facts is not None:
             settings, names, templates = facts.settings, facts.class_names, facts.zero_shot_templates
@@ -120,12 +125,7 @@ class Retraining:
         images = _of_classes(self.train, column, saved.class_names)
         tuned = tune(self.new, images, saved.class_names, config, templates=saved.templates, **options)
         if folder is not None and (accelerator is None or accelerator.is_main_process):
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            try:
-                save_teacher(temporary / "new", tuned, self.new, saved.templates, config)
-                os.replace(temporary / "new", folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            new_folder(folder, lambda made: save_teacher(made, tuned, self.new, saved.templates, config))
         return tuned.encoder
 
     def _name(self, saved: SavedTuning) -> str:
