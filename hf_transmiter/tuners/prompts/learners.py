@@ -100,8 +100,19 @@ class CoCoOpLayer(PromptLayer):
         self.hooks.append(root.register_forward_hook(self.rewrite_logits, with_kwargs=True))
 
     def rewrite_logits(self, root: nn.Module, args: tuple, kwargs: dict, output):
-        """After the whole model's forward: logits against class vectors that every image makes for itself."""
-        if self.active_name is None or getattr(output, "logits_per_image", None) is None:
+        """After the whole model's forward: logits against class vectors that every image makes for itself.
+
+        Raises:
+            ValueError: the call asked for a tuple, or for the loss, which is that of texts no image has changed.
+        """
+        if self.active_name is None:
+            return output
+        if isinstance(output, tuple) or getattr(output, "loss", None) is not None:
+            raise ValueError(
+                "with CoCoOp every image has texts of its own: call the model without return_dict=False and "
+                "return_loss=True, and compute the loss from logits_per_image."
+            )
+        if getattr(output, "logits_per_image", None) is None:
             return output
         from .logits import image_conditioned_logits  # not at the top: it names this class
 
@@ -189,6 +200,9 @@ class ContCoOpLayer(PromptLayer):
             mask = torch.cat(
                 [mask[:, : self.start], torch.ones_like(words, dtype=mask.dtype), mask[:, self.start :]], 1
             )
+        if self.reads_every_position:  # the end token fills them: as many as the text with its context will have
+            extra = config.n_ctx - words.shape[1]
+            ids, mask = (x if x is None else torch.cat([x, x[:, -1:].expand(-1, extra)], 1) for x in (ids, mask))
         with self.as_base(), torch.no_grad():
             output = tower(input_ids=ids, attention_mask=mask)
         pooled = output.pooler_output
