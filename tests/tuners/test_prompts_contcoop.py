@@ -77,10 +77,12 @@ def test_attention_by_hand(encoders, prompted, settings, attend_context, family)
     close(features(model, encoder), slow.text_features(encoder.model, sequences), atol=2e-5)
 
 
+@pytest.mark.parametrize("count", [4, 6])
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "siglip", "altclip", "chinese_clip"])
-def test_text_feature_is_the_pooled_state_of_the_written_prompt(encoders, prompted, family):
+def test_text_feature_is_the_pooled_state_of_the_written_prompt(encoders, prompted, family, count):
+    """Also with more vectors than the phrase has words."""
     encoder = encoders(family)
-    model, layer = prompted(ContCoOpConfig(class_embed="text_feature", attend_context=True), family)
+    model, layer = prompted(ContCoOpConfig(class_embed="text_feature", attend_context=True, n_ctx=count), family)
     stir(model)
     context = contexts(model, layer, encoder)
     inputs = encoder._tokenize([f"{PHRASE} {name}." for name in NAMES])[0]

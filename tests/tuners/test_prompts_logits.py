@@ -159,6 +159,18 @@ def test_image_conditioned_is_asked_of_active_learners_only(encoders, stirred):
         assert image_conditioned(model) is None
 
 
+@families
+@pytest.mark.parametrize("option", [{"return_loss": True}, {"return_dict": False}])
+def test_image_conditioned_answers_are_not_of_plain_texts(encoders, stirred, make_images, family, option):
+    encoder = encoders(family)
+    model, _ = stirred("cocoop", family)
+    given = {"pixel_values": encoder.preprocess(make_images(3)), **inputs_of(encoder), **option}
+    with pytest.raises(ValueError, match="compute the loss from logits_per_image"):
+        model(**given)
+    with model.disable_adapter():
+        model(**given)
+
+
 # Classes named once
 
 
