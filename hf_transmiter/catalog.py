@@ -347,7 +347,11 @@ def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     if len(values) > 1:
         return tuple(values)
-    if Path(values[0]).is_file():
+    try:
+        listed = Path(values[0]).is_file()
+    except OSError:  # a long list of names is no file name
+        listed = False
+    if listed:
         lines = Path(values[0]).read_text(encoding="utf-8").splitlines()
     else:
         lines = values[0].split(",")

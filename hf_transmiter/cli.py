@@ -94,29 +94,32 @@ def tune(
     models: ModelOptions,
     run: RunOptions,
     values: dict,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="Tune once with each of these, into OUTPUT_DIR/seed-N; may be repeated.")
+    ] = None,
 ) -> Result:
     """Labelled pictures to a tuned weak model, saved as a PEFT adapter.
 
-    [bold]Example:[/bold] hf-transmiter tune --weak openai/clip-vit-base-patch16 --dataset mteb/dtd --output-dir out/tuned
-    """  # noqa: E501
-    output.check(run)
-    from .catalog import load_encoder, read_names, read_templates, save_teacher
-    from .prompt_tuning import tune
+    With several seeds, adapters that are there already are kept: an interrupted run goes on.
 
-    encoder, templates = load_encoder(weak, **models.load(run)), read_templates(names.template)
-    tuned = tune(
-        encoder,
-        data.load(dataset, LABELLED, data.split),
-        read_names(names.class_names),
-        config,
-        templates=templates,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        accelerator=run.accelerator,
-        checkpoint=output.checkpoint,
-        progress=run.progress,
-        cache_dir=data.cache_dir,
-    )
+    [bold]Example:[/bold] hf-transmiter tune --weak openai/clip-vit-base-patch16 --dataset mteb/dtd --method contcoop --output-dir out/tuned
+    """  # noqa: E501
+    if not seeds:
+        output.check(run)
+    from .catalog import load_encoder, read_names, read_templates, save_teacher
+    from .prompt_tuning import starting_templates, tune
+
+    encoder, images = load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
+    templates = read_templates(names.template) if names.template else starting_templates(config.method)
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    options = {"class_names": read_names(names.class_names), "templates": templates, **columns}
+    options |= {"accelerator": run.accelerator, "progress": run.progress, "cache_dir": data.cache_dir}
+    if seeds:
+        from .upgrade_studies import tune_seeds
+
+        folders = [str(folder) for folder in tune_seeds(encoder, images, config, seeds, output.output_dir, **options)]
+        return Result({"output_dirs": folders, "method": config.method}, "Tuned: " + ", ".join(folders))
+    tuned = tune(encoder, images, config=config, checkpoint=output.checkpoint, **options)
     output.write(lambda folder: save_teacher(folder, tuned, encoder, templates, config), values, run)
     count = len(tuned.class_names)
     found = {"output_dir": str(output.output_dir), "method": config.method, "num_classes": count}

@@ -109,8 +109,7 @@ def tune(
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
     columns = guess_columns(dataset, image_column, label_column)
-    if templates is None:
-        templates = TEMPLATES["promptsrc"] if config.method == "promptsrc" else DEFAULT_TEMPLATES
+    templates = starting_templates(config.method) if templates is None else templates
     anchors = Anchors(tuple(_class_names(dataset, columns[1], class_names)), (), tuple(templates))
     rows, labels = _few_shot(dataset, columns[1], anchors.task, config)
     examples, labels = dataset.select(rows), labels.to(weak.device)
@@ -154,6 +153,11 @@ def tune(
     tuned.model.requires_grad_(False)
     templates = anchors.templates if config.method == "lora" else PROMPTED
     return AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
+
+
+def starting_templates(method: str) -> tuple[str, ...]:
+    """Prompts of the zero-shot class vectors a method is pulled back to, where nobody chose others."""
+    return TEMPLATES["promptsrc"] if method == "promptsrc" else DEFAULT_TEMPLATES
 
 
 def _zero_shot(weak: DualEncoder, anchors: Anchors, config: TuningConfig) -> Tensor:

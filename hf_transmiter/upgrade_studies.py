@@ -16,7 +16,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .anchors import DEFAULT_TEMPLATES, TEMPLATES, Anchors
+from .anchors import Anchors
 from .attaching import attach, read_config
 from .backbone import DualEncoder
 from .catalog import TEACHER_FILE, save_teacher
@@ -24,7 +24,7 @@ from .classifier import AnchorClassifier
 from .compatibility import UpgradeScore, score_upgrade
 from .evaluation import evaluate
 from .files import new_folder
-from .prompt_tuning import PROMPTED, tune
+from .prompt_tuning import PROMPTED, starting_templates, tune
 from .settings import TuningConfig
 from .tuners import CoOpConfig
 from .tuners.prompts import class_contexts, layers
@@ -62,9 +62,12 @@ def tune_seeds(
     for seed in seeds:
         folder, seeded = Path(output_dir) / f"seed-{seed}", replace(config, seed=seed)
         if not (folder / TEACHER_FILE).is_file():
-            tuned = tune(old, train, config=seeded, **options)
-            templates = options.get("templates") or _templates(config)
-            new_folder(folder, lambda path: save_teacher(path, tuned, old, templates, seeded))  # noqa: B023
+            tuned, accelerator = tune(old, train, config=seeded, **options), options.get("accelerator")
+            templates = options.get("templates") or starting_templates(config.method)
+            if accelerator is None or accelerator.is_main_process:
+                new_folder(folder, lambda path: save_teacher(path, tuned, old, templates, seeded))  # noqa: B023
+            if accelerator is not None:
+                accelerator.wait_for_everyone()
         elif _settings(folder) != _jsoned(seeded):
             raise ValueError(f"{folder} holds an adapter of other settings: remove it, or choose another output_dir.")
         folders.append(folder)
@@ -223,10 +226,6 @@ def out_of_distribution(
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and population standard deviation, as the prompt learners' papers report them."""
     return statistics.fmean(values), statistics.pstdev(values)
-
-
-def _templates(config: TuningConfig) -> tuple[str, ...]:
-    return TEMPLATES["promptsrc"] if config.method == "promptsrc" else DEFAULT_TEMPLATES
 
 
 def _settings(folder: Path) -> dict:
