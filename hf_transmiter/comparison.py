@@ -80,6 +80,10 @@ def recommend(*, own_class_vectors: bool, unlabelled: bool, general: bool, unsee
             f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model, the strong "
             "model's own knowledge and the carried class vectors, and costs nothing at run time."
         )
+    if not own_class_vectors:
+        return "zero-shot strong", (
+            "there is no task image, and no class vectors that a bridge could carry: pass unlabelled task images."
+        )
     source = "general images" if general else "text"
     return f"bridge from {source}", (
         f"there is no task image: a bridge from {source} carries the class vectors; a few hundred unlabelled task "

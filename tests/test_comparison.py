@@ -1,17 +1,19 @@
 """compare on tiny random models: every row is there, is what its own function gives, and needs what it says."""
 
 import pytest
+import tiny_models
 import torch
 from datasets import Dataset
 
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.baselines import prompt_transfer, reattach_prompt
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, _what_beats, compare, recommend
 from hf_transmiter.evaluation import Score
 from hf_transmiter.extraction import ExtractionConfig, extract
 from hf_transmiter.transferring import TransferConfig, transfer
-from hf_transmiter.tuners import TransMiterConfig
+from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLeConfig, TransMiterConfig
 
 
 NAMES = ("cat", "dog", "car")
@@ -109,12 +111,74 @@ def test_what_is_not_at_hand_is_left_out(found):
         result.value("refit")
 
 
+@pytest.fixture(scope="module")
+def compared(model_dir, make_dataset):
+    """``compared(config, strong)``: a comparison for a teacher with random prompts on it, and the teacher."""
+    sets = {"test": make_dataset(20), "unlabelled": make_dataset(20, seed=1)}
+
+    def run(config, strong_dir: str, wrap=lambda teacher: teacher, **options):
+        weak, strong = DualEncoder.from_pretrained(model_dir("clip")), DualEncoder.from_pretrained(strong_dir)
+        tuned = DualEncoder.from_pretrained(model_dir("clip"))
+        tuned.model.add_adapter(config)
+        torch.manual_seed(3)
+        for name, parameter in tuned.model.named_parameters():
+            if ".default" in name:
+                parameter.data = 0.3 * torch.randn(parameter.shape)
+        tuned.model.requires_grad_(False)
+        teacher = AnchorClassifier(tuned, Anchors(NAMES, templates=("{}.",)))
+        settings = {"text_anchors": Anchors((), ("tree", "ship", "red", "blue")), "progress": False, **options}
+        result = compare(weak, strong, wrap(teacher), sets["test"], **settings)
+        return result, strong, tuned, sets["test"]
+
+    run.unlabelled = sets["unlabelled"]
+    return run
+
+
+@pytest.mark.parametrize("config", [CoOpConfig(init_phrase="a photo of a"), CoCoOpConfig(), MaPLeConfig(depth=2)])
+def test_a_prompt_that_fits_is_reattached(compared, model_dir, config):
+    result, strong, tuned, test = compared(config, model_dir("clip", seed=1))
+    moved = AnchorClassifier(reattach_prompt(tuned, strong), Anchors(NAMES, templates=("{}.",)))
+    pixels = strong.preprocess(test["image"])
+    with torch.no_grad():  # through the whole model: MaPLe's images are not those of the strong model
+        expected = moved(pixel_values=pixels).logits_per_image
+    assert torch.allclose(result.logits["re-attached prompt"], expected, atol=1e-3)
+    assert "prompt transfer" not in result.logits  # without images
+    assert "re-attached prompt" not in result.notes and result.recommended != "re-attached prompt"
+
+
+def test_prompt_transfer_is_a_row_where_it_is_possible(compared, model_dir, tmp_path):
+    wide = tiny_models.save("clip", tmp_path, 1, width=24)
+    options = {
+        "unlabelled": compared.unlabelled,
+        "anchors": Anchors(NAMES, ("tree", "ship", "red", "blue")),
+        "gradient": ExtractionConfig(solver="gradient", basis="fixed", epochs=1),
+    }
+    result, strong, tuned, test = compared(CoOpConfig(init_phrase="a photo of a"), wide, **options)
+    x = strong.embed_images(options["unlabelled"]["image"])
+    said = AnchorClassifier(tuned, Anchors(NAMES, templates=("{}.",)))
+    with torch.no_grad():
+        target = said.classify(tuned.embed_images(options["unlabelled"]["image"])).softmax(1)
+    moved = prompt_transfer(tuned, strong, x, target, NAMES, progress=False)
+    expected = strong.logits(strong.embed_images(test["image"]), moved.embed_names(NAMES, ("{}.",)))
+    assert torch.allclose(result.logits["prompt transfer"], expected, atol=1e-2)
+    assert "re-attached prompt" not in result.logits  # the widths differ
+    assert result.recommended == "refit"
+    # Other prompts, and the same prompt on an equal width, have the other row.
+    result = compared(ContCoOpConfig(zero_init=False), model_dir("clip", seed=1), **options)[0]
+    assert "prompt transfer" not in result.logits and "re-attached prompt" in result.logits
+    # A mean of several tuned models is no prompt, and has no class vectors to carry.
+    several = compared(CoOpConfig(init_phrase="a photo of a"), model_dir("clip", seed=1), wrap=lambda t: [t, t])[0]
+    assert not {"prompt transfer", "re-attached prompt"} & set(several.logits)
+    assert several.recommended == "zero-shot strong"
+
+
 def test_recommendation_follows_the_data():
     assert recommend(own_class_vectors=True, unlabelled=True, general=True)[0] == "refit"
     unseen = recommend(own_class_vectors=True, unlabelled=True, general=True, unseen=True)
     assert unseen[0] == "bridge from task images"
     assert recommend(own_class_vectors=True, unlabelled=False, general=True)[0] == "bridge from general images"
     assert recommend(own_class_vectors=True, unlabelled=False, general=False)[0] == "bridge from text"
+    assert recommend(own_class_vectors=False, unlabelled=False, general=True)[0] == "zero-shot strong"
 
 
 def test_says_so_when_something_else_scored_higher():
