@@ -117,7 +117,7 @@ def table(found: dict[tuple, dict], upgrade: str, arguments) -> tuple[str, list[
             seconds = statistics.fmean(run[method]["seconds"] for run in runs)
             facts = dict(zip(("task", "teacher"), column, strict=True)) | {"upgrade": upgrade, "method": method}
             rows.append({**facts, "mean": mean, "std": spread, "seconds": seconds, "values": values})
-            line.append(f"{mean:.1f} ± {spread:.1f}")
+            line.append(f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}")
         lines.append(f"| {name} | " + " | ".join(line) + " |")
     return "\n".join(lines), rows
 
