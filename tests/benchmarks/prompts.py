@@ -31,7 +31,7 @@ DEEP = {"epochs": 20, "batch_size": 16, "augment": "shift"}
 # The smallest rate, and then the strongest pull, within a standard error (1.6 points) of the best on the old model.
 SETTINGS = {
     "CoOp": {"method": "coop", **TEXT, "lr": 2e-2},
-    "KgCoOp": {"method": "kgcoop", **TEXT, "lr": 2e-2},
+    "KgCoOp": {"method": "kgcoop", **TEXT, "lr": 1e-1},
     "ProGrad": {"method": "prograd", **TEXT, "lr": 2e-2},
     "CoCoOp": {"method": "cocoop", "epochs": 10, "batch_size": 8, "lr": 2e-2},
     "ContCoOp": {"method": "contcoop", **TEXT, "lr": 2e-3, "keep_near": 0.1},
