@@ -151,6 +151,19 @@ def test_image_conditioned_in_parts(encoders, stirred, make_images):
     assert layer.images is None
 
 
+def test_image_conditioned_logits_are_not_rounded(encoders, stirred):
+    """Under autocast the text tower is less exact, the product with the images is not."""
+    encoder, (model, layer) = encoders(), stirred("cocoop")
+    scale = logit_scale_and_bias(model)[0]
+    images = normalize(torch.randn(4, encoder.embed_dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = image_conditioned_logits(model, layer, images, inputs_of(encoder))
+    assert logits.dtype == torch.float32
+    assert ((logits / scale).bfloat16().float() - logits / scale).abs().max() > 1e-4
+    with torch.no_grad():
+        close(logits, image_conditioned_logits(model, layer, images, inputs_of(encoder)), atol=0.02 * float(scale))
+
+
 def test_image_conditioned_is_asked_of_active_learners_only(encoders, stirred):
     model, layer = stirred("cocoop")
     assert image_conditioned(model) is layer and image_conditioned(stirred("coop")[0]) is None

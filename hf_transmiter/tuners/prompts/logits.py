@@ -112,6 +112,9 @@ def image_conditioned_logits(
         images (`Tensor`): (B, d) unit image embeddings.
         inputs (`dict[str, Tensor]`): tokenised prompts (C, L).
         chunk_size (`int`, *optional*, defaults to 256): texts per forward pass; B · C in all.
+
+    Returns:
+        `Tensor`: (B, C) float32, also under autocast.
     """
     root, count = unwrap(model), len(inputs["input_ids"])
     scale, bias = logit_scale_and_bias(root)
@@ -120,7 +123,8 @@ def image_conditioned_logits(
         repeated = {key: value.repeat(len(x), 1) for key, value in texts.items()}
         with _shown(layer, x.repeat_interleave(len(texts["input_ids"]), 0)):
             features = root.get_text_features(**repeated).pooler_output.float()
-        return torch.einsum("bd,bcd->bc", x.float(), normalize(features, dim=-1).unflatten(0, (len(x), -1)))
+        with torch.autocast(x.device.type, enabled=False):  # it would round the cosines
+            return torch.einsum("bd,bcd->bc", x.float(), normalize(features, dim=-1).unflatten(0, (len(x), -1)))
 
     several = images.split(max(1, chunk_size // count))
     parts = [inputs] if count <= chunk_size else _parts(inputs, chunk_size)
