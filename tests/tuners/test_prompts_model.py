@@ -310,5 +310,13 @@ def test_a_learner_that_reads_names_needs_the_period(variant, encoders):
     assert features(model, encoders()).shape == (3, 16)
 
 
+@pytest.mark.parametrize("second", [ContCoOpConfig, KgCoOpConfig, IVLPConfig])
+def test_two_methods_on_one_token_table(fresh, second):
+    model = fresh().model
+    model.add_adapter(CoOpConfig(init_phrase=PHRASE), "first")
+    with pytest.raises(ValueError, match="has a coop adapter already"):
+        model.add_adapter(second(), "second")
+
+
 def test_families_it_knows():
     assert set(TOKEN_TABLES) == {"clip", "siglip", "metaclip_2", "altclip", "chinese_clip"}

@@ -10,7 +10,7 @@ from ...fingerprint import vocabulary_hash
 from .config import PromptConfig
 from .layer import PromptLayer, layers
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
-from .logits import set_classes
+from .logits import prompt_layer, set_classes
 from .texts import load_tokenizer, period_token_id, phrase_token_ids
 
 
@@ -69,8 +69,9 @@ class PromptModel(BaseTuner):
     context; `unload` removes them.
 
     Raises:
-        ValueError: the model is no dual encoder of such a family or does not fit the adapter, `init_phrase` meets a
-            model without a tokenizer, or the adapter's name is part of the parameter prefix.
+        ValueError: the model is no dual encoder of such a family or does not fit the adapter, another prompt learner
+            is on it already, `init_phrase` meets a model without a tokenizer, or the adapter's name is part of the
+            parameter prefix.
     """
 
     target_module_mapping = TOKEN_TABLES
@@ -92,6 +93,12 @@ class PromptModel(BaseTuner):
             raise ValueError(
                 f"prompt learning needs a whole two-tower model of a supported family, got "
                 f"{type(self.model).__name__} of type {family!r}. Supported: {supported}."
+            )
+        other = prompt_layer(self.model)
+        if other is not None and type(other) is not self.tuner_layer_cls:
+            raise ValueError(
+                f"the model has a {other.prefix.rstrip('_')} adapter already, and two methods cannot share its token "
+                "table: unload that one first."
             )
         tokenizer, known = self._learn_words(peft_config), peft_config.base
         facts = base_facts(self.model, tokenizer)
