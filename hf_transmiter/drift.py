@@ -221,12 +221,16 @@ def _text_states(
 @contextmanager
 def _recorded(encoder: DualEncoder) -> Iterator[list[list[Tensor]]]:
     """Inside, every forward pass of the text tower appends its hidden states at the position that is pooled."""
-    tower, batches = encoder.model.text_model, []
+    tower, batches, under_way = encoder.model.text_model, [], []
 
     def ask(module, args, kwargs):
+        under_way.append(module)
         return args, {**kwargs, "output_hidden_states": True}
 
     def keep(module, args, kwargs, output):
+        under_way.pop()
+        if under_way:  # a prompt learner asks the tower something for itself
+            return
         states = output.hidden_states
         # Not of the text as it was tokenized: a learnt context has made it longer by now.
         where = _pooled_position(encoder.family, kwargs.get("attention_mask"), states[0])
@@ -234,7 +238,7 @@ def _recorded(encoder: DualEncoder) -> Iterator[list[list[Tensor]]]:
         batches.append([state[rows, where].float().cpu() for state in states])
 
     hooks = [
-        tower.register_forward_pre_hook(ask, with_kwargs=True),
+        tower.register_forward_pre_hook(ask, with_kwargs=True, prepend=True),  # before a prompt learner's own
         tower.register_forward_hook(keep, with_kwargs=True),
     ]
     try:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.drift import LayerDrift, _text_states, drift_table, feature_drift, linear_cka, parameter_drift
-from hf_transmiter.tuners.prompts import CoOpConfig
+from hf_transmiter.tuners.prompts import ContCoOpConfig, CoOpConfig
 
 
 NAMES = ["cat", "dog", "car", "tree", "ship", "old red car", "big blue ship", "the good old dog", "drawing"]
@@ -154,6 +154,19 @@ def test_a_learnt_context_takes_part(family):
     for row in feature_drift(prompted, old, NAMES, ("{}.",)):
         assert row.name == "embeddings" or row.relative > 0.01
     # Against the model that reads the words themselves.
+    states = zip(
+        _text_states(prompted, NAMES, ("{}.",), 64), _text_states(old, NAMES, ("a photo of a {}.",), 64), strict=True
+    )
+    assert all(torch.allclose(mine, theirs, atol=1e-4) for mine, theirs in states)
+
+
+def test_what_a_prompt_learner_asks_for_itself_does_not_count():
+    """ContCoOp's text_feature runs the tower twice per text: once for the class embedding, once with the context."""
+    old, new = pair()
+    tokens = new.processor.tokenizer("a photo of a", add_special_tokens=False)["input_ids"]
+    period = new.processor.tokenizer("a.", add_special_tokens=False)["input_ids"][-1]
+    config = ContCoOpConfig(init_token_ids=tokens, period_id=period, class_embed="text_feature")
+    prompted = DualEncoder(get_peft_model(new.model, config), new.processor)
     states = zip(
         _text_states(prompted, NAMES, ("{}.",), 64), _text_states(old, NAMES, ("a photo of a {}.",), 64), strict=True
     )
