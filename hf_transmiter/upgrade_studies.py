@@ -19,15 +19,16 @@ from datasets import Dataset
 from .anchors import Anchors
 from .attaching import attach, read_config
 from .backbone import DualEncoder
-from .catalog import TEACHER_FILE, save_teacher
+from .catalog import TEACHER_FILE, TeacherFacts, save_teacher
 from .classifier import AnchorClassifier
 from .compatibility import UpgradeScore, score_upgrade
 from .evaluation import evaluate
+from .features import guess_columns
 from .files import new_folder
 from .prompt_tuning import PROMPTED, starting_templates, tune
 from .settings import TuningConfig
 from .tuners import CoOpConfig
-from .tuners.prompts import class_contexts, layers
+from .tuners.prompts import class_contexts, layers, phrase_token_ids, prompt_layer, set_classes
 
 
 Points = dict[str, list[tuple[int, float, float]]]
@@ -56,20 +57,29 @@ def tune_seeds(
         `list[Path]`: the folders, in the order of the seeds.
 
     Raises:
-        ValueError: as [`tune`]; a folder that holds an adapter of other settings.
+        ValueError: as [`tune`]; a folder that holds an adapter of another model, of other settings, classes or
+            templates.
     """
-    folders = []
+    folders, templates = [], options.get("templates") or starting_templates(config.method)
     for seed in seeds:
         folder, seeded = Path(output_dir) / f"seed-{seed}", replace(config, seed=seed)
-        if not (folder / TEACHER_FILE).is_file():
+        kept = TeacherFacts.read(os.fspath(folder)) if (folder / TEACHER_FILE).is_file() else None
+        if kept is None:
             tuned, accelerator = tune(old, train, config=seeded, **options), options.get("accelerator")
-            templates = options.get("templates") or starting_templates(config.method)
             if accelerator is None or accelerator.is_main_process:
                 new_folder(folder, lambda path: save_teacher(path, tuned, old, templates, seeded))  # noqa: B023
             if accelerator is not None:
                 accelerator.wait_for_everyone()
-        elif _settings(folder) != _jsoned(seeded):
-            raise ValueError(f"{folder} holds an adapter of other settings: remove it, or choose another output_dir.")
+        else:
+            names = options.get("class_names") or _class_names(train, options)
+            for what, found, wanted in (
+                ("another model", kept.fingerprint, old.fingerprint),
+                ("other settings", kept.settings, json.loads(json.dumps(asdict(seeded)))),
+                ("other classes", kept.class_names, list(names)),
+                ("other templates", kept.zero_shot_templates, list(templates)),
+            ):
+                if found != wanted:
+                    raise ValueError(f"{folder} holds an adapter of {what}: remove it, or choose another output_dir.")
         folders.append(folder)
     return folders
 
@@ -100,6 +110,9 @@ def layer_study(
     Returns:
         Points (l, mean, std) for "old model" and "upgraded model", and both models' zero-shot accuracies: what
         [`layer_study_figure`](hf_transmiter.upgrade_figures.layer_study_figure) draws.
+
+    Raises:
+        ValueError: as [`tune_seeds`]; an upgraded model that does not take the prompts.
     """
     points, floors = {"old model": [], "upgraded model": []}, {}
     for layer in range(len(layers(old.model.text_model))) if depths is None else depths:
@@ -107,7 +120,7 @@ def layer_study(
         folders = tune_seeds(old, train, at_layer, seeds, Path(output_dir) / f"layer-{layer}", **options)
         floor, row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))
         floors = {"zero-shot, old model": floor.old[0], "zero-shot, upgraded model": floor.upgraded[0]}
-        for model, values in zip(points, (row.old, row.upgraded), strict=True):
+        for model, values in zip(points, (row.old, _accepted(row).upgraded), strict=True):
             points[model].append((layer, *mean_std(values)))
     return points, floors
 
@@ -139,16 +152,20 @@ def context_length_study(
 
     Returns:
         Points (M, mean, std) by method.
+
+    Raises:
+        ValueError: as [`tune_seeds`]; an upgraded model that does not take the prompts.
     """
     points: Points = {name: [] for name in configs}
     for name, config in configs.items():
-        words = 0 if config.init_phrase is None else len(old.tokenize([config.init_phrase])["input_ids"][0]) - 2
+        phrase = config.init_phrase
+        words = 0 if phrase is None else len(phrase_token_ids(old.processor.tokenizer, phrase))
         for length in lengths:
-            sized = replace(config, n_ctx=length, init_phrase=config.init_phrase if length >= words else None)
+            sized = replace(config, n_ctx=length, init_phrase=phrase if length >= words else None)
             folder = Path(output_dir) / f"{name}-{length}"
             folders = tune_seeds(old, train, sized, seeds, folder, **options)
             row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))[-1]
-            points[name].append((length, *mean_std(row.harmonic)))
+            points[name].append((length, *mean_std(_accepted(row).harmonic)))
     return points
 
 
@@ -174,9 +191,9 @@ def freeze_contexts(
     config = CoOpConfig(n_ctx=contexts.shape[1], init_token_ids=words, class_specific=True, class_names=list(names))
     model = copy.deepcopy(new.model)
     model.add_adapter(config)
-    for name, parameter in model.named_parameters():
-        if "coop_ctx" in name:
-            parameter.data.copy_(contexts)
+    set_classes(model, names, new.processor.tokenizer)
+    layer = prompt_layer(model)
+    layer.part("ctx", layer.active_name).data.copy_(contexts)
     return DualEncoder(model.requires_grad_(False), new.processor, new.name_or_path, new.revision)
 
 
@@ -195,11 +212,11 @@ def class_embedding_study(
         `dict`: accuracies on the upgraded model in percent, one per adapter, with the class embeddings
         `"of the upgraded model"` and `"of the old model"`.
     """
-    label = dataset.features[embedding.get("label_column") or "label"]
-    anchors = Anchors(tuple(label.names), (), PROMPTED)
+    names = _class_names(dataset, embedding)
+    anchors = Anchors(tuple(names), (), PROMPTED)
     found: dict[str, list[float]] = {"of the upgraded model": [], "of the old model": []}
     for adapter in adapters:
-        both = attach(adapter, new), freeze_contexts(adapter, old, new, label.names)
+        both = attach(adapter, new), freeze_contexts(adapter, old, new, names)
         for kind, encoder in zip(found, both, strict=True):
             found[kind].append(evaluate(AnchorClassifier(encoder, anchors), dataset, **embedding)[0].value)
     return {kind: tuple(values) for kind, values in found.items()}
@@ -228,9 +245,13 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.pstdev(values)
 
 
-def _settings(folder: Path) -> dict:
-    return json.loads((folder / TEACHER_FILE).read_text(encoding="utf-8"))["settings"]
+def _class_names(dataset: Dataset, options: Mapping) -> list[str]:
+    """Names of the label column, which is guessed as everywhere."""
+    columns = guess_columns(dataset, options.get("image_column"), options.get("label_column"))
+    return list(dataset.features[columns[1]].names)
 
 
-def _jsoned(config: TuningConfig) -> dict:
-    return json.loads(json.dumps(asdict(config)))
+def _accepted(row: UpgradeScore) -> UpgradeScore:
+    if row.harmonic is None:
+        raise ValueError(f"the upgraded model does not take the prompts of {row.method}: {row.refused}.")
+    return row

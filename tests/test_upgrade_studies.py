@@ -59,6 +59,12 @@ def test_seeds_are_tuned_once(models, images, contcoop, monkeypatch):
     assert tune_seeds(models[0], images[0], config, (1, 0), folder, **OPTIONS) == contcoop[::-1]
     with pytest.raises(ValueError, match="seed-0 holds an adapter of other settings"):
         tune_seeds(models[0], images[0], replace(config, epochs=3), (0,), folder, **OPTIONS)
+    with pytest.raises(ValueError, match="an adapter of another model"):
+        tune_seeds(models[1], images[0], config, (0,), folder, **OPTIONS)
+    with pytest.raises(ValueError, match="an adapter of other classes"):
+        tune_seeds(models[0], sandbox.load_dataset("print", "validation"), config, (0,), folder, **OPTIONS)
+    with pytest.raises(ValueError, match="an adapter of other templates"):
+        tune_seeds(models[0], images[0], config, (0,), folder, templates=("{}.",), **OPTIONS)
     first, second = (attach(path, models[0]).embed_names(["red thing"], ("{}.",)) for path in contcoop)
     assert not torch.allclose(first, second, atol=1e-4)
 
@@ -77,6 +83,12 @@ def test_layer_study(models, images, tmp_path):
     for encoder, floor in zip(models, floors.values(), strict=True):
         plain = evaluate(AnchorClassifier(encoder, Anchors(tuple(names))), images[1], progress=False)[0].value
         assert floor == pytest.approx(plain)
+
+
+def test_an_upgraded_model_that_refuses(models, images, tmp_path):
+    wide, config = DualEncoder.from_pretrained(sandbox.model_path("strong")), TuningConfig(method="coop", **QUICK)
+    with pytest.raises(ValueError, match="does not take the prompts of coop: the text tower is"):
+        context_length_study(models[0], wide, *images, {"CoOp": config}, tmp_path, lengths=(4,), **OPTIONS)
 
 
 def test_context_length_study(models, images, tmp_path):
@@ -106,6 +118,10 @@ def test_frozen_contexts_are_those_of_the_old_model(models, images, contcoop):
 def test_class_embedding_study(models, images, contcoop):
     found = class_embedding_study(contcoop, *models, images[1], progress=False)
     names = images[1].features["label"].names
+    renamed = class_embedding_study(
+        contcoop[:1], *models, images[1].rename_column("label", "fine_label"), progress=False
+    )
+    assert {kind: values[0] for kind, values in renamed.items()} == {kind: values[0] for kind, values in found.items()}
     for index, path in enumerate(contcoop):
         current = accuracy(attach(path, models[1]), images[1])
         frozen = accuracy(freeze_contexts(path, *models, names), images[1])
