@@ -26,7 +26,7 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import guess_columns
 from .settings import TuningConfig
-from .teachers import Teacher
+from .teachers import Teacher, as_classifier
 from .tuners import PeftType
 
 
@@ -270,7 +270,7 @@ def load_classifier(
         source (`str`): folder, Hub id or ``sandbox:MODEL``.
         encoder (`DualEncoder`, *optional*): the model under an adapter; loaded by the name in its config if omitted.
         class_names (`Sequence[str]`, *optional*), templates (`Sequence[str]`, *optional*):
-            Of a model that has none saved with it.
+            Of a model that has none saved with it; learnt prompts need no templates.
 
     Raises:
         ValueError: no class names where they are needed, or what [`load_teacher`] raises.
@@ -292,7 +292,7 @@ def load_classifier(
         return classifier
     if not class_names:
         raise ValueError(f"{source!r} has no class names saved with it: pass class names, or a dataset that has some.")
-    return AnchorClassifier(classifier, Anchors(tuple(class_names), (), tuple(templates)))
+    return as_classifier(classifier, class_names, templates)
 
 
 def load_anchors(source: str) -> Anchors:

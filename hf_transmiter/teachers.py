@@ -13,8 +13,9 @@ from .backbone import DualEncoder, is_dual_encoder, unwrap
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
+from .prompt_tuning import PROMPTED
 from .solvers import check_finite
-from .tuners.prompts import image_conditioned
+from .tuners.prompts import image_conditioned, prompt_layer
 
 
 Teacher = AnchorClassifier | DualEncoder | nn.Module | CalibrationPack | Tensor | str | os.PathLike | Sequence
@@ -26,6 +27,8 @@ def as_classifier(
     teacher: Teacher, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
 ) -> AnchorClassifier | None:
     """The teacher as a classifier over `class_names`, `None` when it only has stored logits.
+
+    `templates` are for a bare dual encoder; where a prompt learner answers, its context takes their place (``"{}."``).
 
     Raises:
         ValueError: a classifier that does not know one of the names, or a bare model with a TransMiter adapter on it.
@@ -44,6 +47,9 @@ def as_classifier(
             raise ValueError("a model with a TransMiter adapter on it is read by AnchorClassifier.from_pretrained.")
         teacher = DualEncoder(teacher)
     if isinstance(teacher, DualEncoder):
+        layer = prompt_layer(teacher.model)
+        if layer is not None and layer.active_name is not None:
+            templates = PROMPTED
         return AnchorClassifier(teacher, Anchors(tuple(class_names), (), tuple(templates)))
     if isinstance(teacher, (CalibrationPack, Tensor, str, os.PathLike)):
         return None
@@ -105,7 +111,8 @@ def teacher_logits(
         teacher: see [`Teacher`].
         dataset (`datasets.Dataset`): the images; not read for stored logits.
         class_names (`Sequence[str]`): the C names.
-        templates (`Sequence[str]`, *optional*): prompts of a teacher given as a bare dual encoder.
+        templates (`Sequence[str]`, *optional*):
+            Prompts of a teacher given as a bare dual encoder, unless its prompts were learnt.
         weak (`DualEncoder`, *optional*), table (`FeatureTable`, *optional*):
             Embeddings at hand: used instead of embedding again when the teacher's image tower equals `weak`'s.
         **embedding: passed to `embed_dataset`.

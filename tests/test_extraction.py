@@ -85,7 +85,7 @@ def test_a_class_vector_teacher_is_taken_as_it_is(weak, table):
     assert (facts["step"], facts["solver"], facts["num_images"]) == ("extract", "discriminant", 0)
     assert facts["own_class_vectors"]
     assert facts["weak"] == {"name": weak.name_or_path, "revision": None, "fingerprint": weak.fingerprint}
-    bare = extract(weak, prompts.model, class_names=NAMES, templates=("{}.",))
+    bare = extract(weak, prompts.model, class_names=NAMES)
     torch.testing.assert_close(bare.classify(table.embeds), expected, atol=1e-4, rtol=1e-5)
 
 

@@ -86,10 +86,16 @@ def test_an_ensemble_is_the_mean(weak, dataset, tmp_path):
 
 
 def test_templates_are_those_of_a_bare_model(weak, dataset, tmp_path):
-    found = teacher_logits(coop(weak), dataset, NAMES, templates=("{}.",), cache_dir=tmp_path)
-    tuned = DualEncoder(coop(weak), weak.processor)
-    expected = weak.logits(embed_dataset(weak, dataset, cache_dir=tmp_path).embeds, tuned.embed_names(NAMES, ("{}.",)))
+    x = embed_dataset(weak, dataset, cache_dir=tmp_path).embeds
+    found = teacher_logits(weak, dataset, NAMES, templates=("{}.",), cache_dir=tmp_path)
+    expected = weak.logits(x, weak.embed_names(NAMES, ("{}.",)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # A learnt context takes their place.
+    tuned = DualEncoder(coop(weak), weak.processor)
+    expected = weak.logits(x, tuned.embed_names(NAMES, ("{}.",)))
+    for options in ({}, {"templates": ("{}.",)}):
+        found = teacher_logits(coop(weak), dataset, NAMES, cache_dir=tmp_path, **options)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_embeddings_at_hand_are_used_where_the_image_tower_is_the_same(weak, dataset, tmp_path):
@@ -118,7 +124,7 @@ def test_class_vectors_of_a_teacher(weak):
     prompts = DualEncoder(coop(weak), weak.processor)
     for templates in (("a photo of a {}.",), ("{}.",)):
         found = teacher_class_vectors(prompts.model, weak, NAMES, templates)
-        torch.testing.assert_close(found, prompts.embed_names(NAMES, templates), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, prompts.embed_names(NAMES, ("{}.",)), atol=1e-5, rtol=0)
     sharper = copy.deepcopy(weak.model)
     sharper.logit_scale.data += torch.tensor(2.0).log()
     found = teacher_class_vectors(sharper, weak, NAMES)
