@@ -152,7 +152,7 @@ def upgrade_table(rows: Sequence[UpgradeScore]) -> str:
         for title, metric, values in cells:
             value = math.nan if values is None else statistics.fmean(values)
             std = statistics.stdev(values) if values is not None and len(values) > 1 else 0.0
-            scores.append(Score(row.method, title, metric, value, std, seeds=len(values or "1")))
+            scores.append(Score(row.method, title, metric, value, std, seeds=max(len(values or ()), 1)))
         said = [f"refused: {row.refused}"] if row.refused else []
         said += [row.remark] if row.remark else []
         if said:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset
 
-from .anchors import DEFAULT_TEMPLATES
 from .attaching import attach
 from .backbone import DualEncoder
 from .catalog import TEACHER_FILE, TeacherFacts, read_json, save_teacher
 from .features import guess_columns
 from .files import new_folder
-from .prompt_tuning import tune
+from .prompt_tuning import starting_templates, tune
 from .settings import TuningConfig
 
 
@@ -33,7 +32,8 @@ class SavedTuning:
         method (`str`), seed (`int`): of the tuning.
         settings (`dict`): of its [`TuningConfig`]; empty if they were not saved.
         class_names (`list[str]`): what it was tuned on, in label order.
-        templates (`list[str]`): of the zero-shot class vectors it started from.
+        templates (`list[str]`):
+            Of the zero-shot class vectors it started from; where they were not saved, those a method starts from.
         fingerprint (`str` or `None`): of the model it was learnt on, if known.
     """
 
@@ -54,14 +54,15 @@ class SavedTuning:
             ValueError: a damaged file.
         """
         facts, config = TeacherFacts.read(source), read_json(source, "adapter_config.json") or {}
-        if facts is not None:
-            settings, names, templates = facts.settings, facts.class_names, facts.zero_shot_templates
-        else:  # saved by PEFT alone: `tune` leaves the settings in the prompt's own configuration, too
-            settings = (config.get("provenance") or {}).get("settings") or {}
-            names, templates = config.get("class_names") or [], list(DEFAULT_TEMPLATES)
+        # Saved by PEFT alone? `tune` leaves the settings in the prompt's own configuration, too.
+        settings = (config.get("provenance") or {}).get("settings") or {} if facts is None else facts.settings
         method = settings.get("method") or str(config.get("peft_type") or Path(source).name).lower()
         seed = settings.get("seed", config.get("seed", 0))
-        return cls(source, method, seed, settings, names, templates, None if facts is None else facts.fingerprint)
+        if facts is not None:
+            return cls(source, method, seed, settings, facts.class_names, facts.zero_shot_templates, facts.fingerprint)
+        return cls(
+            source, method, seed, settings, config.get("class_names") or [], list(starting_templates(method)), None
+        )
 
     @property
     def variant(self) -> dict:
@@ -71,7 +72,8 @@ class SavedTuning:
 
     @property
     def config(self) -> TuningConfig:
-        """
+        """The settings it was tuned with.
+
         Raises:
             ValueError: not saved, or saved by a version with other settings.
         """
@@ -113,7 +115,7 @@ class Retraining:
         Raises:
             ValueError: settings that were not saved, classes without images, or what [`tune`] raises.
         """
-        config, accelerator = saved.config, self.embedding["accelerator"]
+        config, accelerator = saved.config, self.embedding.get("accelerator")
         folder = None if self.output_dir is None else Path(self.output_dir) / "retrained" / self._name(saved)
         if folder is not None and (folder / TEACHER_FILE).is_file():
             return attach(folder, self.new)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -187,6 +188,11 @@ def test_a_prompt_is_carried_by_text_alone(out):
     args = ("--strong", "sandbox:strong", "--output-dir", out / "coop_strong", "--json")
     found = json.loads(run("transfer", out / "coop_adapter", *args).stdout)["provenance"]
     assert found["bridge"]["source"] == "text" and "refit_on" not in found
+    # Saved by PEFT alone it is asked in the same words.
+    (shutil.copytree(out / "coop", out / "coop_peft") / "teacher.json").unlink()
+    test = ("--dataset", "sandbox:print", "--split", "validation", "--cache-dir", out / "features", "--json")
+    scores = [json.loads(run("evaluate", out / name, *test).stdout)["scores"] for name in ("coop", "coop_peft")]
+    assert [score["value"] for score in scores[0]] == [score["value"] for score in scores[1]]
 
 
 def test_several_seeds_and_options_of_the_adapter(out):

@@ -279,6 +279,9 @@ def test_adapters_saved_by_peft_alone(task, score, tmp_path):
     (source / "adapter_config.json").write_text(json.dumps({**config, "provenance": None}))
     row = score(source, train=task.train)["coop"]
     assert row.upgraded == expected.upgraded[:1] and row.retrained is None and "were not saved" in row.remark
+    assert retraining.SavedTuning.read(str(source)).templates == list(DEFAULT_TEMPLATES)
+    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPTSRC"}))
+    assert retraining.SavedTuning.read(str(source)).templates == list(TEMPLATES["promptsrc"])
 
 
 def test_what_cannot_be_retrained_says_why(task, score, tmp_path):
