@@ -1,9 +1,10 @@
 """hf_transmiter: carry a fine-tuned CLIP over to a stronger CLIP.
 
 Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is asked); `backbone`, `features`,
-`classifier` (who answers); `solvers`, `tuners`, `prompt_tuning`, `teachers`, `extraction`, `bridge`, `transferring`,
-`label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `comparison`, `report` (what it is worth);
-`attaching`, `retraining`, `compatibility`, `drift` (prompts across an upgrade); `sandbox`, `demo`, `catalog`, `cli`.
+`classifier` (who answers); `solvers`, `tuners`, `training`, `answers`, `prompt_tuning`, `teachers`, `extraction`,
+`bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `comparison`, `report`
+(what it is worth); `drift`, `attaching`, `retraining`, `compatibility`, `upgrade_studies` (prompts across an upgrade);
+`sandbox`, `demo`, `catalog`, `cli`.
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
 image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class

@@ -64,12 +64,13 @@ METHOD_SETTINGS = {
         **_SGD, "lr": 2.5e-3, "epochs": 20, "batch_size": 4, "augment": "crop", "pull": "promptsrc", "keep_near": 1.0,
     },
 }  # fmt: skip
-"""What a field of [`TuningConfig`] is for each method where it is left open: the published settings."""
+"""What a field of [`TuningConfig`] is for each method where it is left open, as published where it was."""
 
 
 @dataclass
 class TuningConfig(FitConfig):
-    """Settings of [`tune`], besides those of [`FitConfig`]. What is left open becomes the method's published setting.
+    """Settings of [`tune`], besides those of [`FitConfig`]. What is left open becomes the method's published setting;
+    only `augment` stays off where that lets images be embedded once.
 
     | method | what is learnt | optimiser, schedule, rate | batch, epochs | pull |
     |---|---|---|---|---|
@@ -83,7 +84,7 @@ class TuningConfig(FitConfig):
     | `maple` | text prompts and maps from them to image prompts | SGD, epochs, 3.5e-3 | 4, 5 | none |
     | `promptsrc` | as `ivlp`, averaged over epochs | SGD, epochs, 2.5e-3 | 4, 20 | promptsrc |
 
-    `contcoop`'s paper (arXiv 2412.20895) leaves these open; it takes CoOp's recipe. All but `lora` and the last three
+    What `contcoop` takes (arXiv 2412.20895) is near CoOp's and KgCoOp's. All but `lora` and the last three
     leave the image tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where
     the model does not know the *words*, a prompt.
 
@@ -92,7 +93,7 @@ class TuningConfig(FitConfig):
         shots (`int`, *optional*, defaults to 16): training images per class; all of a class that has fewer.
         epochs, batch_size, lr, weight_decay, warmup, schedule, optimizer (*optional*):
             See [`FitConfig`]. The default rates are for CLIPs of usual size (LoRA's after Zanella and Ben Ayed, arXiv
-            2405.18541). The sandbox's tiny models want 1e-2 with AdamW; all its figures were made with that.
+            2405.18541). The sandbox's tiny models want more: 1e-2 with AdamW in its demo and in the table below.
         pull (`str`, *optional*):
             What training is pulled back to zero-shot by: `"kl"` (predictions on the training images), `"cosine"`,
             `"l2"`, `"l1"` (class vectors) or `"promptsrc"` (predictions, class vectors and image embeddings).

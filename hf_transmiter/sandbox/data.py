@@ -9,15 +9,13 @@ from datasets.fingerprint import Hasher
 from PIL import Image as PillowImage
 
 from hf_transmiter.sandbox.words import TASKS
-from hf_transmiter.sandbox.world import render
+from hf_transmiter.sandbox.world import STYLES, render
 
 
 MODELS = ("weak", "strong", "weak-upgraded")
 SPLITS = ("train", "unlabelled", "validation", "test")
 # Part of every fingerprint: raise it whenever the renderer, the words or the drawing of labels change.
 WORLD_VERSION = 2
-
-STYLES = tuple(dict.fromkeys(task.style for task in TASKS.values()))
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "sandbox"
 _DRAWN = {"unlabelled": 1500, "validation": 500, "test": 1500}

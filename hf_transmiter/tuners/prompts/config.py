@@ -240,7 +240,7 @@ class ContCoOpConfig(PromptConfig):
             token table.
 
     Source: "Boosting Prompt Learning for Continual Upgrades of Vision-Language Models" (ContCoOp, arXiv 2412.20895);
-    it leaves the form of attention and of the class embeddings open, the defaults here were chosen by measurement.
+    what is implemented follows its abstract, which leaves open the form of the attention and of the class embeddings.
     """
 
     reads_names: ClassVar[bool] = True
