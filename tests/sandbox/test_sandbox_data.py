@@ -114,5 +114,5 @@ def test_classes_in_the_style_of_another_domain():
     assert own.features == night.features and own._fingerprint != night._fingerprint
     bright = [pixel_values(build_processor(), part.select(range(64))).mean() for part in (own, night)]
     assert bright[1] < bright[0]
-    with pytest.raises(ValueError, match="no sandbox style 'jargon'; there are print, night"):
+    with pytest.raises(ValueError, match="no sandbox style 'jargon'; there are studio, street"):
         sandbox.load_dataset("jargon", "validation", style="jargon")
