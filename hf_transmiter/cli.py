@@ -106,6 +106,8 @@ def tune(
     """  # noqa: E501
     if not seeds:
         output.check(run)
+    elif output.overwrite:
+        raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
     from .catalog import load_encoder, read_names, read_templates, save_teacher
     from .prompt_tuning import starting_templates, tune
 

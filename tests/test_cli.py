@@ -207,6 +207,7 @@ def test_several_seeds_and_options_of_the_adapter(out):
     assert json.loads(run(*command, *options, "--seeds", "1").stdout)["output_dirs"] == [str(folder / "seed-1")]
     assert (folder / "seed-1" / "adapter_model.safetensors").stat().st_mtime_ns == written
     assert "holds an adapter of other settings" in error(*command[:-2], "--seeds", "1")
+    assert "--overwrite does nothing" in error(*command[:-2], "--seeds", "1", "--overwrite")
 
 
 def test_existing_output_stays(chain, out):
