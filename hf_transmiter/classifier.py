@@ -120,6 +120,8 @@ class AnchorClassifier(nn.Module):
         layer = image_conditioned(self.model)
         if layer is None:
             return self.encoder.logits(image_embeds, self.text_embeds[:columns])
+        if len(self.anchors.templates) > 1:
+            raise ValueError("class vectors of each image's own (CoCoOp) are made from one template, '{}.'.")
         names = [name.replace("_", " ") for name in self.anchors.names[:columns]]
         inputs = self.encoder.tokenize([self.anchors.templates[0].replace("{}", name) for name in names])
         with torch.no_grad():

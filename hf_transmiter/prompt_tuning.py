@@ -164,12 +164,16 @@ def _zero_shot(weak: DualEncoder, anchors: Anchors, config: TuningConfig) -> Ten
     """(C, d) unit class vectors of the frozen model; PromptSRC's are of features that were averaged as they come."""
     if config.method != "promptsrc":
         return weak.embed_names(anchors.names, anchors.templates)
-    total = 0.0
-    for template in anchors.templates:
-        inputs = weak.tokenize([template.replace("{}", name.replace("_", " ")) for name in anchors.names])
-        with torch.no_grad():
-            total = total + weak.model.get_text_features(**inputs).pooler_output.float()
-    return normalize(total, dim=-1)
+    blocks = []
+    for start in range(0, len(anchors.names), config.text_batch_size):
+        names = [name.replace("_", " ") for name in anchors.names[start : start + config.text_batch_size]]
+        total = 0.0
+        for template in anchors.templates:
+            inputs = weak.tokenize([template.replace("{}", name) for name in names])
+            with torch.no_grad():
+                total = total + weak.model.get_text_features(**inputs).pooler_output.float()
+        blocks.append(normalize(total, dim=-1))
+    return torch.cat(blocks)
 
 
 def _moves_images(tuned: DualEncoder, config: TuningConfig) -> bool:

@@ -1,7 +1,7 @@
 """Prompt learners across an upgrade on the sandbox: learnt on the old model, attached unchanged to the upgraded one.
 
     python tests/benchmarks/prompts.py --output-dir out/prompts [--pair weak:weak-upgraded] [--tasks print jargon]
-        [--seeds 3] [--methods coop contcoop] [--models sandbox_models] [--retrain] [--json FILE]
+        [--seeds 3] [--methods CoOp ContCoOp] [--models sandbox_models] [--retrain] [--whole] [--json FILE]
 
 16 shots per class. Every adapter is kept in the output folder and not tuned again when it is there, so the script can
 be interrupted, and several processes can share the work (by --methods or --tasks). `--models` holds the models that
@@ -65,6 +65,9 @@ def row_of(method: str, task: str, pair: tuple[DualEncoder, DualEncoder], argume
     whole = tune_seeds(old, train, config, seeds, folder / "all", **quiet)
     retrain = {"train": train, "output_dir": folder / new.name_or_path.rsplit("/", 1)[-1]} if arguments.retrain else {}
     floor, row = score_upgrade(whole, old, new, test, **retrain, **quiet)
+    if arguments.whole:
+        none = UpgradeScore(method, (), None, None)
+        return {"zero-shot": columns(floor, none, arguments.seeds), method: columns(row, none, arguments.seeds)}
     half, names = first_half(train)
     halves = tune_seeds(old, half, config, seeds, folder / "base", **quiet)
     half_floor, half_row = score_upgrade(halves, old, new, test, seen_classes=names, **quiet)
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--retrain", action="store_true", help="also train on the upgraded model (the ceiling)")
+    parser.add_argument("--whole", action="store_true", help="only all classes at once: no base and novel halves")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

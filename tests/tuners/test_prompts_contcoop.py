@@ -3,7 +3,7 @@
 import pytest
 import slow_prompts as slow
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from prompting import NAMES, PHRASE, close, features, parameters, stir
 from torch.nn.functional import layer_norm, linear, softmax
 
@@ -210,3 +210,15 @@ def test_only_the_names_rows_are_read(encoders, prompted):
 def test_bad_settings(prompted, settings, message):
     with pytest.raises(ValueError, match=message):
         prompted(ContCoOpConfig(**settings))
+
+
+def test_padding_other_than_the_end_token(fresh):
+    """As Gemma's tokenizer pads for SigLIP 2, under a model configuration that does not say what ends a text."""
+    period, end, padding, name = 7, 3, 0, 12
+    config = ContCoOpConfig(init_token_ids=[9], period_id=period, end_id=end)
+    tuned = get_peft_model(fresh("siglip").model, config)
+    ids = torch.full((2, 16), padding)
+    ids[0, :3] = torch.tensor([name, period, end])
+    ids[1, :4] = torch.tensor([name, name, period, end])
+    tuned.get_text_features(input_ids=ids)
+    assert prompt_layer(tuned).texts.named.sum(1).tolist() == [1, 2]

@@ -14,8 +14,8 @@ from hf_transmiter.tuners.prompts.texts import (
     class_inputs,
     class_prompts,
     end_token_id,
+    final_token_ids,
     name_lengths,
-    period_token_id,
     phrase_token_ids,
     start_tokens,
     text_ends,
@@ -135,7 +135,7 @@ def test_name_lengths(tokenizer):
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     first = int(tokenizer.bos_token is not None or tokenizer.cls_token is not None)
     ends = text_ends(ids, mask, None)
-    assert name_lengths(ids, ends, first, period_token_id(tokenizer)).tolist() == names
+    assert name_lengths(ids, ends, first, final_token_ids(tokenizer)[0]).tolist() == names
     with_period = [length + text.endswith(".") for length, text in zip(names, texts, strict=True)]
     assert name_lengths(ids, ends, first, None).tolist() == with_period
 
@@ -145,11 +145,11 @@ def test_a_period_merged_into_the_name_belongs_to_it():
     ids = tokenizer(["cat'."], return_tensors="pt")["input_ids"]
     assert ids.shape == (1, 4)  # start, cat, '., end
     ends = torch.tensor([3])
-    assert name_lengths(ids, ends, 1, period_token_id(tokenizer)).tolist() == [2]
+    assert name_lengths(ids, ends, 1, final_token_ids(tokenizer)[0]).tolist() == [2]
     apart = tiny_models.clip_tokenizer()
     ids = apart(["cat'."], return_tensors="pt")["input_ids"]
     assert ids.shape == (1, 5)
-    assert name_lengths(ids, torch.tensor([4]), 1, period_token_id(apart)).tolist() == [2]
+    assert name_lengths(ids, torch.tensor([4]), 1, final_token_ids(apart)[0]).tolist() == [2]
 
 
 def test_a_text_without_words_still_has_a_name():

@@ -37,8 +37,9 @@ class PromptConfig(PeftConfig):
         seed (`int`, *optional*, defaults to 0): of the random start.
         class_names (`list[str]`, *optional*):
             The classes asked about in a call without texts, `model(pixel_values=...)`; see `set_classes`.
-        period_id (`int`, *optional*):
-            Token id of the period after a name, filled in by learners that tell a name from its period.
+        period_id, end_id (`int`, *optional*):
+            Token ids of the period after a name and of the end of a text, filled in by learners that tell a name from
+            what follows it.
         base (`dict`, *optional*): sizes and vocabulary of the model it was made on; filled in, checked when loaded.
         provenance (`dict`, *optional*): what it was trained on, filled in by `tune`.
 
@@ -62,6 +63,7 @@ class PromptConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Seed of the random start."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Classes of a call without texts."})
     period_id: int | None = field(default=None, metadata={"help": "Token id of the period after a name."})
+    end_id: int | None = field(default=None, metadata={"help": "Token id of the end of a text."})
     base: dict[str, Any] | None = field(default=None, metadata={"help": "Facts of the base model; filled in."})
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "What it was trained on."})
     # PEFT reads both on every config; the model's family decides which module is the token table.

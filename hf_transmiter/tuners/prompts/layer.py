@@ -269,7 +269,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """Drops padding, never words; returns ids and mask (B, L) with L <= room, and the texts' last positions."""
         if mask is not None and not mask[:, 0].all():
             raise ValueError("texts must be padded on the right: the context goes after their first token.")
-        ends = text_ends(ids, mask, self.end_id)
+        known = self.active_config.end_id  # the tokenizer's own, which a model's configuration may have wrong
+        ends = text_ends(ids, mask, self.end_id if known is None else known)
         longest = int(ends.max()) + 1
         if longest > room:
             raise ValueError(

@@ -11,7 +11,7 @@ from .config import PromptConfig
 from .layer import PromptLayer, layers
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
 from .logits import prompt_layer, set_classes
-from .texts import load_tokenizer, period_token_id, phrase_token_ids
+from .texts import load_tokenizer, final_token_ids, phrase_token_ids
 
 
 TOKEN_TABLES = {
@@ -133,7 +133,7 @@ class PromptModel(BaseTuner):
         if phrase is not None:
             config.start_from(phrase_token_ids(tokenizer, phrase))
         if period:
-            config.period_id = period_token_id(tokenizer)
+            config.period_id, config.end_id = final_token_ids(tokenizer)
         return tokenizer
 
     def _create_and_replace(

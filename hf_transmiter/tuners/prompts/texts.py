@@ -24,9 +24,10 @@ def phrase_token_ids(tokenizer, phrase: str) -> list[int]:
     return list(ids)
 
 
-def period_token_id(tokenizer) -> int:
-    """Token id of a period that follows a word."""
-    return tokenizer("a.", add_special_tokens=False)["input_ids"][-1]
+def final_token_ids(tokenizer) -> tuple[int, int]:
+    """Token ids of a period that follows a word, and of the end of a text."""
+    *_, period, end = tokenizer("a.")["input_ids"]
+    return period, end
 
 
 def load_tokenizer(model: nn.Module):
