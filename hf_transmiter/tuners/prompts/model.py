@@ -11,7 +11,7 @@ from .config import PromptConfig
 from .layer import PromptLayer, layers
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
 from .logits import prompt_layer, set_classes
-from .texts import load_tokenizer, final_token_ids, phrase_token_ids
+from .texts import final_token_ids, load_tokenizer, phrase_token_ids
 
 
 TOKEN_TABLES = {
