@@ -241,8 +241,8 @@ def out_of_distribution(
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and population standard deviation, as the prompt learners' papers report them."""
-    return statistics.fmean(values), statistics.pstdev(values)
+    """Mean and (sample) standard deviation; 0 for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _class_names(dataset: Dataset, options: Mapping) -> list[str]:

@@ -138,4 +138,4 @@ def test_out_of_distribution(models, images, contcoop):
 
 
 def test_mean_std():
-    assert mean_std([1.0, 3.0]) == (2.0, 1.0)
+    assert mean_std([1.0, 3.0]) == (2.0, pytest.approx(2**0.5)) and mean_std([5.0]) == (5.0, 0.0)

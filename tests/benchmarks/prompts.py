@@ -22,7 +22,7 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.compatibility import UpgradeScore, score_upgrade
 from hf_transmiter.settings import TuningConfig
 from hf_transmiter.splits import base_novel
-from hf_transmiter.upgrade_studies import tune_seeds
+from hf_transmiter.upgrade_studies import mean_std, tune_seeds
 
 
 TASKS = ("print", "night", "neon", "jargon")
@@ -111,7 +111,7 @@ COLUMNS = (
 def table(rows: dict[str, dict[str, list[float] | None]]) -> str:
     lines = [f"| | {' | '.join(COLUMNS)} |", f"|:---|{'---:|' * len(COLUMNS)}"]
     for method, found in rows.items():
-        cells = ["–" if found[c] is None else f"{statistics.fmean(found[c]):.1f} ± {statistics.pstdev(found[c]):.1f}"
+        cells = ["–" if found[c] is None else "{:.1f} ± {:.1f}".format(*mean_std(found[c]))
                  for c in COLUMNS]  # fmt: skip
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
