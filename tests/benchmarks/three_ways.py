@@ -45,8 +45,9 @@ ROWS = {
 
 
 def settings(method: str, seed: int) -> TuningConfig:
-    """The sandbox's rates, the method's own pull."""
+    """The sandbox's rates, the method's own pull; ContCoOp with a full KL, ten times its default."""
     pull = {key: METHOD_SETTINGS[method][key] for key in ("pull", "keep_near") if key in METHOD_SETTINGS[method]}
+    pull |= {"keep_near": 1.0} if method == "contcoop" else {}
     return TuningConfig(**{**SANDBOX_TUNING, **pull, "method": method, "seed": seed})
 
 
