@@ -258,6 +258,7 @@ def test_prompt_transfer_learns_the_context_and_nothing_else(model_dir, wide, le
         return float(kl_div(said, target, reduction="batchmean"))
 
     assert kl(found[0]) < kl(carry_context(tuned, wide)) - 0.02
+    assert kl(found[0]) < kl(wide) - 0.02
     after = found[0].model.state_dict()
     table = "text_model.embeddings.token_embedding."  # PEFT renames what it wraps
     for name, value in frozen.items():
@@ -268,6 +269,22 @@ def test_prompt_transfer_learns_the_context_and_nothing_else(model_dir, wide, le
     loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(wide.name_or_path), tmp_path)
     loaded = DualEncoder(loaded, wide.processor)
     assert torch.allclose(loaded.embed_names(NAMES, ("{}.",)), found[0].embed_names(NAMES, ("{}.",)), atol=1e-6)
+
+
+def test_of_two_starts_the_lower_loss_is_kept(model_dir, wide):
+    """The tuned model says what one of the two starts says already: training stays there, the other start loses."""
+    torch.manual_seed(0)
+    tuned, x = prompted(model_dir("clip"), LEARNERS["coop"]), normalize(torch.randn(40, 24), dim=-1)
+    config = FitConfig(epochs=2, batch_size=20, lr=1e-3, weight_decay=0.0)
+    mapped = carry_context(tuned, wide)
+    layer = prompt_layer(mapped.model)
+    phrase = layer.get_base_layer().weight[layer.active_config.learned_ids]
+    answers = {"mapped": mapped.embed_names(NAMES, ("{}.",)), "written": wide.embed_names(NAMES)}
+    for start, expected in (("mapped", context(mapped)), ("written", phrase)):
+        target = wide.logits(x, answers[start]).softmax(1)
+        found = prompt_transfer(tuned, wide, x, target, NAMES, config, progress=False)
+        assert (context(found) - expected).abs().max() < 4 * 1e-3 + 1e-6  # four steps
+    assert (context(mapped) - phrase).abs().max() > 1
 
 
 def test_prompt_transfer_refuses_what_does_not_go_together(model_dir):
