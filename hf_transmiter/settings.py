@@ -86,9 +86,9 @@ class TuningConfig(FitConfig):
 
     ContCoOp's abstract (arXiv 2412.20895) names none of these: rate and schedule are CoOp's, the pull was chosen on
     the sandbox's old model alone (validation, mean of print and jargon: 55.0 at 0, 54.8 at 0.1, 45.9 at 1, as good
-    with `"cosine"` or `"l1"` at 0.1; `tests/benchmarks/prompt_settings.py`). All but `lora` and the last three leave the
-    image tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where the model
-    does not know the *words*, a prompt.
+    with `"cosine"` or `"l1"` at 0.1; `tests/benchmarks/prompt_settings.py`). All but `lora` and the last three leave
+    the image tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where the
+    model does not know the *words*, a prompt.
 
     Args:
         method (`str`, *optional*, defaults to `"lora"`): one of the above.
