@@ -198,6 +198,8 @@ def compatibility_figure(
     axes = figure.add_subplot()
     for attribute, label, offset, color in _BARS:
         places, means, stds = _columns(rows, attribute, offset)
+        if not places:  # nothing was re-trained: no bar, and nothing about it in the legend
+            continue
         bars = {"color": color, "ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}}
         axes.bar(places, means, 0.25, yerr=stds, label=label, zorder=2, **bars)
     places, means, stds = _columns(rows, "harmonic", -0.135)
