@@ -20,8 +20,8 @@ from .tuners.prompts import PromptLayer, class_inputs, class_vectors, phrase_tok
 from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
 
-# λ of the token map. On the sandbox's 660 tokens (500 to fit, 160 to test) it explains more of unrelated models' held-
-# out tokens than 0 does (14 % against 10 %, 9 % against 5 %) and hardly less of an upgrade's (97 % against 98 %).
+# λ of the token map: on the sandbox it tells more of unrelated models' held-out tokens than 0, and hardly less of an
+# upgrade's.
 TOKEN_RIDGE = 0.1
 
 
@@ -144,9 +144,9 @@ def prompt_transfer(
     probabilities and w the strong model's class vectors with the context in it. Needs a backward pass through its text
     tower in every step, for all C classes.
 
-    It is trained twice with one vocabulary, from [`carry_context`] and from the written phrase, and the lower loss on
-    these images is kept: on the sandbox either start alone ends in a bad minimum now and then (jargon: 22 to 26 %
-    instead of 70 to 73 % from the map to an unrelated model).
+    With one vocabulary it is trained twice, from [`carry_context`] and from the written phrase, and the lower loss on
+    these images is kept: either start alone ends in a bad minimum now and then, from the map above all where the two
+    models have nothing in common.
 
     Args:
         tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
