@@ -170,7 +170,7 @@ class TuningConfig(FitConfig):
     text_batch_size: int = field(default=256, metadata={"help": "Class prompts per forward pass."})
 
     def __post_init__(self):
-        _check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, METHODS)
         by_shots = 50 if self.shots == 1 else 100 if self.shots <= 4 else 200
         common = {"epochs": by_shots, "pull": "kl", "keep_near": 0.0, "augment": "none"}
         for name, value in {**common, **METHOD_SETTINGS[self.method]}.items():
@@ -181,9 +181,9 @@ class TuningConfig(FitConfig):
             self.gaussian_std = 0.05 * self.epochs if self.gaussian_std is None else self.gaussian_std
         if isinstance(self.adapter, dict):
             self.adapter = tuple(f"{key}={json.dumps(value)}" for key, value in self.adapter.items())
-        _check_choice("pull", self.pull, PULLS)
-        _check_choice("augment", self.augment, AUGMENTATIONS)
-        _check_choice("precision", self.precision, PRECISIONS)
+        check_choice("pull", self.pull, PULLS)
+        check_choice("augment", self.augment, AUGMENTATIONS)
+        check_choice("precision", self.precision, PRECISIONS)
         if self.keep_near < 0:
             raise ValueError(f"keep_near must not be negative, got {self.keep_near}.")
         if self.text_batch_size < 1 or self.views < 0:
@@ -210,7 +210,8 @@ class TuningConfig(FitConfig):
         return options
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises a `ValueError` that lists the choices where `value` is none of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 

@@ -8,16 +8,12 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from ...settings import check_choice
 from ..registration import PeftType
 
 
 POSITIONS = ("end", "middle", "front")
 CLASS_EMBEDS = ("tokens", "mean_token", "text_feature")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 @dataclass
@@ -156,7 +152,7 @@ class CoOpConfig(PromptConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.COOP
-        _check_choice("position", self.position, POSITIONS)
+        check_choice("position", self.position, POSITIONS)
         if self.class_specific and not self.class_names:
             raise ValueError("class-specific contexts belong to classes: pass class_names.")
         if self.layer < 0:
@@ -263,7 +259,7 @@ class ContCoOpConfig(PromptConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.CONTCOOP
-        _check_choice("class_embed", self.class_embed, CLASS_EMBEDS)
+        check_choice("class_embed", self.class_embed, CLASS_EMBEDS)
         if self.heads is not None and self.heads < 1:
             raise ValueError(f"heads must be at least 1, got {self.heads}.")
         if not self.residual and self.zero_init:
