@@ -33,7 +33,7 @@ from hf_transmiter.upgrade_studies import (
 
 
 sys.path.append(str(Path(__file__).parent))
-from prompts import SETTINGS, harmonic, load  # noqa: E402
+from prompts import SETTINGS, TASKS, harmonic, load  # noqa: E402
 
 
 TASK = "jargon"
@@ -81,7 +81,7 @@ def lengths(arguments) -> None:
 def class_embeddings(arguments) -> None:
     for pair in (("weak", "weak-upgraded"), ("weak", "independent"), ("deep", "deep-upgraded")):
         old, new = (load(model, arguments.models) for model in pair)
-        for task in ("print", "jargon"):
+        for task in TASKS:
             train, test = images(task)
             folder = arguments.output_dir.parent / "prompts" / pair[0] / "ContCoOp" / task / "all"
             config = TuningConfig(**SETTINGS["ContCoOp"])
