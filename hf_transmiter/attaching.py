@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import solvers
 from .backbone import DualEncoder
 from .baselines import TOKEN_RIDGE
-from .catalog import fetch, read_json
+from .hub import fetch, read_json
 from .tuners import CoOpConfig
 from .tuners.prompts import PromptConfig, set_classes
 from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit

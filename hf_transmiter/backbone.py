@@ -32,6 +32,7 @@ from .families import (
     unwrap,
 )
 from .fingerprint import model_fingerprint, vocabulary_hash
+from .hub import model_location
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class DualEncoder:
         """Load a frozen model in eval mode, with its processor, from a local folder or else from the Hub.
 
         Args:
-            name_or_path (`str` or `os.PathLike`): folder or Hub id. Weights must be safetensors.
+            name_or_path (`str` or `os.PathLike`): folder, Hub id or ``sandbox:weak``. Weights must be safetensors.
             revision (`str`, *optional*): branch, tag or commit.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
                 What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
@@ -123,19 +124,20 @@ class DualEncoder:
             OSError: the folder or repository, or safetensors weights in it, cannot be found.
         """
         name = os.fspath(name_or_path)
+        where = model_location(name)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(
-            os.path.join(name, "config.json")
+        if os.path.isfile(os.path.join(where, "adapter_config.json")) and not os.path.isfile(
+            os.path.join(where, "config.json")
         ):
             raise ValueError(
                 f"{name!r} holds a PEFT adapter, not a model: load its base model and wrap both, "
                 "DualEncoder(PeftModel.from_pretrained(base, folder)); a TransMiter adapter is loaded by "
                 "AnchorClassifier.from_pretrained."
             )
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **hub)
         check_family(config.model_type, f"{name!r}")
         model = AutoModel.from_pretrained(
-            name,
+            where,
             revision=revision,
             dtype=torch.float32 if dtype is None else dtype,
             use_safetensors=True,
@@ -143,6 +145,7 @@ class DualEncoder:
             **hub,
         )
         model = model.eval().requires_grad_(False).to(device or "cpu")
+        model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
         # The processor comes from the very commit of the weights, also when a branch moved in between.
         commit = getattr(model.config, "_commit_hash", None) or revision
         return cls(model, _load_processor(name, revision=commit, **hub), name, commit)
@@ -343,6 +346,7 @@ class DualEncoder:
 
 
 def _load_processor(name: str, *, revision: str | None = None, **hub):
+    name = model_location(name)
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
     if getattr(processor, "tokenizer", None) is None or not hasattr(processor, "image_processor"):
         raise ValueError(

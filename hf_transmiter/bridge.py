@@ -23,6 +23,7 @@ from .anchors import Anchors
 from .backbone import DualEncoder
 from .features import embed_dataset
 from .files import read_metadata_json, read_tensors, replace_file
+from .fingerprint import ModelId
 from .settings import BETA
 from .solvers import Sums, check_finite, polar, standardise
 
@@ -90,31 +91,6 @@ class CrossMoment(Sums):
             self.weak_gram - self.n * torch.outer(weak, weak),
             float(self.strong_square - self.n * strong.square().sum()),
         )
-
-
-@dataclass
-class ModelId:
-    """Which model: name, revision and the fingerprint of its weights."""
-
-    name: str | None
-    revision: str | None
-    fingerprint: str
-
-    @classmethod
-    def of(cls, encoder: DualEncoder) -> ModelId:
-        return cls(encoder.name_or_path, encoder.revision, encoder.fingerprint)
-
-    def check(self, encoder: DualEncoder, role: str) -> None:
-        """
-        Raises:
-            ValueError: `encoder` is another model.
-        """
-        if encoder.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"the bridge was built for the {role} model {self.name!r} (revision {self.revision}), this is "
-                f"{encoder.name_or_path!r} (revision {encoder.revision}) with other weights or another processor: "
-                "load that model, or build a bridge for this pair."
-            )
 
 
 @dataclass

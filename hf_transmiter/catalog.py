@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -15,9 +16,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
 from .anchors import DEFAULT_TEMPLATES, Anchors, load_templates
@@ -25,6 +23,7 @@ from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import guess_columns
+from .hub import SANDBOX, check_hub_id, read_json, split_revision
 from .settings import TuningConfig
 from .teachers import Teacher, as_classifier
 from .tuners import PeftType
@@ -32,15 +31,8 @@ from .tuners import PeftType
 
 logger = logging.getLogger(__name__)
 
-SANDBOX = "sandbox:"
 TEACHER_FILE = "teacher.json"
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
-
-
-def split_revision(source: str) -> tuple[str, str | None]:
-    """``"name@revision"`` to its parts. An existing path is a name as a whole."""
-    name, at, revision = source.rpartition("@")
-    return (name, revision) if at and name and not Path(source).exists() else (source, None)
 
 
 def load_images(
@@ -110,7 +102,7 @@ def _files(name: str) -> dict | None:
         return None
     found = sorted(path for path in glob(name, recursive=True) if Path(path).is_file())
     if not found:
-        _check_hub_id(name, "dataset")
+        check_hub_id(name, "dataset")
         return None
     formats = {_FILES.get(Path(path).suffix) for path in found}
     if len(formats) > 1 or None in formats:
@@ -131,16 +123,6 @@ def _choose(splits: Sequence[str], split: str | None, prefer: Sequence[str], sou
     return found
 
 
-def _check_hub_id(name: str, what: str) -> None:
-    message = f"there is no {what} {name!r}: neither a local path nor a Hub id."
-    if name.startswith((".", "~", os.sep)) or any(letter in name for letter in "*?[\\"):
-        raise FileNotFoundError(message)
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise FileNotFoundError(message) from error
-
-
 def load_encoder(
     source: str,
     revision: str | None = None,
@@ -154,15 +136,10 @@ def load_encoder(
         OSError: the Hub has no such model, or cannot be reached.
         ValueError: a family that is not supported, or an unknown sandbox model.
     """
-    if source.startswith(SANDBOX):
-        from . import sandbox
-
-        name = os.fspath(sandbox.model_path(source.removeprefix(SANDBOX)))
-    else:
-        name, suffix = split_revision(source)
-        revision = revision or suffix
-        if not Path(name).is_dir():
-            _check_hub_id(name, "model")
+    name, suffix = split_revision(source)
+    revision = revision or suffix
+    if not (name.startswith(SANDBOX) or Path(name).is_dir()):
+        check_hub_id(name, "model")
     try:
         return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
     except OSError as error:
@@ -214,7 +191,10 @@ def save_teacher(
     model = {"weak": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
     names = {"class_names": anchors["task"], "templates": anchors["templates"]}
     facts = TeacherFacts(**model, **names, zero_shot_templates=list(templates), settings=asdict(config))
-    tuned.model.save_pretrained(os.fspath(folder))
+    with warnings.catch_warnings():
+        # PEFT looks for the config of a Hub model, to see whether the vocabulary grew. It did not.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        tuned.model.save_pretrained(os.fspath(folder))
     (Path(folder) / TEACHER_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
 
 
@@ -308,37 +288,6 @@ def load_anchors(source: str) -> Anchors:
     if adapter.get("peft_type") != PeftType.TRANSMITER:
         raise ValueError(f"{source!r} is not a TransMiter adapter; pass one, or a .json file of Anchors.save.")
     return Anchors(adapter["class_names"], adapter.get("auxiliary_names") or (), adapter["templates"])
-
-
-def fetch(source: str, file: str) -> Path | None:
-    """A file of a folder or Hub repository (``id@revision`` too); `None` where there is no such file.
-
-    Raises:
-        FileNotFoundError: `source` is neither a folder nor a possible Hub id.
-        OSError: the Hub has no such repository, or refuses it.
-    """
-    name, revision = split_revision(source)
-    if Path(name).is_dir():
-        path = Path(name) / file
-        return path if path.is_file() else None
-    _check_hub_id(name, "model or adapter")
-    try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except EntryNotFoundError:
-        return None
-
-
-def read_json(source: str, file: str) -> dict | None:
-    """A JSON file of a folder or Hub repository, see [`fetch`].
-
-    Raises:
-        ValueError: not JSON.
-    """
-    path = fetch(source, file)
-    try:
-        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
 
 
 def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:

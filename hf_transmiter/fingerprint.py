@@ -1,8 +1,11 @@
-"""One hex digest for everything a model's answers depend on: weights, settings, and which adapters are active."""
+"""What identifies a model: [`ModelId`], and one hex digest for everything its answers depend on."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,31 @@ _PROVENANCE = (
 
 # Keyed by identity and dying with the tensor, so a new adapter never inherits the digest of a deleted one.
 _DIGESTS = WeakIdKeyDictionary()
+
+
+@dataclass
+class ModelId:
+    """Which model: name, revision and the fingerprint of its weights. `encoder` is a [`DualEncoder`]."""
+
+    name: str | None
+    revision: str | None
+    fingerprint: str
+
+    @classmethod
+    def of(cls, encoder) -> ModelId:
+        return cls(encoder.name_or_path, encoder.revision, encoder.fingerprint)
+
+    def check(self, encoder, role: str) -> None:
+        """
+        Raises:
+            ValueError: `encoder` is another model.
+        """
+        if encoder.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the bridge was built for the {role} model {self.name!r} (revision {self.revision}), this is "
+                f"{encoder.name_or_path!r} (revision {encoder.revision}) with other weights or another processor: "
+                "load that model, or build a bridge for this pair."
+            )
 
 
 def vocabulary_hash(tokenizer) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from .anchors import Anchors
-from .catalog import SANDBOX, TEACHER_FILE, fetch, load_anchors, read_json
+from .catalog import TEACHER_FILE, load_anchors
+from .hub import fetch, model_location, read_json
 from .tuners import PeftType
 
 
@@ -30,10 +31,7 @@ def describe(source: str) -> dict:
     """
     if Path(source).is_file():
         return _file(Path(source))
-    if source.startswith(SANDBOX):
-        from . import sandbox
-
-        source = str(sandbox.model_path(source.removeprefix(SANDBOX)))
+    source = model_location(source)
     adapter = read_json(source, "adapter_config.json")
     if adapter is not None:
         return _adapter(source, adapter)

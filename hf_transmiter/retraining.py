@@ -13,9 +13,10 @@ from datasets import ClassLabel, Dataset
 
 from .attaching import attach
 from .backbone import DualEncoder
-from .catalog import TEACHER_FILE, TeacherFacts, read_json, save_teacher
+from .catalog import TEACHER_FILE, TeacherFacts, save_teacher
 from .features import guess_columns
 from .files import new_folder
+from .hub import read_json
 from .prompt_tuning import starting_templates, tune
 from .settings import TuningConfig
 

@@ -8,16 +8,15 @@ from datasets import ClassLabel, Dataset, Features, Image, NamedSplit
 from datasets.fingerprint import Hasher
 from PIL import Image as PillowImage
 
+from hf_transmiter.hub import SANDBOX, model_location
 from hf_transmiter.sandbox.words import TASKS
 from hf_transmiter.sandbox.world import STYLES, render
 
 
-MODELS = ("weak", "strong", "weak-upgraded")
 SPLITS = ("train", "unlabelled", "validation", "test")
 # Part of every fingerprint: raise it whenever the renderer, the words or the drawing of labels change.
 WORLD_VERSION = 2
 
-_ASSETS = Path(__file__).parents[1] / "assets" / "sandbox"
 _DRAWN = {"unlabelled": 1500, "validation": 500, "test": 1500}
 _TRAIN_PER_CLASS = 64
 _TRAIN_TOTAL = 2880  # for the 720-class domains: 4 per class
@@ -37,9 +36,7 @@ def model_path(name: str) -> Path:
     Raises:
         ValueError: if no model of that name is shipped.
     """
-    if name not in MODELS:
-        raise ValueError(f"There is no sandbox model {name!r}; there are {', '.join(MODELS)}.")
-    return _ASSETS / name
+    return Path(model_location(SANDBOX + name))
 
 
 def domains() -> dict[str, str]:

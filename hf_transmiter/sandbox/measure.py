@@ -20,7 +20,8 @@ from huggingface_hub.utils import tqdm
 from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from hf_transmiter.sandbox.data import MODELS, domains, load_dataset, model_path
+from hf_transmiter.hub import SANDBOX_MODELS
+from hf_transmiter.sandbox.data import domains, load_dataset, model_path
 from hf_transmiter.sandbox.words import CLASSES
 
 
@@ -141,7 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hf_transmiter.sandbox.measure", description="Accuracies of sandbox models as a markdown table."
     )
-    parser.add_argument("--models", type=Path, nargs="+", default=[model_path(name) for name in MODELS], metavar="DIR")
+    parser.add_argument(
+        "--models", type=Path, nargs="+", default=[model_path(name) for name in SANDBOX_MODELS], metavar="DIR"
+    )
     parser.add_argument("--domains", nargs="+", choices=list(domains()), default=list(domains()), metavar="NAME")
     parser.add_argument("--zero-shot-only", action="store_true", help="skip tuning")
     parser.add_argument("--seeds", type=int, default=3, help="few-shot draws to tune on (default: 3)")

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from hf_transmiter import sandbox
+from hf_transmiter.hub import SANDBOX_MODELS
 from hf_transmiter.sandbox import measure
-from hf_transmiter.sandbox.data import MODELS
 from hf_transmiter.sandbox.pretrain import RECIPES
 from hf_transmiter.sandbox.tokenizer import build_tokenizer
 
@@ -37,11 +37,11 @@ def zero_shot(name, domain):
 
 
 def test_all_models_together_weigh_at_most_8_mb():
-    sizes = [f.stat().st_size for name in MODELS for f in sandbox.model_path(name).iterdir()]
+    sizes = [f.stat().st_size for name in SANDBOX_MODELS for f in sandbox.model_path(name).iterdir()]
     assert 0 < sum(sizes) <= 8e6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SANDBOX_MODELS)
 def test_folders_load_with_plain_transformers(name):
     model, processor = load(name)
     recipe = RECIPES[name]
@@ -54,7 +54,7 @@ def test_folders_load_with_plain_transformers(name):
     assert type(AutoProcessor.from_pretrained(sandbox.model_path(name))) is CLIPProcessor
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SANDBOX_MODELS)
 def test_the_whole_forward_pass_ranks_the_right_name_first(name):
     model, processor = load(name)
     dataset = sandbox.load_dataset("studio", "validation").select(range(60))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ...families import SIGLIP, tokenize
+from ...hub import model_location
 from .config import check_class_names
 
 
@@ -34,9 +35,9 @@ def load_tokenizer(model: nn.Module):
     """The tokenizer saved beside a transformers model, `None` where there is none."""
     config = model.config
     try:
-        return AutoTokenizer.from_pretrained(
-            config._name_or_path, revision=getattr(config, "_commit_hash", None), trust_remote_code=False
-        )
+        revision = getattr(config, "_commit_hash", None)
+        name = model_location(config._name_or_path)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 
