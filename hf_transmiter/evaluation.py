@@ -24,7 +24,8 @@ from .features import FeatureTable, embed_dataset
 @dataclass(frozen=True)
 class Score:
     """One number. `value` in percent; `std` over seeds (0 with one); `seconds` and `peak_mb` (resident memory on top
-    of what was there, or GPU memory) of making the method, without embedding the images, which all methods share."""
+    of what was there, or GPU memory) of making the method, without embedding the images, which all methods share;
+    `dataset` (Hub id, ``id@revision`` too, or ``sandbox:NAME``) and `num_images` say what it was scored on."""
 
     method: str
     split: str
@@ -34,6 +35,8 @@ class Score:
     seconds: float | None = None
     peak_mb: float | None = None
     seeds: int = 1
+    dataset: str | None = None
+    num_images: int | None = None
 
 
 def score_logits(logits: Tensor, labels: Tensor, base: Sequence[int] | None = None) -> dict[str, float]:
@@ -81,6 +84,7 @@ def evaluate(
     seen_classes: Sequence[str] | None = None,
     method: str = "model",
     split: str = "test",
+    dataset_name: str | None = None,
     accelerator=None,
     progress: bool = True,
     **embedding,
@@ -91,6 +95,7 @@ def evaluate(
         classifier (`AnchorClassifier`): what to score.
         dataset (`datasets.Dataset`): labelled images; label i means `classifier.class_names[i]`.
         seen_classes (`Sequence[str]`, *optional*): adds base, novel, harmonic mean and joint.
+        method, split, dataset_name (`str`, *optional*): noted in the scores.
         **embedding: passed to `embed_dataset`.
 
     Raises:
@@ -103,7 +108,42 @@ def evaluate(
         logits = torch.cat([classifier.classify(x.to(device)).cpu() for x in table.batches(4096)])
     base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
     scores = score_logits(logits, labels, base)
-    return [Score(method, split, metric, value) for metric, value in scores.items()]
+    on = {"dataset": dataset_name, "num_images": len(labels)}
+    return [Score(method, split, metric, value, **on) for metric, value in scores.items()]
+
+
+def rounding(classifier: AnchorClassifier, dataset, dtype: torch.dtype, **embedding) -> dict:
+    """What rounding an adapter's weights to `dtype` changes, for its card.
+
+    Args:
+        classifier (`AnchorClassifier`): with the adapter as it is.
+        dataset (`datasets.Dataset`): images, with or without labels.
+        dtype (`torch.dtype`): of the saved weights.
+        **embedding: passed to `embed_dataset`.
+
+    Returns:
+        `dict`: `num_images`, `agreement` (percent of the images with the same prediction) and, with labels, `accuracy`
+        before and `rounded_accuracy` after, in percent.
+    """
+    table = embed_dataset(classifier.encoder, dataset, **embedding)
+    layer, name = classifier.transmiter, classifier.transmiter.active_name
+    before = {part: tensor.clone() for part, tensor in layer.tensors(name).items()}
+
+    def predictions() -> Tensor:
+        return torch.cat([classifier.classify(x.to(classifier.encoder.device)).cpu() for x in table.batches(4096)])
+
+    exact = predictions()
+    try:
+        layer.set_tensors(name, {part: tensor.to(dtype).float() for part, tensor in before.items()})
+        rounded = predictions()
+    finally:
+        layer.set_tensors(name, before)
+    facts = {"num_images": len(table), "agreement": _percent(exact.argmax(1) == rounded.argmax(1))}
+    if table.labels is not None:
+        labels = align_labels(table, classifier.class_names)
+        pair = [score_logits(logits, labels)["accuracy"] for logits in (exact, rounded)]
+        facts |= {"accuracy": pair[0], "rounded_accuracy": pair[1]}
+    return facts
 
 
 def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:

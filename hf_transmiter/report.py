@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 NOTHING = "–"
 _MARKS = "†‡§¶"
+_OPTIONAL = ("dataset", "num_images")  # not in files of earlier versions; left out where they are not known
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def write_scores(path: str | os.PathLike, scores: Sequence[Score]) -> None:
     for i, score in enumerate(scores):
         row = asdict(score)
         row["value"], row["std"] = (None if math.isnan(x) else x for x in (score.value, score.std))
+        row = {key: value for key, value in row.items() if key not in _OPTIONAL or value is not None}
         _check(row, f"score {i}")
         rows.append(row)
     _write(Path(path), json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -197,14 +199,15 @@ def _check(row: object, where: str) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object, found {row!r}.")
     names = {f.name for f in fields(Score)}
-    for problem, keys in (("lacks", names - set(row)), ("has the unknown key(s)", set(row) - names)):
+    for problem, keys in (("lacks", names - set(row) - set(_OPTIONAL)), ("has the unknown key(s)", set(row) - names)):
         if keys:
             raise ValueError(f"{where} {problem} {', '.join(sorted(map(str, keys)))}; the keys are {sorted(names)}.")
 
     def refuse(key: str, wanted: str) -> None:
         raise ValueError(f"{where}: {key} must be {wanted}, found {row[key]!r}.")
 
-    for key in ("method", "split", "metric"):
+    texts = ("method", "split", "metric", *(("dataset",) if row.get("dataset") is not None else ()))
+    for key in texts:
         if not isinstance(row[key], str) or not row[key].strip():
             refuse(key, "a text that is not empty")
     for key in ("value", "std", "seconds", "peak_mb"):
@@ -215,8 +218,10 @@ def _check(row: object, where: str) -> None:
             refuse(key, "a finite number or null")
         if key != "value" and number is not None and number < 0:
             refuse(key, "at least 0")
-    if isinstance(row["seeds"], bool) or not isinstance(row["seeds"], int) or row["seeds"] < 1:
-        refuse("seeds", "a whole number of at least 1")
+    counts = ("seeds",) if row.get("num_images") is None else ("seeds", "num_images")
+    for key in counts:
+        if isinstance(row[key], bool) or not isinstance(row[key], int) or row[key] < 1:
+            refuse(key, "a whole number of at least 1")
 
 
 def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, title: str, intro: str = "") -> Path:

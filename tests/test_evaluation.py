@@ -57,7 +57,9 @@ def test_evaluate_equals_counting_predictions(encoder, make_dataset):
     hits = sum(name == names[label] for name, label in zip(best, dataset["label"], strict=True))
     assert (score.method, score.split, score.metric) == ("model", "test", "accuracy")
     assert score.value == pytest.approx(100 * hits / 15, abs=1e-4)
-    metrics = [s.metric for s in evaluate(classifier, dataset, seen_classes=["cat"], progress=False)]
+    scores = evaluate(classifier, dataset, seen_classes=["cat"], dataset_name="me/cats", progress=False)
+    assert {(s.dataset, s.num_images) for s in scores} == {("me/cats", 15)}
+    metrics = [s.metric for s in scores]
     assert metrics == ["accuracy", "base", "novel", "hm", "joint"]
     assert len(embed_dataset(encoder, dataset, progress=False)) == 15
 

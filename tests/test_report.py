@@ -137,6 +137,18 @@ def test_scores_survive_a_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["scores.json"]
 
 
+def test_what_a_score_was_measured_on_is_optional(tmp_path):
+    path = tmp_path / "scores.json"
+    scores = [SCORES[0], replace(SCORES[1], dataset="mteb/dtd@abc", num_images=1880)]
+    write_scores(path, scores)
+    assert read_scores(path) == scores
+    plain, told = json.loads(path.read_text())
+    assert {"dataset", "num_images"}.isdisjoint(plain)  # as earlier versions wrote it
+    assert (told["dataset"], told["num_images"]) == ("mteb/dtd@abc", 1880)
+    path.write_text(json.dumps([{**told, "dataset": None, "num_images": None}]))
+    assert read_scores(path) == [SCORES[1]]
+
+
 def test_a_refused_write_leaves_the_old_file(tmp_path, caplog):
     path = tmp_path / "scores.json"
     write_scores(path, SCORES[:1])
@@ -160,6 +172,10 @@ def test_a_refused_write_leaves_the_old_file(tmp_path, caplog):
         ({"seeds": 0}, "seeds must be a whole number of at least 1"),
         ({"seeds": 1.5}, "seeds must be a whole number"),
         ({"extra": 1}, "unknown key.* extra"),
+        ({"dataset": " "}, "dataset must be a text that is not empty"),
+        ({"dataset": ["a"]}, "dataset must be a text"),
+        ({"num_images": 0}, "num_images must be a whole number of at least 1"),
+        ({"num_images": True}, "num_images must be a whole number"),
     ],
 )
 def test_reading_names_the_row_and_the_key_that_is_wrong(tmp_path, change, message):
