@@ -3,17 +3,25 @@
 import os
 import shutil
 import tempfile
+import time
+from pathlib import Path
+
+from local_hub import LocalHub
 
 
 # Read once when huggingface_hub is imported, so they must come before every other import.
 _HF_HOME = tempfile.mkdtemp(prefix="hf_transmiter_tests_")
+_HUB = LocalHub()  # its port is taken now, it answers from the first test that asks for `hub`
 os.environ["HF_HOME"] = _HF_HOME
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = _HUB.url
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import datasets  # noqa: E402
+import huggingface_hub.constants  # noqa: E402
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -45,6 +53,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_unconfigure():
+    _HUB.close()
     shutil.rmtree(_HF_HOME, ignore_errors=True)
 
 
@@ -99,3 +108,83 @@ def make_dataset():
         return datasets.Dataset.from_dict(columns, features=features)
 
     return make
+
+
+class HubSession:
+    """A Hub and a machine that speaks to it: what the fixture `hub` gives.
+
+    ``hub.token`` is the token of the user ``alice``, who is logged in; ``hub.other_token`` that of ``bob``. What is
+    not defined here is the server's, see `local_hub.LocalHub`: `files`, `titles`, `write`, `requests`, `fault`...
+    """
+
+    token, other_token = "hf_alice", "hf_bob"
+
+    def __init__(self, server: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.server, self.folder, self._monkeypatch = server, folder, monkeypatch
+        self.machines = 0
+        self.new_machine()
+
+    def __getattr__(self, name: str):
+        return getattr(self.server, name)
+
+    def new_machine(self, token: str | None = token) -> Path:
+        """From now on this process has an empty cache and this token (`None`: nobody is logged in).
+
+        Returns: its ``HF_HOME``.
+        """
+        self.machines += 1
+        self.home = self.folder / f"machine-{self.machines}"
+        for name, path in {"HF_HUB_CACHE": "hub", "HF_ASSETS_CACHE": "assets", "HF_TOKEN_PATH": "token"}.items():
+            self._monkeypatch.setattr(huggingface_hub.constants, name, str(self.home / path))
+        self._login(token)
+        return self.home
+
+    def _login(self, token: str | None) -> None:
+        if token is None:
+            self._monkeypatch.delenv("HF_TOKEN", raising=False)
+        else:
+            self._monkeypatch.setenv("HF_TOKEN", token)
+
+    def environment(self, offline: bool = False) -> dict[str, str]:
+        """Environment of a subprocess on the same machine: same cache, same token; `offline` without a network."""
+        environment = {**os.environ, "HF_HOME": str(self.home), "HF_ENDPOINT": self.server.url}
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH"):
+            environment.pop(name, None)
+        return {**environment, "HF_HUB_OFFLINE": "1"} if offline else environment
+
+
+class _Impatient:
+    """The module `time`, but waiting takes no time."""
+
+    def __getattr__(self, name: str):
+        return getattr(time, name)
+
+    @staticmethod
+    def sleep(_: float) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory) -> HubSession:
+    """An empty Hub on this machine, for this test; huggingface_hub, transformers and PEFT speak to it over HTTP.
+
+    ```python
+    def test_sharing(hub, tmp_path):
+        push_folder(folder, "alice/cats", commit_message="first")   # alice is logged in, bob is another user
+        hub.new_machine()                                           # an empty cache from here on
+        path = fetch("alice/cats", "README.md")
+        assert hub.files("alice/cats")["README.md"] == path.read_bytes()
+        assert hub.titles("alice/cats") == ["first"]                # commits, the newest first
+        assert not hub.requests("GET", "model.safetensors")         # what was asked for
+        hub.write("bob/odd", {"anchors.json": b"{}"})               # a repository made by hand
+        hub.fault("GET", "/resolve/", 503, times=2)                 # what goes wrong next, see LocalHub.fault
+        subprocess.run(..., env=hub.environment(offline=True))      # this machine, without a network
+    ```
+    """
+    _HUB.reset()
+    _HUB.start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", _Impatient())
+    return HubSession(_HUB, tmp_path_factory.mktemp("hub"), monkeypatch)
