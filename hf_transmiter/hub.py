@@ -101,7 +101,7 @@ def push_folder(
     private: bool | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
-    files: Sequence[str] | None = None,
+    delete: Sequence[str] = (),
 ) -> CommitInfo:
     """Uploads a folder in one commit; the repository is made if it is not there, other files in it stay.
 
@@ -112,18 +112,17 @@ def push_folder(
         private (`bool`, *optional*): whether a *new* repository is private; the account's default when omitted.
         create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
         token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
-        files (`Sequence[str]`, *optional*): glob patterns of what to upload; everything when omitted.
+        delete (`Sequence[str]`, *optional*): glob patterns of files to take away in the same commit.
 
     Returns:
         `huggingface_hub.CommitInfo`: with `oid`, `commit_url` and `pr_url`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    patterns = None if files is None else list(files)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=os.fspath(folder),
         commit_message=commit_message,
         create_pr=create_pr,
-        allow_patterns=patterns,
+        delete_patterns=list(delete) or None,
     )
