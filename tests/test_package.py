@@ -13,7 +13,7 @@ import hf_transmiter
 ROOT = Path(hf_transmiter.__file__).parent
 # A module may import those before it. Inside functions anything goes: that is where a cycle is broken on purpose.
 ORDER = (
-    *("settings", "files", "hub", "splits", "vocabulary", "anchors", "families", "fingerprint", "backbone"),
+    *("settings", "trust", "files", "hub", "splits", "vocabulary", "anchors", "families", "fingerprint", "backbone"),
     *("feature_table", "solvers", "calibration", "classifier", "features", "augmentation"),
     *("tuners", "training", "answers", "prompt_tuning"),
     *("teachers", "extraction", "bridge", "transferring", "label_tuning", "baselines", "evaluation", "comparison"),

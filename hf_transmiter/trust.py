@@ -1,0 +1,315 @@
+"""What a file of a repository must look like before it is used: strangers write them, too.
+
+JSON is bounded in size and depth and must fit the schema of its kind (``assets/schemas/*.json``). Of safetensors files
+the header is read first: names, shapes and dtypes are compared with what the configuration says before any tensor is
+allocated. Whatever does not fit ends in a `ValueError` that says which file, where in it, and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+MAX_JSON_BYTES = 8 * 2**20  # parsed, the worst JSON takes twenty times its size
+MAX_HEADER_BYTES = 8 * 2**20
+MAX_DEPTH = 32
+FLOATING = ("F64", "F32", "F16", "BF16")
+KEY_PREFIX = "base_model.model.transmiter.transmiter_"  # of a tensor's name in a saved adapter
+ORTHOGONALITY = 5e-3  # entries of the Gram matrix may be off by this much: bfloat16 rounds to 2⁻⁹
+PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+_SCHEMAS = Path(__file__).parent / "assets" / "schemas"
+# Files of a repository to the schema they must fit, see `check_json`.
+SCHEMA_OF = {
+    "adapter_config.json": "adapter_config",
+    "anchors.json": "anchors",
+    "scores.json": "scores",
+    "teacher.json": "teacher",
+    "transfers/index.json": "transfers",
+    "config.json": "model_config",
+}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlist = _SHORT.maxdict = 3
+_SHORT.maxlevel = 2
+
+
+def parse_json(text: str | bytes, where: str):
+    """The value of a JSON text, whoever wrote it.
+
+    Args:
+        text (`str` or `bytes`): UTF-8.
+        where (`str`): what to call it in an error.
+
+    Raises:
+        ValueError: too large, too deep, not JSON (NaN and infinite numbers are not), a key twice in one object, or a
+            text that is not Unicode.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{where} holds more than {MAX_JSON_BYTES:,} bytes, too much for what it should be.")
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        _check_values(value)
+    except RecursionError:
+        raise ValueError(f"{where} is not valid JSON: it is nested more than {MAX_DEPTH} deep.") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}.") from error
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {_SHORT.repr(twice)} is there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a number of JSON")
+    return value
+
+
+def _check_values(value) -> None:
+    """Depth, and texts that could not be written again. Not recursive, so that depth cannot exhaust the stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        for text in level:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()  # a lone surrogate raises a ValueError
+        deeper = []
+        for item in level:
+            if isinstance(item, dict):
+                deeper += [*item, *item.values()]
+            elif isinstance(item, list):
+                deeper += item
+        if not deeper:
+            return
+        level = deeper
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def load_json(path: str | os.PathLike, schema: str | None = None):
+    """The value of a JSON file, see [`parse_json`]; with `schema` also what [`check_json`] checks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: what [`parse_json`] and [`check_json`] refuse.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    with open(path, "rb") as file:
+        value = parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
+    return value if schema is None else check_json(value, schema, str(path))
+
+
+def check_json(content, schema: str, where: str):
+    """Returns `content` unchanged.
+
+    Args:
+        content: what [`parse_json`] returned.
+        schema (`str`): name of a file in ``assets/schemas``: `"adapter_config"`, `"anchors"`, `"bridge"`,
+            `"model_config"`, `"scores"`, `"teacher"` or `"transfers"`.
+        where (`str`): what to call it in an error.
+
+    Raises:
+        ValueError: it does not fit the schema; the message says where, what is wrong, and what to do.
+    """
+    error = next(_validator(schema).iter_errors(content), None)
+    if error is None:
+        return content
+    place = error.json_path.removeprefix("$").removeprefix(".")
+    place = f"{where}: {place[:80]}" if place else where
+    if error.validator == "required":
+        missing = sorted(set(error.validator_value) - set(error.instance))
+        problem = f"lacks {', '.join(missing)}"
+    elif error.validator == "additionalProperties":
+        unknown = sorted(set(error.instance) - set(error.schema["properties"]))
+        problem = f"has the unknown key(s) {_SHORT.repr(unknown)[1:-1]}"
+    else:
+        # Every value in the schemas has a title that says what it must be.
+        problem = f"must be {error.schema['title']}, found {_SHORT.repr(error.instance)}"
+    raise ValueError(f"{place} {problem}. {_validator(schema).schema['description']}")
+
+
+@lru_cache
+def _validator(schema: str):
+    from jsonschema import Draft202012Validator, validators  # not at the top: it is slow to import
+    from referencing import Registry
+    from referencing.jsonschema import DRAFT202012
+
+    files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in _SCHEMAS.glob("*.json")}
+    registry = Registry().with_contents(files.items(), default_specification=DRAFT202012)
+    # JSON knows one kind of number: 4.0 would be an integer, which torch refuses as a size.
+    checker = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    strict = validators.extend(Draft202012Validator, type_checker=checker)
+    return strict(files[f"{schema}.json"], registry=registry)
+
+
+def read_header(
+    path: str | os.PathLike, what: str = "safetensors file", remedy: str = "fetch it again"
+) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Metadata, and dtype (`"F32"`, ...) and shape of every tensor of a safetensors file; no tensor is read.
+
+    That the sizes add up to the file's is checked by safetensors.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        what, remedy (`str`, *optional*): words for an error: what it should be, how to get one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a safetensors file, a damaged one, or a header of more than `MAX_HEADER_BYTES`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    try:
+        if size > MAX_HEADER_BYTES:
+            raise SafetensorError(f"its header would have {size:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
+        with safe_open(os.fspath(path), framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            shapes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return file.metadata() or {}, shapes
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a {what} ({error}); {remedy}.") from error
+
+
+def check_tensors(
+    path: str | os.PathLike,
+    expected: Mapping[str, tuple[int | str, ...]],
+    *,
+    optional: Collection[str] = (),
+    what: str = "file",
+    remedy: str = "fetch it again",
+) -> dict[str, int]:
+    """Compares the header of a safetensors file with what must be in it, before anything is loaded.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        expected (`Mapping[str, tuple]`): shape by name. A letter in place of a size may be any positive number, the
+            same one wherever it stands: ``{"matrix": ("m", "k"), "mean": ("m",)}``.
+        optional (`Collection[str]`, *optional*): names that may be missing.
+        what, remedy (`str`, *optional*): as in [`read_header`].
+
+    Returns:
+        `dict[str, int]`: sizes by letter.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a tensor is missing or unknown, is not floating point, or has another shape.
+    """
+    found = read_header(path, what, remedy)[1]
+
+    def refuse(problem: str) -> None:
+        raise ValueError(f"{path} is damaged or not a {what}: {problem}; {remedy}.")
+
+    missing, unknown = sorted(set(expected) - set(found) - set(optional)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        named = f"lacks {_SHORT.repr(missing)}" if missing else f"holds the unknown {_SHORT.repr(unknown)}"
+        refuse(f"it {named}")
+    sizes: dict[str, int] = {}
+    for name, shape in expected.items():
+        if name not in found:
+            continue
+        dtype, actual = found[name]
+        if dtype not in FLOATING:
+            refuse(f"{name} has the dtype {dtype}, it must be one of {', '.join(FLOATING)}")
+        fits = len(actual) == len(shape) and all(actual)
+        for size, wanted in zip(actual, shape, strict=False):
+            fits = fits and size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
+        if not fits:
+            wanted = ", ".join(str(sizes.get(size, size)) for size in shape)
+            refuse(f"{name} must have the shape ({wanted}), it has {tuple(actual)}")
+    return sizes
+
+
+def adapter_shapes(config: Mapping) -> dict[str, tuple[int | str, ...]]:
+    """Tensors that a TransMiter adapter with this (checked) ``adapter_config.json`` has, and their shapes.
+
+    ``anchors`` (K, d); form "class_vectors": ``class_vectors`` (C, d), ``bias`` (C,); form "mlp": ``basis`` (D, K),
+    ``norm`` (D,), ``up`` (hD, D), ``down`` (D, hD). The letter `"d"` stands for an `embed_dim` that is not known.
+    """
+    classes = len(config["class_names"])
+    anchors, d = classes + len(config.get("auxiliary_names") or ()), config.get("embed_dim") or "d"
+    shapes = {"anchors": (anchors, d)}
+    if config.get("form", "mlp") == "class_vectors":
+        shapes |= {"class_vectors": (classes, d), "bias": (classes,)}
+    else:
+        width = config.get("width") or anchors
+        hidden = config.get("mlp_ratio", 4) * width
+        shapes |= {"basis": (width, anchors), "norm.weight": (width,), "norm.bias": (width,)}
+        shapes |= {"up.weight": (hidden, width), "up.bias": (hidden,)}
+        shapes |= {"down.weight": (width, hidden), "down.bias": (width,)}
+    return {KEY_PREFIX + part: shape for part, shape in shapes.items()}
+
+
+def check_adapter_tensors(path: str | os.PathLike, config: Mapping) -> None:
+    """Compares the weights of a TransMiter adapter with its (checked) configuration; only the header is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: they do not belong together, or the file is damaged.
+    """
+    remedy = "load the weights that were saved with this adapter_config.json"
+    check_tensors(path, adapter_shapes(config), what="TransMiter adapter of its adapter_config.json", remedy=remedy)
+
+
+def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False) -> Tensor:
+    """Returns `matrix` unchanged.
+
+    ``G = MᵀM`` (or ``MMᵀ``, whichever is smaller) must be a projection, ``GG = G``: M keeps lengths or maps to zero.
+    With `full_rank`, ``G = 1``: it keeps all of them.
+
+    Args:
+        matrix (`Tensor`): M (m, k).
+        what (`str`): what to call it in an error.
+        full_rank (`bool`, *optional*, defaults to `False`): whether nothing may be mapped to zero.
+
+    Raises:
+        ValueError: it is not, by more than the rounding of half precision (`ORTHOGONALITY`).
+    """
+    m = matrix.detach().double()
+    gram = m.T @ m if m.shape[1] <= m.shape[0] else m @ m.T
+    target = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if full_rank else gram @ gram
+    if not torch.allclose(gram, target, rtol=0, atol=ORTHOGONALITY):
+        raise ValueError(f"{what} is not orthogonal; the file was changed or damaged.")
+    return matrix
+
+
+def refuse_pickles(folder: str | os.PathLike) -> None:
+    """Makes sure that nothing beside the safetensors could be unpickled, which would run whatever code it holds. PEFT
+    takes ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
+
+    Args:
+        folder (`str` or `os.PathLike`): a local folder; anything else passes.
+
+    Raises:
+        ValueError: it holds pickles; the message names them.
+    """
+    folder = Path(folder)
+    places = [place for place in (folder, folder / "transfers") if place.is_dir()]
+    found = sorted(
+        str(path.relative_to(folder)) for place in places for path in place.iterdir() if path.suffix.lower() in PICKLES
+    )
+    if found:
+        raise ValueError(
+            f"{folder} holds {_SHORT.repr(found)[1:-1]}: such files run the code in them when they are read. Delete "
+            "them and keep the .safetensors files, or save the adapter again with safe_serialization."
+        )
