@@ -6,7 +6,6 @@ A source is a folder or a Hub id (``user/name``, ``user/name@revision``). The mo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from .trust import SCHEMA_OF, load_json
 
 
 SANDBOX = "sandbox:"
@@ -80,17 +81,14 @@ def fetch(source: str | os.PathLike, file: str, *, subfolder: str | None = None,
         return None
 
 
-def read_json(source: str | os.PathLike, file: str, **hub) -> dict | None:
-    """A JSON file of a folder or Hub repository, see [`fetch`].
+def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None:
+    """A JSON file of a folder or Hub repository, see [`fetch`]. A kind of file that `trust` knows is checked.
 
     Raises:
-        ValueError: not JSON.
+        ValueError: not JSON, too large, or not what a file of this name holds.
     """
     path = fetch(source, file, **hub)
-    try:
-        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    return None if path is None else load_json(path, SCHEMA_OF.get(file))
 
 
 def push_folder(
