@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, BaseImageProcessor
 
 from .families import (
     EMBEDDING_PARTS,
@@ -249,7 +249,7 @@ class DualEncoder:
         """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device."""
         inputs = image_inputs(self.model, pixel_values.to(self.device, self.dtype))
         with _frozen_pass(self.model):
-            return _unit(self.model.get_image_features(**inputs))
+            return unit_rows(self.model.get_image_features(**inputs))
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
@@ -327,7 +327,7 @@ class DualEncoder:
             inputs, too_long = self._tokenize(list(texts[start : start + batch_size]))
             cut += too_long
             with _frozen_pass(self.model):
-                blocks.append(_unit(self.model.get_text_features(**inputs)))
+                blocks.append(unit_rows(self.model.get_text_features(**inputs)))
         return torch.cat(blocks), cut
 
     def _tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -352,14 +352,20 @@ def _load_processor(name: str, *, revision: str | None = None, **hub):
         raise ValueError(
             f"{name!r} does not hold both a tokenizer and an image processor (found {type(processor).__name__})."
         )
-    # Pillow on every machine: torchvision, where installed, resizes slightly differently.
-    processor.image_processor = AutoImageProcessor.from_pretrained(
-        name, revision=revision, backend="pil", trust_remote_code=False, **hub
-    )
+    processor.image_processor = load_image_processor(name, revision=revision, **hub)
     return processor
 
 
-def _unit(features) -> Tensor:
+def load_image_processor(name: str, *, revision: str | None = None, **hub) -> BaseImageProcessor:
+    """How a model's pictures become pixels; keywords as [`DualEncoder.from_pretrained`]."""
+    # Pillow on every machine: torchvision, where installed, resizes slightly differently.
+    return AutoImageProcessor.from_pretrained(
+        model_location(name), revision=revision, backend="pil", trust_remote_code=False, **hub
+    )
+
+
+def unit_rows(features) -> Tensor:
+    """What `get_image_features` or `get_text_features` returned to unit rows (B, d), float32."""
     # transformers 5 returns an output whose pooler_output is the projected feature.
     pooled = features if torch.is_tensor(features) else features.pooler_output
     return normalize(pooled.float(), dim=-1)
