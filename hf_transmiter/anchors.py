@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .files import replace_file
+from .trust import check_json, load_json
 from .vocabulary import NUM_ANCHORS, choose_auxiliary, load_vocabulary, name_key, universal_vocabulary
 
 
@@ -127,18 +128,13 @@ class Anchors:
         return {field.name: list(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
-    def from_dict(cls, content: dict) -> Anchors:
-        """Inverse of [`~Anchors.to_dict`].
+    def from_dict(cls, content: dict, where: str = "the description of anchors") -> Anchors:
+        """Inverse of [`~Anchors.to_dict`]. `where` is what an error calls it.
 
         Raises:
-            ValueError: `task` is missing or a key is unknown; also everything [`Anchors`] itself refuses.
+            ValueError: a key is missing or unknown, a value is of another kind, or what [`Anchors`] itself refuses.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = [key for key in content if key not in known]
-        if unknown or "task" not in content:
-            problem = f"unknown keys {_listed(unknown)}" if unknown else "the key 'task' is missing"
-            raise ValueError(f"Not a description of anchors: {problem}; the keys are {_listed(known)}.")
-        return cls(**content)
+        return cls(**check_json(content, "anchors", where))
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Writes [`~Anchors.to_dict`] as JSON, atomically. Saving equal anchors over themselves is no overwriting.
@@ -160,15 +156,9 @@ class Anchors:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not JSON or not a description of anchors.
+            ValueError: the file is not JSON, too large, or not a description of anchors.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}. Write anchors with Anchors.save.") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} does not hold anchors; expected a JSON object as Anchors.save writes it.")
-        return cls.from_dict(content)
+        return cls.from_dict(load_json(path), os.fspath(path))
 
     @classmethod
     def build(

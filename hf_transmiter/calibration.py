@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .files import read_metadata_json, read_tensors, replace_file
 from .solvers import check_finite
+from .trust import check_json
 
 
+SHAPES = {"logits": ("N", "C"), "weak_logits": ("N", "C")}
 _FORMAT = "hf_transmiter.calibration"
 
 
@@ -86,12 +88,11 @@ class CalibrationPack:
             FileNotFoundError: there is no such file.
             ValueError: not a calibration pack, or a damaged one.
         """
-        tensors, metadata = read_tensors(path, _FORMAT, "calibration pack", "CalibrationPack.save")
-        if "logits" not in tensors:
-            raise ValueError(f"{path} is damaged: it holds no logits.")
+        tensors, metadata = read_tensors(
+            path, _FORMAT, "calibration pack", "CalibrationPack.save", SHAPES, optional=("weak_logits",)
+        )
         names = read_metadata_json(path, metadata, "class_names", list)
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{path} is damaged: its class names are not all strings.")
+        check_json({"class_names": names}, "calibration", str(path))
         weak = tensors.get("weak_logits")
         return cls(
             tensors["logits"].float(),

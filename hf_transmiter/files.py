@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from .trust import check_tensors, parse_json, read_header
 
 
 if TYPE_CHECKING:
@@ -40,25 +41,29 @@ def new_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None
 
 
 def read_tensors(
-    path: str | os.PathLike, format_name: str, what: str, writer: str
+    path: str | os.PathLike,
+    format_name: str,
+    what: str,
+    writer: str,
+    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
+    optional: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file whose metadata says `"format": format_name`.
 
+    With `shapes` and `optional` the file's header is checked by [`trust.check_tensors`] before any tensor is read.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a safetensors file, or of another format; the message says `what` was expected and
-            which `writer` makes one.
+        ValueError: not a safetensors file, of another format, or of other `shapes`; the message says `what` was
+            expected and which `writer` makes one.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != format_name:
-                raise ValueError(f"{path} is not a {what}; write one with {writer}.")
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a {what} ({error}); write one with {writer}.") from error
+    remedy = f"write one with {writer}"
+    metadata, _ = read_header(path, what, remedy)
+    if metadata.get("format") != format_name:
+        raise ValueError(f"{path} is not a {what}; {remedy}.")
+    if shapes is not None:
+        check_tensors(path, shapes, optional=optional, what=what, remedy=remedy)
+    return load_file(path), metadata
 
 
 def read_metadata_json(path: str | os.PathLike, metadata: dict[str, str], key: str, kind: type):
@@ -68,9 +73,9 @@ def read_metadata_json(path: str | os.PathLike, metadata: dict[str, str], key: s
         ValueError: missing, not JSON, or not a `kind`.
     """
     try:
-        value = json.loads(metadata[key])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: its metadata has no readable {key!r}.") from error
+        value = parse_json(metadata[key], repr(key))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its metadata has no readable {key!r} ({error}).") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} is damaged: {key!r} in its metadata is not a {kind.__name__}.")
     return value

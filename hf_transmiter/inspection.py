@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from .anchors import Anchors
+from .calibration import SHAPES
 from .catalog import TEACHER_FILE, load_anchors
+from .files import read_metadata_json
 from .hub import fetch, model_location, read_json
+from .trust import check_adapter_tensors, check_json, check_tensors, read_header
 from .tuners import PeftType
 
 
@@ -51,7 +51,10 @@ def _adapter(source: str, config: dict) -> dict:
         anchors = load_anchors(source)
         facts = {key: config.get(key) for key in ("form", "embed_dim", "provenance")}
         facts["calibration"] = None if pack is None else _file(pack)
-        size = {} if weights is None else _header(weights)[1]
+        size = {}
+        if weights is not None:
+            check_adapter_tensors(weights, config)
+            size = _header(weights)[1]
         return {"kind": "TransMiter adapter", **base, **facts, **_names(anchors), **size}
     teacher = read_json(source, TEACHER_FILE)
     facts = {"peft_type": config.get("peft_type"), **base}
@@ -74,13 +77,15 @@ def _names(anchors: Anchors) -> dict:
 def _file(path: Path) -> dict:
     metadata, size = _header(path)
     if metadata.get("format") == "hf_transmiter.bridge":
-        facts = json.loads(metadata["bridge"])
-        anchors = facts.pop("anchors", None)
-        return {"kind": "bridge", **facts, **(_names(Anchors.from_dict(anchors)) if anchors else {}), **size}
+        facts = dict(check_json(read_metadata_json(path, metadata, "bridge", dict), "bridge", str(path)))
+        anchors = facts.pop("anchors")
+        names = {} if anchors is None else _names(Anchors.from_dict(anchors, f"the anchors of {path}"))
+        return {"kind": "bridge", **facts, **names, **size}
     if metadata.get("format") == "hf_transmiter.calibration":
         facts = {key: metadata.get(key) or None for key in ("dataset", "dataset_fingerprint")}
-        names = json.loads(metadata["class_names"])
-        images = size["shapes"]["logits"][0]
+        names = read_metadata_json(path, metadata, "class_names", list)
+        check_json({"class_names": names}, "calibration", str(path))
+        images = check_tensors(path, SHAPES, optional=("weak_logits",), what="calibration pack")["N"]
         return {"kind": "calibration pack", "num_images": images, "class_names": names, **facts, **size}
     raise ValueError(f"{path} is neither a bridge nor a calibration pack (format {metadata.get('format')!r}).")
 
@@ -92,11 +97,7 @@ def _size(path: Path | None) -> dict:
 
 def _header(path: Path) -> tuple[dict, dict]:
     """Metadata, and shapes, number of parameters and bytes of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
+    metadata, tensors = read_header(path)
+    shapes = {name: list(shape) for name, (_, shape) in tensors.items()}
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return metadata, {"shapes": shapes, "parameters": parameters, "bytes": path.stat().st_size}

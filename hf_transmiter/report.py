@@ -8,12 +8,13 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from .evaluation import Score
 from .files import replace_file
+from .trust import check_json, load_json
 
 
 logger = logging.getLogger(__name__)
@@ -165,12 +166,12 @@ def write_scores(path: str | os.PathLike, scores: Sequence[Score]) -> None:
         ValueError: a field that [`read_scores`] would refuse.
     """
     rows = []
-    for i, score in enumerate(scores):
+    for score in scores:
         row = asdict(score)
         row["value"], row["std"] = (None if math.isnan(x) else x for x in (score.value, score.std))
         row = {key: value for key, value in row.items() if key not in _OPTIONAL or value is not None}
-        _check(row, f"score {i}")
         rows.append(row)
+    check_json(rows, "scores", "the scores")
     _write(Path(path), json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -179,49 +180,11 @@ def read_scores(path: str | os.PathLike) -> list[Score]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not JSON, not a list of objects, a key missing or unknown, a value of the wrong kind.
+        ValueError: not JSON, too large, not a list of objects, a key missing or unknown, a value of the wrong kind.
     """
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of scores, as write_scores makes it; found {type(rows).__name__}.")
-    scores = []
-    for i, row in enumerate(rows):
-        _check(row, f"{path}, score {i}")
-        unknown = {key: math.nan for key in ("value", "std") if row[key] is None}
-        scores.append(Score(**{**row, **unknown}))
-    return scores
-
-
-def _check(row: object, where: str) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: must be an object, found {row!r}.")
-    names = {f.name for f in fields(Score)}
-    for problem, keys in (("lacks", names - set(row) - set(_OPTIONAL)), ("has the unknown key(s)", set(row) - names)):
-        if keys:
-            raise ValueError(f"{where} {problem} {', '.join(sorted(map(str, keys)))}; the keys are {sorted(names)}.")
-
-    def refuse(key: str, wanted: str) -> None:
-        raise ValueError(f"{where}: {key} must be {wanted}, found {row[key]!r}.")
-
-    texts = ("method", "split", "metric", *(("dataset",) if row.get("dataset") is not None else ()))
-    for key in texts:
-        if not isinstance(row[key], str) or not row[key].strip():
-            refuse(key, "a text that is not empty")
-    for key in ("value", "std", "seconds", "peak_mb"):
-        number = row[key]
-        if number is not None and (
-            isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number)
-        ):
-            refuse(key, "a finite number or null")
-        if key != "value" and number is not None and number < 0:
-            refuse(key, "at least 0")
-    counts = ("seeds",) if row.get("num_images") is None else ("seeds", "num_images")
-    for key in counts:
-        if isinstance(row[key], bool) or not isinstance(row[key], int) or row[key] < 1:
-            refuse(key, "a whole number of at least 1")
+    rows = load_json(path, "scores")
+    unknown = [{key: math.nan for key in ("value", "std") if row[key] is None} for row in rows]
+    return [Score(**{**row, **nan}) for row, nan in zip(rows, unknown, strict=True)]
 
 
 def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, title: str, intro: str = "") -> Path:

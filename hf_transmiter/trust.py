@@ -124,7 +124,7 @@ def check_json(content, schema: str, where: str):
     Args:
         content: what [`parse_json`] returned.
         schema (`str`): name of a file in ``assets/schemas``: `"adapter_config"`, `"anchors"`, `"bridge"`,
-            `"model_config"`, `"scores"`, `"teacher"` or `"transfers"`.
+            `"calibration"`, `"model_config"`, `"scores"`, `"teacher"` or `"transfers"`.
         where (`str`): what to call it in an error.
 
     Raises:
@@ -139,8 +139,9 @@ def check_json(content, schema: str, where: str):
         missing = sorted(set(error.validator_value) - set(error.instance))
         problem = f"lacks {', '.join(missing)}"
     elif error.validator == "additionalProperties":
-        unknown = sorted(set(error.instance) - set(error.schema["properties"]))
-        problem = f"has the unknown key(s) {_SHORT.repr(unknown)[1:-1]}"
+        known = error.schema["properties"]
+        unknown = sorted(set(error.instance) - set(known))
+        problem = f"has the unknown key(s) {_SHORT.repr(unknown)[1:-1]}; the keys are {', '.join(known)}"
     else:
         # Every value in the schemas has a title that says what it must be.
         problem = f"must be {error.schema['title']}, found {_SHORT.repr(error.instance)}"

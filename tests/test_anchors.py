@@ -106,9 +106,9 @@ def test_json_round_trip(names, data, tmp_path_factory):
 
 
 def test_from_dict_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="unknown keys 'class_names'; the keys are 'task', 'auxiliary', 'templates'"):
+    with pytest.raises(ValueError, match="unknown key.* 'class_names'; the keys are task, auxiliary, templates"):
         Anchors.from_dict({"task": ["cat"], "class_names": ["cat"]})
-    with pytest.raises(ValueError, match="'task' is missing"):
+    with pytest.raises(ValueError, match="the description of anchors lacks task. Write anchors with Anchors.save"):
         Anchors.from_dict({"auxiliary": ["cat"]})
     with pytest.raises(ValueError, match="more than once"):
         Anchors.from_dict({"task": ["cat", "cat"]})
