@@ -6,16 +6,41 @@ A source is a folder or a Hub id (``user/name``, ``user/name@revision``). The mo
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils.sha import sha_fileobj
 
 from .trust import SCHEMA_OF, load_json
 
+
+logger = logging.getLogger(__name__)
 
 SANDBOX = "sandbox:"
 SANDBOX_MODELS = ("weak", "strong", "weak-upgraded")
@@ -56,8 +81,53 @@ def check_hub_id(name: str, what: str) -> None:
         raise FileNotFoundError(message) from error
 
 
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Around calls of huggingface_hub: what the Hub refuses and what the network breaks, in one sentence.
+
+    Raises:
+        OSError: says what is wrong with `repo_id` and how to mend it.
+    """
+    try:
+        yield
+    except EntryNotFoundError:  # an answer, not a failure
+        raise
+    except HTTPError as error:  # of the HTTP client; those of the Hub are among them
+        raise OSError(_in_words(error, repo_id)) from error
+    except json.JSONDecodeError as error:
+        raise OSError(f"The Hub's answer about {repo_id} cannot be read; try again later.") from error
+
+
+def _in_words(error: Exception | None, repo_id: str) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: ask for access on its page, then log in with `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no repository {repo_id!r} on the Hub that you may see (and no such folder here). If it is "
+            "private, log in with `hf auth login` or pass `token`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such branch, tag or commit. {error.server_message or ''}".strip()
+    if not isinstance(error, HfHubHTTPError):
+        return (
+            f"The connection to the Hub failed ({error}); try again. What has arrived of an upload is not sent again."
+        )
+    status, said = error.response.status_code, error.server_message or error.response.reason_phrase
+    remedy = {
+        401: "log in with `hf auth login`, or pass a valid `token`",
+        403: "this takes a token that may write there (`hf auth login`); to propose a change to another's repository, "
+        "pass `create_pr=True` (`--create-pr`)",
+        412: "somebody else has changed it in the meantime; try again",
+    }
+    return f"The Hub answers {status} for {repo_id} ({said}): {remedy.get(status, 'try again later')}."
+
+
 def fetch(source: str | os.PathLike, file: str, *, subfolder: str | None = None, **hub) -> Path | None:
     """A file of a folder or Hub repository; `None` where there is no such file.
+
+    Large files of the Hub are named by their SHA-256 in the cache; it is compared with the content each time.
+    Without a network, a file that is missing among the cached ones of its repository counts as not there, with a
+    warning.
 
     Args:
         source (`str` or `os.PathLike`): folder, or Hub id (``id@revision`` too).
@@ -67,7 +137,8 @@ def fetch(source: str | os.PathLike, file: str, *, subfolder: str | None = None,
 
     Raises:
         FileNotFoundError: `source` is neither a folder nor a possible Hub id.
-        OSError: the Hub has no such repository, refuses it, or cannot be reached and the file is not in the cache.
+        OSError: the Hub has no such repository or revision, refuses it, or cannot be reached and the file is not in
+            the cache; or the file arrived damaged.
     """
     name, revision = split_revision(os.fspath(source))
     if Path(name).is_dir():
@@ -75,10 +146,52 @@ def fetch(source: str | os.PathLike, file: str, *, subfolder: str | None = None,
         return path if path.is_file() else None
     check_hub_id(name, "model or adapter")
     hub["revision"] = hub.get("revision") or revision
+    path_in_repo = f"{subfolder}/{file}" if subfolder else file
     try:
-        return Path(hf_hub_download(name, file, subfolder=subfolder, **hub))
+        with hub_errors(name):
+            path = Path(hf_hub_download(name, path_in_repo, **hub))
+    except LocalEntryNotFoundError as error:
+        return _absent(name, path_in_repo, error, hub.get("cache_dir"), hub["revision"])
     except EntryNotFoundError:
         return None
+    _check_content(path, f"{path_in_repo} of {name}")
+    return path
+
+
+def _absent(
+    name: str, file: str, error: LocalEntryNotFoundError, cache_dir: str | os.PathLike | None, revision: str | None
+) -> None:
+    """What to make of a file that is not in the cache when the Hub does not answer: `None`, or an error."""
+    if try_to_load_from_cache(name, file, cache_dir, revision) is not None:
+        return  # asked before, and the Hub had no such file
+    cause = error.__cause__
+    offline = cause is None or isinstance(cause, OfflineModeIsEnabled)
+    reason = "offline (HF_HUB_OFFLINE or local_files_only)." if offline else _in_words(cause, name)
+    if isinstance(cause, HfHubHTTPError) or not _is_cached(name, cache_dir, revision):
+        raise OSError(f"{file} of {name!r} is neither in a folder here nor in the cache: {reason}") from error
+    logger.warning(f"{file} of {name} is not in the cache and counts as not there: {reason}")
+
+
+def _is_cached(name: str, cache_dir: str | os.PathLike | None, revision: str | None) -> bool:
+    """Whether the cache has any file of this revision."""
+    try:
+        snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[])
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
+def _check_content(path: Path, what: str) -> None:
+    # Of a plain download huggingface_hub checks only the size. In a cache without links there is nothing to compare.
+    blob = path.parent / os.readlink(path) if path.is_symlink() else path
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    with blob.open("rb") as content:
+        if sha_fileobj(content).hex() == blob.name:
+            return
+    for damaged in (path, blob):
+        damaged.unlink(missing_ok=True)
+    raise OSError(f"{what} arrived damaged and was taken out of the cache: try again.")
 
 
 def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None:
@@ -113,14 +226,23 @@ def push_folder(
         delete (`Sequence[str]`, *optional*): glob patterns of files to take away in the same commit.
 
     Returns:
-        `huggingface_hub.CommitInfo`: with `oid`, `commit_url` and `pr_url`.
+        `huggingface_hub.CommitInfo`: with `oid`, `commit_url` and `pr_url`; the last commit's where nothing is new.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it.
+        OSError: the Hub refuses or the connection fails; the repository is as it was.
+        ValueError: a bad `repo_id`, or metadata in the README.md that the Hub does not accept.
     """
+    folder = Path(folder)
+    mine = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    if not mine:
+        raise FileNotFoundError(f"there is nothing to push in {str(folder)!r}.")
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=os.fspath(folder),
-        commit_message=commit_message,
-        create_pr=create_pr,
-        delete_patterns=list(delete) or None,
-    )
+    with hub_errors(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        changes = [CommitOperationAdd(file, folder / file) for file in mine]
+        if delete:
+            stale = filter_repo_objects(api.list_repo_files(repo_id), allow_patterns=list(delete))
+            changes += [CommitOperationDelete(file) for file in stale if file not in mine]
+        # Not upload_folder, which may split what it uploads into several commits.
+        return api.create_commit(repo_id, changes, commit_message=commit_message, create_pr=create_pr)
