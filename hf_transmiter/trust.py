@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from functools import lru_cache
@@ -262,14 +263,46 @@ def adapter_shapes(config: Mapping) -> dict[str, tuple[int | str, ...]]:
 
 
 def check_adapter_tensors(path: str | os.PathLike, config: Mapping) -> None:
-    """Compares the weights of a TransMiter adapter with its (checked) configuration; only the header is read.
+    """Compares the weights of an adapter with its (checked) configuration; only the header is read.
+
+    All shapes of a TransMiter adapter are known. Of LoRA and the prompt learners the sizes are compared that their
+    configuration chooses freely; what else they allocate follows from the model.
+
+    Args:
+        path (`str` or `os.PathLike`): ``adapter_model.safetensors``.
+        config (`Mapping`): content of ``adapter_config.json``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: they do not belong together, or the file is damaged.
     """
-    remedy = "load the weights that were saved with this adapter_config.json"
-    check_tensors(path, adapter_shapes(config), what="TransMiter adapter of its adapter_config.json", remedy=remedy)
+    what, remedy = "adapter of its adapter_config.json", "load the weights that were saved with this configuration"
+    if config["peft_type"] == "TRANSMITER":
+        check_tensors(path, adapter_shapes(config), what=what, remedy=remedy)
+        return
+    for key, size, saved in _chosen_sizes(config, read_header(path, what, remedy)[1]):
+        if type(size) is int and size > saved:
+            raise ValueError(f"{path} is not the {what}: {key} is {size:,} there, here it is {saved:,}; {remedy}.")
+
+
+def _chosen_sizes(config: Mapping, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[tuple[str, object, int]]:
+    """Names of settings, their values, and the largest such size among the tensors of the file."""
+
+    def shapes(part: str, dims: int) -> list[tuple[int, ...]]:
+        return [shape for name, (_, shape) in header.items() if re.search(part, name) and len(shape) >= dims]
+
+    sizes = []
+    if config["peft_type"] == "LORA":
+        # No rank exceeds the width: a tall and narrow tensor must not vouch for a large allocation.
+        rank = max((shape[0] for shape in shapes(r"lora_(embedding_)?A(\.|$)", 2) if shape[0] <= shape[1]), default=0)
+        sizes = [("r", size, rank) for size in [config.get("r"), *(config.get("rank_pattern") or {}).values()]]
+    for key, part in (("n_ctx", "_ctx$"), ("n_vision", "_vision$")):
+        if key == "n_ctx" or config.get("vision_depth"):
+            sizes.append((key, config.get(key), max((shape[-2] for shape in shapes(part, 2)), default=0)))
+    if config.get("class_specific"):
+        contexts = max((shape[0] for shape in shapes("_ctx$", 3)), default=0)
+        sizes.append(("class_names", len(config.get("class_names") or ()), contexts))
+    return sizes
 
 
 def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False) -> Tensor:
