@@ -23,9 +23,10 @@ from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import guess_columns
-from .hub import SANDBOX, check_hub_id, read_json, split_revision
+from .hub import SANDBOX, check_hub_id, fetch, read_json, split_revision
 from .settings import TuningConfig
 from .teachers import Teacher, as_classifier
+from .trust import check_adapter_tensors, refuse_pickles
 from .tuners import PeftType
 
 
@@ -207,8 +208,8 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
         weak (`DualEncoder`): what was tuned.
 
     Raises:
-        FileNotFoundError, OSError: nothing there.
-        ValueError: an adapter of another model, or damaged files.
+        FileNotFoundError, OSError: nothing there, or an adapter without safetensors.
+        ValueError: an adapter of another model, damaged files, or pickles beside them.
     """
     if source.endswith(".safetensors"):
         return CalibrationPack.load(source)
@@ -225,6 +226,11 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
             f"{source!r} was tuned from {facts.weak!r} (revision {facts.revision}), not from {weak.name_or_path!r} "
             f"(revision {weak.revision}): pass that model as the weak one."
         )
+    weights = fetch(source, "adapter_model.safetensors")
+    if weights is None:
+        raise FileNotFoundError(f"{source!r} has no adapter_model.safetensors, and no other weights are read.")
+    refuse_pickles(name)
+    check_adapter_tensors(weights, adapter)
     try:
         model = PeftModel.from_pretrained(copy.deepcopy(weak.model), name, revision=revision)
     except RuntimeError as error:  # what torch says of tensors of other shapes
