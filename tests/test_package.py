@@ -14,9 +14,10 @@ ROOT = Path(hf_transmiter.__file__).parent
 # A module may import those before it. Inside functions anything goes: that is where a cycle is broken on purpose.
 ORDER = (
     *("settings", "trust", "files", "hub", "splits", "vocabulary", "anchors", "families", "fingerprint", "backbone"),
-    *("feature_table", "solvers", "calibration", "classifier", "features", "augmentation"),
+    *("feature_table", "solvers", "calibration", "transfers", "classifier", "features", "augmentation"),
     *("tuners", "training", "answers", "prompt_tuning"),
-    *("teachers", "extraction", "bridge", "transferring", "label_tuning", "baselines", "evaluation", "comparison"),
+    *("teachers", "extraction", "moments", "bridge_files", "bridge", "transferring", "label_tuning", "baselines"),
+    *("evaluation", "comparison"),
     "drift",
     *(
         "catalog",
@@ -24,10 +25,15 @@ ORDER = (
         "figures",
         "upgrade_figures",
         "report",
+        "card_text",
+        "card_facts",
+        "card_metadata",
+        "cards",
         "attaching",
         "retraining",
         "compatibility",
         "upgrade_studies",
+        "sharing",
         "sandbox",
         "demo",
         "cli_options",
