@@ -2,9 +2,9 @@
 
 Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is asked); `backbone`, `features`,
 `classifier` (who answers); `solvers`, `tuners`, `training`, `answers`, `prompt_tuning`, `teachers`, `extraction`,
-`bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `comparison`, `report`
-(what it is worth); `drift`, `attaching`, `retraining`, `compatibility`, `upgrade_studies` (prompts across an upgrade);
-`sandbox`, `demo`, `catalog`, `cli`.
+`moments`, `bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`,
+`comparison`, `report` (what it is worth); `drift`, `attaching`, `retraining`, `compatibility`, `upgrade_studies`
+(prompts across an upgrade); `sandbox`, `demo`, `catalog`, `cli`.
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
 image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class
@@ -28,7 +28,7 @@ _EXPORTS = {
     "CoCoOpConfig": "tuners",
     "CoOpConfig": "tuners",
     "ContCoOpConfig": "tuners",
-    "CrossMoment": "bridge",
+    "CrossMoment": "moments",
     "DualEncoder": "backbone",
     "ExtractionConfig": "extraction",
     "IVLPConfig": "tuners",
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from .anchors import Anchors
     from .attaching import attach, token_map
     from .backbone import DualEncoder
-    from .bridge import Bridge, CrossMoment
+    from .bridge import Bridge
     from .calibration import CalibrationPack
     from .classifier import AnchorClassifier
     from .comparison import compare
@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     from .extraction import ExtractionConfig, extract
     from .features import embed_dataset
     from .label_tuning import LabelTuningConfig, label_tune
+    from .moments import CrossMoment
     from .prompt_tuning import TuningConfig, tune
     from .transferring import TransferConfig, transfer
     from .tuners import (

@@ -2,99 +2,34 @@
 
 In logit space (published, arXiv 2508.08604 section 4) it maps the strong model's standardised logits over the anchors
 to the weak model's; in embedding space (after arXiv 2602.17584) the weak model's centred embeddings to the strong
-model's. Neither depends on an adapter or a task.
+model's. Neither depends on an adapter or a task, so a bridge is worth sharing: it has a repository and a card of its
+own, it turns round ([`Bridge.invert`]) and two of them make a third ([`Bridge.compose`]).
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from .anchors import Anchors
 from .backbone import DualEncoder
-from .features import embed_dataset
-from .files import read_metadata_json, read_tensors, replace_file
+from .bridge_files import BridgeFiles
 from .fingerprint import ModelId
+from .moments import CrossMoment, sum_dataset
 from .settings import BETA
-from .solvers import Sums, check_finite, polar, standardise
 
 
-RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
 SPAN_TOLERANCE = 0.05  # weaker text directions, in shares of the strongest, do not carry class vectors (logit space)
-_FORMAT = "hf_transmiter.bridge"
+MIN_HELD_OUT = 10  # pairs; fewer do not tell what a bridge is worth
 
 
 @dataclass
-class CrossMoment(Sums):
-    """``X = Σ x_strongᵀ x_weak`` over paired rows, with the sums that centring and scaling need; all in float64.
-
-    One sum over images: memory does not grow with N, and it adds up over processes ([`reduce`]). It depends on the
-    pair of models (and the anchors, in logit space), not on an adapter.
-
-    Args:
-        n (`float`): pairs so far.
-        strong (`Tensor`): Σ x_strong (m,).
-        weak (`Tensor`): Σ x_weak (k,).
-        cross (`Tensor`): X (m, k).
-        weak_gram (`Tensor`): Σ x_weakᵀ x_weak (k, k).
-        strong_square (`float`): Σ ‖x_strong‖².
-    """
-
-    n: float
-    strong: Tensor
-    weak: Tensor
-    cross: Tensor
-    weak_gram: Tensor
-    strong_square: float
-
-    @classmethod
-    def zeros(cls, strong_width: int, weak_width: int) -> CrossMoment:
-        m, k = strong_width, weak_width
-        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in ((m,), (k,), (m, k), (k, k))]
-        return cls(0.0, *zeros, 0.0)
-
-    def update(self, strong: Tensor, weak: Tensor) -> None:
-        """Adds paired rows: strong (B, m) and weak (B, k).
-
-        Raises:
-            ValueError: different numbers of rows, or a value that is not finite.
-        """
-        if len(strong) != len(weak):
-            raise ValueError(f"rows must come in pairs, got {len(strong)} of the strong and {len(weak)} of the weak.")
-        strong, weak = check_finite(strong, "strong rows").double(), check_finite(weak, "weak rows").double()
-        self.n += len(strong)
-        self.strong += strong.sum(0)
-        self.weak += weak.sum(0)
-        self.cross += strong.T @ weak
-        self.weak_gram += weak.T @ weak
-        self.strong_square += float(strong.square().sum())
-
-    def centred(self) -> CrossMoment:
-        """The same moment of the rows minus their means."""
-        if self.n < 2:
-            raise ValueError(f"a bridge needs at least two pairs, got {int(self.n)}: pass more images or names.")
-        strong, weak = self.strong / self.n, self.weak / self.n
-        return CrossMoment(
-            self.n,
-            strong,
-            weak,
-            self.cross - self.n * torch.outer(strong, weak),
-            self.weak_gram - self.n * torch.outer(weak, weak),
-            float(self.strong_square - self.n * strong.square().sum()),
-        )
-
-
-@dataclass
-class Bridge:
+class Bridge(BridgeFiles):
     """The transfer matrix of a pair of models.
 
     Args:
@@ -107,9 +42,17 @@ class Bridge:
         strong, weak (`ModelId`): the pair.
         source (`str`): `"images"` or `"text"`, what the pairs were.
         num_pairs (`int`): N.
-        alignment (`float`): correlation of mapped and actual rows, 1 for a perfect bridge.
+        alignment (`float`, *optional*):
+            Correlation of mapped and actual rows ([`CrossMoment.alignment`]) on the pairs of the fit, 1 for a perfect
+            bridge. With few pairs it flatters. A composed bridge was fitted to no pairs: `None` until [`measure`].
         beta (`float`): β of the logit-space solution, absolute.
         anchors (`Anchors`, *optional*): the K names of a logit-space bridge.
+        dataset (`str`, *optional*): what the images were, in words for people, such as ``"mteb/dtd (train)"``.
+        held_out (`float`, *optional*):
+            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth.
+            `None` where that tenth would be fewer than `MIN_HELD_OUT` pairs, and for a composed bridge.
+        scale_back (`float`, *optional*): s of the bridge the other way round, see [`invert`].
+        through (`tuple[str, ...]`): names of the models between the two, of a composed bridge.
     """
 
     space: Literal["embedding", "logit"]
@@ -121,9 +64,13 @@ class Bridge:
     weak: ModelId
     source: Literal["images", "text"]
     num_pairs: int
-    alignment: float
+    alignment: float | None
     beta: float = 0.0
-    anchors: Anchors | None = field(default=None)
+    anchors: Anchors | None = None
+    dataset: str | None = None
+    held_out: float | None = None
+    scale_back: float | None = None
+    through: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -161,16 +108,8 @@ class Bridge:
         if dataset is None and space == "logit":
             raise ValueError("a logit-space bridge needs images; without them build one in embedding space.")
         anchors = anchors or Anchors.universal()
-        texts = [None, None]
-        if space == "logit" or dataset is None:
-            texts = [model.embed_names(anchors.names, anchors.templates).cpu() for model in (weak, strong)]
-        if dataset is None:
-            moment = CrossMoment.zeros(strong.embed_dim, weak.embed_dim)
-            moment.update(texts[1], texts[0])
-        else:
-            options = {"accelerator": accelerator, "progress": progress, **embedding}
-            tables = [embed_dataset(model, dataset, **options) for model in (weak, strong)]
-            moment = image_moment(weak, strong, tables, texts if space == "logit" else None, accelerator)
+        options = {"accelerator": accelerator, "progress": progress, **embedding}
+        moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **options)
         return cls.from_moment(
             moment,
             ModelId.of(weak),
@@ -179,6 +118,7 @@ class Bridge:
             source="text" if dataset is None else "images",
             beta=beta if beta_per_image is None else beta_per_image * moment.n,
             anchors=anchors if space == "logit" or dataset is None else None,
+            held_out=held_out,
         )
 
     @classmethod
@@ -192,36 +132,162 @@ class Bridge:
         source: Literal["images", "text"] = "images",
         beta: float = BETA,
         anchors: Anchors | None = None,
+        held_out: CrossMoment | None = None,
     ) -> Bridge:
         """The bridge of a finished moment.
 
         Logit space: ``P = polar(X + βI)``, the orthogonal argmin of ``‖Z_strong P - Z_weak‖² + β‖P - I‖²``; β > 0 is
         needed where z has fewer directions than anchors. Embedding space: ``Q = polar(X)`` of centred rows, a
         partial isometry that drops directions without evidence, and ``s = tr(Qᵀ X) / ‖(x_weak - μ_w) Qᵀ‖²``.
+
+        Args:
+            held_out (`CrossMoment`, *optional*):
+                Of some of the same pairs. They are in the bridge like the others; one from the others alone is
+                aligned on them, for the attribute `held_out`.
         """
-        if space == "logit":
-            matrix, _ = polar(moment.cross + beta * torch.eye(len(moment.cross), dtype=torch.float64))
-            scale, centre, fit = 1.0, [torch.zeros_like(moment.strong), torch.zeros_like(moment.weak)], moment
-        else:
-            fit = moment.centred()
-            matrix, _ = polar(fit.cross, RANK_TOLERANCE)
-            mapped = float((matrix @ fit.weak_gram * matrix).sum())
-            scale, centre, beta = float((matrix * fit.cross).sum()) / max(mapped, 1e-12), [fit.strong, fit.weak], 0.0
-        size = (fit.strong_square * float(fit.weak_gram.trace())) ** 0.5
+        matrix, fit = moment.solve(space, beta)
+        scales, means = (1.0, 1.0), (torch.zeros_like(fit.strong), torch.zeros_like(fit.weak))
+        if space == "embedding":
+            overlap, means, beta = float((matrix * fit.cross).sum()), (fit.strong, fit.weak), 0.0
+            mapped = ((matrix @ fit.weak_gram * matrix).sum(), (fit.strong_gram @ matrix * matrix).sum())
+            scales = tuple(overlap / max(float(size), 1e-12) for size in mapped)
+        kept = None
+        if held_out is not None and held_out.n >= MIN_HELD_OUT:
+            others, _ = (moment - held_out).solve(space, beta)
+            kept = (held_out.centred() if space == "embedding" else held_out).alignment(others)
         return cls(
             space,
             matrix.float(),
-            scale,
-            centre[0].float(),
-            centre[1].float(),
+            scales[0],
+            means[0].float(),
+            means[1].float(),
             strong,
             weak,
             source,
             int(moment.n),
-            float((matrix * fit.cross).sum()) / max(size, 1e-12),
+            fit.alignment(matrix),
             beta,
             anchors,
+            held_out=kept,
+            scale_back=scales[1],
         )
+
+    @property
+    def derived(self) -> str | None:
+        """How a composed bridge came about, ``"composed of A -> B and B -> C"``; `None` for a built one."""
+        names = [self.weak.name, *self.through, self.strong.name]
+        steps = [f"{weak} -> {strong}" for weak, strong in zip(names, names[1:], strict=False)]
+        return f"composed of {' and '.join(steps)}" if self.through else None
+
+    def compose(self, then: Bridge) -> Bridge:
+        """From A to C, of this bridge from A to B and another from B to C: one after the other, exactly.
+
+        Embedding space: ``x_C ≈ μ_C + s₂Q₂(μ_B - μ'_B) + s₂s₁ · Q₂Q₁ (x_A - μ_A)``, where μ_B and μ'_B are what the
+        two took for B's mean. Where a bridge drops directions, or B is wider than A and C, Q₂Q₁ is no partial
+        isometry: it shrinks what Q₁ writes outside of what Q₂ reads. It is left that way; its polar factor, which
+        turns without shrinking, is worth the same (`tests/benchmarks/bridges.py`). Logit space: ``P = P₂P₁``,
+        orthogonal.
+
+        `alignment` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger;
+        `source` is images only if both are.
+
+        Args:
+            then (`Bridge`): from this one's strong model to a third.
+
+        Raises:
+            ValueError: `then` begins at another model or is in another space, or the anchors differ (logit space).
+        """
+        if self.strong.fingerprint != then.weak.fingerprint:
+            raise ValueError(
+                f"these bridges do not meet: one ends at {self.strong.name!r} (revision {self.strong.revision}), the "
+                f"other begins at {then.weak.name!r} (revision {then.weak.revision})."
+            )
+        if self.space != then.space:
+            raise ValueError(f"one bridge is in {self.space} space, the other in {then.space} space.")
+        if self.space == "logit" and self.anchors is not None and then.anchors is not None:
+            self.anchors.check_same(then.anchors)
+        carry, backs = then.scale * then.matrix.double(), (self.scale_back, then.scale_back)
+        shift = carry @ (self.mean_strong.double() - then.mean_weak.double())
+        datasets = {bridge.dataset: None for bridge in (self, then) if bridge.dataset}
+        return replace(
+            self,
+            matrix=(then.matrix.double() @ self.matrix.double()).float(),
+            scale=self.scale * then.scale,
+            mean_strong=(then.mean_strong.double() + shift).float(),
+            strong=then.strong,
+            source="images" if (self.source, then.source) == ("images", "images") else "text",
+            num_pairs=min(self.num_pairs, then.num_pairs),
+            alignment=None,
+            beta=max(self.beta, then.beta),
+            dataset=" and ".join(datasets) or None,
+            held_out=None,
+            scale_back=None if None in backs else backs[0] * backs[1],
+            through=(*self.through, self.strong.name or self.strong.fingerprint[:12], *then.through),
+        )
+
+    def invert(self) -> Bridge:
+        """The bridge from the strong model back to the weak: what building it from the same pairs would give.
+
+        ``polar(Xᵀ) = polar(X)ᵀ`` and ``polar(Xᵀ + βI) = polar(X + βI)ᵀ``: the matrix is transposed, the means change
+        places, the alignment stays. The factor is the slope of the other regression,
+        ``s' = tr(Qᵀ X) / ‖(x_strong - μ_s) Q‖²``, stored as `scale_back`; s·s' ≤ 1 with equality only without noise,
+        so there and back is no identity but shrinks what was lost on the way.
+
+        Raises:
+            ValueError: a file that does not hold `scale_back`.
+        """
+        if self.scale_back is None and self.space == "embedding":
+            raise ValueError("this bridge was saved without the factor of the way back: build it again.")
+        return replace(
+            self,
+            matrix=self.matrix.T.contiguous(),
+            scale=1.0 if self.scale_back is None else self.scale_back,
+            scale_back=self.scale,
+            mean_strong=self.mean_weak,
+            mean_weak=self.mean_strong,
+            strong=self.weak,
+            weak=self.strong,
+            through=self.through[::-1],
+        )
+
+    def measure(
+        self,
+        weak: DualEncoder,
+        strong: DualEncoder,
+        dataset=None,
+        *,
+        anchors: Anchors | None = None,
+        accelerator=None,
+        progress: bool = True,
+        **embedding,
+    ) -> float:
+        """The alignment on images (or names, without images) that may be other ones than the bridge was built from.
+
+        A composed bridge keeps it as its `alignment`.
+
+        Args:
+            weak, strong (`DualEncoder`): the pair.
+            dataset (`datasets.Dataset`, *optional*): images.
+            anchors (`Anchors`, *optional*): without images, the names; a vocabulary of common nouns when omitted.
+            **embedding: passed to `embed_dataset`.
+
+        Returns:
+            `float`: at most 1, see [`CrossMoment.alignment`].
+
+        Raises:
+            ValueError: another pair of models, or no images for a logit-space bridge.
+        """
+        self.weak.check(weak, "weak")
+        self.strong.check(strong, "strong")
+        if dataset is None and self.space == "logit":
+            raise ValueError("a logit-space bridge is measured on images: pass some.")
+        anchors = (self.anchors if self.space == "logit" else anchors) or Anchors.universal()
+        options = {"accelerator": accelerator, "progress": progress, **embedding}
+        moment, _ = sum_dataset(weak, strong, dataset, self.space, anchors, **options)
+        found = (moment.centred() if self.space == "embedding" else moment).alignment(self.matrix)
+        if self.derived:
+            self.alignment = found
+        return found
 
     def carry_basis(self, basis: Tensor) -> Tensor:
         """The strong model's basis ``W Pᵀ`` (D, K) of a published adapter: ``z_strong (W Pᵀ)ᵀ = z_strong P Wᵀ``.
@@ -265,72 +331,3 @@ class Bridge:
         full = self.mean_strong + (tuned - self.mean_weak) @ carry.T
         delta = strong_text + change @ carry.T
         return {"full": normalize(full, dim=-1), "delta": normalize(delta, dim=-1)}
-
-    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Writes one safetensors file, atomically.
-
-        Raises:
-            FileExistsError: `path` exists and `overwrite` is `False`.
-        """
-        path = Path(path)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; choose another path or overwrite=True.")
-        tensors = {"matrix": self.matrix, "mean_strong": self.mean_strong, "mean_weak": self.mean_weak}
-        facts = {key: getattr(self, key) for key in ("space", "scale", "source", "num_pairs", "alignment", "beta")}
-        facts.update(strong=asdict(self.strong), weak=asdict(self.weak))
-        facts["anchors"] = None if self.anchors is None else self.anchors.to_dict()
-        metadata = {"format": _FORMAT, "bridge": json.dumps(facts)}
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Bridge:
-        """Reads what [`save`] wrote, and checks it.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: not a bridge, a damaged one, shapes that do not fit, values that are not finite, or a matrix
-                that is not (semi-)orthogonal.
-        """
-        tensors, metadata = read_tensors(path, _FORMAT, "bridge", "Bridge.save")
-        facts = read_metadata_json(path, metadata, "bridge", dict)
-        known = {"space", "scale", "source", "num_pairs", "alignment", "beta", "strong", "weak", "anchors"}
-        if set(facts) != known or set(tensors) != {"matrix", "mean_strong", "mean_weak"}:
-            raise ValueError(f"{path} is damaged: it holds {sorted(facts)} and {sorted(tensors)}.")
-        for key, tensor in tensors.items():
-            check_finite(tensor.reshape(1, -1), f"{key} of {path}")
-        matrix = tensors["matrix"].double()
-        if matrix.shape != (len(tensors["mean_strong"]), len(tensors["mean_weak"])):
-            raise ValueError(f"{path}: the matrix {tuple(matrix.shape)} does not fit its means.")
-        gram = matrix @ matrix.T
-        if not torch.allclose(gram @ gram, gram, atol=1e-3):  # a projection: Q is a partial isometry
-            raise ValueError(f"{path}: the matrix is not orthogonal; the file was changed or damaged.")
-        try:
-            facts["anchors"] = None if facts["anchors"] is None else Anchors.from_dict(facts["anchors"])
-            facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
-            facts.update({key: float(facts[key]) for key in ("scale", "alignment", "beta")})
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
-        if facts["space"] not in ("embedding", "logit"):
-            raise ValueError(f"{path} is damaged: there is no space {facts['space']!r}.")
-        return cls(**tensors, **facts)
-
-
-def image_moment(
-    weak: DualEncoder, strong: DualEncoder, tables: Sequence, texts: Sequence[Tensor] | None, accelerator=None
-) -> CrossMoment:
-    """The cross moment of two feature tables of the same images: embeddings, or with `texts` standardised logits.
-
-    Processes take every other block and add their sums up.
-    """
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    widths = (strong.embed_dim, weak.embed_dim) if texts is None else (len(texts[1]), len(texts[0]))
-    moment = CrossMoment.zeros(*widths)
-    for number, (x_weak, x_strong) in enumerate(zip(*(table.batches(4096) for table in tables), strict=True)):
-        if number % world != rank:
-            continue
-        if texts is not None:
-            x_weak = standardise(weak.logit_scale.cpu() * x_weak @ texts[0].T)[0]
-            x_strong = standardise(strong.logit_scale.cpu() * x_strong @ texts[1].T)[0]
-        moment.update(x_strong, x_weak)
-    return moment.reduce(accelerator)

@@ -18,12 +18,14 @@ from transformers import CLIPModel
 from . import figures, report, sandbox
 from .anchors import Anchors
 from .backbone import DualEncoder
-from .bridge import Bridge, ModelId, image_moment
+from .bridge import Bridge
 from .classifier import AnchorClassifier
 from .comparison import Comparison, compare
 from .evaluation import Score, aggregate, evaluate
 from .extraction import ExtractionConfig, extract
 from .features import embed_dataset
+from .fingerprint import ModelId
+from .moments import image_moment
 from .prompt_tuning import TuningConfig, tune
 from .splits import base_novel, few_shot
 from .transferring import transfer

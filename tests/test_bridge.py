@@ -1,21 +1,18 @@
 """Bridges: what the map of a pair of models is, what it carries, and that a file of one is checked."""
 
-import dataclasses
-import json
-
 import pytest
 import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.bridge import Bridge, CrossMoment, ModelId
+from hf_transmiter.bridge import Bridge
 from hf_transmiter.features import embed_dataset
+from hf_transmiter.fingerprint import ModelId
+from hf_transmiter.moments import CrossMoment
 from hf_transmiter.solvers import polar, standardise
 
 
@@ -215,20 +212,6 @@ def test_class_vectors_over_a_logit_bridge_computed_directly():
         bridge.carry_class_vectors(tuned.float(), weak_text.float(), strong_text.float())
 
 
-def test_moments_are_checked():
-    moment = CrossMoment.zeros(3, 2)
-    with pytest.raises(ValueError, match="rows must come in pairs, got 4 of the strong and 3 of the weak"):
-        moment.update(rows(4, 3), rows(3, 2))
-    bad = rows(4, 2)
-    bad[1, 1] = float("nan")
-    with pytest.raises(ValueError, match="weak rows hold NaN .* first in row 1"):
-        moment.update(rows(4, 3), bad)
-    assert moment.n == 0  # nothing of the refused rows was added
-    moment.update(rows(1, 3), rows(1, 2))
-    with pytest.raises(ValueError, match="at least two pairs, got 1: pass more images or names"):
-        moment.centred()
-
-
 # Bridges of models
 
 
@@ -281,47 +264,6 @@ def test_of_another_model(pair):
     bridge.weak.check(pair[0], "weak")
     with pytest.raises(ValueError, match="built for the weak model .*clip.* load that model, or build a bridge"):
         bridge.weak.check(pair[1], "weak")
-
-
-# Files
-
-
-@pytest.mark.parametrize("space", ["logit", "embedding"])
-def test_save_and_load(tmp_path, space):
-    names = anchors(6) if space == "logit" else None
-    bridge = bridge_of(rows(40, 6), rows(40, 6, 1), space, anchors=names, beta=3.0)
-    path = tmp_path / "new" / "bridge.safetensors"
-    bridge.save(path)
-    back = Bridge.load(path)
-    for field in dataclasses.fields(bridge):
-        left, right = getattr(bridge, field.name), getattr(back, field.name)
-        assert torch.equal(left, right) if torch.is_tensor(left) else left == right
-    assert [file.name for file in path.parent.iterdir()] == ["bridge.safetensors"]
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        bridge.save(path)
-    bridge.save(path, overwrite=True)
-
-
-def test_broken_files(tmp_path):
-    path = tmp_path / "bridge.safetensors"
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        Bridge.load(path)
-    save_file({"matrix": torch.eye(2)}, path)
-    with pytest.raises(ValueError, match="is not a bridge; write one with Bridge.save"):
-        Bridge.load(path)
-    bridge_of(rows(40, 6), rows(40, 4, 1), "embedding").save(path, overwrite=True)
-    good = load_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["bridge"])["space"] == "embedding"
-    for change, message in (
-        ({"matrix": 2 * good["matrix"]}, "not orthogonal; the file was changed or damaged"),
-        ({"matrix": good["matrix"] / 0}, "matrix of .* hold NaN"),
-        ({"mean_weak": torch.zeros(5)}, "does not fit its means"),
-    ):
-        save_file({**good, **change}, path, metadata=metadata)
-        with pytest.raises(ValueError, match=message):
-            Bridge.load(path)
 
 
 def test_widths_and_families_may_differ(tmp_path, model_dir):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_transmiter.bridge import Bridge, ModelId
+from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.files import replace_file
+from hf_transmiter.fingerprint import ModelId
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-from hf_transmiter.bridge import image_moment
 from hf_transmiter.evaluation import measured
 from hf_transmiter.extraction import ExtractionConfig, closed_form, gradient
 from hf_transmiter.features import FeatureTable
+from hf_transmiter.moments import image_moment
 from hf_transmiter.transferring import TransferConfig, refit
 
 
