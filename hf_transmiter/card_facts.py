@@ -18,7 +18,6 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from . import __version__
 from .card_text import Raw, escape, one_line, span
 from .evaluation import Score
 from .hub import SANDBOX, split_revision
@@ -44,6 +43,8 @@ _MAX_STEPS = 8
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what an adapter says, to be noted when it is made."""
+    from . import __version__  # the package is no module of its own order
+
     versions = {"python": platform.python_version(), "hf_transmiter": __version__}
     for library in ("torch", "transformers", "peft", "datasets", "safetensors"):
         try:
