@@ -94,11 +94,18 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise
     except HTTPError as error:  # of the HTTP client; those of the Hub are among them
         raise OSError(_in_words(error, repo_id)) from error
+    except RuntimeError as error:  # what a failed transfer of a large file ends in
+        cause = error.__cause__
+        raise OSError(_in_words(cause if isinstance(cause, HTTPError) else error, repo_id)) from error
     except json.JSONDecodeError as error:
         raise OSError(f"The Hub's answer about {repo_id} cannot be read; try again later.") from error
 
 
-def _in_words(error: Exception | None, repo_id: str) -> str:
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _in_words(error: BaseException, repo_id: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"{repo_id} is gated: ask for access on its page, then log in with `hf auth login`."
     if isinstance(error, RepositoryNotFoundError):
@@ -107,12 +114,10 @@ def _in_words(error: Exception | None, repo_id: str) -> str:
             "private, log in with `hf auth login` or pass `token`."
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} has no such branch, tag or commit. {error.server_message or ''}".strip()
+        return f"{repo_id} has no such branch, tag or commit ({_one_line(error.server_message)})."
     if not isinstance(error, HfHubHTTPError):
-        return (
-            f"The connection to the Hub failed ({error}); try again. What has arrived of an upload is not sent again."
-        )
-    status, said = error.response.status_code, error.server_message or error.response.reason_phrase
+        return f"The connection to the Hub failed ({_one_line(error)}); try again: what has arrived is not sent again."
+    status, said = error.response.status_code, _one_line(error.server_message or error.response.reason_phrase)
     remedy = {
         401: "log in with `hf auth login`, or pass a valid `token`",
         403: "this takes a token that may write there (`hf auth login`); to propose a change to another's repository, "

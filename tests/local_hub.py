@@ -52,6 +52,7 @@ class LocalHub(socketserver.ThreadingTCPServer):
         """Two accounts, nothing else."""
         self.users = {"hf_alice": "alice", "hf_bob": "bob"}  # token -> name
         self.repos: dict[str, Repository] = {}
+        self.gated: set[str] = set()  # ids of those that only the owner may read, though all may see them
         self.blobs: dict[str, bytes] = {}  # LFS files that were uploaded, by sha256
         self.log: list[tuple[str, str]] = []
         self.faults: list[Fault] = []

@@ -187,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
             if user is None:  # The Hub does not tell strangers what exists. Over https, 401 is enough for the client.
                 raise Refusal(401, "Invalid username or password.", "RepoNotFound")
             raise Refusal(404, "Repository not found", "RepoNotFound")
+        if user != owner and repo_id in self.hub.gated:
+            raise Refusal(403, f"Access to model {repo_id} is restricted.", "GatedRepo")
         if write and user != owner:
             raise Refusal(403, "Authorization error.")
         return repo
