@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from huggingface_hub import CommitInfo
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -20,10 +20,15 @@ from transformers.utils import ModelOutput
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
+from .hub import fetch
+from .transfers import write_adapter
 
 
 if TYPE_CHECKING:
     from .tuners import TransMiterConfig
+
+ANCHORS = "anchors.json"
+CALIBRATION = "calibration.safetensors"
 
 
 @dataclass
@@ -49,9 +54,6 @@ class AnchorClassifier(nn.Module):
         anchors (`Anchors`): the K names.
         text_embeds (`Tensor`, *optional*): (K, d) unit embeddings of the anchors; computed when first needed.
 
-    Attributes:
-        calibration (`CalibrationPack` or `None`): the teacher's logits an adapter was fitted to; saved with it.
-
     Example:
 
     ```python
@@ -66,7 +68,8 @@ class AnchorClassifier(nn.Module):
         self.encoder, self.anchors = encoder, anchors
         self.model = encoder.model
         self.name_or_path = encoder.name_or_path  # PEFT notes it as base_model_name_or_path
-        self.calibration: CalibrationPack | None = None
+        self._calibration: CalibrationPack | None = None
+        self._saved: tuple[str, dict] | None = None  # the repository an adapter was loaded from
         self._peft: list[PeftModel] = []  # a list hides it from nn.Module: the PeftModel contains this module
         if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
             raise ValueError(
@@ -92,6 +95,19 @@ class AnchorClassifier(nn.Module):
         """Configuration of the adapter that answers, `None` without one."""
         layer = getattr(self, "transmiter", None)
         return None if layer is None or layer.active_name is None else layer.configs[layer.active_name]
+
+    @property
+    def calibration(self) -> CalibrationPack | None:
+        """The teacher's logits an adapter was fitted to; read from the adapter's repository when first asked for."""
+        if self._calibration is None and self._saved is not None:
+            (source, hub), self._saved = self._saved, None
+            path = fetch(source, CALIBRATION, **hub)
+            self._calibration = None if path is None else CalibrationPack.load(path)
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, pack: CalibrationPack | None) -> None:
+        self._calibration, self._saved = pack, None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -164,7 +180,8 @@ class AnchorClassifier(nn.Module):
         Returns:
             `AnchorClassifier`: itself.
         """
-        config.revision = self.encoder.revision
+        config.base_model_name_or_path, config.revision = self.encoder.name_or_path, self.encoder.revision
+        config.base_fingerprint = self.encoder.fingerprint
         if self.adapter is None:
             self._peft[:] = [get_peft_model(self, config, adapter_name=name)]
         else:
@@ -178,34 +195,83 @@ class AnchorClassifier(nn.Module):
             self.transmiter.set_anchors(name, self.encoder.embed_names(config.anchors.names, config.templates))
         return self.requires_grad_(False)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes the adapter in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), and
-        `calibration.safetensors` when there is a calibration pack. Each file is replaced in one step.
+    def adapter_tensors(self) -> tuple[dict, dict[str, Tensor]]:
+        """Configuration and weights of the adapter that answers, as `transfers.read_adapter` reads them from files.
 
         Raises:
-            ValueError: there is no adapter to save.
+            ValueError: there is no adapter.
         """
-        if self.adapter is None:
+        if self.adapter_config is None:
             raise ValueError("there is no adapter to save: attach one with add_adapter, or run extract or transfer.")
+        tensors = self.transmiter.tensors(self.transmiter.active_name)
+        base = type(self.model)
+        auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        config = {**self.adapter_config.to_dict(), "inference_mode": True, "auto_mapping": auto_mapping}
+        config["target_modules"] = None  # PEFT's bookkeeping
+        return config, {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, dtype: torch.dtype | None = None, measure_on=None
+    ) -> None:
+        """Writes the adapter in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), its names
+        (`anchors.json`), `calibration.safetensors` when there is a calibration pack, and the card (`README.md`). Each
+        file is replaced in one step; others in the folder stay.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): `torch.float16` halves the weights.
+            measure_on (`datasets.Dataset`, *optional*):
+                Images to measure what the rounding changes, for the card (`evaluation.rounding`); otherwise it says
+                "not measured".
+
+        Raises:
+            FileExistsError: the folder holds another adapter with scores or transfers of its own.
+            ValueError: there is no adapter to save, or `dtype` is not a floating type.
+        """
+        config, tensors = self.adapter_tensors()
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating type such as torch.float16, got {dtype}.")
+        if dtype is not None:
+            from .evaluation import rounding  # not at the top: it comes later in the order of the package
+
+            facts = {} if measure_on is None else rounding(self, measure_on, dtype)
+            config["provenance"] = {**config["provenance"], "saved_as": {"dtype": str(dtype).split(".")[-1], **facts}}
+            tensors = {part: tensor.to(dtype) for part, tensor in tensors.items()}
+        write_adapter(save_directory, config, tensors)
         target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
-            if (target / "README.md").is_file():  # PEFT updates a card where it finds one
-                shutil.copy(target / "README.md", temporary)
-            self.adapter.save_pretrained(
-                str(temporary), selected_adapters=self.adapter.active_adapters, save_embedding_layers=False
-            )
-            written = (
-                temporary if self.adapter.active_adapter == "default" else temporary / self.adapter.active_adapter
-            )
-            if self.calibration is not None:
-                self.calibration.save(written / "calibration.safetensors")
-            for file in written.iterdir():
-                if file.is_file():
-                    os.replace(file, target / file.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        self.adapter_config.anchors.save(target / ANCHORS, overwrite=True)
+        if self.calibration is not None:
+            self.calibration.save(target / CALIBRATION)
+        from .cards import write_card
+
+        write_card(target)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        base_model: str | None = None,
+        dtype: torch.dtype | None = None,
+        measure_on=None,
+    ) -> CommitInfo:
+        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and `sharing.push`.
+
+        Args:
+            repo_id (`str`): ``user/name``; made if it is not there.
+            private, commit_message, create_pr, token (*optional*): as everywhere in huggingface_hub.
+            base_model (`str`, *optional*): Hub id of the model, where it was loaded from a local folder.
+            dtype, measure_on (*optional*): see [`save_pretrained`].
+        """
+        from .sharing import push
+
+        options = {"private": private, "commit_message": commit_message, "create_pr": create_pr, "token": token}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype=dtype, measure_on=measure_on)
+            return push(folder, repo_id, base_model=base_model, **options)
 
     @classmethod
     def from_pretrained(
@@ -223,29 +289,23 @@ class AnchorClassifier(nn.Module):
 
         Args:
             adapter (`str` or `os.PathLike`): folder or Hub id.
-            encoder (`DualEncoder`, *optional*): the model it was made for; loaded by the name in the adapter's config
-                when omitted.
+            encoder (`DualEncoder`, *optional*): the model it was made for, loaded by the name in the adapter's config
+                when omitted; or a model that the adapter's repository has a finished transfer for, which is taken.
 
         Raises:
-            ValueError: not a TransMiter adapter, made for another embedding width, or a tensor is missing, of the
-                wrong shape, or not finite.
+            ValueError: not a TransMiter adapter, made for another model and there is no transfer to this one, or a
+                tensor is missing, of the wrong shape, or not finite.
         """
         hub = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
         hub = {key: value for key, value in hub.items() if value is not None}
-        config = PeftConfig.from_pretrained(os.fspath(adapter), local_files_only=local_files_only, **hub)
-        if config.peft_type != "TRANSMITER":
-            raise ValueError(f"{adapter} holds a {config.peft_type} adapter, not a TransMiter adapter.")
+        hub |= {"local_files_only": True} if local_files_only else {}
+        from .tuners import TransMiterConfig  # not at the top: tuners come later
+
+        config = TransMiterConfig.from_pretrained(os.fspath(adapter), **hub)
         if encoder is None:
-            shared = {key: hub[key] for key in ("token", "cache_dir") if key in hub}
-            encoder = DualEncoder.from_pretrained(
-                config.base_model_name_or_path, revision=config.revision, local_files_only=local_files_only, **shared
-            )
+            shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
+            encoder = DualEncoder.from_pretrained(config.base_model_name_or_path, revision=config.revision, **shared)
         classifier = cls(encoder, config.anchors)
-        loaded = PeftModel.from_pretrained(
-            classifier, os.fspath(adapter), config=config, local_files_only=local_files_only, **hub
-        )
-        classifier._peft.append(loaded)
-        pack = Path(adapter) / (subfolder or "") / "calibration.safetensors"
-        if pack.is_file():
-            classifier.calibration = CalibrationPack.load(pack)
+        classifier._peft.append(PeftModel.from_pretrained(classifier, os.fspath(adapter), config=config, **hub))
+        classifier._saved = (os.fspath(adapter), hub)
         return classifier.requires_grad_(False)

@@ -34,6 +34,15 @@ class ModelId:
     def of(cls, encoder) -> ModelId:
         return cls(encoder.name_or_path, encoder.revision, encoder.fingerprint)
 
+    def is_of(self, encoder) -> bool:
+        """Whether `encoder` is this model: the very revision of it, or equal weights and processor. Weights in half
+        precision have another fingerprint than the same in float32; there the name decides."""
+        if self.revision is not None and (self.name, self.revision) == (encoder.name_or_path, encoder.revision):
+            return True
+        if encoder.dtype != torch.float32 and self.name is not None and self.name == encoder.name_or_path:
+            return True
+        return encoder.fingerprint == self.fingerprint
+
     def check(self, encoder, role: str) -> None:
         """
         Raises:

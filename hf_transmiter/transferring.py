@@ -77,41 +77,82 @@ def transfer(
         bridge = Bridge.build(weak, strong, dataset, space=space, anchors=anchors, **beta, **options)
     else:
         bridge.weak.check(weak, "weak")
-        bridge.strong.check(strong, "strong")
+    if config.zero_shot_weight is not None:
+        weight = config.zero_shot_weight
+    else:
+        weight = 1 / 3 if unseen else 0.0
+    tensors = {key: tensor.cpu() for key, tensor in adapter.transmiter.tensors(adapter.transmiter.active_name).items()}
+    content, tensors = carry(source.to_dict(), tensors, strong, bridge, weak=weak, zero_shot_weight=weight)
+    upgraded, facts = TransMiterConfig.from_peft_type(**content), content["provenance"]
+    wanted = not unseen if config.refit is None else config.refit
+    if source.form == "class_vectors" and dataset is not None and wanted:
+        table = embed_dataset(strong, dataset, **options)
+        pack, own = _teacher_on(table, dataset, adapter, teacher, options), _own_vectors(source.provenance)
+        vectors, text = tensors["class_vectors"], tensors["anchors"]
+        tensors.update(refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own))
+        facts.update(refit_on=len(table), teacher_logits=pack is not None)
+    text = tensors["anchors"].to(strong.device)
+    return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, tensors)
+
+
+def carry(
+    content: dict,
+    tensors: dict[str, Tensor],
+    strong: DualEncoder,
+    bridge: Bridge,
+    *,
+    weak: DualEncoder | None = None,
+    zero_shot_weight: float = 0.0,
+) -> tuple[dict, dict[str, Tensor]]:
+    """An adapter over a bridge, without an image and without the weak model: what [`transfer`] starts from.
+
+    Args:
+        content (`dict`), tensors (`dict[str, Tensor]`):
+            Of the weak model's adapter: its configuration and weights as `transfers.read_adapter` reads them.
+        strong (`DualEncoder`): the new model; embeds the names.
+        bridge (`Bridge`): between the adapter's model and `strong`.
+        weak (`DualEncoder`, *optional*): needed only to carry class vectors over a logit-space bridge.
+        zero_shot_weight (`float`, *optional*, defaults to 0.0): see [`TransferConfig`].
+
+    Returns:
+        Configuration and tensors of the strong model's adapter.
+
+    Raises:
+        ValueError: a bridge of another pair, space or other anchors, or the weak model is missing.
+    """
+    source = TransMiterConfig.from_peft_type(**content)
+    bridge.strong.check(strong, "strong")
+    if source.base_fingerprint not in (None, bridge.weak.fingerprint):
+        raise ValueError(
+            f"the adapter was made for {source.base_model_name_or_path!r} (revision {source.revision}), the bridge "
+            f"begins at {bridge.weak.name!r} (revision {bridge.weak.revision}): take a bridge of this pair."
+        )
+    text = strong.embed_names(source.anchors.names, source.templates).cpu()
     facts = {
         "step": "transfer",
         "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
         "bridge": {key: getattr(bridge, key) for key in ("space", "source", "num_pairs", "alignment", "beta")},
         "extracted": source.provenance,
     }
-    text = strong.embed_names(source.anchors.names, source.templates).cpu()
-    tensors = {key: tensor.cpu() for key, tensor in adapter.transmiter.tensors(adapter.transmiter.active_name).items()}
     if source.form == "mlp":
         if bridge.space == "logit" and bridge.anchors is not None:
             bridge.anchors.check_same(source.anchors)
-        tensors.update(basis=bridge.carry_basis(tensors["basis"]), anchors=text)
+        tensors = {**tensors, "basis": bridge.carry_basis(tensors["basis"].float()), "anchors": text}
     else:
-        weight = config.zero_shot_weight
-        weight = (1 / 3 if unseen else 0.0) if weight is None else weight
         anchor_texts = None
         if bridge.space == "logit":
+            if weak is None:
+                raise ValueError("class vectors cross a logit-space bridge by the weak model's texts: pass it.")
             names, templates = bridge.anchors.names, bridge.anchors.templates
             anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
-        carried = bridge.carry_class_vectors(tensors["class_vectors"], tensors["anchors"], text, anchor_texts)
-        own = bool(source.provenance.get("own_class_vectors"))
-        if not own:
+        vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
+        carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
+        if not _own_vectors(source.provenance):
             # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
             carried = {"delta": carried["delta"]}
-        vectors = interpolate(carried, text, weight)
+        vectors = interpolate(carried, text, zero_shot_weight)
         tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
-        facts["zero_shot_weight"] = weight
-        wanted = not unseen if config.refit is None else config.refit
-        if dataset is not None and wanted:
-            table = embed_dataset(strong, dataset, **options)
-            pack = _teacher_on(table, dataset, adapter, teacher, options)
-            fitted = refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own)
-            tensors.update(fitted)
-            facts.update(refit_on=len(table), teacher_logits=pack is not None)
+        facts["zero_shot_weight"] = zero_shot_weight
     upgraded = TransMiterConfig(
         class_names=list(source.class_names),
         auxiliary_names=list(source.auxiliary_names),
@@ -119,9 +160,18 @@ def transfer(
         form=source.form,
         width=source.width,
         mlp_ratio=source.mlp_ratio,
+        embed_dim=strong.embed_dim,
+        base_model_name_or_path=strong.name_or_path,
+        revision=strong.revision,
+        base_fingerprint=strong.fingerprint,
         provenance=facts,
     )
-    return AnchorClassifier(strong, source.anchors, text.to(strong.device)).add_adapter(upgraded, tensors)
+    return upgraded.to_dict(), tensors
+
+
+def _own_vectors(provenance: dict) -> bool:
+    """Whether the teacher had class vectors of its own (a prompt), or a tuned image tower was distilled."""
+    return bool(provenance.get("own_class_vectors"))
 
 
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 
 from ...anchors import DEFAULT_TEMPLATES, Anchors
+from ...transfers import read_config
 from ..registration import PeftType
 
 
@@ -37,6 +39,9 @@ class TransMiterConfig(PeftConfig):
         embed_dim (`int`, *optional*): d of the model the adapter fits; read from the model when omitted.
         seed (`int`, *optional*, defaults to 0): of the initial basis and MLP.
         anchors_fingerprint (`str`, *optional*): filled in; a config whose names were edited is refused.
+        base_fingerprint (`str`, *optional*):
+            Fingerprint of the model the adapter was made for, filled in by [`AnchorClassifier`]. On another model a
+            finished transfer is taken from the adapter's repository, see `hf_transmiter.transfers`.
         provenance (`dict`, *optional*): how the adapter came about; written by `extract` and `transfer`.
 
     Raises:
@@ -55,10 +60,15 @@ class TransMiterConfig(PeftConfig):
     embed_dim: int | None = field(default=None, metadata={"help": "Embedding width d of the model it fits."})
     seed: int = field(default=0, metadata={"help": "Seed of the initial basis and MLP."})
     anchors_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of names and templates."})
+    base_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the model it was made for."})
     provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "How the adapter came about."})
     # PEFT reads both on every config; the layer hangs on the model's root, so there is nothing to choose.
     target_modules: str | None = field(default=None, metadata={"help": "Not used: the adapter sits on the root."})
     exclude_modules: str | None = field(default=None, metadata={"help": "Not used."})
+
+    # Not part of the configuration: where it was loaded from, and the tensors of the transfer that was taken there.
+    source = None
+    tensors = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,6 +91,15 @@ class TransMiterConfig(PeftConfig):
                 f"K = {anchors.num_anchors} anchors do not fit a basis of width D = {self.width}: orthonormal columns "
                 "need D >= K. Use fewer auxiliary names or a larger width."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs):
+        """As in PEFT; files are checked, and where they came from is kept for finding transfers."""
+        options = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir", "local_files_only")}
+        hub = {"subfolder": subfolder, **{key: value for key, value in options.items() if value is not None}}
+        config = cls.from_peft_type(**read_config(pretrained_model_name_or_path, **hub))
+        config.source = (os.fspath(pretrained_model_name_or_path), hub)
+        return config
 
     @property
     def anchors(self) -> Anchors:

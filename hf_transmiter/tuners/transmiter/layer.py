@@ -14,7 +14,8 @@ from .config import TransMiterConfig
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
-    return q * torch.diagonal(r).sign()  # the sign makes the draw uniform over orthonormal bases
+    # The sign makes the draw uniform over orthonormal bases; rows in memory order, as they are loaded.
+    return (q * torch.diagonal(r).sign()).contiguous()
 
 
 def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:

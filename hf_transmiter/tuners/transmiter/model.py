@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...backbone import is_dual_encoder
 from ...families import shared_width
 from ...solvers import check_finite
+from .choosing import take_transfer
 from .config import TransMiterConfig
 from .layer import TransMiterLayer
 
@@ -42,6 +43,7 @@ class TransMiterModel(BaseTuner):
                 f"TransMiter needs a two-tower model or an AnchorClassifier, got {type(root).__name__}: load the "
                 "whole model (for example CLIPModel), not one tower."
             )
+        take_transfer(peft_config, root)
         embed_dim = root.encoder.embed_dim if isinstance(root, AnchorClassifier) else shared_width(root)
         if peft_config.embed_dim not in (None, embed_dim):
             raise ValueError(
@@ -80,9 +82,13 @@ class TransMiterModel(BaseTuner):
         path, layer = next(
             (path, module) for path, module in model.named_modules() if isinstance(module, TransMiterLayer)
         )
-        for part, own in layer.tensors(adapter_name).items():
-            container, _, rest = part.partition(".")
-            given = found.get(".".join(filter(None, (path, cls.prefix + container, adapter_name, rest))))
+        own_tensors = layer.tensors(adapter_name)
+        keys = {part: _key(path, cls.prefix + part, adapter_name) for part in own_tensors}
+        if config.tensors is not None:  # of the transfer that fits this model
+            found = {keys.get(part, part): tensor for part, tensor in config.tensors.items()}
+            config.tensors = None
+        for part, own in own_tensors.items():
+            given = found.get(keys[part])
             if given is None or given.shape != own.shape:
                 problem = "is missing" if given is None else f"has the shape {tuple(given.shape)}"
                 raise ValueError(
@@ -99,3 +105,9 @@ class TransMiterModel(BaseTuner):
             hook.remove()
         del self.model.transmiter
         return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+
+def _key(path: str, part: str, adapter_name: str) -> str:
+    """Name of a tensor in the model's state dict: the adapter's name stands behind the container's."""
+    container, _, rest = part.partition(".")
+    return ".".join(filter(None, (path, container, adapter_name, rest)))

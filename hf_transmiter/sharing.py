@@ -1,0 +1,129 @@
+"""[`push`]: a saved adapter, tuned model or bridge to the Hub, in one commit, with its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from .cards import write_card
+from .hub import fetch, push_folder
+from .transfers import CONFIG, SCORES, WEIGHTS
+
+
+CARD = "README.md"
+BRIDGE = "bridge.safetensors"
+# What belongs into a repository; settings, checkpoints and whatever else lies in the folder stay at home.
+SHARED = (
+    *(CONFIG, WEIGHTS, BRIDGE, SCORES, CARD),
+    *("anchors.json", "calibration.safetensors", "teacher.json", "transfers/*"),
+)
+# What describes an adapter's weights, and would be wrong beside others.
+_OF_THE_WEIGHTS = (SCORES, "calibration.safetensors", "transfers/*")
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    base_model: str | None = None,
+) -> CommitInfo:
+    """Uploads what `save_pretrained`, `hf-transmiter tune` or `Bridge.save_pretrained` wrote, in one commit.
+
+    The card is written anew from the files; what people added to its metadata (license, datasets, tags), or a card of
+    their own, stays, whether it lies in the folder or in the repository. New weights in an existing repository take
+    its old scores, calibration and transfers away, which belonged to the old ones; the history keeps them.
+
+    Args:
+        folder (`str` or `os.PathLike`): what to share.
+        repo_id (`str`): ``user/name``; made if it is not there.
+        private (`bool`, *optional*): whether a new repository is private.
+        commit_message (`str`, *optional*): the commit's title.
+        create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
+        token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
+        base_model (`str`, *optional*): Hub id of the base model, where it was loaded from a local folder.
+
+    Raises:
+        FileNotFoundError: nothing to share in the folder.
+        ValueError: the base model is a local folder and `base_model` is not given.
+        OSError: the Hub refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    if not any((folder / file).is_file() for file in (CONFIG, BRIDGE)):
+        raise FileNotFoundError(f"there is neither {CONFIG} nor {BRIDGE} in {str(folder)!r}: nothing to share.")
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        for pattern in SHARED:
+            for file in folder.glob(pattern):
+                target = scratch / file.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+        if (scratch / CONFIG).is_file():
+            _name_base_model(scratch, base_model)
+        theirs = _file_there(repo_id, CARD, token)
+        if theirs is not None and not (scratch / CARD).is_file():
+            shutil.copyfile(theirs, scratch / CARD)
+        write_card(scratch)
+        what = "bridge" if (scratch / BRIDGE).is_file() else "adapter"
+        return push_folder(
+            scratch,
+            repo_id,
+            commit_message=commit_message or f"Upload {what} with hf_transmiter",
+            private=private,
+            create_pr=create_pr,
+            token=token,
+            delete=_stale(scratch, repo_id, token),
+        )
+
+
+def _name_base_model(folder: Path, base_model: str | None) -> None:
+    """Puts the model's Hub id where a path of this machine stood, in every file that names models."""
+    local = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base_model is None and local is not None and Path(local).is_dir():
+        raise ValueError(
+            f"the base model is the local folder {local!r}, which nobody else has: pass the Hub id it can be found "
+            "under, base_model='user/model' (--base-model)."
+        )
+    for file in (CONFIG, "teacher.json"):
+        if (folder / file).is_file():
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+            text = json.dumps(_without_paths(content, local, base_model), indent=2, sort_keys=True)
+            (folder / file).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_paths(value, local: str | None, base_model: str | None):
+    if isinstance(value, dict):
+        return {key: _without_paths(item, local, base_model) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item, local, base_model) for item in value]
+    if not isinstance(value, str):
+        return value
+    if base_model is not None and value == local:
+        return base_model
+    return Path(value).name if os.path.isabs(value) and Path(value).exists() else value
+
+
+def _file_there(repo_id: str, file: str, token: str | bool | None) -> Path | None:
+    """A file of the repository as it is now, `None` where there is no such repository or file."""
+    try:
+        head = HfApi(token=token).model_info(repo_id).sha
+    except RepositoryNotFoundError:
+        return None
+    return fetch(repo_id, file, revision=head, token=token)
+
+
+def _stale(folder: Path, repo_id: str, token: str | bool | None) -> list[str]:
+    theirs = _file_there(repo_id, WEIGHTS, token)
+    mine = folder / WEIGHTS
+    if theirs is None or not mine.is_file() or theirs.read_bytes() == mine.read_bytes():
+        return []
+    return list(_OF_THE_WEIGHTS)

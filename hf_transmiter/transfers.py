@@ -1,0 +1,257 @@
+"""Finished transfers: what an adapter became on other models, kept in its repository.
+
+``transfers/index.json`` names the models. ``transfers/<model>.safetensors`` holds the finished adapter of one (kind
+``"adapter"``: tensors as in ``adapter_model.safetensors``, its configuration in the metadata) or the bridge to it (kind
+``"bridge"``, see [`Bridge`]). Loading the adapter on one of these models takes its transfer by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save, save_file
+
+from .files import read_metadata_json, read_tensors, replace_file
+from .fingerprint import ModelId
+from .hub import fetch, read_json, split_revision
+from .trust import KEY_PREFIX, check_adapter_tensors, check_json, refuse_pickles
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .bridge import Bridge
+    from .classifier import AnchorClassifier
+
+INDEX = "transfers/index.json"
+SCORES = "scores.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_FORMAT = "hf_transmiter.transfer"
+_ATTEMPTS = 3  # when somebody else commits to the repository at the same moment
+
+
+@dataclass(frozen=True)
+class FinishedTransfer:
+    """One row of the index.
+
+    Args:
+        file (`str`): path in the repository.
+        kind (`str`): ``"adapter"`` or ``"bridge"``.
+        model (`ModelId`): the strong model.
+        num_bytes (`int`), sha256 (`str`): of the file.
+    """
+
+    file: str
+    kind: str
+    model: ModelId
+    num_bytes: int
+    sha256: str
+
+    def __str__(self) -> str:
+        revision = f" (revision {self.model.revision})" if self.model.revision else ""
+        return f"{self.model.name}{revision}"
+
+
+def list_transfers(source: str | os.PathLike, **hub) -> list[FinishedTransfer]:
+    """The finished transfers in an adapter's folder or repository; none where there is no index.
+
+    Args:
+        source (`str` or `os.PathLike`): folder or Hub id.
+        **hub: as [`hub.fetch`].
+
+    Raises:
+        ValueError: a damaged index.
+    """
+    content = read_json(source, INDEX, **hub)
+    if content is None:
+        return []
+    return [FinishedTransfer(**{**row, "model": ModelId(**row["model"])}) for row in content["transfers"]]
+
+
+def read_config(source: str | os.PathLike, **hub) -> dict:
+    """The checked content of a TransMiter adapter's ``adapter_config.json``. The weights beside it are not loaded, but
+    must be there, as safetensors, and have the shapes that the configuration says.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: another kind of adapter, or damaged files.
+    """
+    if Path(source).is_dir():
+        refuse_pickles(Path(source) / (hub.get("subfolder") or ""))
+    config, path = read_json(source, CONFIG, **hub), fetch(source, WEIGHTS, **hub)
+    if config is None or path is None:
+        raise FileNotFoundError(f"{os.fspath(source)!r} has no {CONFIG if config is None else WEIGHTS}: no adapter.")
+    if config.get("peft_type") != "TRANSMITER":
+        raise ValueError(f"{os.fspath(source)!r} holds a {config.get('peft_type')} adapter, not a TransMiter adapter.")
+    check_adapter_tensors(path, config)
+    return config
+
+
+def read_adapter(source: str | os.PathLike, **hub) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and weights of a TransMiter adapter, without its model.
+
+    Returns:
+        The content of ``adapter_config.json``, and the tensors by part (`anchors`, `class_vectors`, ...).
+
+    Raises:
+        FileNotFoundError, ValueError: as [`read_config`].
+    """
+    return read_config(source, **hub), _parts(load_file(fetch(source, WEIGHTS, **hub)))
+
+
+def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Inverse of [`read_adapter`]; each file is replaced in one step.
+
+    Raises:
+        FileExistsError: the folder holds another adapter, with scores or transfers that would not be this one's.
+    """
+    folder = Path(folder)
+    named = {KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()}
+    content = save(named)
+    held = [file for file in (INDEX, SCORES) if (folder / file).is_file()]
+    if held and (folder / WEIGHTS).is_file() and (folder / WEIGHTS).read_bytes() != content:
+        raise FileExistsError(f"{folder} holds another adapter with its {' and '.join(held)}: choose another folder.")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace_file(folder / WEIGHTS, lambda path: path.write_bytes(content))
+    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_transfer(
+    source: str | os.PathLike, entry: FinishedTransfer, **hub
+) -> tuple[dict, dict[str, Tensor]] | Bridge:
+    """The finished adapter (configuration and tensors, as [`read_adapter`]) or the bridge of an entry.
+
+    Raises:
+        ValueError: the file is missing, is not the one the index describes, or is damaged.
+    """
+    path = fetch(source, entry.file, **hub)
+    if path is None or path.stat().st_size != entry.num_bytes or _sha256(path) != entry.sha256:
+        raise ValueError(f"{entry.file} of {os.fspath(source)!r} is not the file its index describes: push it again.")
+    if entry.kind == "bridge":
+        from .bridge import Bridge  # not at the top: bridges come later in the order of the package
+
+        return Bridge.load(path)
+    tensors, metadata = read_tensors(path, _FORMAT, "finished transfer", "save_transfer")
+    config = read_metadata_json(path, metadata, "config", dict)
+    check_json(config, "adapter_config", f"the configuration in {path}")
+    check_adapter_tensors(path, config)
+    return config, _parts(tensors)
+
+
+def save_transfer(
+    folder: str | os.PathLike, transfer: AnchorClassifier | Bridge, *, overwrite: bool = False
+) -> FinishedTransfer:
+    """Adds a finished transfer to an adapter's folder; nothing but its file and the index is written.
+
+    Args:
+        folder (`str` or `os.PathLike`): of the weak model's adapter.
+        transfer (`AnchorClassifier` or `Bridge`): what [`transfer`] returned, or the bridge it would need.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the transfer to the same model.
+
+    Raises:
+        FileExistsError: there is one for this model, and `overwrite` is `False`.
+        ValueError: a classifier without an adapter.
+    """
+    entries = list_transfers(folder)
+    bridge = hasattr(transfer, "matrix")
+    model = transfer.strong if bridge else ModelId.of(transfer.encoder)
+    known = next((entry for entry in entries if entry.model.fingerprint == model.fingerprint), None)
+    if known is not None and not overwrite:
+        raise FileExistsError(f"{folder} already has a transfer to {known}; pass overwrite=True to replace it.")
+    name = Path(model.name or "model").name if Path(model.name or "").is_dir() else model.name or "model"
+    file = known.file if known else _file_name(name, model.fingerprint, [entry.file for entry in entries])
+    path = Path(folder) / file
+    if bridge:
+        transfer.save(path, overwrite=True)
+    else:
+        config, tensors = transfer.adapter_tensors()
+        named = {KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()}
+        metadata = {"format": _FORMAT, "config": json.dumps(config)}
+        replace_file(path, lambda temporary: save_file(named, temporary, metadata=metadata))
+    kind, size = "bridge" if bridge else "adapter", path.stat().st_size
+    entry = FinishedTransfer(file, kind, replace(model, name=name), size, _sha256(path))
+    rows = [asdict(row) for row in entries if row is not known] + [asdict(entry)]
+    content = {"format": "hf_transmiter.transfers", "version": 1, "transfers": rows}
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(Path(folder) / INDEX, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return entry
+
+
+def push_transfer(
+    repo_id: str,
+    transfer: AnchorClassifier | Bridge,
+    *,
+    overwrite: bool = False,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Adds a finished transfer to an adapter's repository on the Hub, in one commit that touches nothing else.
+
+    Args:
+        repo_id (`str`): of the weak model's adapter.
+        transfer (`AnchorClassifier` or `Bridge`): see [`save_transfer`].
+
+    Raises:
+        FileExistsError: there is one for this model, and `overwrite` is `False`.
+        OSError: the Hub refuses or cannot be reached.
+    """
+    api = HfApi(token=token)
+    for attempt in range(_ATTEMPTS):
+        head = api.model_info(repo_id).sha
+        with tempfile.TemporaryDirectory() as scratch:
+            index = fetch(repo_id, INDEX, revision=head, token=token)
+            if index is not None:
+                replace_file(Path(scratch) / INDEX, lambda path, index=index: path.write_bytes(index.read_bytes()))
+            entry = save_transfer(scratch, transfer, overwrite=overwrite)
+            operations = [CommitOperationAdd(file, Path(scratch) / file) for file in (entry.file, INDEX)]
+            try:
+                return api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=commit_message or f"Add the transfer to {entry}",
+                    create_pr=create_pr,
+                    parent_commit=head,
+                )
+            except HfHubHTTPError as error:
+                # The index has changed in between: it must be read again, or the other's entry would be lost.
+                moved = error.response is not None and error.response.status_code == 412
+                if not moved or attempt == _ATTEMPTS - 1:
+                    raise
+    raise AssertionError("not reached")
+
+
+def missing_transfer(source: str, made_for: str, model: str | None, entries: Sequence[FinishedTransfer]) -> str:
+    """What to tell somebody whose model an adapter has no transfer for."""
+    there = ", ".join(str(entry) for entry in entries) or "none"
+    strong = model or "MODEL"
+    return (
+        f"the adapter {source!r} was made for {made_for!r}, this is {model!r}. Finished transfers there: {there}. "
+        f"Load one of these models, or make a transfer: hf-transmiter transfer {source} --strong {strong} "
+        "--output-dir out/upgraded"
+    )
+
+
+def _parts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _file_name(name: str, fingerprint: str, taken: Sequence[str]) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "--", split_revision(name)[0]).strip("-.") or "model"
+    file = f"transfers/{name}.safetensors"
+    return file if file not in taken else f"transfers/{name}-{fingerprint[:8]}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
