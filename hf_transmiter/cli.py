@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_app import add_commands as add_app_command
 from .cli_options import (
     DataOptions,
     ModelOptions,
@@ -380,6 +381,7 @@ def inspect(
 
 
 add_commands(app)
+add_app_command(app)
 
 
 def _lines(facts: dict, indent: str = "") -> list[str]:
