@@ -9,7 +9,7 @@ own, it turns round ([`Bridge.invert`]) and two of them make a third ([`Bridge.c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -44,15 +44,17 @@ class Bridge(BridgeFiles):
         num_pairs (`int`): N.
         alignment (`float`, *optional*):
             Correlation of mapped and actual rows ([`CrossMoment.alignment`]) on the pairs of the fit, 1 for a perfect
-            bridge. With few pairs it flatters. A composed bridge was fitted to no pairs: `None` until [`measure`].
+            bridge. With few pairs it flatters. `None` for a composed bridge, which was fitted to no pairs.
         beta (`float`): β of the logit-space solution, absolute.
         anchors (`Anchors`, *optional*): the K names of a logit-space bridge.
         dataset (`str`, *optional*): what the images were, in words for people, such as ``"mteb/dtd (train)"``.
         held_out (`float`, *optional*):
-            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth.
-            `None` where that tenth would be fewer than `MIN_HELD_OUT` pairs, and for a composed bridge.
+            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth;
+            of a composed bridge what [`measure`] found. `None` where that tenth would be fewer than `MIN_HELD_OUT`
+            pairs, and before a composed bridge was measured.
         scale_back (`float`, *optional*): s of the bridge the other way round, see [`invert`].
         through (`tuple[str, ...]`): names of the models between the two, of a composed bridge.
+        versions (`dict[str, str]`): of the libraries it was built with.
     """
 
     space: Literal["embedding", "logit"]
@@ -71,6 +73,7 @@ class Bridge(BridgeFiles):
     held_out: float | None = None
     scale_back: float | None = None
     through: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -110,7 +113,9 @@ class Bridge(BridgeFiles):
         anchors = anchors or Anchors.universal()
         options = {"accelerator": accelerator, "progress": progress, **embedding}
         moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **options)
-        return cls.from_moment(
+        from .card_facts import library_versions  # not at the top: it comes later in the order of the package
+
+        made = cls.from_moment(
             moment,
             ModelId.of(weak),
             ModelId.of(strong),
@@ -120,6 +125,7 @@ class Bridge(BridgeFiles):
             anchors=anchors if space == "logit" or dataset is None else None,
             held_out=held_out,
         )
+        return replace(made, versions=library_versions())
 
     @classmethod
     def from_moment(
@@ -188,7 +194,7 @@ class Bridge(BridgeFiles):
         turns without shrinking, is worth the same (`tests/benchmarks/bridges.py`). Logit space: ``P = P₂P₁``,
         orthogonal.
 
-        `alignment` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger;
+        `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger;
         `source` is images only if both are.
 
         Args:
@@ -223,6 +229,7 @@ class Bridge(BridgeFiles):
             held_out=None,
             scale_back=None if None in backs else backs[0] * backs[1],
             through=(*self.through, self.strong.name or self.strong.fingerprint[:12], *then.through),
+            versions=self.versions if self.versions == then.versions else {},
         )
 
     def invert(self) -> Bridge:
@@ -263,7 +270,7 @@ class Bridge(BridgeFiles):
     ) -> float:
         """The alignment on images (or names, without images) that may be other ones than the bridge was built from.
 
-        A composed bridge keeps it as its `alignment`.
+        A composed bridge keeps it as `held_out`.
 
         Args:
             weak, strong (`DualEncoder`): the pair.
@@ -286,7 +293,7 @@ class Bridge(BridgeFiles):
         moment, _ = sum_dataset(weak, strong, dataset, self.space, anchors, **options)
         found = (moment.centred() if self.space == "embedding" else moment).alignment(self.matrix)
         if self.derived:
-            self.alignment = found
+            self.held_out = found
         return found
 
     def carry_basis(self, basis: Tensor) -> Tensor:
@@ -299,7 +306,7 @@ class Bridge(BridgeFiles):
             raise ValueError("the published adapter reads logits: build the bridge with space='logit'.")
         if basis.shape[1] != len(self.matrix):
             raise ValueError(f"the basis reads {basis.shape[1]} anchors, the bridge has {len(self.matrix)}.")
-        return basis @ self.matrix.T
+        return (basis.double() @ self.matrix.double().T).to(basis.dtype)  # the same to the bit wherever it is loaded
 
     def carry_class_vectors(
         self, tuned: Tensor, weak_text: Tensor, strong_text: Tensor, anchor_texts: Sequence[Tensor] | None = None

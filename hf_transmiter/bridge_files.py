@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ _FORMAT = "hf_transmiter.bridge"
 _SHAPES = {"matrix": ("m", "k"), "mean_strong": ("m",), "mean_weak": ("k",)}
 _FACTS = (
     *("space", "scale", "scale_back", "source", "dataset", "num_pairs", "alignment", "held_out", "beta", "through"),
-    *("strong", "weak", "anchors"),
+    *("strong", "weak", "anchors", "versions"),
 )
 
 
@@ -150,7 +150,12 @@ class BridgeFiles:
         """
         from .sharing import push
 
-        message = commit_message or f"Bridge from {self.weak.name} to {self.strong.name}"
+        # A path of this machine says nothing to others.
+        weak, strong = (
+            replace(model, name=Path(model.name).name) if model.name and Path(model.name).is_dir() else model
+            for model in (self.weak, self.strong)
+        )
+        message = commit_message or f"Bridge from {weak.name} to {strong.name}"
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            replace(self, weak=weak, strong=strong).save(Path(folder) / WEIGHTS)
             return push(folder, repo_id, private=private, commit_message=message, create_pr=create_pr, token=token)

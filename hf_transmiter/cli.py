@@ -13,6 +13,18 @@ from typing import Annotated
 import typer
 
 from .cli_app import add_commands as add_app_command
+from .cli_arguments import (
+    LABELLED,
+    MODEL,
+    TEST,
+    UNLABELLED,
+    Images,
+    OptionalImages,
+    Seen,
+    Strong,
+    Teacher,
+    Weak,
+)
 from .cli_options import (
     DataOptions,
     ModelOptions,
@@ -23,27 +35,10 @@ from .cli_options import (
     check_new,
     command,
 )
+from .cli_transfer import add_commands as add_transfer_commands
 from .cli_upgrade import add_commands
-from .settings import ExtractionConfig, TransferConfig, TuningConfig
+from .settings import ExtractionConfig, TuningConfig
 
-
-UNLABELLED = ("unlabelled", "unlabeled", "train")
-LABELLED = ("train",)
-TEST = ("test", "validation")
-
-_MODEL = "Hub id (id@revision), folder, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
-_IMAGES = "Hub id (id@revision), folder, .parquet or .arrow files, or sandbox:DOMAIN."
-
-Weak = Annotated[str, typer.Option(help=f"The weak model: {_MODEL}")]
-Strong = Annotated[str, typer.Option(help=f"The strong model: {_MODEL}")]
-Teacher = Annotated[
-    str, typer.Option(help="The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors).")
-]
-Images = Annotated[str, typer.Option("--dataset", help=f"Pictures: {_IMAGES}")]
-OptionalImages = Annotated[str | None, typer.Option("--dataset", help=f"Pictures: {_IMAGES}")]
-Seen = Annotated[
-    list[str] | None, typer.Option(help="Names the tuning saw: repeated, 'a,b,c', or a file with one name per line.")
-]
 
 app = typer.Typer(
     name="hf-transmiter",
@@ -172,93 +167,13 @@ def extract(
     return Result(found, f"Extracted from {facts['num_images']} images ({config.solver}): {output.output_dir}")
 
 
-@command(app)
-def bridge(
-    weak: Weak,
-    strong: Strong,
-    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    data: DataOptions,
-    models: ModelOptions,
-    run: RunOptions,
-    dataset: OptionalImages = None,
-    space: Annotated[str, typer.Option(help="'embedding' or 'logit' (published; needs pictures).")] = "embedding",
-    anchors: Annotated[
-        str | None,
-        typer.Option(help="Names to ask about: an adapter, or a file of `Anchors.save`; common nouns if unset."),
-    ] = None,
-    beta: Annotated[float, typer.Option(help="Logit space: pull towards the identity.")] = TransferConfig.beta,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-) -> Result:
-    """The map between two models, once per pair: from any pictures, or from text alone.
-
-    [bold]Example:[/bold] hf-transmiter bridge --weak openai/clip-vit-base-patch16 --strong openai/clip-vit-large-patch14 --output out/b16-l14.safetensors
-    """  # noqa: E501
-    if run.main_process:
-        check_new(output, overwrite)
-    from .bridge import Bridge
-    from .catalog import load_anchors, load_encoder
-
-    names = None if anchors is None else load_anchors(anchors)
-    encoders = [load_encoder(model, **models.load(run)) for model in (weak, strong)]
-    images = data.load(dataset, UNLABELLED, data.split)
-    made = Bridge.build(*encoders, images, space=space, anchors=names, beta=beta, **data.embedding(run))
-    if run.main_process:
-        made.save(output, overwrite=overwrite)
-    found = {key: getattr(made, key) for key in ("space", "source", "num_pairs", "alignment", "beta")}
-    text = f"Bridge from {made.num_pairs} {made.source} pairs, alignment {made.alignment:.3f}: {output}"
-    return Result({"output": str(output), **found}, text)
-
-
-@command(app)
-def transfer(
-    adapter: Annotated[str, typer.Argument(help="Adapter of the weak model: folder or Hub id.")],
-    strong: Strong,
-    output: OutputOptions,
-    data: DataOptions,
-    config: TransferConfig,
-    models: ModelOptions,
-    run: RunOptions,
-    values: dict,
-    weak: Annotated[str | None, typer.Option(help="The weak model, if it is not where the adapter says.")] = None,
-    bridge: Annotated[Path | None, typer.Option(help="File of `bridge`; built here if unset.")] = None,
-    dataset: OptionalImages = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="The tuned weak model, for pictures that `extract` did not see.")
-    ] = None,
-    seen_classes: Seen = None,
-) -> Result:
-    """An adapter of the weak model becomes one of the strong model, from unlabelled pictures, a bridge, or text alone.
-
-    [bold]Example:[/bold] hf-transmiter transfer out/adapter --strong openai/clip-vit-large-patch14 --dataset mteb/dtd --output-dir out/strong
-    """  # noqa: E501
-    output.check(run)
-    from .bridge import Bridge
-    from .catalog import load_classifier, load_encoder, load_teacher, read_names
-    from .transferring import transfer
-
-    options = models.load(run)
-    source = load_classifier(adapter, load_encoder(weak, **options) if weak else None, **options)
-    upgraded = transfer(
-        source,
-        load_encoder(strong, **options),
-        data.load(dataset, UNLABELLED, data.split),
-        bridge=None if bridge is None else Bridge.load(bridge),
-        teacher=None if teacher is None else load_teacher(teacher, source.encoder),
-        seen_classes=read_names(seen_classes),
-        config=config,
-        **data.embedding(run),
-    )
-    output.write(upgraded.save_pretrained, values, run)
-    facts = upgraded.adapter_config.provenance
-    found = {"output_dir": str(output.output_dir), "form": upgraded.adapter_config.form, "provenance": facts}
-    how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"
-    return Result(found, f"Transferred to {strong} ({how}): {output.output_dir}")
+add_transfer_commands(app)
 
 
 @command(app)
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help=f"Adapter or tuned model (folder or Hub id), or a plain model: {_MODEL}")
+        str, typer.Argument(help=f"Adapter or tuned model (folder or Hub id), or a plain model: {MODEL}")
     ],
     dataset: Images,
     data: DataOptions,

@@ -40,6 +40,8 @@ ORDER = (
         "app",
         "space",
         "cli_options",
+        "cli_arguments",
+        "cli_transfer",
         "cli_upgrade",
         "cli_app",
         "cli",

@@ -1,0 +1,142 @@
+"""Commands that carry adapters over; `cli` adds them to the others. Heavy imports are inside, as there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_arguments import MODEL, UNLABELLED, OptionalImages, Seen, Strong
+from .cli_options import DataOptions, ModelOptions, OutputOptions, Result, RunOptions, check_new, command
+from .settings import TransferConfig
+
+
+if TYPE_CHECKING:
+    from .bridge import Bridge
+
+_BRIDGE = "bridge (file, folder or Hub id)"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Registers the commands of this module."""
+    command(app)(bridge)
+    command(app)(transfer)
+
+
+def bridge(
+    output: Annotated[Path, typer.Option(help="A .safetensors file, or a folder ready for the Hub, with a card.")],
+    data: DataOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    weak: Annotated[str | None, typer.Option(help=f"The weak model: {MODEL}")] = None,
+    strong: Annotated[str | None, typer.Option(help=f"The strong model: {MODEL}")] = None,
+    dataset: OptionalImages = None,
+    space: Annotated[str, typer.Option(help="'embedding' or 'logit' (published; needs pictures).")] = "embedding",
+    anchors: Annotated[
+        str | None,
+        typer.Option(help="Names to ask about: an adapter, or a file of `Anchors.save`; common nouns if unset."),
+    ] = None,
+    beta: Annotated[float, typer.Option(help="Logit space: pull towards the identity.")] = TransferConfig.beta,
+    compose: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Instead of building one: a {_BRIDGE} from A to B, repeated with one from B to C, and so on."
+        ),
+    ] = None,
+    invert: Annotated[str | None, typer.Option(help=f"Instead of building one: turn this {_BRIDGE} round.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bridge.")] = False,
+) -> Result:
+    """The map between two models, once per pair: from any pictures, from text alone, or from other bridges.
+
+    A composed bridge is measured on the pictures of --dataset, if there are any.
+
+    [bold]Example:[/bold] hf-transmiter bridge --weak openai/clip-vit-base-patch16 --strong openai/clip-vit-large-patch14 --output out/b16-l14
+    """  # noqa: E501
+    if run.main_process:
+        check_new(output, overwrite)
+    from .bridge import Bridge
+    from .catalog import load_anchors, load_encoder
+
+    images = data.load(dataset, UNLABELLED, data.split)
+    if compose or invert:
+        made = _derived(compose or [], invert)
+        if compose and images is not None:
+            pair = [load_encoder(model.name, model.revision, **models.load(run)) for model in (made.weak, made.strong)]
+            made.measure(*pair, images, **data.embedding(run))
+    elif weak is None or strong is None:
+        raise ValueError("a bridge needs --weak and --strong, or other bridges: --compose twice, or --invert.")
+    else:
+        pair = [load_encoder(model, **models.load(run)) for model in (weak, strong)]
+        names = None if anchors is None else load_anchors(anchors)
+        made = Bridge.build(*pair, images, space=space, anchors=names, beta=beta, **data.embedding(run))
+        made.dataset = None if images is None else f"{dataset} ({images.split})"
+    if run.main_process:
+        (made.save if output.suffix == ".safetensors" else made.save_pretrained)(output, overwrite=overwrite)
+    known = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "beta", "derived")
+    found = {key: getattr(made, key) for key in known}
+    quality = ", ".join(
+        f"{words} {'not measured' if found[key] is None else format(found[key], '.3f')}"
+        for key, words in (("alignment", "alignment"), ("held_out", "on other pairs"))
+        if not (made.derived and key == "alignment")
+    )
+    how = made.derived or f"from {made.num_pairs} {made.source} pairs"
+    return Result({"output": str(output), **found}, f"Bridge {how}, {quality}: {output}")
+
+
+def _derived(compose: list[str], invert: str | None) -> Bridge:
+    from .bridge import Bridge
+
+    if bool(compose) == bool(invert) or len(compose) == 1:
+        raise ValueError("pass --compose at least twice, from the first model to the last, or --invert once.")
+    first, *others = (Bridge.from_pretrained(source) for source in compose or [invert])
+    if invert:
+        return first.invert()
+    for bridge in others:
+        first = first.compose(bridge)
+    return first
+
+
+def transfer(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the weak model: folder or Hub id.")],
+    strong: Strong,
+    output: OutputOptions,
+    data: DataOptions,
+    config: TransferConfig,
+    models: ModelOptions,
+    run: RunOptions,
+    values: dict,
+    weak: Annotated[str | None, typer.Option(help="The weak model, if it is not where the adapter says.")] = None,
+    bridge: Annotated[str | None, typer.Option(help=f"A {_BRIDGE} of this pair; built here if unset.")] = None,
+    dataset: OptionalImages = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The tuned weak model, for pictures that `extract` did not see.")
+    ] = None,
+    seen_classes: Seen = None,
+) -> Result:
+    """An adapter of the weak model becomes one of the strong model, from unlabelled pictures, a bridge, or text alone.
+
+    [bold]Example:[/bold] hf-transmiter transfer out/adapter --strong openai/clip-vit-large-patch14 --dataset mteb/dtd --output-dir out/strong
+    """  # noqa: E501
+    output.check(run)
+    from .bridge import Bridge
+    from .catalog import load_classifier, load_encoder, load_teacher, read_names
+    from .transferring import transfer
+
+    options = models.load(run)
+    source = load_classifier(adapter, load_encoder(weak, **options) if weak else None, **options)
+    upgraded = transfer(
+        source,
+        load_encoder(strong, **options),
+        data.load(dataset, UNLABELLED, data.split),
+        bridge=None if bridge is None else Bridge.from_pretrained(bridge),
+        teacher=None if teacher is None else load_teacher(teacher, source.encoder),
+        seen_classes=read_names(seen_classes),
+        config=config,
+        **data.embedding(run),
+    )
+    output.write(upgraded.save_pretrained, values, run)
+    facts = upgraded.adapter_config.provenance
+    found = {"output_dir": str(output.output_dir), "form": upgraded.adapter_config.form, "provenance": facts}
+    how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"
+    return Result(found, f"Transferred to {strong} ({how}): {output.output_dir}")
