@@ -1,0 +1,28 @@
+"""What `hf-transmiter demo` leaves of one sandbox task, made in seconds: a prompt tuned for a moment."""
+
+from pathlib import Path
+
+from hf_transmiter.catalog import load_encoder, save_teacher
+from hf_transmiter.demo import SANDBOX_TUNING
+from hf_transmiter.extraction import extract
+from hf_transmiter.prompt_tuning import starting_templates, tune
+from hf_transmiter.sandbox import load_dataset
+from hf_transmiter.settings import TuningConfig
+from hf_transmiter.transferring import transfer
+
+
+TASK = "jargon"
+
+
+def make(folder: Path, tuned: bool = True) -> Path:
+    """Writes `jargon/adapter`, `jargon/strong_adapter` and, if asked for, `jargon/tuned` to `folder`."""
+    weak, strong, task = load_encoder("sandbox:weak"), load_encoder("sandbox:strong"), folder / TASK
+    config = TuningConfig(method="coop", **{**SANDBOX_TUNING, "epochs": 2, "lr": 0.05, "shots": 1})
+    templates = starting_templates(config.method)
+    teacher = tune(weak, load_dataset(TASK, "validation"), config=config, templates=templates, progress=False)
+    adapter = extract(weak, teacher, progress=False)
+    adapter.save_pretrained(task / "adapter")
+    transfer(adapter, strong, progress=False).save_pretrained(task / "strong_adapter")
+    if tuned:
+        save_teacher(task / "tuned", teacher, weak, templates, config)
+    return folder
