@@ -74,14 +74,15 @@ def bridge(
     if run.main_process:
         (made.save if output.suffix == ".safetensors" else made.save_pretrained)(output, overwrite=overwrite)
     known = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "beta", "derived")
-    found = {key: getattr(made, key) for key in known}
-    quality = ", ".join(
-        f"{words} {'not measured' if found[key] is None else format(found[key], '.3f')}"
-        for key, words in (("alignment", "alignment"), ("held_out", "on other pairs"))
-        if not (made.derived and key == "alignment")
-    )
-    how = made.derived or f"from {made.num_pairs} {made.source} pairs"
-    return Result({"output": str(output), **found}, f"Bridge {how}, {quality}: {output}")
+    return Result({"output": str(output), **{key: getattr(made, key) for key in known}}, f"{_said(made)}: {output}")
+
+
+def _said(made: Bridge) -> str:
+    """Where a bridge comes from and what it is worth."""
+    kept = "not measured" if made.held_out is None else f"{made.held_out:.3f}"
+    if made.derived:
+        return f"Bridge {made.derived}, alignment {kept}"
+    return f"Bridge from {made.num_pairs} {made.source} pairs, alignment {made.alignment:.3f} (held out: {kept})"
 
 
 def _derived(compose: list[str], invert: str | None) -> Bridge:
