@@ -203,11 +203,14 @@ class AnchorClassifier(nn.Module):
         """
         if self.adapter_config is None:
             raise ValueError("there is no adapter to save: attach one with add_adapter, or run extract or transfer.")
+        from .card_facts import library_versions  # not at the top: it comes later in the order of the package
+
         tensors = self.transmiter.tensors(self.transmiter.active_name)
         base = type(self.model)
         auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
         config = {**self.adapter_config.to_dict(), "inference_mode": True, "auto_mapping": auto_mapping}
         config["target_modules"] = None  # PEFT's bookkeeping
+        config["provenance"].setdefault("versions", library_versions())
         return config, {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
 
     def save_pretrained(

@@ -25,6 +25,7 @@ from .cli_arguments import (
     Teacher,
     Weak,
 )
+from .cli_hub import add_commands as add_hub_commands
 from .cli_options import (
     DataOptions,
     ModelOptions,
@@ -184,11 +185,16 @@ def evaluate(
         str | None, typer.Option(help="The model under an adapter, if it is not where the adapter says.")
     ] = None,
     seen_classes: Seen = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Note the scores in the adapter's folder, beside zero-shot, for its card.")
+    ] = False,
 ) -> Result:
     """Accuracy on labelled pictures; with seen classes also base, novel, their harmonic mean, and joint.
 
     [bold]Example:[/bold] hf-transmiter evaluate out/strong --dataset mteb/dtd
     """
+    if record and not (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
     from .catalog import load_classifier, load_encoder, read_names, read_templates
     from .evaluation import evaluate
     from .features import guess_columns
@@ -206,7 +212,12 @@ def evaluate(
     )
     seen = read_names(seen_classes)
     split = str(images.split)
-    scores = evaluate(classifier, images, seen_classes=seen, method=model, split=split, **data.embedding(run))
+    options = {"seen_classes": seen, "split": split, "dataset_name": dataset, **data.embedding(run)}
+    scores = evaluate(classifier, images, method=model, **options)
+    if record and run.main_process:
+        from .sharing import record_scores
+
+        record_scores(model, classifier, images, scores, **options)
     found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}
     return Result(found, markdown_table(scores))
 
@@ -296,6 +307,7 @@ def inspect(
 
 
 add_commands(app)
+add_hub_commands(app)
 add_app_command(app)
 
 

@@ -178,6 +178,16 @@ class OutputOptions:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@dataclass
+class HubOptions:
+    """How to share."""
+
+    private: bool | None = _option("Whether a new repository is private; your account's default if unset.")
+    commit_message: str | None = _option("Title of the commit.")
+    create_pr: bool = _option("Propose the change instead of making it.", False)
+    token: str | None = _option("Hub token; the one of `hf auth login` if unset.")
+
+
 def check_new(path: Path, overwrite: bool) -> None:
     """
     Raises:

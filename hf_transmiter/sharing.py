@@ -6,17 +6,25 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from .anchors import Anchors
+from .card_facts import THIS
 from .cards import write_card
-from .hub import fetch, push_folder
+from .classifier import AnchorClassifier
+from .evaluation import Score, evaluate
+from .hub import fetch, hub_errors, push_folder, split_revision
+from .report import read_scores, write_scores
 from .transfers import CONFIG, SCORES, WEIGHTS
 
 
 CARD = "README.md"
+ZERO_SHOT = "zero-shot"
 BRIDGE = "bridge.safetensors"
 # What belongs into a repository; settings, checkpoints and whatever else lies in the folder stay at home.
 SHARED = (
@@ -72,7 +80,7 @@ def push(
         theirs = _file_there(repo_id, CARD, token)
         if theirs is not None and not (scratch / CARD).is_file():
             shutil.copyfile(theirs, scratch / CARD)
-        write_card(scratch)
+        write_card(scratch, name=repo_id)
         what = "bridge" if (scratch / BRIDGE).is_file() else "adapter"
         return push_folder(
             scratch,
@@ -83,6 +91,56 @@ def push(
             token=token,
             delete=_stale(scratch, repo_id, token),
         )
+
+
+def record_scores(
+    folder: str | os.PathLike, classifier: AnchorClassifier, dataset, scores: Sequence[Score], **options
+) -> None:
+    """Notes scores in ``scores.json`` of an adapter's folder, with those of its plain model, and writes its card.
+
+    Rows about the same dataset, split and metric are replaced, others stay.
+
+    Args:
+        folder (`str` or `os.PathLike`): of the adapter.
+        classifier (`AnchorClassifier`): what was scored.
+        dataset (`datasets.Dataset`): what it was scored on.
+        scores (`Sequence[Score]`): what `evaluate` returned.
+        **options: as they were passed to `evaluate`.
+    """
+    scores = [replace(score, method=THIS) for score in scores]
+    if classifier.adapter_config is not None:  # the encoder below a TransMiter adapter is the plain model
+        anchors = Anchors(classifier.class_names, (), classifier.anchors.templates)
+        scores += evaluate(AnchorClassifier(classifier.encoder, anchors), dataset, method=ZERO_SHOT, **options)
+    path = Path(folder) / SCORES
+    known = read_scores(path) if path.is_file() else []
+    new = {(score.dataset, score.split, score.metric, score.method) for score in scores}
+    kept = [score for score in known if (score.dataset, score.split, score.metric, score.method) not in new]
+    write_scores(path, [*kept, *scores])
+    write_card(folder)
+
+
+def name_successor(
+    repo_id: str, new_version: str, *, create_pr: bool = False, token: str | bool | None = None
+) -> CommitInfo:
+    """Says in the card of an old adapter that there is a newer one: the Hub links to it. One commit, of the card only.
+
+    Args:
+        repo_id (`str`): of the old adapter.
+        new_version (`str`): Hub id of the new one.
+        create_pr (`bool`, *optional*, defaults to `False`): propose it, where the old one is somebody else's.
+
+    Raises:
+        OSError: the Hub refuses or cannot be reached.
+    """
+    repo_id, _ = split_revision(repo_id)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        theirs = _file_there(repo_id, CARD, token)
+        card = ModelCard("---\n---\n" if theirs is None else theirs.read_text(encoding="utf-8"))
+        card.data.new_version = new_version
+        card.save(scratch / CARD)
+        message = f"Name {new_version} as the new version"
+        return push_folder(scratch, repo_id, commit_message=message, create_pr=create_pr, token=token)
 
 
 def _name_base_model(folder: Path, base_model: str | None) -> None:
@@ -115,9 +173,12 @@ def _without_paths(value, local: str | None, base_model: str | None):
 def _file_there(repo_id: str, file: str, token: str | bool | None) -> Path | None:
     """A file of the repository as it is now, `None` where there is no such repository or file."""
     try:
-        head = HfApi(token=token).model_info(repo_id).sha
-    except RepositoryNotFoundError:
-        return None
+        with hub_errors(repo_id):
+            head = HfApi(token=token).model_info(repo_id).sha
+    except OSError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            return None
+        raise
     return fetch(repo_id, file, revision=head, token=token)
 
 

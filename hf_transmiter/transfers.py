@@ -1,8 +1,8 @@
 """Finished transfers: what an adapter became on other models, kept in its repository.
 
 ``transfers/index.json`` names the models. ``transfers/<model>.safetensors`` holds the finished adapter of one (kind
-``"adapter"``: tensors as in ``adapter_model.safetensors``, its configuration in the metadata) or the bridge to it (kind
-``"bridge"``, see [`Bridge`]). Loading the adapter on one of these models takes its transfer by itself.
+``"adapter"``: tensors as in ``adapter_model.safetensors``, its configuration in the metadata) or the bridge to it
+(kind ``"bridge"``, see [`Bridge`]). Loading the adapter on one of these models takes its transfer by itself.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save, save_file
 
 from .files import read_metadata_json, read_tensors, replace_file
 from .fingerprint import ModelId
-from .hub import fetch, read_json, split_revision
+from .hub import fetch, hub_errors, read_json, split_revision
 from .trust import KEY_PREFIX, check_adapter_tensors, check_json, refuse_pickles
 
 
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
     from .bridge import Bridge
     from .classifier import AnchorClassifier
+
+    Finished = AnchorClassifier | tuple[dict, dict[str, Tensor]] | Bridge
 
 INDEX = "transfers/index.json"
 SCORES = "scores.json"
@@ -149,23 +150,27 @@ def read_transfer(
     return config, _parts(tensors)
 
 
-def save_transfer(
-    folder: str | os.PathLike, transfer: AnchorClassifier | Bridge, *, overwrite: bool = False
-) -> FinishedTransfer:
+def save_transfer(folder: str | os.PathLike, transfer: Finished, *, overwrite: bool = False) -> FinishedTransfer:
     """Adds a finished transfer to an adapter's folder; nothing but its file and the index is written.
 
     Args:
         folder (`str` or `os.PathLike`): of the weak model's adapter.
-        transfer (`AnchorClassifier` or `Bridge`): what [`transfer`] returned, or the bridge it would need.
+        transfer (`AnchorClassifier`, `tuple` or `Bridge`):
+            What [`transfer`] returned, what [`read_adapter`] reads of it, or the bridge it would need.
         overwrite (`bool`, *optional*, defaults to `False`): replace the transfer to the same model.
 
     Raises:
         FileExistsError: there is one for this model, and `overwrite` is `False`.
         ValueError: a classifier without an adapter.
     """
-    entries = list_transfers(folder)
-    bridge = hasattr(transfer, "matrix")
-    model = transfer.strong if bridge else ModelId.of(transfer.encoder)
+    entries, bridge = list_transfers(folder), hasattr(transfer, "matrix")
+    if bridge:
+        model = transfer.strong
+    else:
+        config, tensors = transfer if isinstance(transfer, tuple) else transfer.adapter_tensors()
+        if config.get("base_fingerprint") is None:
+            raise ValueError("the finished adapter does not say which weights it belongs to: make it with transfer.")
+        model = ModelId(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"])
     known = next((entry for entry in entries if entry.model.fingerprint == model.fingerprint), None)
     if known is not None and not overwrite:
         raise FileExistsError(f"{folder} already has a transfer to {known}; pass overwrite=True to replace it.")
@@ -175,7 +180,6 @@ def save_transfer(
     if bridge:
         transfer.save(path, overwrite=True)
     else:
-        config, tensors = transfer.adapter_tensors()
         named = {KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()}
         metadata = {"format": _FORMAT, "config": json.dumps(config)}
         replace_file(path, lambda temporary: save_file(named, temporary, metadata=metadata))
@@ -190,7 +194,7 @@ def save_transfer(
 
 def push_transfer(
     repo_id: str,
-    transfer: AnchorClassifier | Bridge,
+    transfer: Finished,
     *,
     overwrite: bool = False,
     commit_message: str | None = None,
@@ -201,7 +205,7 @@ def push_transfer(
 
     Args:
         repo_id (`str`): of the weak model's adapter.
-        transfer (`AnchorClassifier` or `Bridge`): see [`save_transfer`].
+        transfer (`AnchorClassifier`, `tuple` or `Bridge`): see [`save_transfer`].
 
     Raises:
         FileExistsError: there is one for this model, and `overwrite` is `False`.
@@ -209,7 +213,8 @@ def push_transfer(
     """
     api = HfApi(token=token)
     for attempt in range(_ATTEMPTS):
-        head = api.model_info(repo_id).sha
+        with hub_errors(repo_id):
+            head = api.model_info(repo_id).sha
         with tempfile.TemporaryDirectory() as scratch:
             index = fetch(repo_id, INDEX, revision=head, token=token)
             if index is not None:
@@ -217,16 +222,14 @@ def push_transfer(
             entry = save_transfer(scratch, transfer, overwrite=overwrite)
             operations = [CommitOperationAdd(file, Path(scratch) / file) for file in (entry.file, INDEX)]
             try:
-                return api.create_commit(
-                    repo_id,
-                    operations,
-                    commit_message=commit_message or f"Add the transfer to {entry}",
-                    create_pr=create_pr,
-                    parent_commit=head,
-                )
-            except HfHubHTTPError as error:
+                with hub_errors(repo_id):
+                    message = commit_message or f"Add the transfer to {entry}"
+                    return api.create_commit(
+                        repo_id, operations, commit_message=message, create_pr=create_pr, parent_commit=head
+                    )
+            except OSError as error:
                 # The index has changed in between: it must be read again, or the other's entry would be lost.
-                moved = error.response is not None and error.response.status_code == 412
+                moved = getattr(getattr(error.__cause__, "response", None), "status_code", None) == 412
                 if not moved or attempt == _ATTEMPTS - 1:
                     raise
     raise AssertionError("not reached")

@@ -1,0 +1,135 @@
+"""Pushing what was saved: what goes along, what stays at home, and what becomes of what is there."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
+from transformers import CLIPModel
+
+from hf_transmiter import AnchorClassifier, Anchors, CalibrationPack, DualEncoder, TransMiterConfig, evaluate, transfer
+from hf_transmiter.report import read_scores
+from hf_transmiter.sharing import name_successor, push, record_scores
+from hf_transmiter.transfers import push_transfer
+
+
+NAMES = ("cat", "dog", "car")
+
+
+@pytest.fixture(scope="module")
+def weak(tmp_path_factory):
+    return DualEncoder.from_pretrained(tiny_models.save("clip", tmp_path_factory.mktemp("secret-place"), seed=0))
+
+
+def adapter_of(encoder, seed=0):
+    adapter = AnchorClassifier(encoder, Anchors(NAMES))
+    adapter.add_adapter(TransMiterConfig(class_names=list(NAMES), form="class_vectors"))
+    vectors = adapter.transmiter.tensors("default")["class_vectors"]
+    vectors.add_(0.3 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)))
+    return adapter
+
+
+@pytest.fixture
+def saved(weak, tmp_path):
+    adapter_of(weak).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_local_model_needs_a_name_that_others_can_use(hub, saved, weak):
+    with pytest.raises(ValueError, match=r"local folder .*base_model='user/model' \(--base-model\)"):
+        push(saved, "alice/adapter")
+    assert not hub.requests("POST", "alice/adapter")
+    push(saved, "alice/adapter", base_model="alice/clip")
+    files = hub.files("alice/adapter")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "alice/clip"
+    assert not any(b"secret-place" in content for content in files.values())
+    assert b"secret-place" in (saved / "adapter_config.json").read_bytes()  # what lies here is as it was
+    HfApi().create_repo("alice/clip")
+    HfApi().upload_folder(repo_id="alice/clip", folder_path=weak.name_or_path, commit_message="model")
+    hub.new_machine()
+    AnchorClassifier.from_pretrained("alice/adapter")
+
+
+def test_only_what_belongs_there_goes_along(hub, saved):
+    (saved / "settings.yaml").write_text("dataset: /home/me/private")
+    (saved / "notes.txt").write_text("mine")
+    (saved / "optimizer.pt").write_bytes(b"0")
+    push(saved, "alice/adapter", base_model="alice/clip", commit_message="First", private=True)
+    assert set(hub.files("alice/adapter")) - {".gitattributes"} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "anchors.json"
+    }  # fmt: skip
+    assert hub.titles("alice/adapter")[0] == "First" and HfApi().model_info("alice/adapter").private
+
+
+def test_new_weights_take_away_what_described_the_old_ones(hub, weak, saved, make_dataset):
+    adapter = adapter_of(weak)
+    data = make_dataset(12)
+    record_scores(saved, adapter, data, evaluate(adapter, data, dataset_name="alice/pets"), dataset_name="alice/pets")
+    push(saved, "alice/adapter", base_model="alice/clip")
+    push_transfer("alice/adapter", transfer(adapter, weak))
+    told = {"scores.json", "transfers/index.json"}
+    assert told < set(hub.files("alice/adapter"))
+    push(saved, "alice/adapter", base_model="alice/clip", commit_message="Again")  # the same weights
+    assert told < set(hub.files("alice/adapter"))
+    other = adapter_of(weak, seed=1)
+    commits = len(hub.titles("alice/adapter"))
+    other.push_to_hub("alice/adapter", base_model="alice/clip")
+    assert not told & set(hub.files("alice/adapter")) and len(hub.titles("alice/adapter")) == commits + 1
+
+
+def test_what_people_wrote_on_the_hub_stays(hub, saved):
+    push(saved, "alice/adapter", base_model="alice/clip")
+    path = HfApi().hf_hub_download("alice/adapter", "README.md")
+    card = ModelCard.load(path)
+    card.data.license = "mit"
+    card.push_to_hub("alice/adapter")
+    (saved / "README.md").unlink()
+    push(saved, "alice/adapter", base_model="alice/clip")
+    assert ModelCard(hub.files("alice/adapter")["README.md"].decode()).data.license == "mit"
+
+
+def test_naming_the_successor(hub, saved):
+    push(saved, "alice/adapter", base_model="alice/clip")
+    before = hub.files("alice/adapter")
+    name_successor("alice/adapter", "alice/adapter-l14")
+    after = hub.files("alice/adapter")
+    assert ModelCard(after["README.md"].decode()).data.new_version == "alice/adapter-l14"
+    assert all(after[file] == before[file] for file in before if file != "README.md")
+    hub.new_machine(hub.other_token)
+    with pytest.raises(OSError, match="--create-pr"):
+        name_successor("alice/adapter", "bob/adapter")
+    assert name_successor("alice/adapter", "bob/adapter", create_pr=True).pr_url
+
+
+def test_nothing_to_share(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither adapter_config.json nor bridge.safetensors"):
+        push(tmp_path, "alice/adapter")
+
+
+def test_recorded_scores(weak, saved, make_dataset):
+    adapter, data = adapter_of(weak), make_dataset(30)
+    adapter.calibration = CalibrationPack(torch.zeros(30, 3), NAMES)
+    for split in ("test", "validation", "test"):
+        on = {"dataset_name": "alice/pets", "split": split}
+        record_scores(saved, adapter, data, evaluate(adapter, data, method="anything", **on), **on)
+    scores = read_scores(saved / "scores.json")
+    assert [(score.method, score.split) for score in scores] == [
+        ("this model", "validation"), ("zero-shot", "validation"), ("this model", "test"), ("zero-shot", "test")
+    ]  # fmt: skip
+    assert {score.num_images for score in scores} == {30} and {score.dataset for score in scores} == {"alice/pets"}
+    zero_shot = evaluate(AnchorClassifier(weak, Anchors(NAMES)), data)[0].value
+    assert scores[1].value == zero_shot
+    assert f"{scores[0].value:.1f}" in (saved / "README.md").read_text()
+
+
+def test_loading_needs_the_right_token(hub, saved, weak):
+    push(saved, "alice/adapter", base_model="alice/clip", private=True)
+    clip = CLIPModel.from_pretrained(weak.name_or_path)
+    hub.new_machine(hub.other_token)
+    with pytest.raises((OSError, ValueError), match="alice/adapter"):  # PEFT's own words
+        PeftModel.from_pretrained(clip, "alice/adapter")
+    with pytest.raises(OSError, match="no repository 'alice/adapter' .* that you may see"):
+        AnchorClassifier.from_pretrained("alice/adapter", weak)
+    AnchorClassifier.from_pretrained("alice/adapter", weak, token=hub.token)
