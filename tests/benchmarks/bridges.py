@@ -2,11 +2,12 @@
 
     python tests/benchmarks/bridges.py [--seeds 3] [--task jargon]
 
-A CoOp adapter of the first model is carried to the last one, without an image of the task: over a bridge built for the
-pair, over one composed of two, and over the composition's polar factor, which turns where the composition shrinks.
-Bridges are built from names, from pictures of another domain ("street") or from unlabelled pictures of the task. Prints
-the accuracy on the task's test pictures (%, mean and standard deviation over seeds of the few shots and the tuning) and
-the alignment on those pictures, which no bridge saw; then how far an inverted bridge is from one built the other way.
+A CoOp adapter of the first model is carried to the last one, without an image of the task: over a bridge built for
+the pair, over one composed of two, and over the composition's polar factor, which turns where the composition shrinks.
+Bridges are built from names, from pictures of another domain ("street") or from unlabelled pictures of the task.
+Prints the accuracy on the task's test pictures (%, mean and standard deviation over seeds of the few shots and the
+tuning) and the alignment on those pictures, which no bridge saw; then how far an inverted bridge is from one built the
+other way round.
 """
 
 import argparse
