@@ -186,8 +186,8 @@ def save_teacher(
     templates: Sequence[str],
     config: TuningConfig,
 ) -> None:
-    """Writes what `tune(weak, ..., config, templates=templates)` returned: an ordinary PEFT adapter, and
-    `teacher.json` ([`TeacherFacts`])."""
+    """Writes what `tune(weak, ..., config, templates=templates)` returned: an ordinary PEFT adapter,
+    `teacher.json` ([`TeacherFacts`]) and the card."""
     anchors = tuned.anchors.to_dict()
     model = {"weak": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
     names = {"class_names": anchors["task"], "templates": anchors["templates"]}
@@ -197,6 +197,9 @@ def save_teacher(
         warnings.filterwarnings("ignore", message="Could not find a config file")
         tuned.model.save_pretrained(os.fspath(folder))
     (Path(folder) / TEACHER_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+    from .cards import write_card  # not at the top: it comes later in the order of the package
+
+    write_card(folder)
 
 
 def load_teacher(source: str, weak: DualEncoder) -> Teacher:

@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 
 from .anchors import Anchors
+from .bridge_files import WEIGHTS as BRIDGE_FILE
 from .calibration import SHAPES
 from .catalog import TEACHER_FILE, load_anchors
 from .files import read_metadata_json
 from .hub import fetch, model_location, read_json
+from .transfers import list_transfers
 from .trust import check_adapter_tensors, check_json, check_tensors, read_header
 from .tuners import PeftType
 
@@ -35,9 +37,15 @@ def describe(source: str) -> dict:
     adapter = read_json(source, "adapter_config.json")
     if adapter is not None:
         return _adapter(source, adapter)
+    bridge = fetch(source, BRIDGE_FILE)
+    if bridge is not None:
+        return _file(bridge)
     config = read_json(source, "config.json")
     if config is None:
-        raise ValueError(f"found neither adapter_config.json nor config.json in {source!r}: no adapter and no model.")
+        raise ValueError(
+            f"found neither adapter_config.json, {BRIDGE_FILE} nor config.json in {source!r}: no adapter, bridge "
+            "or model."
+        )
     towers = {key: config[key].get("hidden_size") for key in ("vision_config", "text_config") if config.get(key)}
     facts = {"model_type": config.get("model_type"), "embed_dim": config.get("projection_dim"), "hidden_size": towers}
     return {"kind": "model", **facts, **_size(fetch(source, "model.safetensors"))}
@@ -51,6 +59,7 @@ def _adapter(source: str, config: dict) -> dict:
         anchors = load_anchors(source)
         facts = {key: config.get(key) for key in ("form", "embed_dim", "provenance")}
         facts["calibration"] = None if pack is None else _file(pack)
+        facts["transfers"] = [f"{entry.kind} for {entry}" for entry in list_transfers(source)]
         size = {}
         if weights is not None:
             check_adapter_tensors(weights, config)

@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .anchors import Anchors
+from .bridge_files import WEIGHTS as BRIDGE
 from .card_facts import THIS
 from .cards import write_card
 from .classifier import AnchorClassifier
@@ -25,7 +26,6 @@ from .transfers import CONFIG, SCORES, WEIGHTS
 
 CARD = "README.md"
 ZERO_SHOT = "zero-shot"
-BRIDGE = "bridge.safetensors"
 # What belongs into a repository; settings, checkpoints and whatever else lies in the folder stay at home.
 SHARED = (
     *(CONFIG, WEIGHTS, BRIDGE, SCORES, CARD),
