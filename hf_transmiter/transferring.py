@@ -27,6 +27,8 @@ from .tuners import TransMiterConfig
 
 logger = logging.getLogger(__name__)
 
+_BRIDGE_FACTS = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "derived", "beta")
+
 
 def transfer(
     adapter: AnchorClassifier,
@@ -131,7 +133,7 @@ def carry(
     facts = {
         "step": "transfer",
         "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
-        "bridge": {key: getattr(bridge, key) for key in ("space", "source", "num_pairs", "alignment", "beta")},
+        "bridge": {key: getattr(bridge, key) for key in _BRIDGE_FACTS},
         "extracted": source.provenance,
     }
     if source.form == "mlp":
