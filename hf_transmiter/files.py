@@ -63,7 +63,8 @@ def read_tensors(
         raise ValueError(f"{path} is not a {what}; {remedy}.")
     if shapes is not None:
         check_tensors(path, shapes, optional=optional, what=what, remedy=remedy)
-    return load_file(path), metadata
+    # Copies: what is read is a view of the file, and a file that is written to later would change what was checked.
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
 
 
 def read_metadata_json(path: str | os.PathLike, metadata: dict[str, str], key: str, kind: type):

@@ -190,7 +190,8 @@ def read_header(
             shapes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
             return file.metadata() or {}, shapes
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a {what} ({error}); {remedy}.") from error
+        # safetensors quotes what it cannot read, however long that is.
+        raise ValueError(f"{path} is damaged or not a {what} ({str(error)[:200]}); {remedy}.") from error
 
 
 def check_tensors(

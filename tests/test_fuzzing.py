@@ -1,0 +1,460 @@
+"""Two thousand damaged and hostile files: each is read as what it says or refused by a clear error, in bounded memory.
+
+Valid files are changed by a value (huge, negative, of another type, NaN, deep), a key or some bytes. While one is
+read, the process may take no more than `MEMORY` of address space on top of what it has, and `SECONDS` of time: an
+allocation or a loop that a file could size fails the test.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from hf_transmiter.anchors import Anchors
+from hf_transmiter.bridge import Bridge
+from hf_transmiter.calibration import CalibrationPack
+from hf_transmiter.catalog import TeacherFacts
+from hf_transmiter.inspection import describe
+from hf_transmiter.report import read_scores
+from hf_transmiter.transfers import list_transfers
+from hf_transmiter.trust import KEY_PREFIX, adapter_shapes
+from hf_transmiter.tuners import TransMiterConfig, TransMiterLayer
+
+
+# Settings of a later version of PEFT are ignored with a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+MEMORY = 256 * 2**20
+SECONDS = 60
+ANCHORS = Anchors(("cat", "dög"), ("sky", "tree", "sea"))
+MODEL = {"name": "user/weak", "revision": "main", "fingerprint": "0" * 64}
+
+HOSTILE = st.sampled_from(
+    [
+        *(
+            None,
+            True,
+            False,
+            "",
+            " ",
+            "{}",
+            "a photo of a {}.",
+            "../../etc/passwd",
+            "/etc/passwd",
+            "\ud800",
+            "a\0b",
+            "\n",
+        ),
+        *("🐈" * 5, "x" * 2_000, "transfers/../../x.safetensors", "transfers/x.safetensors\n", "mlp", "class_vectors"),
+        *("TRANSMITER", "LORA", "COOP", "XLORA", "NaN", "1e999", "0" * 64, "F32", "I64", "embedding", "logit"),
+        *(0, -1, 1, 2, 5, 7, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**18)),
+        *(0.0, -0.0, 4.0, 0.5, 1e30, 1e308, float("nan"), float("inf"), float("-inf")),
+        *(
+            [],
+            {},
+            [[]],
+            [0],
+            [-1],
+            [10**9, 10**9],
+            [10**18, 0],
+            [2**40, 2**40],
+            ["cat"],
+            ["cat", "cat"],
+            [None],
+            {"a": {}},
+        ),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Stands for a text in the place of a value: what `json` would not write."""
+
+    text: str
+
+
+RAW = st.sampled_from(
+    [
+        *(
+            "[" * 100_000,
+            "[" * 40 + "]" * 40,
+            '{"a":' * 5_000 + "1" + "}" * 5_000,
+            "1" * 5_000,
+            "-1e400",
+            "1e-400",
+            "nul",
+        ),
+        *(
+            '"\\ud800"',
+            '{"a": 1, "a": 2}',
+            "[" + "0," * 20_000 + "0]",
+            '"' + "y" * 100_000 + '"',
+            "0x10",
+            "+1",
+            "\ufeff1",
+        ),
+    ]
+).map(Raw)
+
+
+def near(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        return value[:-1] + chr(ord(value[-1:] or "a") ^ 1)
+    return value[::-1] if isinstance(value, list) else dict(reversed(value.items()))
+
+
+def places(value, path=()):
+    """Paths of all values inside a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+@st.composite
+def changed(draw, content) -> str:
+    """JSON text of `content` after one or two changes."""
+    content, raw = copy.deepcopy(content), {}
+    for _ in range(draw(st.integers(1, 2))):
+        path = draw(st.sampled_from(list(places(content))))
+        value = copy.deepcopy(draw(HOSTILE | RAW))  # the next change may be inside it
+        if isinstance(value, Raw):
+            name = f"<raw {len(raw)}>"
+            raw[json.dumps(name)] = value.text
+            value = name
+        if not path:
+            content = value if draw(st.integers(0, 4)) == 0 else content
+            continue
+        parent = content
+        for key in path[:-1]:
+            parent = parent[key]
+        action = draw(st.sampled_from(("replace", "replace", "near", "near", "delete", "add")))
+        if action == "near":
+            parent[path[-1]] = near(parent[path[-1]])
+        elif action == "delete":
+            del parent[path[-1]]
+        elif action == "add" and isinstance(parent, dict):
+            parent[draw(st.text(max_size=10) | st.sampled_from(("task", "width", "__class__", "self", "x" * 300)))] = (
+                value
+            )
+        elif action == "add":
+            parent.append(value)
+        else:
+            parent[path[-1]] = value
+    text = json.dumps(content, ensure_ascii=draw(st.booleans()))
+    for name, value in raw.items():
+        text = text.replace(name, value)
+    return text
+
+
+@st.composite
+def damaged(draw, data: bytes) -> bytes:
+    """`data` after one or two flips, cuts or insertions."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.integers(0, max(len(data) - 1, 0)))
+        action = draw(st.sampled_from(("flip", "flip", "flip", "cut", "insert", "remove", "repeat")))
+        if action == "flip" and data:
+            data[place] ^= 1 << draw(st.integers(0, 7))
+        elif action == "cut":
+            del data[place:]
+        elif action == "insert":
+            data[place:place] = draw(
+                st.binary(min_size=1, max_size=8) | st.sampled_from((b"[", b'"', b"\xff", b"NaN", b"}"))
+            )
+        elif action == "remove":
+            del data[place : place + draw(st.integers(1, 16))]
+        else:
+            data += data[place : place + 64]
+    return bytes(data)
+
+
+def json_bytes(content) -> st.SearchStrategy[bytes]:
+    whole = json.dumps(content, ensure_ascii=False).encode()
+    texts = changed(content).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    return st.one_of(texts, texts, damaged(whole))
+
+
+def split_file(path: Path) -> tuple[dict, bytes]:
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+@st.composite
+def tensor_files(draw, whole: bytes, header: dict, data: bytes, inner: str | None = None) -> bytes:
+    """A safetensors file with a changed header (or a changed JSON text in its metadata), or damaged bytes."""
+    kind = draw(st.sampled_from(("header", "header", "bytes", "size") + ("inner", "inner") * (inner is not None)))
+    if kind == "bytes":
+        return draw(damaged(whole))
+    if kind == "inner":
+        header = copy.deepcopy(header)
+        text = draw(changed(json.loads(header["__metadata__"][inner])))
+        header["__metadata__"][inner] = text.encode("utf-8", "replace").decode()
+        text = json.dumps(header).encode()
+    else:
+        text = draw(json_bytes(header)) if kind == "header" else json.dumps(header).encode()
+    size = len(text)
+    if kind == "size":
+        size = draw(
+            st.sampled_from((0, 1, size - 1, size + 1, len(whole), 2**23, 2**23 + 1, 10**8, 2**31, 2**63, 2**64 - 1))
+        )
+    return struct.pack("<Q", size) + text + data
+
+
+class Hang(BaseException):
+    """Not an `Exception`, so that nothing on the way takes it for the file's fault."""
+
+
+@contextlib.contextmanager
+def bounded():
+    """Limits of memory and time, where the platform has them."""
+
+    def alarm(*_):
+        raise Hang(f"still not read after {SECONDS} s")
+
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def read(load, path):
+    """What `load(path)` returns, `None` where it refuses the file; any other exception fails the test."""
+    with bounded():
+        try:
+            return load(path)
+        except (ValueError, OSError) as error:
+            assert str(error).strip() and len(str(error)) < 10_000
+            return None
+
+
+def cases(count: int):
+    return settings(max_examples=count, suppress_health_check=list(HealthCheck))
+
+
+CONFIG = {
+    "auxiliary_names": ["sky", "tree", "sea"],
+    "anchors_fingerprint": ANCHORS.fingerprint,
+    "auto_mapping": None,
+    "base_fingerprint": "0" * 64,
+    "base_model_name_or_path": "user/weak",
+    "class_names": ["cat", "dög"],
+    "embed_dim": 6,
+    "exclude_modules": None,
+    "form": "mlp",
+    "inference_mode": True,
+    "mlp_ratio": 4,
+    "peft_type": "TRANSMITER",
+    "peft_version": "0.21.2",
+    "provenance": {"num_images": 8, "settings": {"epochs": 2}},
+    "revision": "main",
+    "seed": 0,
+    "target_modules": None,
+    "task_type": None,
+    "templates": ["a photo of a {}."],
+    "train_basis": False,
+    "width": 8,
+}
+INDEX = {
+    "format": "hf_transmiter.transfers",
+    "version": 1,
+    "transfers": [
+        {"file": "transfers/a.safetensors", "kind": kind, "model": MODEL, "num_bytes": 8, "sha256": "f" * 64}
+        for kind in ("adapter", "bridge")
+    ],
+}
+SCORE = {
+    "method": "refit",
+    "split": "test",
+    "metric": "accuracy",
+    "value": 62.5,
+    "std": 0.5,
+    "seconds": 1.5,
+    "peak_mb": 20.0,
+}
+SCORES = [SCORE | {"seeds": 3}, SCORE | {"value": None, "seeds": 1, "dataset": "user/cats", "num_images": 40}]
+TEACHER = {
+    "weak": "user/weak",
+    "revision": None,
+    "fingerprint": "0" * 64,
+    "class_names": ["cat", "dög"],
+    "templates": ["{}."],
+    "zero_shot_templates": ["a photo of a {}."],
+    "settings": {"method": "coop", "epochs": 2},
+}
+MODEL_CONFIG = {
+    "model_type": "clip",
+    "projection_dim": 6,
+    "vision_config": {"hidden_size": 8},
+    "text_config": {"hidden_size": 8},
+}
+
+
+def make_folder(folder: Path) -> Path:
+    """One valid file of every kind."""
+    (folder / "transfers").mkdir()
+    contents = {"adapter_config": CONFIG, "scores": SCORES, "teacher": TEACHER, "transfers/index": INDEX}
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    ANCHORS.save(folder / "anchors.json")
+    tensors = {name: torch.randn(shape) for name, shape in adapter_shapes(CONFIG).items()}
+    tensors[KEY_PREFIX + "basis"] = torch.linalg.qr(tensors[KEY_PREFIX + "basis"])[0].contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    CalibrationPack(torch.randn(5, 2), ("cat", "dög"), "abc", "user/cats").save(folder / "calibration.safetensors")
+    facts = {"space": "logit", "scale": 1.0, "source": "images", "num_pairs": 9, "alignment": 0.9, "beta": 500.0}
+    facts |= {"strong": MODEL, "weak": MODEL, "anchors": ANCHORS.to_dict()}
+    matrix, zeros = torch.linalg.qr(torch.randn(5, 5))[0].contiguous(), torch.zeros(5)
+    tensors = {"matrix": matrix, "mean_strong": zeros, "mean_weak": zeros.clone()}
+    metadata = {"format": "hf_transmiter.bridge", "bridge": json.dumps(facts)}
+    save_file(tensors, folder / "bridge.safetensors", metadata=metadata)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    return make_folder(tmp_path_factory.mktemp("valid"))
+
+
+def load_adapter(path: Path) -> TransMiterLayer:
+    """What loading an adapter allocates by its configuration, without a model."""
+    config = TransMiterConfig.from_pretrained(path)
+    config.embed_dim = config.embed_dim or 6
+    layer = TransMiterLayer()
+    layer._active_adapter = ["default"]
+    layer.update_layer("default", config, torch.zeros(1))
+    return layer
+
+
+LOADERS = {
+    "adapter_config.json": lambda path: load_adapter(path.parent),
+    "adapter_model.safetensors": lambda path: load_adapter(path.parent),
+    "anchors.json": Anchors.load,
+    "transfers/index.json": lambda path: list_transfers(path.parents[1]),
+    "scores.json": read_scores,
+    "teacher.json": lambda path: TeacherFacts.read(str(path.parent)),
+    "calibration.safetensors": CalibrationPack.load,
+    "bridge.safetensors": Bridge.load,
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_files_that_are_changed_here_are_valid(folder, name):
+    assert LOADERS[name](folder / name)
+
+
+def run(folder: Path, name: str, data: st.SearchStrategy[bytes], count: int, load=None) -> list:
+    """Reads `count` variants of a file, and gives back what was accepted."""
+    path, accepted = folder / name, []
+    original, load = path.read_bytes(), load or LOADERS[name]
+
+    @cases(count)
+    @given(data)
+    def try_one(content):
+        path.write_bytes(content)
+        found = read(load, path)
+        if found is not None:
+            accepted.append(found)
+
+    try:
+        try_one()
+    finally:
+        path.write_bytes(original)
+    assert count < 100 or 0 < len(accepted) < count / 2  # changes are neither too coarse nor too mild
+    return accepted
+
+
+def tensor_data(path: Path, inner: str | None = None) -> st.SearchStrategy[bytes]:
+    return tensor_files(path.read_bytes(), *split_file(path), inner)
+
+
+def test_adapter_configs(folder):
+    for layer in run(folder, "adapter_config.json", json_bytes(CONFIG), 500):
+        assert sum(tensor.numel() for tensor in layer.tensors("default").values()) < 2_000
+
+
+def test_adapter_weights(folder):
+    accepted = run(folder, "adapter_model.safetensors", tensor_data(folder / "adapter_model.safetensors"), 350)
+    assert all(isinstance(layer, TransMiterLayer) for layer in accepted)
+
+
+def test_anchors(folder):
+    for anchors in run(folder, "anchors.json", json_bytes(ANCHORS.to_dict()), 300):
+        assert len(anchors.fingerprint) == 64 and Anchors.from_dict(anchors.to_dict()) == anchors
+
+
+def test_indexes_of_transfers(folder):
+    for entries in run(folder, "transfers/index.json", json_bytes(INDEX), 250):
+        for entry in entries:
+            path = Path(os.path.normpath(folder / entry.file))
+            assert path.parent == folder / "transfers" and path.suffix == ".safetensors"
+
+
+def test_bridges(folder):
+    for bridge in run(folder, "bridge.safetensors", tensor_data(folder / "bridge.safetensors", "bridge"), 200):
+        assert bridge.matrix.isfinite().all()
+
+
+def test_calibration_packs(folder):
+    data = tensor_data(folder / "calibration.safetensors", "class_names")
+    for pack in run(folder, "calibration.safetensors", data, 150):
+        assert pack.logits.isfinite().all() and pack.logits.shape[1] == len(pack.class_names)
+
+
+def test_scores(folder):
+    for scores in run(folder, "scores.json", json_bytes(SCORES), 100):
+        assert all(isinstance(score.value, (int, float)) and score.seeds >= 1 for score in scores)
+
+
+def test_facts_of_tuned_models(folder):
+    for facts in run(folder, "teacher.json", json_bytes(TEACHER), 50):
+        assert Anchors(facts.class_names, (), facts.templates).num_task
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_describing_an_adapter(folder, name):
+    data = json_bytes(CONFIG) if name.endswith("json") else tensor_data(folder / name)
+    for facts in run(folder, name, data, 25, lambda path: describe(str(path.parent))):
+        assert json.dumps(facts)
+
+
+@pytest.mark.parametrize(("name", "inner"), [("bridge", "bridge"), ("calibration", "class_names")])
+def test_describing_a_file(folder, name, inner):
+    path = folder / f"{name}.safetensors"
+    for facts in run(folder, path.name, tensor_data(path, inner), 15, lambda path: describe(str(path))):
+        assert json.dumps(facts)
+
+
+def test_describing_a_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for facts in run(tmp_path, "config.json", json_bytes(MODEL_CONFIG), 20, lambda path: describe(str(path.parent))):
+        assert facts["kind"] == "model"
