@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import html
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -212,7 +213,10 @@ def launch(page: gradio.Blocks, *, host: str | None = None, port: int | None = N
     )
     if block:
         print(f"Open {address} in a browser; Ctrl+C ends it.", file=sys.stderr, flush=True)
-        page.block_thread()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            page.close(verbose=False)
     return address
 
 
