@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from .card_text import Raw, escape, one_line, span
 from .evaluation import Score
 from .hub import SANDBOX, split_revision
-from .report import markdown_table, read_scores
+from .report import markdown_table
 from .trust import load_json, read_header
 
 
@@ -106,7 +106,7 @@ class NamedModel:
             at = f" at {span(self.revision[:12])}" if self.revision else ""
             return Raw(f"[{escape(self.name)}](https://huggingface.co/{self.name}){at}")
         if self.in_sandbox:
-            return Raw(f"{span(self.name)} (a tiny CLIP that comes with hf_transmiter)")
+            return span(self.name)
         return Raw(
             "a model that is not stated" if self.name is None else f"the local model {span(_last_part(self.name))}"
         )
@@ -129,10 +129,18 @@ class NamedDataset:
         text = _text(source)
         if text is None:
             return None
-        name, revision = split_revision(re.sub(r" \([^()]*\)$", "", text))
+        text = re.sub(r" \([^()]*\)$", "", text)
+        name, revision = split_revision(text)
         if not (is_hub_id(name) or name.startswith(SANDBOX)):
             return cls(_last_part(text))
         return cls(name, revision)
+
+    @property
+    def source(self) -> str:
+        """What to pass to `hf-transmiter --dataset`."""
+        if is_hub_id(self.name):
+            return self.name + (f"@{self.revision}" if self.revision else "")
+        return self.name if self.name.startswith(SANDBOX) else f"path/to/{self.name}"
 
     @property
     def label(self) -> Raw:
@@ -280,18 +288,23 @@ def whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
+def rounding(saved_as: object) -> str | None:
+    """What storing the weights in another number format changed; `None` where they are as they were made."""
+    facts = saved_as if isinstance(saved_as, dict) else {}
+    if _text(facts.get("dtype")) is None:
+        return None
+    images, same = whole(facts.get("num_images")), number(facts.get("agreement"))
+    if images is None or same is None:
+        return f"{facts['dtype']}; what that changes: not measured"
+    before, after = number(facts.get("accuracy")), number(facts.get("rounded_accuracy"))
+    change = "" if before is None or after is None else f", accuracy {before:.1f} % before and {after:.1f} % after"
+    return f"{facts['dtype']}; on {images:,} images {same:.1f} % of the predictions stay as they were{change}"
+
+
 def text_map(value: object) -> dict[str, str]:
     """The texts and numbers of an object in a JSON file."""
     content = value if isinstance(value, dict) else {}
     return {str(k): str(v) for k, v in content.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
-
-
-def folder_scores(folder: Path) -> list[Score]:
-    """Rows of ``scores.json``. Where all are of one method, that is the artefact itself ([`THIS`])."""
-    scores = optional(folder / "scores.json", read_scores) or []
-    if len({score.method for score in scores}) == 1:
-        scores = [replace(score, method=THIS) for score in scores]
-    return scores
 
 
 @dataclass(frozen=True)

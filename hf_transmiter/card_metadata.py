@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +27,6 @@ KEPT = ("license", "license_name", "license_link", "datasets", "language", "tags
 """Metadata that people give, and that a card takes over from the one before."""
 _LISTS = ("datasets", "language", "tags")
 _TASK = "zero-shot-image-classification"
-_SOURCE = "https://arxiv.org/abs/2508.08604"
 
 
 @dataclass
@@ -50,9 +49,14 @@ class Card:
     scores: list[Score]
     given: dict
 
+    def __post_init__(self):
+        if self.is_scored and len({score.method for score in self.scores}) == 1:
+            self.scores = [replace(score, method=THIS) for score in self.scores]  # about what else would they be?
+
     tags: ClassVar[tuple[str, ...]]
     template: ClassVar[str]
     pipeline_tag: ClassVar[str | None] = _TASK
+    is_scored: ClassVar[bool] = True
     library_name: ClassVar[str] = "hf-transmiter"
 
     def metadata(self) -> ModelCardData:
@@ -95,8 +99,6 @@ class Card:
                     metric_name=METRIC_NAMES.get(score.metric, one_line(score.metric)),
                     metric_value=round(score.value, 2),
                     metric_args={key: value for key, value in arguments.items() if value is not None},
-                    source_name="hf_transmiter",
-                    source_url=_SOURCE,
                 )
             )
         return found

@@ -63,7 +63,7 @@ def span(value) -> Raw:
 
 def literal(value) -> Raw:
     """A text as a Python literal on one line, for code blocks."""
-    return Raw(json.dumps(str(value).encode("utf-8", "replace").decode("utf-8")))
+    return Raw(json.dumps(str(value).encode("utf-8", "replace").decode("utf-8"), ensure_ascii=False))
 
 
 def argument(value) -> Raw:
@@ -75,7 +75,7 @@ def argument(value) -> Raw:
 def listed(values, limit: int = 8) -> Raw:
     """The first values, escaped, and how many more there are."""
     values = list(values)
-    shown = ", ".join(escape(value) for value in values[:limit])
+    shown = ", ".join(escape(one_line(value)) for value in values[:limit])
     return Raw(shown + (f" and {len(values) - limit:,} more" if len(values) > limit else ""))
 
 

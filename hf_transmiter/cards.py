@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
-
-from huggingface_hub import EvalResult
 
 from .card_facts import (
     METHOD_NAMES,
@@ -21,18 +19,20 @@ from .card_facts import (
     NamedModel,
     Step,
     Weights,
-    folder_scores,
     history,
     library_versions,
     number,
     optional,
     required,
+    rounding,
     text_map,
     whole,
 )
 from .card_metadata import KEPT, MARKER, Card, by_people, completed, given_metadata
 from .card_text import fill
 from .files import replace_file
+from .report import read_scores
+from .settings import TuningConfig
 from .trust import check_json, load_json, parse_json, read_header
 
 
@@ -54,7 +54,7 @@ class AdapterCard(Card):
         templates (`list[str]`), form (`str`), width (`int`, *optional*): as in `TransMiterConfig`.
         anchors_fingerprint (`str`, *optional*): of names and templates.
         steps (`list[Step]`): how it came about, the first step first.
-        saved_as (`dict[str, str]`): number format, and what rounding to it changed.
+        rounding (`str`, *optional*): number format, where it was chosen at saving, and what rounding to it changed.
         calibration (`Weights`, *optional*): of the tuned model's logits, where they are kept beside the adapter.
         calibration_images (`int`, *optional*): how many images these are of.
         transfers (`list[tuple[NamedModel, str, int]]`): finished transfers: model, kind and bytes.
@@ -67,7 +67,7 @@ class AdapterCard(Card):
     width: int | None
     anchors_fingerprint: str | None
     steps: list[Step]
-    saved_as: dict[str, str]
+    rounding: str | None
     calibration: Weights | None
     calibration_images: int | None
     calibration_data: NamedDataset | None
@@ -108,7 +108,7 @@ class AdapterCard(Card):
             width=config.get("width"),
             anchors_fingerprint=config.get("anchors_fingerprint"),
             steps=history(provenance),
-            saved_as=text_map(provenance.get("saved_as")),
+            rounding=rounding(provenance.get("saved_as")),
             calibration=optional(pack, Weights.of),
             calibration_images=None if header is None or "logits" not in header[1] else header[1]["logits"][1][0],
             calibration_data=None if header is None else NamedDataset.of(header[0].get("dataset")),
@@ -125,11 +125,6 @@ class AdapterCard(Card):
 
     def training_data(self) -> list[NamedDataset]:
         return [data for data in (*(step.dataset for step in self.steps), self.calibration_data) if data]
-
-    def gaps(self) -> list[str]:
-        stored = set(self.weights.dtypes if self.weights else ()) - {"F32", "F64"}
-        rounded = stored and set(self.saved_as) <= {"dtype"}
-        return [*super().gaps(), *(["what storing the weights in half precision changes"] if rounded else [])]
 
 
 @dataclass
@@ -164,6 +159,7 @@ class BridgeCard(Card):
     tags: ClassVar[tuple[str, ...]] = ("clip", "transmiter", "weak-to-strong", "bridge")
     template: ClassVar[str] = "bridge.md.jinja"
     pipeline_tag: ClassVar[str | None] = None
+    is_scored: ClassVar[bool] = False  # scores are of adapters that crossed it: for the text, not for leaderboards
 
     @classmethod
     def of_folder(cls, folder: str | os.PathLike, *, name: str | None = None, **facts) -> BridgeCard:
@@ -194,12 +190,10 @@ class BridgeCard(Card):
             templates=list(anchors.get("templates", ())),
         )
 
-    def results(self) -> list[EvalResult]:
-        return []  # scores are of adapters that crossed it: for the text, not for leaderboards
-
     def gaps(self) -> list[str]:
-        found = [] if self.scores else ["what an adapter that crosses it is worth on the strong model"]
-        return found if self.held_out is not None else ["its fit on pairs it was not built from", *found]
+        found = [] if self.held_out is not None else ["its fit on pairs that it was not built from"]
+        found += [] if self.scores else ["what an adapter that crosses it is worth"]
+        return [*found, "what it is worth for other tasks and other kinds of tuning"]
 
 
 @dataclass
@@ -234,6 +228,20 @@ class TunedCard(Card):
         return self.peft_type in PROMPTS
 
     @property
+    def shown_settings(self) -> dict[str, str]:
+        """Those that have no line of their own, and that the method reads."""
+        unread = () if self.peft_type == "LORA" else ("rank", "alpha", "target_modules")
+        return {key: value for key, value in self.settings.items() if key not in ("method", "shots", "seed", *unread)}
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """The settings as options of `hf-transmiter tune`."""
+        chosen = {key: value for key, value in self.settings.items() if key in ("method", "shots", "seed")}
+        known = {field.name for field in fields(TuningConfig)}
+        chosen |= self.shown_settings
+        return [(key.replace("_", "-"), value) for key, value in chosen.items() if key in known]
+
+    @property
     def has_class_vectors(self) -> bool:
         """Whether `extract` needs no image of the task: a prompt that leaves images alone and does not read them."""
         return self.peft_type in CLASS_VECTORS
@@ -254,13 +262,6 @@ class TunedCard(Card):
         base = NamedModel(config.get("base_model_name_or_path"), config.get("revision"))
         if teacher:
             base = NamedModel(teacher["weak"], teacher["revision"], teacher["fingerprint"])
-        left_out = (
-            "method",
-            "shots",
-            "seed",
-            "target_modules",
-            *(("rank", "alpha") if settings.get("method") != "lora" else ()),
-        )
         names = teacher.get("class_names") or config.get("class_names")
         fingerprint, split = (noted.get(key) for key in ("dataset_fingerprint", "split"))
         return cls(
@@ -270,7 +271,7 @@ class TunedCard(Card):
             versions=_versions(noted, config),
             peft_type=config["peft_type"],
             method=METHOD_NAMES.get(str(settings.get("method"))),
-            settings={key: value for key, value in text_map(settings).items() if key not in left_out},
+            settings=text_map(settings),
             shots=whole(settings.get("shots")),
             seed=whole(settings.get("seed")),
             num_images=whole(noted.get("num_images")),
@@ -348,7 +349,8 @@ def write_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -
 def _common(folder: Path, name: str | None, facts: dict) -> dict:
     """What every card takes from the folder and from the card that is in there."""
     named, given = given_metadata(folder / README, facts)
-    return {"name": name or named or folder.resolve().name, "given": given, "scores": folder_scores(folder)}
+    scores = optional(folder / "scores.json", read_scores) or []
+    return {"name": name or named or folder.resolve().name, "given": given, "scores": scores}
 
 
 def _versions(provenance: dict, config: dict) -> dict[str, str]:
