@@ -196,8 +196,8 @@ class Step:
             The images that were used.
         teacher (`str`), own_class_vectors (`bool`): extract: how the tuned model was made, and whether it had some.
         solver (`str`, *optional*), seed (`int`, *optional*): extract.
-        bridge_space, bridge_source (`str`, *optional*), bridge_pairs (`int`, *optional*), alignment (`float`,
-            *optional*): transfer: the bridge.
+        bridge_space, bridge_source (`str`, *optional*), bridge_pairs (`int`, *optional*), alignment, held_out
+            (`float`, *optional*), composed (`bool`): transfer: the bridge.
         zero_shot_weight (`float`, *optional*), teacher_logits (`bool`): transfer.
     """
 
@@ -214,6 +214,8 @@ class Step:
     bridge_source: str | None
     bridge_pairs: int | None
     alignment: float | None
+    held_out: float | None
+    composed: bool
     zero_shot_weight: float | None
     teacher_logits: bool
 
@@ -236,6 +238,8 @@ class Step:
             bridge_source=_text(bridge.get("source")),
             bridge_pairs=whole(bridge.get("num_pairs")),
             alignment=number(bridge.get("alignment")),
+            held_out=number(bridge.get("held_out")),
+            composed=bool(bridge.get("derived")),
             zero_shot_weight=number(facts.get("zero_shot_weight")),
             teacher_logits=facts.get("teacher_logits") is True,
         )
@@ -326,7 +330,8 @@ def measured(scores: Sequence[Score]) -> list[Measured]:
         shown = [
             replace(row, method=escape(row.method), split=escape(row.split), metric=escape(row.metric)) for row in rows
         ]
-        baseline = "zero-shot strong" if any(row.method == "zero-shot strong" for row in rows) else None
+        methods = {row.method for row in rows}
+        baseline = next((method for method in ("zero-shot strong", "zero-shot") if method in methods), None)
         try:
             table = Raw(markdown_table(shown, baseline=baseline))
         except ValueError as error:  # a row that is there twice

@@ -1,0 +1,143 @@
+"""Make one of everything that can be shared, on the sandbox, with its card.
+
+    python -m hf_transmiter.sandbox.artefacts --output-dir out/artefacts --cards model_cards
+
+* `jargon-coop`: *weak*, tuned with a CoOp prompt on 16 labelled pictures per class of *jargon*;
+* `weak-to-strong-bridge`: between *weak* and *strong*, from the world's phrases alone;
+* `jargon-adapter`: what that tuning taught, as an adapter of *weak*;
+* `jargon-strong`: the same on *strong*, over the bridge and refitted to unlabelled pictures.
+
+The recipe is the demo's. ``model_cards/`` of the source repository holds the cards that came out of it.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from hf_transmiter.anchors import Anchors
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.bridge import Bridge
+from hf_transmiter.card_facts import THIS, library_versions
+from hf_transmiter.cards import write_card
+from hf_transmiter.catalog import save_teacher
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.evaluation import Score, evaluate
+from hf_transmiter.extraction import extract
+from hf_transmiter.files import new_folder
+from hf_transmiter.hub import SANDBOX
+from hf_transmiter.prompt_tuning import TuningConfig, starting_templates, tune
+from hf_transmiter.report import write_scores
+from hf_transmiter.sandbox.data import load_dataset
+from hf_transmiter.sandbox.words import vocabulary
+from hf_transmiter.transferring import transfer
+from hf_transmiter.transfers import save_transfer
+
+
+DOMAIN, METHOD = "jargon", "coop"
+ARTEFACTS = ("jargon-coop", "weak-to-strong-bridge", "jargon-adapter", "jargon-strong")
+
+
+def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
+    """Tunes, extracts, bridges, transfers and scores, and saves each result in a folder of its own.
+
+    Args:
+        output_dir (`Path`): gets a folder for each of `ARTEFACTS`.
+        progress (`bool`, *optional*, defaults to `True`): show progress bars.
+
+    Returns:
+        `list[Path]`: the folders, in the order of `ARTEFACTS`.
+
+    Raises:
+        FileExistsError: one of them is there already.
+    """
+    from hf_transmiter.demo import SANDBOX_TUNING  # not at the top: the demo comes later
+
+    folders = [Path(output_dir) / name for name in ARTEFACTS]
+    there = [folder for folder in folders if folder.exists()]
+    if there:
+        raise FileExistsError(f"{there[0]} exists already: choose another --output-dir.")
+    weak, strong = (DualEncoder.from_pretrained(SANDBOX + name) for name in ("weak", "strong"))
+    train, unlabelled, test = (load_dataset(DOMAIN, split) for split in ("train", "unlabelled", "test"))
+    names = tuple(test.features["label"].names)
+    config = TuningConfig(method=METHOD, seed=0, **SANDBOX_TUNING)
+
+    tuned = tune(weak, train, config=config, progress=progress)
+    bridge = Bridge.build(weak, strong, anchors=Anchors((), tuple(vocabulary())), progress=progress)
+    adapter = extract(weak, tuned, unlabelled, progress=progress)
+    source = f"{SANDBOX}{DOMAIN}"
+    tuned.model.peft_config["default"].provenance.update(dataset=source, versions=library_versions())
+    teacher = {"method": METHOD, "shots": config.shots, "seed": config.seed, "dataset": source}
+    # What only the one who runs a step knows.
+    adapter.adapter_config.provenance.update(teacher=teacher, dataset=source)
+    adapter.calibration.dataset = f"{source} (unlabelled)"
+    upgraded = transfer(adapter, strong, unlabelled, bridge=bridge, progress=progress)
+    upgraded.adapter_config.provenance["dataset"] = source
+    crossed = transfer(adapter, strong, bridge=bridge, progress=progress)
+
+    scored = {
+        **{
+            f"zero-shot {name}": AnchorClassifier(m, Anchors(names))
+            for name, m in (("weak", weak), ("strong", strong))
+        },
+        **{"tuned weak": tuned, "adapter": adapter, "over the bridge, no image": crossed, "upgraded": upgraded},
+    }
+    scores = {method: _score(method, classifier, test, source, progress) for method, classifier in scored.items()}
+    bare = "over the bridge, no image"
+    saved = (
+        (partial(_save_tuned, tuned, weak, config), ("zero-shot weak",), "tuned weak"),
+        (lambda folder: bridge.save(folder / "bridge.safetensors"), ("zero-shot strong", bare), None),
+        (partial(_save_adapter, adapter, crossed), ("zero-shot weak", "tuned weak"), "adapter"),
+        (upgraded.save_pretrained, ("zero-shot strong", "tuned weak", bare), "upgraded"),
+    )
+    for folder, (save, others, own) in zip(folders, saved, strict=True):
+        rows = [scores[method] for method in others]
+        rows += [] if own is None else [replace(scores[own], method=THIS)]
+        new_folder(folder, partial(_save, save=save, scores=rows, name=folder.name))
+    return folders
+
+
+def _save_tuned(tuned: AnchorClassifier, weak: DualEncoder, config: TuningConfig, folder: Path) -> None:
+    save_teacher(folder, tuned, weak, starting_templates(config.method), config)
+
+
+def _save_adapter(adapter: AnchorClassifier, crossed: AnchorClassifier, folder: Path) -> None:
+    """With what it becomes on strong without an image: loaded on strong, the adapter is that."""
+    adapter.save_pretrained(folder)
+    save_transfer(folder, crossed)
+
+
+def _score(method: str, classifier: AnchorClassifier, test, source: str, progress: bool) -> Score:
+    return evaluate(classifier, test, method=method, dataset_name=source, progress=progress)[0]
+
+
+def _save(folder: Path, *, save: Callable[[Path], object], scores: Sequence[Score], name: str) -> None:
+    save(folder)
+    write_scores(folder / "scores.json", scores)
+    write_card(folder, name=name)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_transmiter.sandbox.artefacts",
+        description="Make the sandbox's tuned model, adapters and bridge, with their cards.",
+        epilog="example: python -m hf_transmiter.sandbox.artefacts --output-dir out/artefacts",
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="each artefact goes to a folder of its name here"
+    )
+    parser.add_argument("--cards", type=Path, help="also copy the cards here, NAME.md each")
+    arguments = parser.parse_args()
+    folders = make_artefacts(arguments.output_dir)
+    if arguments.cards is not None:
+        arguments.cards.mkdir(parents=True, exist_ok=True)
+        for folder in folders:
+            shutil.copyfile(folder / "README.md", arguments.cards / f"{folder.name}.md")
+    print(*folders, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
