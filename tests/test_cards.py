@@ -308,9 +308,9 @@ def test_card_of_a_composed_bridge_in_logit_space(tmp_path):
     made.alignment, made.source = None, "images"
     made.save(tmp_path / "bridge.safetensors")
     text = written(tmp_path).text
-    assert "**Alignment not stated**" in text and "their logits over the same names" in text
+    assert "**Alignment not measured**" in text and "their logits over the same names" in text
     assert "yes, through [me/between](https://huggingface.co/me/between)" in text
-    assert "| pull towards the identity (β) | 500.000 |" in text and "--space logit" in text
+    assert "| pull towards the identity (β) | 500.000 |" in text and "--compose path/to/bridge-2 --output" in text
     assert "| data set | not stated |" in text
 
 
