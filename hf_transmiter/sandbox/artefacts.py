@@ -77,40 +77,35 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
     upgraded.adapter_config.provenance["dataset"] = source
     crossed = transfer(adapter, strong, bridge=bridge, progress=progress)
 
-    scored = {
-        **{
-            f"zero-shot {name}": AnchorClassifier(m, Anchors(names))
-            for name, m in (("weak", weak), ("strong", strong))
-        },
-        **{"tuned weak": tuned, "adapter": adapter, "over the bridge, no image": crossed, "upgraded": upgraded},
-    }
-    scores = {method: _score(method, classifier, test, source, progress) for method, classifier in scored.items()}
-    bare = "over the bridge, no image"
-    saved = (
-        (partial(_save_tuned, tuned, weak, config), ("zero-shot weak",), "tuned weak"),
-        (lambda folder: bridge.save(folder / "bridge.safetensors"), ("zero-shot strong", bare), None),
-        (partial(_save_adapter, adapter, crossed), ("zero-shot weak", "tuned weak"), "adapter"),
-        (upgraded.save_pretrained, ("zero-shot strong", "tuned weak", bare), "upgraded"),
+    def score(classifier: AnchorClassifier, method: str = THIS) -> Score:
+        return evaluate(classifier, test, method=method, dataset_name=source, progress=progress)[0]
+
+    zero_weak, zero_strong = (
+        score(AnchorClassifier(model, Anchors(names)), f"zero-shot {name}")
+        for name, model in (("weak", weak), ("strong", strong))
     )
-    for folder, (save, others, own) in zip(folders, saved, strict=True):
-        rows = [scores[method] for method in others]
-        rows += [] if own is None else [replace(scores[own], method=THIS)]
-        new_folder(folder, partial(_save, save=save, scores=rows, name=folder.name))
+    taught, bare = score(tuned, "tuned weak"), score(crossed, "over the bridge, no image")
+    rows = (
+        [zero_weak, replace(taught, method=THIS)],
+        [zero_strong, bare],
+        [zero_weak, taught, score(adapter)],
+        [zero_strong, taught, bare, score(upgraded)],
+    )
+    savers = (
+        partial(save_teacher, tuned=tuned, weak=weak, templates=starting_templates(METHOD), config=config),
+        bridge.save_pretrained,
+        partial(_save_adapter, adapter=adapter, crossed=crossed),
+        upgraded.save_pretrained,
+    )
+    for folder, save, scores in zip(folders, savers, rows, strict=True):
+        new_folder(folder, partial(_save, save=save, scores=scores, name=folder.name))
     return folders
 
 
-def _save_tuned(tuned: AnchorClassifier, weak: DualEncoder, config: TuningConfig, folder: Path) -> None:
-    save_teacher(folder, tuned, weak, starting_templates(config.method), config)
-
-
-def _save_adapter(adapter: AnchorClassifier, crossed: AnchorClassifier, folder: Path) -> None:
+def _save_adapter(folder: Path, *, adapter: AnchorClassifier, crossed: AnchorClassifier) -> None:
     """With what it becomes on strong without an image: loaded on strong, the adapter is that."""
     adapter.save_pretrained(folder)
     save_transfer(folder, crossed)
-
-
-def _score(method: str, classifier: AnchorClassifier, test, source: str, progress: bool) -> Score:
-    return evaluate(classifier, test, method=method, dataset_name=source, progress=progress)[0]
 
 
 def _save(folder: Path, *, save: Callable[[Path], object], scores: Sequence[Score], name: str) -> None:
