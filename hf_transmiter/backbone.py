@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from .families import (
     EMBEDDING_PARTS,
     FAMILIES,
+    aligned,
     check_family,
     dummy_text_inputs,
     image_inputs,
@@ -29,6 +30,7 @@ from .families import (
     shared_width,
     text_positions,
     tokenize,
+    unit_rows,
     unwrap,
 )
 from .fingerprint import model_fingerprint, vocabulary_hash
@@ -144,7 +146,7 @@ class DualEncoder:
             trust_remote_code=False,
             **hub,
         )
-        model = model.eval().requires_grad_(False).to(device or "cpu")
+        model = aligned(model).eval().requires_grad_(False).to(device or "cpu")
         model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
         # The processor comes from the very commit of the weights, also when a branch moved in between.
         commit = getattr(model.config, "_commit_hash", None) or revision
@@ -362,13 +364,6 @@ def load_image_processor(name: str, *, revision: str | None = None, **hub) -> Ba
     return AutoImageProcessor.from_pretrained(
         model_location(name), revision=revision, backend="pil", trust_remote_code=False, **hub
     )
-
-
-def unit_rows(features) -> Tensor:
-    """What `get_image_features` or `get_text_features` returned to unit rows (B, d), float32."""
-    # transformers 5 returns an output whose pooler_output is the projected feature.
-    pooled = features if torch.is_tensor(features) else features.pooler_output
-    return normalize(pooled.float(), dim=-1)
 
 
 def _read_rgb(image, index: int) -> Image.Image:

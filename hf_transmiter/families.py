@@ -10,7 +10,8 @@ Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343).
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.functional import normalize
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 FAMILIES = {
@@ -27,11 +28,10 @@ FAMILIES = {
 
 # SigLIP reads the last position of a text padded to its full length, and was trained without an attention mask.
 SIGLIP = ("siglip", "siglip2")
+TEXT_PARTS = ("text_model", "text_projection")
+IMAGE_PARTS = ("vision_model", "visual_projection", "logit_scale", "logit_bias", "temperature")
 # What makes embeddings and logits. Anything else hanging on the root is someone's head.
-EMBEDDING_PARTS = (
-    *("vision_model", "text_model", "visual_projection", "text_projection"),
-    *("logit_scale", "logit_bias", "temperature"),
-)
+EMBEDDING_PARTS = (*IMAGE_PARTS, *TEXT_PARTS)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -52,6 +52,36 @@ def check_family(model_type: str | None, what: str) -> None:
         raise ValueError(
             f"{what} is of type {model_type!r}, which is not a supported two-tower model. Supported: {supported}."
         )
+
+
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """Moves the weights to memory that torch has laid out, in place: equal weights then answer equally to the bit.
+
+    Weights mapped from a file begin wherever the file has them, and kernels (one row times a matrix, convolutions)
+    round differently by the alignment.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def image_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A two-tower model without its text side: `get_image_features` and [`logit_scale_and_bias`] work as ever.
+
+    Args:
+        config (`PreTrainedConfig`): of a two-tower model of a supported family.
+    """
+    from transformers import (
+        AutoModel,
+    )  # not at the top: `image_classification` is imported with it, and needs this module
+
+    model = AutoModel.from_config(config, trust_remote_code=False)
+    for part in TEXT_PARTS:
+        if hasattr(model, part):
+            delattr(model, part)
+    # The root's own initialisation would write to what is gone.
+    model._is_hf_initialized = True
+    return model
 
 
 def logit_scale_and_bias(model: nn.Module) -> tuple[Tensor, Tensor | float]:
@@ -112,6 +142,13 @@ def image_inputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
         "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device),
         "spatial_shapes": torch.tensor([grid] * count, dtype=torch.long, device=patches.device),
     }
+
+
+def unit_rows(features) -> Tensor:
+    """What `get_image_features` or `get_text_features` returned to unit rows (B, d), float32."""
+    # transformers 5 returns an output whose pooler_output is the projected feature.
+    pooled = features if torch.is_tensor(features) else features.pooler_output
+    return normalize(pooled.float(), dim=-1)
 
 
 def shared_width(model: nn.Module) -> int:
