@@ -37,6 +37,8 @@ _EXPORTS = {
     "MaPLeConfig": "tuners",
     "PromptSRCConfig": "tuners",
     "TransMiterConfig": "tuners",
+    "TransMiterForImageClassification": "image_classification",
+    "TransMiterImageClassificationConfig": "image_classification_config",
     "TransferConfig": "transferring",
     "TuningConfig": "prompt_tuning",
     "UpgradeScore": "compatibility",
@@ -69,6 +71,8 @@ __all__ = [
     "MaPLeConfig",
     "PromptSRCConfig",
     "TransMiterConfig",
+    "TransMiterForImageClassification",
+    "TransMiterImageClassificationConfig",
     "TransferConfig",
     "TuningConfig",
     "UpgradeScore",
@@ -97,6 +101,8 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .extraction import ExtractionConfig, extract
     from .features import embed_dataset
+    from .image_classification import TransMiterForImageClassification
+    from .image_classification_config import TransMiterImageClassificationConfig
     from .label_tuning import LabelTuningConfig, label_tune
     from .moments import CrossMoment
     from .prompt_tuning import TuningConfig, tune
@@ -122,15 +128,19 @@ def __getattr__(name: str):
     return value
 
 
-class _RegisterWithPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers the adapters the moment PEFT is imported.
+class _ImportAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports a module of this package the moment the library that it registers with is imported.
 
-    `import hf_transmiter` is enough for `PeftModel.from_pretrained` to know them, and costs nothing (importing PEFT
-    takes seconds) where PEFT is not used, as in `hf-transmiter --help`.
+    `import hf_transmiter` is enough for `PeftModel.from_pretrained` to know the adapters and for
+    `pipeline("image-classification")` to know the classifier, and costs nothing (importing PEFT or transformers takes
+    seconds) where they are not used, as in `hf-transmiter --help`.
     """
 
+    def __init__(self, library: str, module: str):
+        self.library, self.module = library, f"{__name__}.{module}"
+
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "peft":
+        if fullname != self.library:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -144,10 +154,11 @@ class _RegisterWithPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        importlib.import_module(f"{__name__}.tuners")
+        importlib.import_module(self.module)
 
 
-if "peft" in sys.modules:
-    importlib.import_module(f"{__name__}.tuners")
-else:
-    sys.meta_path.insert(0, _RegisterWithPeft())
+for _library, _module in {"peft": "tuners", "transformers.models.auto.modeling_auto": "image_classification"}.items():
+    if _library in sys.modules:
+        importlib.import_module(f"{__name__}.{_module}")
+    else:
+        sys.meta_path.insert(0, _ImportAfter(_library, _module))
