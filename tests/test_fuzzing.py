@@ -257,6 +257,20 @@ def read(load, path):
             return None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of one process")
+def test_the_limits_hold(monkeypatch):
+    """What the tests below would see of a file that sizes an allocation or a loop."""
+    with bounded(), pytest.raises((RuntimeError, MemoryError), match="allocate|^$"):
+        torch.zeros(2 * MEMORY, dtype=torch.uint8)
+    with bounded(), pytest.raises(MemoryError):
+        bytearray(2 * MEMORY)
+    torch.zeros(2 * MEMORY, dtype=torch.uint8)
+    monkeypatch.setitem(globals(), "SECONDS", 0.1)
+    with pytest.raises(Hang), bounded():
+        while True:
+            pass
+
+
 def cases(count: int):
     return settings(max_examples=count, suppress_health_check=list(HealthCheck))
 
@@ -398,8 +412,36 @@ def tensor_data(path: Path, inner: str | None = None) -> st.SearchStrategy[bytes
 
 
 def test_adapter_configs(folder):
-    for layer in run(folder, "adapter_config.json", json_bytes(CONFIG), 500):
+    for layer in run(folder, "adapter_config.json", json_bytes(CONFIG), 400):
         assert sum(tensor.numel() for tensor in layer.tensors("default").values()) < 2_000
+
+
+SIZES = {
+    "width": st.sampled_from((5, 8, 10**5, 10**6)) | st.integers(5, 10**6),
+    "mlp_ratio": st.sampled_from((4, 64)) | st.integers(1, 64),
+    "embed_dim": st.sampled_from((6, 65_536, None)) | st.integers(1, 65_536),
+    "class_names": st.sampled_from((2, 3, 2_000)) | st.integers(1, 100),
+    "auxiliary_names": st.sampled_from((3, 2, 2_000)) | st.integers(0, 100),
+}
+
+
+def test_sizes_of_adapters(folder):
+    """Possible ones, only not those of the weights."""
+
+    def config(sizes: dict) -> bytes:
+        # The basis has room for all names, the fingerprint is not there: nothing but the weights contradicts.
+        for key, letter in (("class_names", "c"), ("auxiliary_names", "a")):
+            if key in sizes:
+                sizes[key] = [f"{letter}{i}" for i in range(sizes[key])]
+        changed = CONFIG | {"anchors_fingerprint": None} | sizes
+        names = len(changed["class_names"]) + len(changed["auxiliary_names"])
+        return json.dumps(changed | {"width": max(changed["width"], names)}).encode()
+
+    data = st.fixed_dictionaries({}, optional=SIZES).map(config)
+    for layer in run(folder, "adapter_config.json", data, 100):
+        assert {tuple(tensor.shape) for tensor in layer.tensors("default").values()} == set(
+            adapter_shapes(CONFIG).values()
+        )
 
 
 def test_adapter_weights(folder):
