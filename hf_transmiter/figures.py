@@ -312,7 +312,7 @@ def _changed_most(axes: Axes, change: Tensor, names: Sequence[str], count: int =
     axes.spines["left"].set_visible(False)
     axes.margins(x=0.2)
     axes.invert_yaxis()
-    axes.set_title("Classes that gained and lost most")
+    axes.set_title("Gained and lost most")  # short: the panel is narrow where names are long
     axes.set_xlabel("change of accuracy (points)")
 
 
@@ -356,6 +356,7 @@ def picture_grid(
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
+        axes.set_anchor("N")  # what is left of its place belongs to the caption
     for axes, image, text in zip(grid, images, wrapped, strict=False):
         axes.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
         axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5)

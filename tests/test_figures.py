@@ -181,6 +181,7 @@ def test_confusion_change_of_a_hundred_classes(tmp_path, drawn):
     assert [bar.get_width() for bar in changes.patches] == [100, -50]
     assert [text.get_text() for text in changes.texts] == ["+100", "−50"]
     assert [t.get_text() for t in changes.get_yticklabels()] == ["class_2_with_a_name_l…", "class_5_with_a_name_l…"]
+    assert all(a.title.get_window_extent().x1 <= drawn[0].bbox.x1 for a in (matrix, changes))
 
 
 def test_confusion_change_without_any_change(tmp_path, drawn):
@@ -220,6 +221,8 @@ def test_picture_grid_shows_every_picture_with_its_caption(tmp_path, drawn):
     # Nothing runs over the edge.
     boxes = [text.get_window_extent() for a in axes for text in a.texts]
     assert min(box.x0 for box in boxes) >= 0 and min(box.y0 for box in boxes) >= 0
+    picture_grid(images[:5], ["of\nthree\nlines"] * 5, path, title="t")  # one row
+    assert min(text.get_window_extent().y0 for a in drawn[1].axes for text in a.texts) >= 0
     for wrong in ([], images[:2]):
         with pytest.raises(ValueError, match="a caption for each"):
             picture_grid(wrong, captions, path, title="t")
