@@ -144,18 +144,21 @@ class BridgeFiles:
         Args:
             repo_id (`str`): ``user/name``.
             private (`bool`, *optional*): whether a new repository is private; the account's default when omitted.
-            commit_message (`str`, *optional*): names the two models when omitted.
+            commit_message (`str`, *optional*): "Upload bridge with hf_transmiter" when omitted.
             create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
             token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
         """
         from .sharing import push
 
-        # A path of this machine says nothing to others.
+        options = {"private": private, "commit_message": commit_message, "create_pr": create_pr, "token": token}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / WEIGHTS)
+            return push(folder, repo_id, **options)
+
+    def without_paths(self) -> Bridge:
+        """The same bridge, without the folders of this machine that its models were loaded from: only their names."""
         weak, strong = (
             replace(model, name=Path(model.name).name) if model.name and Path(model.name).is_dir() else model
             for model in (self.weak, self.strong)
         )
-        message = commit_message or f"Bridge from {weak.name} to {strong.name}"
-        with tempfile.TemporaryDirectory() as folder:
-            replace(self, weak=weak, strong=strong).save(Path(folder) / WEIGHTS)
-            return push(folder, repo_id, private=private, commit_message=message, create_pr=create_pr, token=token)
+        return replace(self, weak=weak, strong=strong)

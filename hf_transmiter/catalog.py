@@ -323,6 +323,13 @@ def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(phrase for value in values for phrase in ([value] if "{" in value else load_templates(value)))
 
 
+def teacher_facts(source: str) -> dict | None:
+    """What an adapter's provenance says of the tuned model it learnt from; `None` where that says nothing."""
+    local = source.startswith(SANDBOX) or source.endswith(".safetensors")
+    facts = None if local else TeacherFacts.read(source)
+    return None if facts is None else {key: facts.settings.get(key) for key in ("method", "shots", "seed")}
+
+
 def teacher_templates(source: str, given: Sequence[str] | None = None) -> tuple[str, ...]:
     """Prompts of the weak model's class vectors: those given, or those the teacher's tuning started from."""
     local = source.startswith(SANDBOX) or source.endswith(".safetensors")

@@ -145,7 +145,7 @@ def extract(
     [bold]Example:[/bold] hf-transmiter extract --weak openai/clip-vit-base-patch16 --teacher out/tuned --dataset mteb/dtd --output-dir out/adapter
     """  # noqa: E501
     output.check(run)
-    from .catalog import load_encoder, load_teacher, read_names, teacher_templates
+    from .catalog import load_encoder, load_teacher, read_names, teacher_facts, teacher_templates
     from .extraction import extract
 
     encoder = load_encoder(weak, **models.load(run))
@@ -160,10 +160,13 @@ def extract(
         checkpoint=output.checkpoint,
         **data.embedding(run),
     )
-    if adapter.calibration is not None:
-        adapter.calibration.dataset = f"{dataset} ({images.split})"
-    output.write(adapter.save_pretrained, values, run)
     facts = adapter.adapter_config.provenance
+    facts["teacher"] = teacher_facts(teacher)
+    if images is not None:
+        facts["dataset"] = f"{dataset} ({images.split})"
+    if adapter.calibration is not None:
+        adapter.calibration.dataset = facts["dataset"]
+    output.write(adapter.save_pretrained, values, run)
     found = {"output_dir": str(output.output_dir), "form": adapter.adapter_config.form, "provenance": facts}
     return Result(found, f"Extracted from {facts['num_images']} images ({config.solver}): {output.output_dir}")
 

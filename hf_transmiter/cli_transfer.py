@@ -126,18 +126,21 @@ def transfer(
 
     options = models.load(run)
     source = load_classifier(adapter, load_encoder(weak, **options) if weak else None, **options)
+    images = data.load(dataset, UNLABELLED, data.split)
     upgraded = transfer(
         source,
         load_encoder(strong, **options),
-        data.load(dataset, UNLABELLED, data.split),
+        images,
         bridge=None if bridge is None else Bridge.from_pretrained(bridge),
         teacher=None if teacher is None else load_teacher(teacher, source.encoder),
         seen_classes=read_names(seen_classes),
         config=config,
         **data.embedding(run),
     )
-    output.write(upgraded.save_pretrained, values, run)
     facts = upgraded.adapter_config.provenance
+    if images is not None:
+        facts["dataset"] = f"{dataset} ({images.split})"
+    output.write(upgraded.save_pretrained, values, run)
     found = {"output_dir": str(output.output_dir), "form": upgraded.adapter_config.form, "provenance": facts}
     how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"
     return Result(found, f"Transferred to {strong} ({how}): {output.output_dir}")

@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .anchors import Anchors
+from .bridge import Bridge
 from .bridge_files import WEIGHTS as BRIDGE
 from .card_facts import THIS
 from .cards import write_card
@@ -77,6 +78,8 @@ def push(
                 shutil.copyfile(file, target)
         if (scratch / CONFIG).is_file():
             _name_base_model(scratch, base_model)
+        if (scratch / BRIDGE).is_file():
+            Bridge.load(scratch / BRIDGE).without_paths().save(scratch / BRIDGE, overwrite=True)
         theirs = _file_there(repo_id, CARD, token)
         if theirs is not None and not (scratch / CARD).is_file():
             shutil.copyfile(theirs, scratch / CARD)

@@ -211,7 +211,7 @@ def test_an_upgrade_without_images_on_another_machine(hub, pair, make_images):
     local = transfer(adapter, strong, bridge=bridge)(pixel_values=pixels).logits_per_image
     adapter.push_to_hub("alice/adapter")
     commit = bridge.push_to_hub("alice/bridge")
-    assert hub.titles("alice/bridge")[0] == "Bridge from sandbox:weak to sandbox:strong"
+    assert hub.titles("alice/bridge")[0] == "Upload bridge with hf_transmiter"
     assert len(hub.requests("POST", "/api/models/alice/bridge/commit/")) == 1
 
     hub.new_machine()

@@ -9,7 +9,16 @@ from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from transformers import CLIPModel
 
-from hf_transmiter import AnchorClassifier, Anchors, CalibrationPack, DualEncoder, TransMiterConfig, evaluate, transfer
+from hf_transmiter import (
+    AnchorClassifier,
+    Anchors,
+    Bridge,
+    CalibrationPack,
+    DualEncoder,
+    TransMiterConfig,
+    evaluate,
+    transfer,
+)
 from hf_transmiter.report import read_scores
 from hf_transmiter.sharing import name_successor, push, record_scores
 from hf_transmiter.transfers import push_transfer
@@ -101,6 +110,13 @@ def test_naming_the_successor(hub, saved):
     with pytest.raises(OSError, match="--create-pr"):
         name_successor("alice/adapter", "bob/adapter")
     assert name_successor("alice/adapter", "bob/adapter", create_pr=True).pr_url
+
+
+def test_a_bridge_names_no_folder_of_this_machine(hub, weak, tmp_path):
+    Bridge.build(weak, weak).save_pretrained(tmp_path / "bridge")
+    push(tmp_path / "bridge", "alice/bridge")
+    assert not any(b"pytest" in content for content in hub.files("alice/bridge").values())
+    assert Bridge.from_pretrained("alice/bridge").weak.fingerprint == weak.fingerprint
 
 
 def test_nothing_to_share(tmp_path):
