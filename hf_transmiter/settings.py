@@ -226,7 +226,7 @@ class ExtractionConfig(FitConfig):
             teacher's own class vectors where it has them (prompt methods).
         shrinkage (`float`, *optional*, defaults to 30.0):
             Of the discriminant's covariance, in units of its mean variance. Strong, because directions that are only
-            reliable on the weak model do not carry over (see `tests/benchmarks/sandbox_settings.py`).
+            reliable on the weak model do not carry over.
         lambdas (`tuple[float, ...]`, *optional*): penalties the ridge chooses from by leave-one-out error.
         teacher_temperature (`float`, *optional*, defaults to 0.5): divides the teacher's logits.
         noise_std (`float`, *optional*, defaults to 0.5): input noise in units of each row's logit std.
