@@ -16,11 +16,11 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -282,7 +282,7 @@ class TransMiterForImageClassification(PreTrainedModel):
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(f"{name!r} lacks weights of its image tower ({missing}): not a whole two-tower model.")
-        model.transmiter.set_tensors("default", tensors)
+        model.transmiter = _head(config.adapter, tensors)
         model.image_processor = _square(load_image_processor(name, **hub), base_config)
         return aligned(model).requires_grad_(False)
 
@@ -303,15 +303,9 @@ class TransMiterForImageClassification(PreTrainedModel):
                     f"{source!r} holds a model of type {content.get('model_type')!r}, not a TransMiter adapter: pass "
                     "the adapter, with this as its base_model."
                 )
-            try:
-                config = cls.config_class.from_dict(content)
-            except StrictDataclassError as error:
-                raise ValueError(f"config.json of {source!r} is damaged: {error}.") from error
-        try:
-            with torch.device("meta"):
-                described = cls(copy.deepcopy(config))
-        except Exception as error:  # whatever the sizes in a stranger's config lead to
-            raise ValueError(f"config.json of {source!r} describes no model: {error}") from error
+            config = _or_damaged(source, lambda: cls.config_class.from_dict(content))
+        with torch.device("meta"):
+            described = _or_damaged(source, lambda: cls(copy.deepcopy(config)))
         _check_weights(source, described, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = {key: value for key, value in kwargs.items() if key != "use_safetensors" and value is not None}
@@ -349,6 +343,16 @@ def _square(processor: BaseImageProcessor | None, base_config: PreTrainedConfig)
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     kept = {name: getattr(processor, name) for name in kept}
     return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
+
+
+def _or_damaged(source: str, make: Callable):
+    """What `make` makes of a stranger's config; any error is one of the config."""
+    try:
+        return make()
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"config.json of {source!r} describes no model: {error}") from error
 
 
 def _check_weights(source: str, model: PreTrainedModel, **hub) -> None:

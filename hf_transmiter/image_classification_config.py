@@ -78,7 +78,7 @@ def _check_counts(config: dict) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _check_counts(value)
-        elif any(word in key for word in ("layers", "depth", "repeats", "blocks", "num_labels")):
+        elif any(word in str(key) for word in ("layers", "depth", "repeats", "blocks", "num_labels")):
             numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, (int, float))]
             if len(numbers) > MAX_COUNT or any(abs(n) > MAX_COUNT for n in numbers):
                 raise ValueError(f"{key} in config.json is more than {MAX_COUNT}: not a model's configuration.")
