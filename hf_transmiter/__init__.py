@@ -4,7 +4,8 @@ Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is as
 `classifier` (who answers); `solvers`, `tuners`, `training`, `answers`, `prompt_tuning`, `teachers`, `extraction`,
 `moments`, `bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`,
 `comparison`, `report` (what it is worth); `drift`, `attaching`, `retraining`, `compatibility`, `upgrade_studies`
-(prompts across an upgrade); `sandbox`, `demo`, `catalog`, `cli`.
+(prompts across an upgrade); `trust`, `hub`, `transfers`, `cards`, `sharing`, `upgrading`, `image_classification` (what
+is shared, and how it is used elsewhere); `sandbox`, `demo`, `catalog`, `app`, `cli`.
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
 image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class
@@ -48,11 +49,14 @@ _EXPORTS = {
     "evaluate": "evaluation",
     "extract": "extraction",
     "label_tune": "label_tuning",
+    "push": "sharing",
+    "push_transfer": "transfers",
     "score_upgrade": "compatibility",
     "set_classes": "tuners",
     "token_map": "attaching",
     "transfer": "transferring",
     "tune": "prompt_tuning",
+    "upgrade": "upgrading",
 }
 __all__ = [
     "AnchorClassifier",
@@ -82,11 +86,14 @@ __all__ = [
     "evaluate",
     "extract",
     "label_tune",
+    "push",
+    "push_transfer",
     "score_upgrade",
     "set_classes",
     "token_map",
     "transfer",
     "tune",
+    "upgrade",
 ]
 
 if TYPE_CHECKING:
@@ -106,7 +113,9 @@ if TYPE_CHECKING:
     from .label_tuning import LabelTuningConfig, label_tune
     from .moments import CrossMoment
     from .prompt_tuning import TuningConfig, tune
+    from .sharing import push
     from .transferring import TransferConfig, transfer
+    from .transfers import push_transfer
     from .tuners import (
         CoCoOpConfig,
         ContCoOpConfig,
@@ -118,6 +127,7 @@ if TYPE_CHECKING:
         TransMiterConfig,
         set_classes,
     )
+    from .upgrading import upgrade
 
 
 def __getattr__(name: str):
