@@ -173,10 +173,7 @@ class TeacherFacts:
         content = read_json(source, TEACHER_FILE)
         if content is None:
             return None
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise ValueError(f"{TEACHER_FILE} of {source!r} is damaged: {error}.") from error
+        return cls(**content)
 
 
 def save_teacher(

@@ -21,13 +21,12 @@ from .anchors import Anchors
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .hub import fetch
-from .transfers import write_adapter
+from .transfers import ANCHORS, write_adapter
 
 
 if TYPE_CHECKING:
     from .tuners import TransMiterConfig
 
-ANCHORS = "anchors.json"
 CALIBRATION = "calibration.safetensors"
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,19 +16,23 @@ from peft import PeftModel
 from transformers import CLIPModel
 
 from . import figures, report, sandbox
-from .anchors import Anchors
+from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
+from .card_facts import THIS
+from .catalog import save_teacher, teacher_facts
 from .classifier import AnchorClassifier
 from .comparison import Comparison, compare
 from .evaluation import Score, aggregate, evaluate
 from .extraction import ExtractionConfig, extract
 from .features import embed_dataset
 from .fingerprint import ModelId
+from .hub import model_location
 from .moments import image_moment
 from .prompt_tuning import TuningConfig, tune
 from .splits import base_novel, few_shot
 from .transferring import transfer
+from .transfers import SCORES
 
 
 logger = logging.getLogger(__name__)
@@ -60,8 +64,8 @@ class Task:
         vocabulary = sandbox.vocabulary()
         return cls(
             domain,
-            DualEncoder.from_pretrained(sandbox.model_path("weak")),
-            DualEncoder.from_pretrained(sandbox.model_path(strong)),
+            DualEncoder.from_pretrained("sandbox:weak"),
+            DualEncoder.from_pretrained(f"sandbox:{strong}"),
             Anchors.build(names, vocabulary=vocabulary, num_anchors=min(NUM_ANCHORS, len(vocabulary))),
             Anchors((), tuple(vocabulary)),
         )
@@ -90,10 +94,8 @@ class Task:
         Returns:
             The comparison and the tuned weak model.
         """
-        config, options = (
-            TuningConfig(method=method, seed=seed, **SANDBOX_TUNING),
-            {"progress": progress, "cache_dir": cache_dir},
-        )
+        config = TuningConfig(method=method, seed=seed, **SANDBOX_TUNING)
+        options = {"progress": progress, "cache_dir": cache_dir}
         train, unlabelled = self.images("train"), self.images("unlabelled")
         names, seen = train.features["label"].names, None
         shots = few_shot(train["label"], config.shots, seed)
@@ -215,7 +217,7 @@ def _run_task(domain: str, seeds: tuple[int, ...], folder: Path, ceiling: bool, 
             by_seed.setdefault(method, []).append(found.value(method))
         if seed == seeds[0]:
             first, first_teacher = found, teacher
-    _save(task, first, first_teacher, folder / domain, progress)
+    _save(task, first, first_teacher, seeds[0], folder / domain, progress)
     scores = aggregate(runs)
     drawn = _figures(task, first, first_teacher, by_seed, folder / "figures", progress)
     text = f"Recommended: **{first.recommended}**, since {first.reason}"
@@ -229,14 +231,22 @@ def _of_task(score: Score, domain: str) -> Score:
     return Score(**{**score.__dict__, "split": domain})
 
 
-def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path, progress: bool) -> None:
-    """Adapter, bridge and strong adapter; then the strong adapter is read back by PEFT and must answer alike."""
+def _save(task: Task, found: Comparison, teacher: AnchorClassifier, seed: int, folder: Path, progress: bool) -> None:
+    """Tuned model, adapter, bridge and strong adapter; then PEFT reads the last one and must answer alike."""
+    config = TuningConfig(method=METHODS[task.domain], seed=seed, **SANDBOX_TUNING)
+    (folder / "tuned").mkdir(parents=True)
+    save_teacher(folder / "tuned", teacher, task.weak, DEFAULT_TEMPLATES, config)
     adapter = extract(task.weak, teacher, task.images("unlabelled"), progress=progress)
+    adapter.adapter_config.provenance["teacher"] = teacher_facts(str(folder / "tuned"))
     adapter.save_pretrained(folder / "adapter")
     found.bridges["general"].save(folder / "bridge.safetensors")
     upgraded = found.classifiers[found.recommended]
+    named = {found.recommended: THIS}
+    on = {"dataset": f"sandbox:{task.domain}", "num_images": len(found.labels)}
+    rows = [replace(score, method=named.get(score.method, score.method), **on) for score in found.scores]
+    report.write_scores(folder / "strong_adapter" / SCORES, rows)
     upgraded.save_pretrained(folder / "strong_adapter")
-    clip = CLIPModel.from_pretrained(task.strong.name_or_path, dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(model_location(task.strong.name_or_path), dtype=torch.float32)
     reloaded = PeftModel.from_pretrained(clip, folder / "strong_adapter").eval()
     pixels = task.strong.preprocess(task.images("test")[:8]["image"])
     with torch.no_grad():

@@ -67,7 +67,8 @@ def label_tune(
         )
     layer = adapter.transmiter
     name = layer.active_name
-    tuned_config = type(source)(**{**source.to_dict(), "train_basis": False, "inference_mode": False})
+    moved = source.train_basis or config.train_basis  # such a basis is no longer orthonormal
+    tuned_config = type(source)(**{**source.to_dict(), "train_basis": moved, "inference_mode": False})
     tuned = AnchorClassifier(adapter.encoder, adapter.anchors).add_adapter(tuned_config, layer.tensors(name))
     frozen = {"anchors"} if config.train_basis else {"anchors", "basis"}
     parameters = [p for key, p in _weights(tuned).items() if key not in frozen]

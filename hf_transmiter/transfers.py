@@ -20,10 +20,19 @@ from typing import TYPE_CHECKING
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from safetensors.torch import load_file, save, save_file
 
+from .anchors import Anchors
 from .files import read_metadata_json, read_tensors, replace_file
 from .fingerprint import ModelId
 from .hub import fetch, hub_errors, read_json, split_revision
-from .trust import KEY_PREFIX, check_adapter_tensors, check_json, refuse_pickles
+from .solvers import check_finite
+from .trust import (
+    KEY_PREFIX,
+    check_adapter_tensors,
+    check_json,
+    check_semi_orthogonal,
+    read_header,
+    refuse_pickles,
+)
 
 
 if TYPE_CHECKING:
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
     Finished = AnchorClassifier | tuple[dict, dict[str, Tensor]] | Bridge
 
 INDEX = "transfers/index.json"
+ANCHORS = "anchors.json"
 SCORES = "scores.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -96,6 +106,12 @@ def read_config(source: str | os.PathLike, **hub) -> dict:
     if config.get("peft_type") != "TRANSMITER":
         raise ValueError(f"{os.fspath(source)!r} holds a {config.get('peft_type')} adapter, not a TransMiter adapter.")
     check_adapter_tensors(path, config)
+    anchors = fetch(source, ANCHORS, **hub) if config.get("anchors_fingerprint") else None
+    if anchors is not None and Anchors.load(anchors).fingerprint != config["anchors_fingerprint"]:
+        raise ValueError(
+            f"{ANCHORS} and {CONFIG} of {os.fspath(source)!r} hold different names or templates: one of them was "
+            "edited. Restore the pair that was saved together."
+        )
     return config
 
 
@@ -108,7 +124,9 @@ def read_adapter(source: str | os.PathLike, **hub) -> tuple[dict, dict[str, Tens
     Raises:
         FileNotFoundError, ValueError: as [`read_config`].
     """
-    return read_config(source, **hub), _parts(load_file(fetch(source, WEIGHTS, **hub)))
+    config, path = read_config(source, **hub), fetch(source, WEIGHTS, **hub)
+    # Copies: a loaded tensor is a view of the file, which may be written again while it is in use.
+    return config, _parts(config, {key: tensor.clone() for key, tensor in load_file(path).items()}, str(path))
 
 
 def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
@@ -143,11 +161,12 @@ def read_transfer(
         from .bridge import Bridge  # not at the top: bridges come later in the order of the package
 
         return Bridge.load(path)
-    tensors, metadata = read_tensors(path, _FORMAT, "finished transfer", "save_transfer")
+    metadata, _ = read_header(path)
     config = read_metadata_json(path, metadata, "config", dict)
     check_json(config, "adapter_config", f"the configuration in {path}")
     check_adapter_tensors(path, config)
-    return config, _parts(tensors)
+    tensors, _ = read_tensors(path, _FORMAT, "finished transfer", "save_transfer")
+    return config, _parts(config, tensors, str(path))
 
 
 def save_transfer(folder: str | os.PathLike, transfer: Finished, *, overwrite: bool = False) -> FinishedTransfer:
@@ -246,8 +265,14 @@ def missing_transfer(source: str, made_for: str, model: str | None, entries: Seq
     )
 
 
-def _parts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+def _parts(config: dict, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """By part, and checked: finite, and a basis that nobody trained is orthonormal."""
+    parts = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+    for part, tensor in parts.items():
+        check_finite(tensor.reshape(1, -1), f"{part} of {where}")
+    if "basis" in parts and not config.get("train_basis"):
+        check_semi_orthogonal(parts["basis"], f"the basis of {where}", full_rank=True)
+    return parts
 
 
 def _file_name(name: str, fingerprint: str, taken: Sequence[str]) -> str:

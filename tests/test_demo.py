@@ -3,7 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from hf_transmiter import demo
+from hf_transmiter import DualEncoder, demo, evaluate, sandbox
+from hf_transmiter.catalog import load_teacher
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.report import read_scores
 
@@ -35,6 +36,12 @@ def test_leaves_everything_behind(tmp_path):
     assert figures == [f"jargon_{name}.png" for name in ("beta", "confusion", "images", "lambda", "methods")]
     for name in figures:
         assert min(Image.open(out / "figures" / name).size) > 300 and name in (out / "report.md").read_text()
+    encoder = DualEncoder.from_pretrained("sandbox:weak")
+    tuned = load_teacher(str(out / "jargon" / "tuned"), encoder)
+    accuracy = evaluate(tuned, sandbox.load_dataset("jargon", "test"), progress=False)[0].value
+    assert accuracy == pytest.approx(scores["tuned weak"], abs=0.1)
+    card = (out / "jargon" / "strong_adapter" / "README.md").read_text()
+    assert f"{scores['refit']:.1f}" in card and "tuned weak" in card and str(out) not in card
     assert AnchorClassifier.from_pretrained(out / "jargon" / "adapter").calibration is not None
     assert (out / "jargon" / "bridge.safetensors").is_file()
     assert len(AnchorClassifier.from_pretrained(out / "jargon" / "strong_adapter").class_names) == 36

@@ -297,6 +297,23 @@ def test_somebody_else_commits_at_the_same_moment(hub, models, folders, monkeypa
         push_transfer("alice/adapter", upgraded)
 
 
+def test_files_that_do_not_belong_together(models, tmp_path):
+    adapter_of(models["weak"], "mlp").save_pretrained(tmp_path)
+    Anchors(("cat", "dog", "lorry")).save(tmp_path / "anchors.json", overwrite=True)
+    with pytest.raises(ValueError, match="anchors.json and adapter_config.json .* different names or templates"):
+        AnchorClassifier.from_pretrained(tmp_path, models["weak"])
+
+
+def test_a_basis_that_is_none(models, folders, tmp_path):
+    adapter = adapter_of(models["weak"], "mlp")
+    adapter.transmiter.tensors("default")["basis"].mul_(1.1)
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="basis"):
+        read_adapter(tmp_path)
+    with pytest.raises(ValueError, match="basis"):
+        PeftModel.from_pretrained(CLIPModel.from_pretrained(folders["weak"]), tmp_path)
+
+
 def test_half_precision_says_what_it_changes(models, make_dataset, pixels, tmp_path):
     adapter = adapter_of(models["weak"])
     data = make_dataset(30, NAMES)

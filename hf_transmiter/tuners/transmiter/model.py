@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...backbone import is_dual_encoder
 from ...families import shared_width
 from ...solvers import check_finite
+from ...trust import check_semi_orthogonal
 from .choosing import take_transfer
 from .config import TransMiterConfig
 from .layer import TransMiterLayer
@@ -96,6 +97,8 @@ class TransMiterModel(BaseTuner):
                     "Load the adapter_model.safetensors that was saved with this adapter_config.json."
                 )
             check_finite(given.reshape(1, -1), f"the adapter's weights {part!r}")
+        if "basis" in keys and not config.train_basis:
+            check_semi_orthogonal(found[keys["basis"]], "the adapter's basis", full_rank=True)
         return found
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
