@@ -34,7 +34,7 @@ from .families import (
     unwrap,
 )
 from .fingerprint import model_fingerprint, vocabulary_hash
-from .hub import model_location
+from .hub import cached_commit, model_location
 
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class DualEncoder:
         model = aligned(model).eval().requires_grad_(False).to(device or "cpu")
         model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
         # The processor comes from the very commit of the weights, also when a branch moved in between.
-        commit = getattr(model.config, "_commit_hash", None) or revision
+        commit = cached_commit(where, revision, cache_dir) or revision
         return cls(model, _load_processor(name, revision=commit, **hub), name, commit)
 
     @property

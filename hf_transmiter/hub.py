@@ -199,6 +199,14 @@ def _check_content(path: Path, what: str) -> None:
     raise OSError(f"{what} arrived damaged and was taken out of the cache: try again.")
 
 
+def cached_commit(name: str, revision: str | None = None, cache_dir: str | os.PathLike | None = None) -> str | None:
+    """The commit that a downloaded model is in the cache as; `None` for a folder. transformers 5 no longer says it."""
+    if Path(name).is_dir():
+        return None
+    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None:
     """A JSON file of a folder or Hub repository, see [`fetch`]. A kind of file that `trust` knows is checked.
 

@@ -28,7 +28,7 @@ def make_config(form="mlp", **kwargs):
 def stir(classifier, name="default"):
     generator = torch.Generator().manual_seed(0)
     for key, tensor in classifier.transmiter.tensors(name).items():
-        if key != "anchors":
+        if key not in ("anchors", "basis"):
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
     return classifier
 

@@ -261,6 +261,9 @@ def test_from_one_machine_to_another(hub, models, folders, form, pixels, make_da
     assert set(after) - set(before) == {"transfers/index.json", "transfers/alice--strong.safetensors"}
     assert all(after[file] == before[file] for file in before)
 
+    commit = HfApi().model_info("alice/strong").sha
+    assert list_transfers("alice/adapter")[0].model.revision == encoders["strong"].revision == commit
+
     hub.new_machine()
     strong = CLIPModel.from_pretrained("alice/strong")
     found = PeftModel.from_pretrained(strong, "alice/adapter")

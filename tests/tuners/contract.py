@@ -103,7 +103,11 @@ def stir(model, method, adapter="default", seed=0, std=0.3):
     generator = torch.Generator().manual_seed(seed)
     changed = []
     for name, parameter in model.named_parameters():
-        if method.prefix in name and f".{adapter}" in name and "anchors" not in name:
+        if (
+            method.prefix in name
+            and f".{adapter}" in name
+            and not {"transmiter_anchors", "transmiter_basis"} & set(name.split("."))
+        ):
             parameter.data += std * torch.randn(parameter.shape, generator=generator)
             changed.append(name)
     assert changed

@@ -39,7 +39,7 @@ def config(form="mlp", **kwargs):
 def stir(model, std=0.3):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if "transmiter_" in name and "anchors" not in name:
+        if "transmiter_" in name and "anchors" not in name and "basis" not in name:
             parameter.data += std * torch.randn(parameter.shape, generator=generator)
 
 
