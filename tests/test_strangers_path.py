@@ -81,7 +81,7 @@ def test_a_strangers_path(hub, shared, tmp_path):
 
     load, load_upgraded = (LOAD.replace("SOURCE", source) for source in ("alice/adapter", "upgraded"))
     # Three lines, and the same logits to the bit.
-    assert torch.equal(logits(load)["alice/adapter"], adapter)
+    assert torch.equal(logits(load, AS_PEFT)["alice/adapter"], adapter)
     # To the strong model with zero images.
     words = ("transfer", "alice/adapter", "--strong", "alice/strong", "--bridge", "alice/bridge")
     said = machine("-m", "hf_transmiter", *words, "--output-dir", "upgraded", "--json", "--quiet")
