@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 _BAR = "#A6CEE8"
 _REFUSED = "#777777"
 _BARS = (
-    ("old", "old model", -0.27, _BAR),
-    ("upgraded", "upgraded model, unchanged", 0.0, "#4C9FD3"),
-    ("retrained", "re-trained", 0.27, "#CCCCCC"),
+    ("old", "old model", _BAR),
+    ("upgraded", "upgraded model, unchanged", "#4C9FD3"),
+    ("retrained", "re-trained", "#CCCCCC"),
 )
+_APART = 0.27  # of the middles of two bars
 
 
 class UpgradedScores(Protocol):
@@ -196,19 +197,20 @@ def compatibility_figure(
     _finite(list(floors.values()), "floors")
     figure = _figure(max(6.4, 1.4 + 0.95 * len(rows)), 4.6, title)
     axes = figure.add_subplot()
-    for attribute, label, offset, color in _BARS:
-        places, means, stds = _columns(rows, attribute, offset)
-        if not places:  # nothing was re-trained: no bar, and nothing about it in the legend
-            continue
+    # Where nothing was re-trained there is no bar for it, no room, and nothing in the legend.
+    shown = _BARS if any(row.retrained is not None for row in rows) else _BARS[:2]
+    first = -_APART * (len(shown) - 1) / 2
+    for i, (attribute, label, color) in enumerate(shown):
+        places, means, stds = _columns(rows, attribute, first + i * _APART)
         bars = {"color": color, "ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}}
         axes.bar(places, means, 0.25, yerr=stds, label=label, zorder=2, **bars)
-    places, means, stds = _columns(rows, "harmonic", -0.135)
+    places, means, stds = _columns(rows, "harmonic", first + _APART / 2)
     axes.scatter(places, means, s=30, marker="D", color=_COLORS[4], edgecolors="black", linewidths=0.7, zorder=4,
                  label="harmonic mean of old and upgraded")  # fmt: skip
     for i, row in enumerate(rows):
         if row.upgraded is None:
             transform = axes.get_xaxis_transform()
-            axes.text(i, 0.02, "refused", rotation=90, transform=transform, ha="center", va="bottom", fontsize=8,
+            axes.text(i + first + _APART, 0.02, "refused", rotation=90, transform=transform, ha="center", va="bottom", fontsize=8,
                       color=_REFUSED)  # fmt: skip
     for i, (name, value) in enumerate(floors.items()):
         color, dash = _COLORS[(1, 2, 3, 6)[i % 4]], _DASHES[i % 4]

@@ -143,6 +143,18 @@ def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn)
     assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
 
 
+def test_compatibility_leaves_no_room_for_what_was_not_retrained(tmp_path, drawn):
+    rows = [row("CoOp", [70.0], [60.0], None, [64.6]), row("MaPLe", [74.0], None, None, None)]
+    compatibility_figure(rows, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert middles == pytest.approx([-0.135, 0.865, 0.135])  # the names stand between the two
+    assert axes.texts[0].get_position()[0] == pytest.approx(1.135)
+    assert "re-trained" not in legend(drawn[0])
+    compatibility_figure(rows[1:], tmp_path / "b.png")  # all refused
+    assert [bar.get_height() for bar in drawn[1].axes[0].patches] == [74.0]
+
+
 def test_compatibility_refuses_what_it_cannot_draw(tmp_path):
     for rows, message in (
         ([], "no method"),
