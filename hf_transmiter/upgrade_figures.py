@@ -210,8 +210,8 @@ def compatibility_figure(
     for i, row in enumerate(rows):
         if row.upgraded is None:
             transform = axes.get_xaxis_transform()
-            axes.text(i + first + _APART, 0.02, "refused", rotation=90, transform=transform, ha="center", va="bottom", fontsize=8,
-                      color=_REFUSED)  # fmt: skip
+            axes.text(i + first + _APART, 0.02, "refused", rotation=90, transform=transform, ha="center", va="bottom",
+                      fontsize=8, color=_REFUSED)  # fmt: skip
     for i, (name, value) in enumerate(floors.items()):
         color, dash = _COLORS[(1, 2, 3, 6)[i % 4]], _DASHES[i % 4]
         axes.axhline(value, color=color, linestyle=dash, linewidth=1.3, zorder=3, label=f"{name} ({value:.1f})")
