@@ -24,6 +24,7 @@ from .tuners import PeftType
 TITLES = {"weak": "Weak", "tuned": "Tuned", "strong": "Strong", "upgraded": "Upgraded"}
 TOP_K = 5
 MAX_PIXELS = 64_000_000  # a decoded picture of that size takes about 200 MB
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 NUM_EXAMPLES = 8
 
 
@@ -147,7 +148,7 @@ class _Loader:
     def carried(self, adapter: str, weak: str, strong: str) -> Panel:
         """The weak model's adapter on the strong model."""
         encoder = self.encoder(strong)
-        if any(entry.model.fingerprint == encoder.fingerprint for entry in list_transfers(adapter)):
+        if any(entry.model.is_of(encoder) for entry in list_transfers(adapter)):
             return Panel(self.adapted(adapter, strong), _with(adapter, strong))
         made = transfer(self.adapted(adapter, weak), encoder, progress=False)
         return Panel(made, f"{_with(adapter, strong)}, over a bridge from text alone")
@@ -196,7 +197,8 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
         ValueError: not a picture, damaged, or of more than `MAX_PIXELS` pixels; the message is for visitors.
     """
     try:
-        with Image.open(path) as file:
+        # Every other format of Pillow is code that strangers would reach; EPS even starts Ghostscript.
+        with Image.open(path, formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(
                     f"This picture is too large: {file.width} x {file.height} pixels. "

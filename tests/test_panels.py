@@ -115,6 +115,17 @@ def test_an_adapter_is_carried_over(sources, picture, tmp_path):
     assert answers(finished, picture)["upgraded"] != answers(by_text, picture)["upgraded"]
 
 
+def test_a_finished_transfer_is_known_to_a_model_in_half_precision(sources, tmp_path):
+    """Its fingerprint is another one; the name decides."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(sources["adapter"], adapter)
+    save_transfer(adapter, AnchorClassifier.from_pretrained(sources["upgraded"]))
+    for dtype in (torch.float32, torch.bfloat16):
+        shown = load_panels(adapter=str(adapter), strong="sandbox:strong", dtype=dtype)["upgraded"]
+        assert shown.about == "sandbox:strong with a TransMiter adapter"
+        assert shown.classifier.encoder.dtype == dtype
+
+
 def test_class_vectors_are_there_before_the_first_visitor(sources):
     shown = load_panels(**sources)
     assert all(shown[name].classifier._text_embeds is not None for name in ("weak", "tuned", "strong"))
@@ -168,12 +179,26 @@ def test_pictures_of_any_kind(tmp_path, mode, make_images):
         if mode == "I;16"
         else make_images(1)[0].convert(mode)
     )
-    path = tmp_path / ("picture.tif" if mode in ("CMYK", "I;16") else "picture.png")
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
     image.save(path)
     with Image.open(path) as file:
         expected = file.convert("RGB")
     opened = open_picture(path)
     assert opened.mode == "RGB" and opened.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_formats_that_are_read(tmp_path, make_images, kind):
+    make_images(1)[0].save(tmp_path / "picture", kind)
+    assert open_picture(tmp_path / "picture").size == (20, 20)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "PPM", "ICO"])
+def test_other_formats_are_not_opened(tmp_path, make_images, kind):
+    """Whatever the file is called: EPS would start Ghostscript."""
+    make_images(1)[0].save(tmp_path / "picture.png", kind)
+    with pytest.raises(ValueError, match="cannot be read as a picture. PNG, JPEG and WebP work"):
+        open_picture(tmp_path / "picture.png")
 
 
 def test_pictures_are_turned_upright(tmp_path):
