@@ -233,7 +233,9 @@ class Bridge(BridgeFiles):
         )
 
     def invert(self) -> Bridge:
-        """The bridge from the strong model back to the weak: what building it from the same pairs would give.
+        """The bridge from the strong model back to the weak. Of a built bridge: what building it from the same pairs
+        would give. Of a composed one the shift differs: it stays ``μ_strong``, moved by what the models in between had
+        for means, where the composition of the inverted parts would move ``μ_weak``.
 
         ``polar(Xᵀ) = polar(X)ᵀ`` and ``polar(Xᵀ + βI) = polar(X + βI)ᵀ``: the matrix is transposed, the means change
         places, the alignment stays. The factor is the slope of the other regression,
