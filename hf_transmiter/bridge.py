@@ -233,9 +233,9 @@ class Bridge(BridgeFiles):
         )
 
     def invert(self) -> Bridge:
-        """The bridge from the strong model back to the weak. Of a built bridge: what building it from the same pairs
-        would give. Of a composed one the shift differs: it stays ``μ_strong``, moved by what the models in between had
-        for means, where the composition of the inverted parts would move ``μ_weak``.
+        """The bridge from the strong model back to the weak: for a built one what building it from the same pairs
+        would give. Not so for a composed one whose parts knew different means of the model between: its shift is that
+        of the way there turned round, not what composing the inverted parts gives.
 
         ``polar(Xᵀ) = polar(X)ᵀ`` and ``polar(Xᵀ + βI) = polar(X + βI)ᵀ``: the matrix is transposed, the means change
         places, the alignment stays. The factor is the slope of the other regression,
