@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .cli_arguments import MODEL
 from .cli_options import ModelOptions, NameOptions, Result, RunOptions, command
 
 
 _ADAPTER = "folder or Hub id."
-_MODEL = "Hub id (id@revision), folder, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -26,10 +26,10 @@ def app_command(
     demo: Annotated[
         Path | None, typer.Option(help="Show what `demo` left in this folder, or in a task's folder in it.")
     ] = None,
-    weak: Annotated[str | None, typer.Option(help=f"The weak model, if no other source names it: {_MODEL}.")] = None,
+    weak: Annotated[str | None, typer.Option(help=f"The weak model, if no other source names it: {MODEL}")] = None,
     teacher: Annotated[str | None, typer.Option(help=f"The tuned weak model: {_ADAPTER}")] = None,
     strong: Annotated[
-        str | None, typer.Option(help=f"The strong model, if --upgraded does not name it: {_MODEL}.")
+        str | None, typer.Option(help=f"The strong model, if --upgraded does not name it: {MODEL}")
     ] = None,
     adapter: Annotated[
         str | None,

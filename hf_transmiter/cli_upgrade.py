@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_arguments import IMAGES, MODEL
 from .cli_options import (
     DataOptions,
     ModelOptions,
@@ -23,12 +24,9 @@ from .cli_options import (
 
 NUM_NAMES = 200
 _ADAPTER = "adapter_config.json"
-_MODEL = "Hub id (id@revision), folder, or sandbox:weak, sandbox:weak-upgraded, sandbox:strong."
 
-_IMAGES = "Hub id (id@revision), folder, .parquet or .arrow files, or sandbox:DOMAIN."
-
-Old = Annotated[str, typer.Option(help=f"The model before the upgrade: {_MODEL}")]
-New = Annotated[str, typer.Option(help=f"The model after the upgrade: {_MODEL}")]
+Old = Annotated[str, typer.Option(help=f"The model before the upgrade: {MODEL}")]
+New = Annotated[str, typer.Option(help=f"The model after the upgrade: {MODEL}")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -44,7 +42,7 @@ def compat(
     ],
     old: Old,
     new: New,
-    dataset: Annotated[str, typer.Option(help=f"Labelled test pictures: {_IMAGES}")],
+    dataset: Annotated[str, typer.Option(help=f"Labelled test pictures: {IMAGES}")],
     output_dir: Annotated[Path, typer.Option(help="Folder for compat.md, compat.json, compat.png and retrained/.")],
     data: DataOptions,
     models: ModelOptions,
