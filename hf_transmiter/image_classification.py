@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -43,7 +44,7 @@ from .families import (
     shared_width,
     unit_rows,
 )
-from .hub import fetch, model_location, read_json, split_revision
+from .hub import SANDBOX, fetch, model_location, read_json, split_revision
 from .image_classification_config import TransMiterImageClassificationConfig
 from .solvers import check_finite
 from .transfers import CONFIG, list_transfers, read_adapter, read_transfer
@@ -200,14 +201,15 @@ class TransMiterForImageClassification(PreTrainedModel):
     ) -> TransMiterForImageClassification:
         """Loads a TransMiter adapter with the image tower of its model, or what [`save_pretrained`] wrote.
 
-        The text tower is not read where the name is that of the adapter's own model, or of one that its repository
-        has a finished transfer for. Any other is compared with these by its weights, for which it is loaded whole.
+        The text tower is not read where the name (and the revision, if one is named) is that of the adapter's own
+        model, or of one that its repository has a finished transfer for, at a commit of the Hub: that commit is
+        loaded. Any other, such as a model in a folder, is compared with these by its weights and loaded whole for it.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id of an adapter or a classifier.
             base_model (`str`, `os.PathLike`, `PreTrainedModel` or `DualEncoder`, *optional*):
-                The model for an adapter: its own (the default), or one its repository has a finished transfer for.
-                A loaded model is copied.
+                The model for an adapter: its own (the default), or one its repository has a finished transfer for;
+                ``id@revision`` too. A loaded model is copied.
             revision (`str`, *optional*): branch, tag or commit of the adapter or classifier.
             token (`str` or `bool`, *optional*): Hub token.
             cache_dir (`str` or `os.PathLike`, *optional*): download cache.
@@ -248,18 +250,19 @@ class TransMiterForImageClassification(PreTrainedModel):
             encoder = base_model if isinstance(base_model, DualEncoder) else DualEncoder(base_model)
             return cls.from_classifier(AnchorClassifier.from_pretrained(source, encoder, **hub))
         adapter, tensors = read_adapter(source, **hub)
-        name = adapter.get("base_model_name_or_path") if base_model is None else os.fspath(base_model)
+        own = (adapter.get("base_model_name_or_path"), adapter.get("revision"))
+        name, revision = own if base_model is None else split_revision(os.fspath(base_model))
         if name is None:
             raise ValueError(f"the adapter {source!r} does not say for which model it was made: pass base_model.")
-        if name != adapter.get("base_model_name_or_path"):
-            entries = [entry for entry in list_transfers(source, **hub) if entry.kind == "adapter"]
-            entry = next((entry for entry in entries if entry.model.name == name), None)
-            adapter, tensors = (None, None) if entry is None else read_transfer(source, entry, **hub)
         shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
-        if adapter is not None:
+        if _pins(own, name, revision):
             return cls._from_image_tower(name, adapter, tensors, dtype, **shared)
+        entries = [entry for entry in list_transfers(source, **hub) if entry.kind == "adapter"]
+        entries = [entry for entry in entries if _pins((entry.model.name, entry.model.revision), name, revision)]
+        if len(entries) == 1:  # of several revisions the weights tell which one it is
+            return cls._from_image_tower(name, *read_transfer(source, entries[0], **hub), dtype, **shared)
         logger.info("%s is known by its weights only: the whole model is loaded to compare them.", name)
-        encoder = DualEncoder.from_pretrained(name, dtype=dtype, device=device, **shared)
+        encoder = DualEncoder.from_pretrained(name, revision=revision, dtype=dtype, device=device, **shared)
         return cls.from_classifier(AnchorClassifier.from_pretrained(source, encoder, **hub))
 
     @classmethod
@@ -321,6 +324,14 @@ class TransMiterForImageClassification(PreTrainedModel):
             model.image_processor = load_image_processor(source, subfolder=hub.get("subfolder", ""), **options)
         model = aligned(model).requires_grad_(False)
         return (model, info) if wants_info else model
+
+
+def _pins(known: tuple[str | None, str | None], name: str, revision: str | None) -> bool:
+    """Whether `known` (name and revision) is the model `name` and says all about its weights: a commit of the Hub, or
+    a model of this package. Folders and branches change under their names."""
+    if known[0] != name or revision not in (None, known[1]):
+        return False
+    return name.startswith(SANDBOX) or (not Path(name).is_dir() and bool(REGEX_COMMIT_HASH.match(known[1] or "")))
 
 
 def _head(adapter: dict, tensors: dict[str, Tensor] | None = None) -> TransMiterLayer:

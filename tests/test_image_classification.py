@@ -79,13 +79,17 @@ def saved(encoder, tmp_path):
 
 @pytest.mark.parametrize("form", ["mlp", "class_vectors"])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_every_family(family, form, tmp_path, pictures):
+def test_every_family(hub, family, form, tmp_path, pictures):
     base = tiny_models.save(family, tmp_path / "base")
-    classifier = make_classifier(DualEncoder.from_pretrained(base), form)
+    HfApi().create_repo("alice/base")
+    HfApi().upload_folder(repo_id="alice/base", folder_path=base)
+    classifier = make_classifier(DualEncoder.from_pretrained("alice/base"), form)
     classifier.save_pretrained(tmp_path / "adapter")
     pixels = classifier.encoder.preprocess(pictures)
     expected = classify(classifier, pixels)
     size = drop_text_weights(base)  # what is not there cannot be read
+    without = HfApi().upload_folder(repo_id="alice/base", folder_path=base).oid
+    change(tmp_path / "adapter" / "adapter_config.json", "revision", value=without)
     model = TransMiterForImageClassification.from_pretrained(tmp_path / "adapter")
     assert torch.equal(model.image_processor(images=pictures, return_tensors="pt")["pixel_values"], pixels)
     assert torch.equal(logits(model, pixels), expected)
@@ -203,6 +207,43 @@ def test_a_model_under_another_name_is_known_by_its_weights(encoder, model_dir, 
         TransMiterForImageClassification.from_pretrained(tmp_path / "adapter", encoder, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_folder_whose_weights_were_replaced(tmp_path, named):
+    base = tiny_models.save("clip", tmp_path / "base")
+    make_classifier(DualEncoder.from_pretrained(base)).save_pretrained(tmp_path / "adapter")
+    options = [base] if named else []
+    assert TransMiterForImageClassification.from_pretrained(tmp_path / "adapter", *options)
+    tiny_models.save("clip", tmp_path / "base", seed=1)
+    for kind in (AnchorClassifier, TransMiterForImageClassification):
+        with pytest.raises(ValueError, match="other weights|was made for"):
+            kind.from_pretrained(tmp_path / "adapter", *([DualEncoder.from_pretrained(base)] if named else []))
+    with pytest.raises(ValueError, match="other weights|was made for"):
+        TransMiterForImageClassification.from_pretrained(tmp_path / "adapter", *options)
+
+
+def test_transfers_are_told_apart_by_revision(hub, model_dir, tmp_path, pictures):
+    """Of one repository two commits with other weights: each has its own transfer, a third has none."""
+    adapter, commits, made = tmp_path / "adapter", [], []
+    make_classifier(DualEncoder.from_pretrained(model_dir("clip"))).save_pretrained(adapter)
+    HfApi().create_repo("alice/strong")
+    for seed in (1, 2, 3):
+        upload = HfApi().upload_folder(repo_id="alice/strong", folder_path=model_dir("clip", seed=seed))
+        commits.append(upload.oid)
+        strong = make_classifier(DualEncoder.from_pretrained("alice/strong", revision=upload.oid), "class_vectors")
+        made.append(strong)
+        if seed < 3:
+            save_transfer(adapter, strong)
+    pixels = made[0].encoder.preprocess(pictures)
+    load = TransMiterForImageClassification.from_pretrained
+    for commit, strong in zip(commits[:2], made, strict=False):
+        assert torch.equal(logits(load(adapter, f"alice/strong@{commit}"), pixels), classify(strong, pixels))
+    for latest in ("alice/strong", f"alice/strong@{commits[2]}", "alice/strong@main"):
+        with pytest.raises(ValueError, match="was made for"):
+            load(adapter, latest)
+    HfApi().upload_folder(repo_id="alice/strong", folder_path=model_dir("clip", seed=2))
+    assert torch.equal(logits(load(adapter, "alice/strong"), pixels), classify(made[1], pixels))
+
+
 def test_a_sandbox_model_by_its_name(tmp_path, make_images):
     encoder = DualEncoder.from_pretrained("sandbox:weak")
     classifier = make_classifier(encoder)
@@ -247,15 +288,19 @@ def test_other_repositories(encoder, model_dir, saved, tmp_path):
         model.save_pretrained(tmp_path / "new", push_to_hub=True)
 
 
-def test_a_checkpoint_without_an_image_tower(encoder, tmp_path):
+def test_a_checkpoint_without_an_image_tower(hub, tmp_path):
     base = tiny_models.save("clip", tmp_path / "base")
-    make_classifier(DualEncoder.from_pretrained(base)).save_pretrained(tmp_path / "adapter")
+    HfApi().create_repo("alice/base")
+    HfApi().upload_folder(repo_id="alice/base", folder_path=base)
+    make_classifier(DualEncoder.from_pretrained("alice/base")).save_pretrained(tmp_path / "adapter")
     weights = load_file(f"{base}/model.safetensors")
     save_file(
         {name: tensor for name, tensor in weights.items() if name != "visual_projection.weight"},
         f"{base}/model.safetensors",
         metadata={"format": "pt"},
     )
+    without = HfApi().upload_folder(repo_id="alice/base", folder_path=base).oid
+    change(tmp_path / "adapter" / "adapter_config.json", "revision", value=without)
     with pytest.raises(ValueError, match=r"lacks weights of its image tower \(encoder.visual_projection.weight\)"):
         TransMiterForImageClassification.from_pretrained(tmp_path / "adapter")
 
