@@ -29,7 +29,7 @@ def push_command(
     ] = None,
     as_transfer: Annotated[
         bool,
-        typer.Option("--as-transfer", help="Add it to the old model's adapter REPO_ID, as what that becomes here."),
+        typer.Option("--as-transfer", help="Add it to the weak model's adapter REPO_ID, as what that becomes here."),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --as-transfer: replace the transfer to the same model.")
@@ -51,7 +51,10 @@ def push_command(
         from .sharing import BRIDGE
         from .transfers import push_transfer, read_adapter
 
-        options.pop("private")
+        if options.pop("private") is not None or base_model is not None:
+            raise ValueError(
+                "--private and --base-model are for a push of its own: a transfer joins REPO_ID as it is."
+            )
         is_bridge = (Path(folder) / BRIDGE).is_file() or folder.endswith(".safetensors")
         finished = Bridge.from_pretrained(folder) if is_bridge else read_adapter(folder)
         made = push_transfer(repo_id, finished, overwrite=overwrite, **options)
@@ -80,24 +83,24 @@ def card_command(
 
 def upgrade_command(
     repos: Annotated[list[str], typer.Option(help="A TransMiter adapter: Hub id or folder; repeated.")],
-    to: Annotated[str, typer.Option(help=f"The new model: {MODEL}")],
+    to: Annotated[str, typer.Option(help=f"The strong model: {MODEL}")],
     output_dir: Annotated[Path, typer.Option(help="Folder for the upgraded adapters, upgrade.md and upgrade.json.")],
     hub: HubOptions,
     data: DataOptions,
     models: ModelOptions,
     run: RunOptions,
     bridge: Annotated[
-        str | None, typer.Option(help="Bridge to the new model: file, folder or Hub id; from text alone if unset.")
+        str | None, typer.Option(help="Bridge to the strong model: file, folder or Hub id; from text alone if unset.")
     ] = None,
     push: Annotated[
         bool,
-        typer.Option("--push", help="Share each as OLD_NAME-NEW_MODEL, and name it in the old one's card."),
+        typer.Option("--push", help="Share each as YOU/NAME-STRONG_MODEL, and name it in the card of its source."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> Result:
-    """Any number of adapters to a new model over one bridge, without an image.
+    """Any number of adapters to a strong model over one bridge, without an image.
 
-    Each is scored on the dataset its old scores were measured on, where that can be loaded. What is finished is kept:
+    Each is scored on the dataset its noted scores were measured on, where that can be loaded. What is finished is kept:
     an interrupted run goes on.
 
     [bold]Example:[/bold] hf-transmiter upgrade --repos me/dtd-b16 --repos me/pets-b16 --to openai/clip-vit-large-patch14 --output-dir out/l14 --dry-run

@@ -19,6 +19,7 @@ from .bridge import Bridge
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
+from .fingerprint import ModelId
 from .settings import TransferConfig
 from .solvers import discriminant_head
 from .teachers import Teacher, teacher_logits
@@ -97,6 +98,42 @@ def transfer(
     return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, tensors)
 
 
+def check_bridge(
+    source: TransMiterConfig, strong: DualEncoder, bridge: Bridge, weak: DualEncoder | None = None
+) -> None:
+    """Whether [`carry`] can take an adapter over a bridge to `strong`. Arguments as there; nothing is computed.
+
+    Raises:
+        ValueError: a bridge of another pair, width or space, or the weak model is missing.
+    """
+    bridge.strong.check(strong, "strong")
+    name, revision, found = source.base_model_name_or_path, source.revision, source.base_fingerprint
+    if weak is not None:
+        bridge.weak.check(weak, "weak")
+        same = found is None or ModelId(name, revision, found).is_of(weak)
+    else:  # without a fingerprint, or with that of half precision, the name decides
+        named = name is not None and (name, revision) == (bridge.weak.name, bridge.weak.revision)
+        same = named and (found is None or revision is not None)
+    if not same and found != bridge.weak.fingerprint:
+        unsure = "" if found is not None else " The adapter has no fingerprint of its model, so the names must agree."
+        raise ValueError(
+            f"the adapter was made for {name!r} (revision {revision}), the bridge begins at {bridge.weak.name!r} "
+            f"(revision {bridge.weak.revision}): take a bridge of this pair.{unsure}"
+        )
+    if source.form == "mlp":
+        if bridge.space != "logit":
+            raise ValueError("the published adapter reads logits: build the bridge with space='logit'.")
+        return
+    if bridge.space == "logit" and weak is None:
+        raise ValueError("class vectors cross a logit-space bridge by the weak model's texts: pass it.")
+    width = bridge.matrix.shape[1] if bridge.space == "embedding" else weak.embed_dim
+    if source.embed_dim not in (None, width):
+        raise ValueError(
+            f"the adapter has embeddings of width {source.embed_dim}, the weak model of the bridge has {width}: "
+            "take a bridge of the adapter's model."
+        )
+
+
 def carry(
     content: dict,
     tensors: dict[str, Tensor],
@@ -120,15 +157,10 @@ def carry(
         Configuration and tensors of the strong model's adapter.
 
     Raises:
-        ValueError: a bridge of another pair, space or other anchors, or the weak model is missing.
+        ValueError: as [`check_bridge`], or a bridge of other anchors.
     """
-    source = TransMiterConfig.from_peft_type(**content)
-    bridge.strong.check(strong, "strong")
-    if source.base_fingerprint not in (None, bridge.weak.fingerprint):
-        raise ValueError(
-            f"the adapter was made for {source.base_model_name_or_path!r} (revision {source.revision}), the bridge "
-            f"begins at {bridge.weak.name!r} (revision {bridge.weak.revision}): take a bridge of this pair."
-        )
+    source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
+    check_bridge(source, strong, bridge, weak)
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
     facts = {
         "step": "transfer",
@@ -143,8 +175,6 @@ def carry(
     else:
         anchor_texts = None
         if bridge.space == "logit":
-            if weak is None:
-                raise ValueError("class vectors cross a logit-space bridge by the weak model's texts: pass it.")
             names, templates = bridge.anchors.names, bridge.anchors.templates
             anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
         vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))

@@ -1,11 +1,12 @@
-"""[`upgrade`]: any number of adapters to one new model over one bridge, without an image of their tasks.
+"""[`upgrade`]: any number of adapters to one strong model over one bridge, without an image of their tasks.
 
-Per adapter only its names pass through the new model's text tower; the old model is loaded only to build a bridge
+Per adapter only its names pass through the strong model's text tower; the weak model is loaded only to build a bridge
 where none is given. Whatever is finished is kept, so an interrupted run goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,27 +17,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from datasets import Dataset
+from huggingface_hub import HfApi
 from huggingface_hub.utils import tqdm
 
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
-from .card_facts import THIS
-from .catalog import load_encoder, load_images
+from .card_facts import THIS, is_hub_id
+from .catalog import load_images
 from .classifier import AnchorClassifier
 from .evaluation import Score, evaluate
 from .files import new_folder, replace_file
-from .hub import fetch, split_revision
+from .hub import SANDBOX, fetch, hub_errors, split_revision
 from .report import read_scores, write_scores
 from .sharing import ZERO_SHOT, name_successor, push
-from .transferring import carry
-from .transfers import CONFIG, SCORES, read_adapter, read_config
+from .transferring import carry, check_bridge
+from .transfers import CONFIG, SCORES, WEIGHTS, read_adapter, read_config
 from .tuners import TransMiterConfig
 
 
 logger = logging.getLogger(__name__)
 
 REPORT = "upgrade.json"
+# What an earlier run found out about a finished adapter, taken over from its report.
+_FACTS = ("dataset", "before", "zero_shot", "after", "seconds", "weights", "pushed", "push_error")
+_OF_A_BRIDGE = ("space", "num_pairs", "alignment", "held_out")  # tell one from another
 
 
 @dataclass
@@ -44,17 +49,23 @@ class Upgraded:
     """What became of one adapter.
 
     Args:
-        source (`str`): folder or Hub id of the old adapter.
-        folder (`str`): where the new one is.
-        status (`str`): ``"planned"``, ``"upgraded"``, ``"kept"`` (finished by an earlier run) or ``"failed"``.
-        model (`str`, *optional*): the old model.
+        source (`str`): folder or Hub id of the weak model's adapter.
+        folder (`str`): where the strong model's is.
+        status (`str`):
+            ``"planned"``, ``"upgraded"``, ``"kept"`` (finished by an earlier run), ``"upgraded, not pushed"`` or
+            ``"failed"``.
+        model (`str`, *optional*): the weak model.
         num_classes (`int`, *optional*): C.
-        dataset (`str`, *optional*): what it was scored on, as noted with the old adapter.
+        dataset (`str`, *optional*): what it was scored on, as noted with the weak model's adapter.
         before, zero_shot, after (`float`, *optional*):
-            Accuracy in percent of the old adapter (as noted with it), of the new model without and with the adapter.
+            Accuracy in percent of the weak model's adapter (as noted with it), of the strong model without and with
+            the adapter.
         remark (`str`, *optional*): why it failed, or why there is no score.
-        repo (`str`, *optional*): Hub id it was pushed to, or would be.
+        repo (`str`, *optional*): Hub id it is pushed to in this run, or would be.
         seconds (`float`, *optional*): to carry it over.
+        weights (`str`, *optional*): SHA-256 of the weights it was made from.
+        pushed (`str`, *optional*): Hub id it was pushed to, by this run or an earlier one.
+        push_error (`str`, *optional*): what went wrong with that; the next run with a push tries again.
     """
 
     source: str
@@ -69,6 +80,9 @@ class Upgraded:
     remark: str | None = None
     repo: str | None = None
     seconds: float | None = None
+    weights: str | None = None
+    pushed: str | None = None
+    push_error: str | None = None
 
 
 def upgrade(
@@ -88,20 +102,24 @@ def upgrade(
 ) -> list[Upgraded]:
     """Carries TransMiter adapters over to a stronger model.
 
-    Each becomes a folder of `output_dir`, written in one step. It is scored on the dataset that the old adapter's
-    ``scores.json`` names, where that can be loaded. One that cannot be upgraded does not stop the others.
+    Each becomes a folder of `output_dir`, written in one step. It is scored on the dataset that the adapter's
+    ``scores.json`` names, where that can be loaded; for an adapter from the Hub only a dataset of the Hub is. One that
+    cannot be upgraded does not stop the others.
 
     Args:
         sources (`Sequence[str]`): folders or Hub ids of adapters.
-        strong (`DualEncoder`): the new model.
+        strong (`DualEncoder`): the model they are for from now on.
         output_dir (`str` or `os.PathLike`): folder for the adapters, ``upgrade.json`` and bridges built here.
         bridge (`Bridge`, *optional*):
-            From the adapters' model to `strong`; built from text alone where omitted, once per old model.
+            From the adapters' model to `strong`; built from text alone where omitted, once per weak model.
         dry_run (`bool`, *optional*, defaults to `False`): say what would be done; nothing is written or loaded.
         push_to_hub (`bool`, *optional*, defaults to `False`):
-            Share each under the old name with the new model's behind it, and name it in the old card as
-            `new_version`. Adapters of local folders are not pushed.
-        private, create_pr, token (*optional*): as in [`push`]; `create_pr` is for the old card.
+            Share each among the caller's own repositories, under its name with the strong model's behind it, and
+            name it in the card of the source as `new_version`. Adapters of local folders are not pushed.
+        private (`bool`, *optional*): whether new repositories are private; as the source is when omitted.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Propose the change of the source's card, where that is somebody else's.
+        token (`str` or `bool`, *optional*): Hub token, for reading too; the stored one when omitted.
         images (`Callable[[str, str], Dataset]`, *optional*):
             Dataset of a name and split, for scores; `catalog.load_images` when omitted.
         **embedding: passed to `embed_dataset`.
@@ -111,27 +129,32 @@ def upgrade(
 
     Raises:
         ValueError: two sources with one name, or a folder of `output_dir` that holds another model's adapter.
+        OSError: `push_to_hub` without a login.
     """
-    output = Path(output_dir)
-    rows = _plan(sources, strong, output, push_to_hub)
+    output, hub = Path(output_dir), {"token": token}
+    rows, known = _plan(sources, strong, output), _known(output / REPORT)
     if dry_run:
         for row in rows:
-            _look(row, strong, bridge, output)
+            _look(row, strong, bridge, known.get(row.source), hub)
+        if push_to_hub:
+            try:
+                _choose_repos(rows, strong, token)
+            except OSError as error:
+                for row in rows:
+                    row.remark = "; ".join(filter(None, (row.remark, f"cannot be pushed: {error}")))
         return rows
+    if push_to_hub:
+        _choose_repos(rows, strong, token)
     output.mkdir(parents=True, exist_ok=True)
-    known = _known(output / REPORT)
-    run = _Run(strong, bridge, output, images or _images, {"progress": progress, **embedding})
-    options = {"private": private, "create_pr": create_pr, "token": token}
+    run = _Run(strong, bridge, output, images or load_images, {"progress": progress, **embedding}, hub)
     for number, row in enumerate(tqdm(rows, desc="adapters", disable=not progress)):
         try:
             run.carry(row, known.get(row.source))
-            if row.repo is not None:
-                done = known.get(row.source, {})
-                if row.status == "upgraded" or done.get("pushed") != row.repo:
-                    _share(row, **options)
         except (ValueError, OSError) as error:
             row.status, row.remark = "failed", str(error)
             logger.warning("%s was not upgraded: %s", row.source, error)
+        if row.status != "failed" and row.repo is not None and row.pushed != row.repo:
+            _share(row, private, create_pr, token)
         _write(output / REPORT, rows[: number + 1], known)
     return rows
 
@@ -139,35 +162,39 @@ def upgrade(
 def upgrade_table(rows: Sequence[Upgraded]) -> str:
     """What became of each, as a markdown table."""
     lines = [
-        "| adapter | classes | old, % | new model zero-shot, % | upgraded, % | gain | |",
+        "| adapter | classes | weak, % | zero-shot strong, % | upgraded, % | gain | |",
         "|:---|---:|---:|---:|---:|---:|:---|",
     ]
     for row in rows:
         numbers = [_percent(value) for value in (row.before, row.zero_shot, row.after)]
         gain = "" if None in (row.before, row.after) else f"{row.after - row.before:+.1f}"
-        said = "; ".join(filter(None, (row.status, row.repo, row.remark)))
+        said = "; ".join(filter(None, (row.status, row.repo, row.push_error, row.remark)))
         cells = [row.source, row.num_classes or "", *numbers, gain, said]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 class _Run:
-    """What the adapters of one run share: the new model, bridges by old model, datasets."""
+    """What the adapters of one run share: the strong model, bridges by weak model, datasets."""
 
-    def __init__(self, strong: DualEncoder, bridge: Bridge | None, output: Path, images: Callable, embedding: dict):
+    def __init__(
+        self, strong: DualEncoder, bridge: Bridge | None, output: Path, images: Callable, embedding: dict, hub: dict
+    ):
         self.strong, self.bridge, self.output, self.images = strong, bridge, output, images
-        self.embedding, self.built, self.loaded = embedding, {}, {}
+        self.embedding, self.hub, self.built, self.loaded = embedding, hub, {}, {}
 
     def carry(self, row: Upgraded, known: dict | None) -> None:
         """Fills in the row and its folder, if that is not there yet."""
-        content, tensors = read_adapter(row.source)
-        _describe(row, content)
-        if (Path(row.folder) / CONFIG).is_file():
+        if _take_over(row, known):
+            content = read_config(row.source, **self.hub)
+            _describe(row, content)
+            _check_kept(row, self.bridge, self.hub)
             row.status = "kept"
-            if known is not None:
-                for key in ("dataset", "before", "zero_shot", "after", "remark", "seconds"):
-                    setattr(row, key, known.get(key))
             return
+        content, tensors = read_adapter(row.source, **self.hub)
+        _describe(row, content)
+        _check_form(content, self.strong, self.bridge)
+        row.weights = _sha256(row.source, self.hub)
         bridge = self.bridge or self._bridge(content)
         start = time.perf_counter()
         config, upgraded = carry(content, tensors, self.strong, bridge)
@@ -186,13 +213,15 @@ class _Run:
         row.status = "upgraded"
 
     def _bridge(self, content: dict) -> Bridge:
-        """From text alone, once per old model, and kept for the next run."""
+        """From text alone, once per weak model, and kept for the next run."""
         name, revision = content.get("base_model_name_or_path"), content.get("revision")
         if not name:
             raise ValueError("the adapter does not name its model: pass a bridge.")
         if (name, revision) not in self.built:
-            weak = load_encoder(name, revision, device=self.strong.device, dtype=self.strong.dtype)
-            path = self.output / "bridges" / f"{_slug(name)}-{weak.fingerprint[:8]}.safetensors"
+            on = {"device": self.strong.device, "dtype": self.strong.dtype, **self.hub}
+            weak = DualEncoder.from_pretrained(name, revision=revision, **on)
+            pair = f"{weak.fingerprint[:8]}-{self.strong.fingerprint[:8]}"
+            path = self.output / "bridges" / f"{_slug(name)}-{pair}.safetensors"
             if path.is_file():
                 self.built[name, revision] = Bridge.load(path)
             else:
@@ -201,14 +230,20 @@ class _Run:
         return self.built[name, revision]
 
     def _score(self, row: Upgraded, classifier: AnchorClassifier) -> list[Score]:
-        """Of the upgraded adapter and the new model without it, on what the old adapter was scored on."""
-        path = fetch(row.source, SCORES)
+        """Of the upgraded adapter and the strong model without it, on what the weak model's was scored on."""
+        path = fetch(row.source, SCORES, **self.hub)
         old = [score for score in read_scores(path) if score.metric == "accuracy"] if path is not None else []
         noted = next((score for score in old if score.method == THIS and score.dataset), None)
         if noted is None:
             row.remark = "not scored: nothing is noted with it about a dataset"
             return []
         row.dataset, row.before = noted.dataset, noted.value
+        if not (
+            _is_local(row.source) or is_hub_id(split_revision(noted.dataset)[0]) or noted.dataset.startswith(SANDBOX)
+        ):
+            # Whoever wrote that file does not choose what is read on this machine.
+            row.remark = f"not scored: {noted.dataset!r} is no dataset of the Hub"
+            return []
         key = (noted.dataset, noted.split)
         try:
             if key not in self.loaded:
@@ -226,47 +261,113 @@ class _Run:
         return scores
 
 
-def _plan(sources: Sequence[str], strong: DualEncoder, output: Path, push_to_hub: bool) -> list[Upgraded]:
+def _plan(sources: Sequence[str], strong: DualEncoder, output: Path) -> list[Upgraded]:
     names = [_slug(Path(source).resolve().name if Path(source).is_dir() else source) for source in sources]
+    _check_unique(names, "two adapters have the same name, {}: upgrade them in separate runs.")
+    for folder in (output / name for name in names):
+        if (folder / CONFIG).is_file() and read_config(folder).get("base_fingerprint") != strong.fingerprint:
+            raise ValueError(f"{folder} holds an adapter of another model: choose another output folder.")
+    return [Upgraded(source, str(output / name)) for source, name in zip(sources, names, strict=True)]
+
+
+def _choose_repos(rows: Sequence[Upgraded], strong: DualEncoder, token: str | bool | None) -> None:
+    """Among the caller's own: nobody may write to another's."""
+    rows = [row for row in rows if not _is_local(row.source)]
+    if not rows:
+        return
+    with hub_errors("your account"):
+        user = HfApi(token=token).whoami()["name"]
+    behind = _slug(Path(strong.name_or_path or "upgraded").name.split(":")[-1])
+    names = [f"{user}/{split_revision(row.source)[0].split('/')[-1]}-{behind}" for row in rows]
+    _check_unique(names, "two adapters would be pushed to {}: upgrade one of them without a push, then push it.")
+    for row, name in zip(rows, names, strict=True):
+        row.repo = name
+
+
+def _check_unique(names: Sequence[str], message: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"two adapters have the same name, {', '.join(twice)}: upgrade them in separate runs.")
-    rows, behind = [], _slug(Path(strong.name_or_path or "upgraded").name.split(":")[-1])
-    for source, name in zip(sources, names, strict=True):
-        folder = output / name
-        if (folder / CONFIG).is_file() and read_config(folder)["base_fingerprint"] != strong.fingerprint:
-            raise ValueError(f"{folder} holds an adapter of another model: choose another output folder.")
-        repo = None if Path(source).is_dir() or not push_to_hub else f"{split_revision(source)[0]}-{behind}"
-        rows.append(Upgraded(source, str(folder), repo=repo))
-    return rows
+        raise ValueError(message.format(", ".join(twice)))
 
 
-def _look(row: Upgraded, strong: DualEncoder, bridge: Bridge | None, output: Path) -> None:
+def _look(row: Upgraded, strong: DualEncoder, bridge: Bridge | None, known: dict | None, hub: dict) -> None:
     """What can be known of an adapter before anything is done."""
     try:
-        content = read_config(row.source)
+        kept, content = _take_over(row, known), read_config(row.source, **hub)
         _describe(row, content)
-        if bridge is not None and content.get("base_fingerprint") not in (None, bridge.weak.fingerprint):
-            raise ValueError(f"the bridge begins at {bridge.weak.name!r}, the adapter was made for {row.model!r}")
-        if content.get("base_fingerprint") == strong.fingerprint:
-            raise ValueError("it is an adapter of the new model already")
-        if (Path(row.folder) / CONFIG).is_file():
+        if kept:
+            _check_kept(row, bridge, hub)
             row.status = "kept"
+        else:
+            _check_form(content, strong, bridge)
     except (ValueError, OSError) as error:
         row.status, row.remark = "failed", str(error)
+
+
+def _take_over(row: Upgraded, known: dict | None) -> bool:
+    """Whether an earlier run finished this adapter; the row then gets what that found out."""
+    if not (Path(row.folder) / CONFIG).is_file():
+        return False
+    for key in _FACTS if known is not None else ():
+        setattr(row, key, known.get(key))
+    if known is not None and known["status"] != "failed":
+        row.remark = known.get("remark")
+    return True
+
+
+def _check_kept(row: Upgraded, bridge: Bridge | None, hub: dict) -> None:
+    """
+    Raises:
+        ValueError: the finished adapter was made from other weights, or over another bridge.
+    """
+    if row.weights not in (None, _sha256(row.source, hub)):
+        raise ValueError(f"{row.folder} was made from other weights; remove the folder to make it anew.")
+    over = (read_config(row.folder).get("provenance") or {}).get("bridge")
+    if None not in (bridge, over) and any(over.get(key) != getattr(bridge, key) for key in _OF_A_BRIDGE):
+        raise ValueError(f"{row.folder} was made over another bridge; remove the folder to make it anew.")
+
+
+def _check_form(content: dict, strong: DualEncoder, bridge: Bridge | None) -> None:
+    """
+    Raises:
+        ValueError: the adapter cannot be carried to `strong` over this bridge, or one built from text.
+    """
+    if content.get("base_fingerprint") == strong.fingerprint:
+        raise ValueError("it is an adapter of the strong model already.")
+    source = TransMiterConfig.from_peft_type(**content)
+    if bridge is not None:
+        check_bridge(source, strong, bridge)
+    elif source.form == "mlp":
+        raise ValueError("a published (mlp) adapter does not cross a bridge built from text: pass one in logit space.")
 
 
 def _describe(row: Upgraded, content: dict) -> None:
     row.model, row.num_classes = content.get("base_model_name_or_path"), len(content["class_names"])
 
 
-def _share(row: Upgraded, *, create_pr: bool, **options) -> None:
-    push(row.folder, row.repo, **options)
-    name_successor(row.source, row.repo, create_pr=create_pr, token=options["token"])
+def _share(row: Upgraded, private: bool | None, create_pr: bool, token: str | bool | None) -> None:
+    """Pushes the adapter and names it in the card of its source; what goes wrong is noted in the row."""
+    source, failed = split_revision(row.source)[0], "upgraded, not pushed"
+    try:
+        if private is None:
+            with hub_errors(source):
+                private = HfApi(token=token).model_info(source).private
+        push(row.folder, row.repo, private=private, token=token)
+        failed = None
+        name_successor(source, row.repo, create_pr=create_pr, token=token)
+        row.pushed, row.push_error = row.repo, None
+    except (ValueError, OSError) as error:
+        row.status = failed or row.status
+        row.push_error = str(error) if failed else f"pushed, but the card of {source} does not name it: {error}"
+        logger.warning("%s: %s", row.repo, row.push_error)
 
 
-def _images(dataset: str, split: str) -> Dataset:
-    return load_images(dataset, split)
+def _is_local(source: str) -> bool:
+    return Path(split_revision(source)[0]).is_dir()
+
+
+def _sha256(source: str, hub: dict) -> str:
+    return hashlib.sha256(fetch(source, WEIGHTS, **hub).read_bytes()).hexdigest()
 
 
 def _known(path: Path) -> dict[str, dict]:
@@ -277,8 +378,8 @@ def _known(path: Path) -> dict[str, dict]:
 
 
 def _write(path: Path, rows: Sequence[Upgraded], known: dict[str, dict]) -> None:
-    kept = {row.source: asdict(row) | {"pushed": row.repo if row.status != "failed" else None} for row in rows}
-    text = json.dumps({"rows": list({**known, **kept}.values())}, indent=2) + "\n"
+    done = {row.source: asdict(row) for row in rows}
+    text = json.dumps({"rows": list({**known, **done}.values())}, indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -121,7 +121,9 @@ def test_errors_are_one_line(hub, shared):
         (("push", folder / "adapter", "bob/pets"), "403"),
         (("push", folder / "adapter", "alice/pets", "--token", "wrong"), "hf auth login"),
         (("push", folder / "adapter", "alice/pets", "--overwrite"), "--overwrite belongs to --as-transfer"),
-        (("card", folder), "no"),
+        (("push", folder / "adapter", "alice/pets", "--as-transfer", "--private"), "--private and --base-model are"),
+        (("push", folder / "adapter", "alice/pets", "--as-transfer", "--base-model", "a/b"), "--private and --base"),
+        (("card", folder), "holds neither adapter_config.json nor bridge.safetensors: no card to write"),
     ):
         error = run(*args, code=1).stderr
         assert message in error and error.startswith("Error: ") and error.count("\n") == 1

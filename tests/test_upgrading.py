@@ -1,17 +1,22 @@
 """Many adapters to one new model: equal to single transfers, resumable, one failure does not stop the others."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
 
 import hf_transmiter.upgrading
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, evaluate, transfer
 from hf_transmiter.report import read_scores
 from hf_transmiter.sharing import push, record_scores
+from hf_transmiter.transferring import carry
+from hf_transmiter.transfers import read_adapter
 from hf_transmiter.upgrading import upgrade, upgrade_table
 
 
@@ -105,12 +110,87 @@ def test_one_failure_and_an_interruption(models, bridge, folders, tmp_path, monk
 def test_a_dry_run_does_nothing(models, bridge, folders, tmp_path):
     rows = upgrade(list(folders.values()), models["strong"], tmp_path / "new", bridge=bridge, dry_run=True, **QUIET)
     assert [row.status for row in rows] == ["planned"] * 3 and not (tmp_path / "new").exists()
-    other = Bridge.build(models["strong"], models["weak"])
-    rows = upgrade([folders["pets"]], models["weak"], tmp_path / "new", bridge=other, dry_run=True, **QUIET)
-    assert rows[0].status == "failed" and "the bridge begins at" in rows[0].remark
     upgrade([folders["pets"]], models["strong"], tmp_path / "new", bridge=bridge, **QUIET)
     rows = upgrade([folders["pets"]], models["strong"], tmp_path / "new", bridge=bridge, dry_run=True, **QUIET)
     assert rows[0].status == "kept"
+
+
+def test_what_cannot_be_carried_is_known_before(models, bridge, folders, tmp_path, model_dir, make_dataset):
+    weak, strong = models["weak"], models["strong"]
+    published = AnchorClassifier(weak, Anchors(TASKS["pets"]))
+    published.add_adapter(TransMiterConfig(class_names=list(TASKS["pets"]), form="mlp"))
+    published.save_pretrained(tmp_path / "old" / "mlp")
+    pets, mlp = folders["pets"], str(tmp_path / "old" / "mlp")
+    other = DualEncoder.from_pretrained(model_dir("siglip"))
+    logits = Bridge.build(weak, strong, make_dataset(12), space="logit", anchors=Anchors(TASKS["things"]), **QUIET)
+    for source, to, over, message in (
+        (pets, weak, None, "an adapter of the strong model already"),
+        (pets, other, bridge, "built for the strong model"),
+        (pets, weak, Bridge.build(strong, weak), "an adapter of the strong model already"),
+        (pets, other, Bridge.build(strong, other), "the bridge begins at"),
+        (pets, strong, logits, "class vectors cross a logit-space bridge by the weak model's texts"),
+        (mlp, strong, bridge, "the published adapter reads logits"),
+        (mlp, strong, None, "does not cross a bridge built from text"),
+    ):
+        for dry_run in (True, False):
+            row = upgrade([source], to, tmp_path / "new", bridge=over, dry_run=dry_run, **QUIET)[0]
+            assert row.status == "failed" and message in row.remark
+    assert not list((tmp_path / "new").glob("*/*"))
+
+
+def test_an_adapter_that_does_not_know_its_weights(models, bridge, folders, tmp_path):
+    """Its model's name decides, and the width must fit: nothing is carried on a guess, nothing stops the others."""
+
+    def forget(task, **more):
+        path = Path(folders[task]) / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": None} | more))
+
+    forget("pets")
+    forget("things", base_model_name_or_path="alice/somebody-else")
+    narrow = AnchorClassifier(models["strong"], Anchors(TASKS["big"]))
+    narrow.add_adapter(TransMiterConfig(class_names=list(TASKS["big"]), form="class_vectors"))
+    narrow.save_pretrained(tmp_path / "other" / "wide")
+    folders["wide"] = str(tmp_path / "other" / "wide")
+    forget("wide", base_model_name_or_path=models["weak"].name_or_path, embed_dim=None)
+    sources = [folders[task] for task in ("pets", "things", "wide", "big")]
+    rows = upgrade(sources, models["strong"], tmp_path / "new", bridge=bridge, **QUIET)
+    assert [row.status for row in rows] == ["upgraded", "failed", "failed", "upgraded"]
+    assert "the names must agree" in rows[1].remark
+    assert "embeddings of width 24, the weak model of the bridge has 16" in rows[2].remark
+
+
+def test_half_precision(models, bridge, tmp_path):
+    """An adapter made in half precision has another fingerprint; the revision of its model says what it is."""
+    content, tensors = _saved(models["weak"], tmp_path / "half")
+    content |= {"base_fingerprint": "0" * 64, "revision": "1" * 40}
+    with pytest.raises(ValueError, match="take a bridge of this pair"):
+        carry(content, tensors, models["strong"], bridge)
+    same = replace(bridge, weak=replace(bridge.weak, revision="1" * 40))
+    assert carry(content, tensors, models["strong"], same)[1]["class_vectors"].shape == (2, 24)
+
+
+def _saved(encoder, folder):
+    adapter = AnchorClassifier(encoder, Anchors(TASKS["pets"]))
+    adapter.add_adapter(TransMiterConfig(class_names=list(TASKS["pets"]), form="class_vectors"))
+    adapter.save_pretrained(folder)
+    return read_adapter(folder)
+
+
+def test_what_a_kept_folder_was_made_from(models, bridge, folders, tmp_path):
+    again = {"bridge": bridge, **QUIET}
+    upgrade([folders["pets"]], models["strong"], tmp_path / "new", **again)
+    other = Bridge.build(models["weak"], models["strong"], anchors=Anchors(("cat", "dog", "car", "tree", "ship")))
+    for dry_run in (True, False):
+        row = upgrade([folders["pets"]], models["strong"], tmp_path / "new", bridge=other, dry_run=dry_run, **QUIET)[0]
+        assert row.status == "failed" and "made over another bridge; remove the folder" in row.remark
+    assert upgrade([folders["pets"]], models["strong"], tmp_path / "new", **again)[0].remark != row.remark
+    path = Path(folders["pets"]) / "adapter_model.safetensors"
+    save_file({key: 2 * tensor for key, tensor in load_file(path).items()}, path)
+    for dry_run in (True, False):
+        row = upgrade([folders["pets"]], models["strong"], tmp_path / "new", dry_run=dry_run, **again)[0]
+        assert row.status == "failed" and "made from other weights; remove the folder" in row.remark
+    shutil.rmtree(row.folder)
+    assert upgrade([folders["pets"]], models["strong"], tmp_path / "new", **again)[0].status == "upgraded"
 
 
 def test_scored_where_the_old_scores_were_measured(models, bridge, folders, tmp_path, make_dataset):
