@@ -93,7 +93,7 @@ class DualEncoder:
         self.name_or_path = name_or_path or config._name_or_path or None
         self.revision = getattr(config, "_commit_hash", None) or revision
         if processor is None and self.name_or_path:
-            processor = _load_processor(self.name_or_path, revision=self.revision)
+            processor = load_processor(self.name_or_path, revision=self.revision)
         self.processor = processor
 
     @classmethod
@@ -150,7 +150,7 @@ class DualEncoder:
         model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
         # The processor comes from the very commit of the weights, also when a branch moved in between.
         commit = cached_commit(where, revision, cache_dir) or revision
-        return cls(model, _load_processor(name, revision=commit, **hub), name, commit)
+        return cls(model, load_processor(name, revision=commit, **hub), name, commit)
 
     @property
     def family(self) -> str:
@@ -347,7 +347,7 @@ class DualEncoder:
             )  # fmt: skip
 
 
-def _load_processor(name: str, *, revision: str | None = None, **hub):
+def load_processor(name: str, *, revision: str | None = None, **hub):
     name = model_location(name)
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
     if getattr(processor, "tokenizer", None) is None or not hasattr(processor, "image_processor"):

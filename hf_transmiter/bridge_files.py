@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .anchors import Anchors
 from .files import read_metadata_json, read_tensors, replace_file
 from .fingerprint import ModelId
-from .hub import fetch
+from .hub import fetch, public_name
 from .solvers import check_finite
 from .trust import ORTHOGONALITY, check_json, check_semi_orthogonal
 
@@ -158,7 +158,12 @@ class BridgeFiles:
     def without_paths(self) -> Bridge:
         """The same bridge, without the folders of this machine that its models were loaded from: only their names."""
         weak, strong = (
-            replace(model, name=Path(model.name).name) if model.name and Path(model.name).is_dir() else model
-            for model in (self.weak, self.strong)
+            replace(model, name=model.name and public_name(model.name)) for model in (self.weak, self.strong)
         )
-        return replace(self, weak=weak, strong=strong)
+        return replace(
+            self,
+            weak=weak,
+            strong=strong,
+            through=tuple(public_name(name) for name in self.through),
+            dataset=self.dataset and public_name(self.dataset),
+        )

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
-from .hub import fetch
+from .hub import fetch, split_revision
 from .transfers import ANCHORS, write_adapter
 
 
@@ -181,6 +181,7 @@ class AnchorClassifier(nn.Module):
         """
         config.base_model_name_or_path, config.revision = self.encoder.name_or_path, self.encoder.revision
         config.base_fingerprint = self.encoder.fingerprint
+        self.calibration = None  # of the adapter before
         if self.adapter is None:
             self._peft[:] = [get_peft_model(self, config, adapter_name=name)]
         else:
@@ -202,14 +203,11 @@ class AnchorClassifier(nn.Module):
         """
         if self.adapter_config is None:
             raise ValueError("there is no adapter to save: attach one with add_adapter, or run extract or transfer.")
-        from .card_facts import library_versions  # not at the top: it comes later in the order of the package
-
         tensors = self.transmiter.tensors(self.transmiter.active_name)
         base = type(self.model)
         auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
         config = {**self.adapter_config.to_dict(), "inference_mode": True, "auto_mapping": auto_mapping}
         config["target_modules"] = None  # PEFT's bookkeeping
-        config["provenance"].setdefault("versions", library_versions())
         return config, {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
 
     def save_pretrained(
@@ -228,11 +226,12 @@ class AnchorClassifier(nn.Module):
 
         Raises:
             FileExistsError: the folder holds another adapter with scores or transfers of its own.
-            ValueError: there is no adapter to save, or `dtype` is not a floating type.
+            ValueError: there is no adapter to save, or another `dtype`.
         """
         config, tensors = self.adapter_tensors()
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating type such as torch.float16, got {dtype}.")
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype}.")
+        config["provenance"].pop("saved_as", None)  # of an earlier file
         if dtype is not None:
             from .evaluation import rounding  # not at the top: it comes later in the order of the package
 
@@ -244,6 +243,8 @@ class AnchorClassifier(nn.Module):
         self.adapter_config.anchors.save(target / ANCHORS, overwrite=True)
         if self.calibration is not None:
             self.calibration.save(target / CALIBRATION)
+        else:  # one that is there belongs to the adapter that was there
+            (target / CALIBRATION).unlink(missing_ok=True)
         from .cards import write_card
 
         write_card(target)
@@ -298,16 +299,19 @@ class AnchorClassifier(nn.Module):
             ValueError: not a TransMiter adapter, made for another model and there is no transfer to this one, or a
                 tensor is missing, of the wrong shape, or not finite.
         """
-        hub = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        adapter, named = split_revision(os.fspath(adapter))
+        hub = {"revision": revision or named, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
         hub = {key: value for key, value in hub.items() if value is not None}
         hub |= {"local_files_only": True} if local_files_only else {}
         from .tuners import TransMiterConfig  # not at the top: tuners come later
 
-        config = TransMiterConfig.from_pretrained(os.fspath(adapter), **hub)
+        config = TransMiterConfig.from_pretrained(adapter, **hub)
         if encoder is None:
             shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
             encoder = DualEncoder.from_pretrained(config.base_model_name_or_path, revision=config.revision, **shared)
         classifier = cls(encoder, config.anchors)
-        classifier._peft.append(PeftModel.from_pretrained(classifier, os.fspath(adapter), config=config, **hub))
-        classifier._saved = (os.fspath(adapter), hub)
+        classifier._peft.append(PeftModel.from_pretrained(classifier, adapter, config=config, **hub))
+        classifier._saved = (adapter, hub)
+        if Path(adapter).is_dir():
+            _ = classifier.calibration  # read at once: a folder may be gone later
         return classifier.requires_grad_(False)

@@ -147,6 +147,7 @@ def extract(
     output.check(run)
     from .catalog import load_encoder, load_teacher, read_names, teacher_facts, teacher_templates
     from .extraction import extract
+    from .hub import public_name
 
     encoder = load_encoder(weak, **models.load(run))
     images = data.load(dataset, UNLABELLED, data.split)
@@ -163,7 +164,7 @@ def extract(
     facts = adapter.adapter_config.provenance
     facts["teacher"] = teacher_facts(teacher)
     if images is not None:
-        facts["dataset"] = f"{dataset} ({images.split})"
+        facts["dataset"] = f"{public_name(dataset)} ({images.split})"
     if adapter.calibration is not None:
         adapter.calibration.dataset = facts["dataset"]
     output.write(adapter.save_pretrained, values, run)

@@ -57,6 +57,7 @@ def bridge(
         check_new(output, overwrite)
     from .bridge import Bridge
     from .catalog import load_anchors, load_encoder
+    from .hub import public_name
 
     images = data.load(dataset, UNLABELLED, data.split)
     if compose or invert:
@@ -70,7 +71,7 @@ def bridge(
         pair = [load_encoder(model, **models.load(run)) for model in (weak, strong)]
         names = None if anchors is None else load_anchors(anchors)
         made = Bridge.build(*pair, images, space=space, anchors=names, beta=beta, **data.embedding(run))
-        made.dataset = None if images is None else f"{dataset} ({images.split})"
+        made.dataset = None if images is None else f"{public_name(dataset)} ({images.split})"
     if run.main_process:
         (made.save if output.suffix == ".safetensors" else made.save_pretrained)(output, overwrite=overwrite)
     known = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "beta", "derived")
@@ -122,6 +123,7 @@ def transfer(
     output.check(run)
     from .bridge import Bridge
     from .catalog import load_classifier, load_encoder, load_teacher, read_names
+    from .hub import public_name
     from .transferring import transfer
 
     options = models.load(run)
@@ -139,7 +141,7 @@ def transfer(
     )
     facts = upgraded.adapter_config.provenance
     if images is not None:
-        facts["dataset"] = f"{dataset} ({images.split})"
+        facts["dataset"] = f"{public_name(dataset)} ({images.split})"
     output.write(upgraded.save_pretrained, values, run)
     found = {"output_dir": str(output.output_dir), "form": upgraded.adapter_config.form, "provenance": facts}
     how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"

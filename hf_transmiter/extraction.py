@@ -69,6 +69,8 @@ def extract(
         ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
             begin with the class names, or logits that are not finite.
     """
+    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
+
     config = config or ExtractionConfig()
     class_names = _class_names(class_names, anchors, teacher, dataset)
     if anchors is None:
@@ -97,6 +99,7 @@ def extract(
         "weak": {"name": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint},
         "num_images": 0 if table is None else len(table),
         "dataset_fingerprint": None if table is None else table.dataset_fingerprint,
+        "versions": library_versions(),
     }
     if config.solver != "gradient":
         vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .families import EMBEDDING_PARTS
+
 
 # Config entries that say where or with what a model was saved, not what it computes.
 _PROVENANCE = (
@@ -35,12 +37,14 @@ class ModelId:
         return cls(encoder.name_or_path, encoder.revision, encoder.fingerprint)
 
     def is_of(self, encoder) -> bool:
-        """Whether `encoder` is this model: the very revision of it, or equal weights and processor. Weights in half
-        precision have another fingerprint than the same in float32; there the name decides."""
-        if self.revision is not None and (self.name, self.revision) == (encoder.name_or_path, encoder.revision):
-            return True
-        if encoder.dtype != torch.float32 and self.name is not None and self.name == encoder.name_or_path:
-            return True
+        """Whether `encoder` is this model: the very revision of it with no adapter in its towers, or equal weights
+        and processor. Weights in half precision have another fingerprint than the same in float32; there the name
+        decides, and the revision where both are known."""
+        if self.name is not None and self.name == encoder.name_or_path and not _is_adapted(encoder.model):
+            if self.revision is not None and self.revision == encoder.revision:
+                return True
+            if encoder.dtype != torch.float32 and None in (self.revision, encoder.revision):
+                return True
         return encoder.fingerprint == self.fingerprint
 
     def check(self, encoder, role: str) -> None:
@@ -48,7 +52,7 @@ class ModelId:
         Raises:
             ValueError: `encoder` is another model.
         """
-        if encoder.fingerprint != self.fingerprint:
+        if not self.is_of(encoder):
             raise ValueError(
                 f"the bridge was built for the {role} model {self.name!r} (revision {self.revision}), this is "
                 f"{encoder.name_or_path!r} (revision {encoder.revision}) with other weights or another processor: "
@@ -89,6 +93,10 @@ def without_provenance(value):
     if isinstance(value, (list, tuple)):
         return [without_provenance(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return any(active for _, active, *_ in _adapter_state(model, EMBEDDING_PARTS))
 
 
 def _adapter_state(model: nn.Module, parts: Sequence[str]) -> Iterator[list]:

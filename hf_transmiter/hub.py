@@ -127,7 +127,15 @@ def _in_words(error: BaseException, repo_id: str) -> str:
     return f"The Hub answers {status} for {repo_id} ({said}): {remedy.get(status, 'try again later')}."
 
 
-def fetch(source: str | os.PathLike, file: str, *, subfolder: str | None = None, **hub) -> Path | None:
+def public_name(name: str) -> str:
+    """What others may read of where a model or dataset came from: of a path on this machine only its last part."""
+    local = os.path.isabs(name) or name.startswith((".", "~")) or Path(name).exists()
+    return Path(name).name if local else name
+
+
+def fetch(
+    source: str | os.PathLike, file: str, *, subfolder: str | None = None, strict: bool = False, **hub
+) -> Path | None:
     """A file of a folder or Hub repository; `None` where there is no such file.
 
     Large files of the Hub are named by their SHA-256 in the cache; it is compared with the content each time.
@@ -138,6 +146,8 @@ def fetch(source: str | os.PathLike, file: str, *, subfolder: str | None = None,
         source (`str` or `os.PathLike`): folder, or Hub id (``id@revision`` too).
         file (`str`): path inside it.
         subfolder (`str`, *optional*): folder inside it that `file` is relative to.
+        strict (`bool`, *optional*, defaults to `False`):
+            For what is written again afterwards: a Hub that does not answer is an error whatever the cache has.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only` of `huggingface_hub.hf_hub_download`.
 
     Raises:
@@ -156,6 +166,9 @@ def fetch(source: str | os.PathLike, file: str, *, subfolder: str | None = None,
         with hub_errors(name):
             path = Path(hf_hub_download(name, path_in_repo, **hub))
     except LocalEntryNotFoundError as error:
+        if strict:
+            reason = _in_words(error.__cause__ or error, name)
+            raise OSError(f"{path_in_repo} of {name!r} cannot be read: {reason}") from error
         return _absent(name, path_in_repo, error, hub.get("cache_dir"), hub["revision"])
     except EntryNotFoundError:
         return None

@@ -92,7 +92,10 @@ def label_tune(
         description="Label tuning",
         progress=progress,
     )
-    tuned_config.provenance = {"step": "label_tune", "num_images": len(x), "before": source.provenance}
+    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
+
+    facts = {"step": "label_tune", "num_images": len(x), "before": source.provenance}
+    tuned_config.provenance = {**facts, "versions": library_versions()}
     return tuned.requires_grad_(False)
 
 

@@ -16,13 +16,15 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from .anchors import Anchors
 from .bridge import Bridge
 from .bridge_files import WEIGHTS as BRIDGE
-from .card_facts import THIS
+from .card_facts import THIS, is_hub_id
+from .card_metadata import by_people, given_metadata
 from .cards import write_card
 from .classifier import AnchorClassifier
 from .evaluation import Score, evaluate
-from .hub import fetch, hub_errors, push_folder, split_revision
+from .hub import SANDBOX, fetch, hub_errors, public_name, push_folder, split_revision
 from .report import read_scores, write_scores
-from .transfers import CONFIG, SCORES, WEIGHTS
+from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, without_paths
+from .trust import load_json
 
 
 CARD = "README.md"
@@ -76,14 +78,23 @@ def push(
                 target = scratch / file.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
+        if "/" not in repo_id:
+            with hub_errors(repo_id):
+                repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
         if (scratch / CONFIG).is_file():
             _name_base_model(scratch, base_model)
         if (scratch / BRIDGE).is_file():
             Bridge.load(scratch / BRIDGE).without_paths().save(scratch / BRIDGE, overwrite=True)
-        theirs = _file_there(repo_id, CARD, token)
-        if theirs is not None and not (scratch / CARD).is_file():
-            shutil.copyfile(theirs, scratch / CARD)
-        write_card(scratch, name=repo_id)
+        if (scratch / SCORES).is_file():
+            rows = read_scores(scratch / SCORES)
+            write_scores(scratch / SCORES, [replace(r, dataset=r.dataset and public_name(r.dataset)) for r in rows])
+        stale = _stale(scratch, repo_id, token)
+        for file in () if stale else (SCORES, INDEX):  # what the repository has stays there: the card tells of it
+            theirs = _file_there(repo_id, file, token)
+            if theirs is not None and not (scratch / file).is_file():
+                (scratch / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(theirs, scratch / file)
+        _write_card(scratch, repo_id, _file_there(repo_id, CARD, token))
         what = "bridge" if (scratch / BRIDGE).is_file() else "adapter"
         return push_folder(
             scratch,
@@ -92,7 +103,7 @@ def push(
             private=private,
             create_pr=create_pr,
             token=token,
-            delete=_stale(scratch, repo_id, token),
+            delete=stale,
         )
 
 
@@ -146,31 +157,33 @@ def name_successor(
         return push_folder(scratch, repo_id, commit_message=message, create_pr=create_pr, token=token)
 
 
+def _write_card(folder: Path, repo_id: str, theirs: Path | None) -> None:
+    """The card, with what people said in the repository's card and in the folder's; their text goes before ours."""
+    mine, facts = folder / CARD, {}
+    if theirs is not None:
+        _, facts = given_metadata(theirs, {})
+        _, own = given_metadata(mine, {})
+        facts |= {
+            key: [*facts.get(key, ()), *value] if isinstance(value, list) else value for key, value in own.items()
+        }
+        if not mine.is_file() or (by_people(mine) is None and by_people(theirs) is not None):
+            shutil.copyfile(theirs, mine)
+    write_card(folder, name=repo_id, **facts)
+
+
 def _name_base_model(folder: Path, base_model: str | None) -> None:
     """Puts the model's Hub id where a path of this machine stood, in every file that names models."""
-    local = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if base_model is None and local is not None and Path(local).is_dir():
+    local = load_json(folder / CONFIG, "adapter_config").get("base_model_name_or_path")
+    if base_model is None and local is not None and not (is_hub_id(local) or local.startswith(SANDBOX)):
         raise ValueError(
             f"the base model is the local folder {local!r}, which nobody else has: pass the Hub id it can be found "
             "under, base_model='user/model' (--base-model)."
         )
+    names = {} if base_model is None or local is None else {local: base_model}
     for file in (CONFIG, "teacher.json"):
         if (folder / file).is_file():
-            content = json.loads((folder / file).read_text(encoding="utf-8"))
-            text = json.dumps(_without_paths(content, local, base_model), indent=2, sort_keys=True)
+            text = json.dumps(without_paths(load_json(folder / file), names), indent=2, sort_keys=True)
             (folder / file).write_text(text + "\n", encoding="utf-8")
-
-
-def _without_paths(value, local: str | None, base_model: str | None):
-    if isinstance(value, dict):
-        return {key: _without_paths(item, local, base_model) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item, local, base_model) for item in value]
-    if not isinstance(value, str):
-        return value
-    if base_model is not None and value == local:
-        return base_model
-    return Path(value).name if os.path.isabs(value) and Path(value).exists() else value
 
 
 def _file_there(repo_id: str, file: str, token: str | bool | None) -> Path | None:
@@ -182,7 +195,7 @@ def _file_there(repo_id: str, file: str, token: str | bool | None) -> Path | Non
         if isinstance(error.__cause__, RepositoryNotFoundError):
             return None
         raise
-    return fetch(repo_id, file, revision=head, token=token)
+    return fetch(repo_id, file, revision=head, token=token, strict=True)
 
 
 def _stale(folder: Path, repo_id: str, token: str | bool | None) -> list[str]:

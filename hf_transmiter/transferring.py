@@ -159,14 +159,17 @@ def carry(
     Raises:
         ValueError: as [`check_bridge`], or a bridge of other anchors.
     """
+    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
+
     source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
     check_bridge(source, strong, bridge, weak)
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
     facts = {
         "step": "transfer",
         "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
-        "bridge": {key: getattr(bridge, key) for key in _BRIDGE_FACTS},
+        "bridge": {key: getattr(bridge.without_paths(), key) for key in _BRIDGE_FACTS},
         "extracted": source.provenance,
+        "versions": library_versions(),
     }
     if source.form == "mlp":
         if bridge.space == "logit" and bridge.anchors is not None:

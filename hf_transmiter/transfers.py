@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save, save_file
 from .anchors import Anchors
 from .files import read_metadata_json, read_tensors, replace_file
 from .fingerprint import ModelId
-from .hub import fetch, hub_errors, read_json, split_revision
+from .hub import fetch, hub_errors, public_name, read_json, split_revision
 from .solvers import check_finite
 from .trust import (
     KEY_PREFIX,
     check_adapter_tensors,
     check_json,
     check_semi_orthogonal,
+    load_json,
     read_header,
     refuse_pickles,
 )
@@ -164,6 +165,8 @@ def read_transfer(
     metadata, _ = read_header(path)
     config = read_metadata_json(path, metadata, "config", dict)
     check_json(config, "adapter_config", f"the configuration in {path}")
+    if config["peft_type"] != "TRANSMITER" or config.get("base_fingerprint") != entry.model.fingerprint:
+        raise ValueError(f"{path} is not the adapter of {entry} that its index says: push it again.")
     check_adapter_tensors(path, config)
     tensors, _ = read_tensors(path, _FORMAT, "finished transfer", "save_transfer")
     return config, _parts(config, tensors, str(path))
@@ -180,20 +183,32 @@ def save_transfer(folder: str | os.PathLike, transfer: Finished, *, overwrite: b
 
     Raises:
         FileExistsError: there is one for this model, and `overwrite` is `False`.
-        ValueError: a classifier without an adapter.
+        ValueError: no TransMiter adapter in the folder, or a transfer that is not one of it.
     """
+    return _add(folder, read_json(folder, CONFIG) or {}, transfer, overwrite)
+
+
+def _add(folder: str | os.PathLike, own: dict, transfer: Finished, overwrite: bool) -> FinishedTransfer:
+    """[`save_transfer`] for the adapter with the configuration `own`."""
+    if own.get("peft_type") != "TRANSMITER":
+        raise ValueError("a transfer goes beside a TransMiter adapter, and there is none.")
     entries, bridge = list_transfers(folder), hasattr(transfer, "matrix")
     if bridge:
-        model = transfer.strong
+        model, transfer = transfer.strong, transfer.without_paths()
+        if own.get("base_fingerprint") not in (None, transfer.weak.fingerprint):
+            raise ValueError(f"the bridge begins at {transfer.weak.name!r}, the adapter is another model's.")
     else:
         config, tensors = transfer if isinstance(transfer, tuple) else transfer.adapter_tensors()
         if config.get("base_fingerprint") is None:
             raise ValueError("the finished adapter does not say which weights it belongs to: make it with transfer.")
+        if config["class_names"] != own["class_names"]:
+            raise ValueError("the finished adapter answers over other class names than the one it is to stand beside.")
         model = ModelId(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"])
+        config = without_paths(config)
     known = next((entry for entry in entries if entry.model.fingerprint == model.fingerprint), None)
     if known is not None and not overwrite:
         raise FileExistsError(f"{folder} already has a transfer to {known}; pass overwrite=True to replace it.")
-    name = Path(model.name or "model").name if Path(model.name or "").is_dir() else model.name or "model"
+    name = public_name(model.name or "model")
     file = known.file if known else _file_name(name, model.fingerprint, [entry.file for entry in entries])
     path = Path(folder) / file
     if bridge:
@@ -235,10 +250,11 @@ def push_transfer(
         with hub_errors(repo_id):
             head = api.model_info(repo_id).sha
         with tempfile.TemporaryDirectory() as scratch:
-            index = fetch(repo_id, INDEX, revision=head, token=token)
+            own = fetch(repo_id, CONFIG, revision=head, token=token, strict=True)
+            index = fetch(repo_id, INDEX, revision=head, token=token, strict=True)
             if index is not None:
                 replace_file(Path(scratch) / INDEX, lambda path, index=index: path.write_bytes(index.read_bytes()))
-            entry = save_transfer(scratch, transfer, overwrite=overwrite)
+            entry = _add(scratch, {} if own is None else load_json(own, "adapter_config"), transfer, overwrite)
             operations = [CommitOperationAdd(file, Path(scratch) / file) for file in (entry.file, INDEX)]
             try:
                 with hub_errors(repo_id):
@@ -273,6 +289,17 @@ def _parts(config: dict, tensors: dict[str, Tensor], where: str) -> dict[str, Te
     if "basis" in parts and not config.get("train_basis"):
         check_semi_orthogonal(parts["basis"], f"the basis of {where}", full_rank=True)
     return parts
+
+
+def without_paths(value, base: dict[str, str] | None = None, key: str = ""):
+    """Facts about an adapter with [`public_name`]s of models and datasets, or what `base` says instead."""
+    if isinstance(value, dict):
+        return {name: without_paths(item, base, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, base) for item in value]
+    if isinstance(value, str) and key in ("base_model_name_or_path", "weak", "strong", "name", "dataset", "derived"):
+        return (base or {}).get(value, public_name(value))
+    return value
 
 
 def _file_name(name: str, fingerprint: str, taken: Sequence[str]) -> str:

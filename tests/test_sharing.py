@@ -1,6 +1,7 @@
 """Pushing what was saved: what goes along, what stays at home, and what becomes of what is there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -19,9 +20,9 @@ from hf_transmiter import (
     evaluate,
     transfer,
 )
-from hf_transmiter.report import read_scores
+from hf_transmiter.report import read_scores, write_scores
 from hf_transmiter.sharing import name_successor, push, record_scores
-from hf_transmiter.transfers import push_transfer
+from hf_transmiter.transfers import push_transfer, save_transfer
 
 
 NAMES = ("cat", "dog", "car")
@@ -149,3 +150,66 @@ def test_loading_needs_the_right_token(hub, saved, weak):
     with pytest.raises(OSError, match="no repository 'alice/adapter' .* that you may see"):
         AnchorClassifier.from_pretrained("alice/adapter", weak)
     AnchorClassifier.from_pretrained("alice/adapter", weak, token=hub.token)
+
+
+def test_a_second_push_keeps_what_people_said_there(hub, saved):
+    """Although `save_pretrained` has written a card into the folder, too."""
+    push(saved, "alice/adapter", base_model="alice/clip")
+    name_successor("alice/adapter", "alice/newer")
+    push(saved, "alice/adapter", base_model="alice/clip")
+    assert ModelCard(hub.files("alice/adapter")["README.md"].decode()).data.new_version == "alice/newer"
+    mine = ModelCard("---\nlicense: mit\n---\n\n# My own words\n")
+    mine.push_to_hub("alice/adapter")
+    push(saved, "alice/adapter", base_model="alice/clip")
+    card = ModelCard(hub.files("alice/adapter")["README.md"].decode())
+    assert "# My own words" in card.text and card.data.license == "mit" and card.data.library_name == "hf-transmiter"
+
+
+def test_the_card_of_a_second_push_tells_what_the_repository_has(hub, weak, saved, make_dataset, tmp_path):
+    adapter, data = adapter_of(weak), make_dataset(12)
+    record_scores(saved, adapter, data, evaluate(adapter, data, dataset_name="alice/pets"), dataset_name="alice/pets")
+    push(saved, "alice/adapter", base_model="alice/clip")
+    adapter_of(weak).save_pretrained(tmp_path / "same")
+    push(tmp_path / "same", "alice/adapter", base_model="alice/clip")
+    assert "scores.json" in hub.files("alice/adapter")
+    assert "alice/pets" in hub.files("alice/adapter")["README.md"].decode()
+
+
+def test_no_path_of_this_machine_is_pushed(hub, weak, make_dataset, tmp_path):
+    place = tmp_path / "private-place"
+    make_dataset(12).save_to_disk(place / "photos")
+    adapter = adapter_of(weak)
+    adapter.adapter_config.provenance["dataset"] = f"{place / 'photos'} (train)"
+    adapter.save_pretrained(tmp_path / "adapter")
+    scores = [replace(score, dataset=str(place / "photos")) for score in evaluate(adapter, make_dataset(12))]
+    write_scores(tmp_path / "adapter" / "scores.json", scores)
+    save_transfer(tmp_path / "adapter", transfer(adapter, weak))
+    push(tmp_path / "adapter", "alice/adapter", base_model="alice/clip")
+    for file, content in hub.files("alice/adapter").items():
+        assert b"private-place" not in content and weak.name_or_path.encode() not in content, file
+    assert read_scores(tmp_path / "adapter" / "scores.json")[0].dataset == str(place / "photos")
+
+
+def test_a_base_model_whose_folder_is_gone(hub, saved):
+    config = saved / "adapter_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "base_model_name_or_path": "/home/somebody/clip"}))
+    with pytest.raises(ValueError, match="local folder '/home/somebody/clip'"):
+        push(saved, "alice/adapter")
+
+
+def test_a_class_with_the_name_of_the_folder(hub, tmp_path, monkeypatch):
+    """Only names of models are replaced."""
+    monkeypatch.chdir(tmp_path)
+    dog = DualEncoder.from_pretrained(tiny_models.save("clip", "dog", seed=0))
+    dog.name_or_path = "dog"
+    adapter_of(dog).push_to_hub("alice/adapter", base_model="alice/clip")
+    content = json.loads(hub.files("alice/adapter")["adapter_config.json"])
+    assert content["class_names"] == list(NAMES) and content["base_model_name_or_path"] == "alice/clip"
+    AnchorClassifier.from_pretrained("alice/adapter", dog)
+
+
+def test_a_name_without_its_owner(hub, saved):
+    push(saved, "adapter", base_model="alice/clip")
+    assert "README.md" in hub.files("alice/adapter")
+    assert b'from_pretrained("alice/adapter")' in hub.files("alice/adapter")["README.md"]

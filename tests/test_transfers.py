@@ -1,5 +1,6 @@
 """Finished transfers beside an adapter: saving, choosing by the model at hand, sharing, and what is refused."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -9,13 +10,14 @@ import pytest
 import tiny_models
 import torch
 from huggingface_hub import HfApi
-from peft import AutoPeftModel, PeftModel
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 import hf_transmiter.transfers
-from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, transfer
+from hf_transmiter import AnchorClassifier, Anchors, Bridge, CalibrationPack, DualEncoder, TransMiterConfig, transfer
+from hf_transmiter.fingerprint import ModelId
 from hf_transmiter.transfers import (
     INDEX,
     WEIGHTS,
@@ -133,7 +135,13 @@ def test_without_a_processor_nothing_can_be_told(models, folders, tmp_path, capl
     (tmp_path / "bare").mkdir()
     for file in ("config.json", "model.safetensors"):
         shutil.copy(Path(folders["weak"]) / file, tmp_path / "bare")
-    PeftModel.from_pretrained(CLIPModel.from_pretrained(tmp_path / "bare"), tmp_path / "adapter")
+    PeftModel.from_pretrained(CLIPModel.from_pretrained(folders["weak"]), tmp_path / "adapter")
+    assert "cannot tell" not in caplog.text  # the very name
+    with pytest.raises(ValueError, match="cannot tell whether .* its processor cannot be loaded"):
+        PeftModel.from_pretrained(CLIPModel.from_pretrained(tmp_path / "bare"), tmp_path / "adapter")
+    nameless = CLIPModel(CLIPModel.from_pretrained(folders["weak"]).config)
+    nameless.config._name_or_path = ""
+    PeftModel.from_pretrained(nameless, tmp_path / "adapter")
     assert "cannot tell whether this is the adapter's model" in caplog.text
 
 
@@ -284,7 +292,7 @@ def test_from_one_machine_to_another(hub, models, folders, form, pixels, make_da
 def test_somebody_else_commits_at_the_same_moment(hub, models, folders, monkeypatch):
     adapter, encoders = pushed(hub, models, folders)
     bridge = Bridge.build(encoders["weak"], models["upgraded"])
-    late, calls = save_transfer, []
+    late, calls = hf_transmiter.transfers._add, []
 
     def slow(*args, **kwargs):
         if not calls:
@@ -293,7 +301,7 @@ def test_somebody_else_commits_at_the_same_moment(hub, models, folders, monkeypa
         return late(*args, **kwargs)
 
     upgraded = transfer(adapter, encoders["strong"])
-    monkeypatch.setattr(hf_transmiter.transfers, "save_transfer", slow)
+    monkeypatch.setattr(hf_transmiter.transfers, "_add", slow)
     push_transfer("alice/adapter", upgraded)
     assert sorted(entry.kind for entry in list_transfers("alice/adapter")) == ["adapter", "bridge"]
     with pytest.raises(FileExistsError, match="already has a transfer to alice/strong"):
@@ -337,8 +345,11 @@ def test_half_precision_says_what_it_changes(models, make_dataset, pixels, tmp_p
     torch.testing.assert_close(found.transmiter.tensors("default")["class_vectors"], rounded, rtol=0, atol=0)
     exact = adapter(pixel_values=pixels).logits_per_image
     torch.testing.assert_close(found(pixel_values=pixels).logits_per_image, exact, atol=0.1, rtol=0)
-    with pytest.raises(ValueError, match="floating type"):
-        adapter.save_pretrained(tmp_path / "bad", dtype=torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match="dtype must be torch.float16"):
+            adapter.save_pretrained(tmp_path / "bad", dtype=dtype)
+    found.save_pretrained(tmp_path / "again")
+    assert "saved_as" not in read_adapter(tmp_path / "again")[0]["provenance"]
 
 
 def test_reading_without_a_model(models, tmp_path):
@@ -357,3 +368,80 @@ def test_reading_without_a_model(models, tmp_path):
         read_adapter(tmp_path)
     with pytest.raises(FileNotFoundError, match="no adapter"):
         read_adapter(empty)
+
+
+def test_a_bridge_in_half_precision(hub, models, folders, pixels):
+    """Weights in half precision have another fingerprint; the name decides, and the bridge still fits."""
+    adapter, encoders = pushed(hub, models, folders)
+    bridge = Bridge.build(encoders["weak"], encoders["strong"])
+    push_transfer("alice/adapter", bridge)
+    half = CLIPModel.from_pretrained("alice/strong", dtype=torch.bfloat16)
+    found = PeftModel.from_pretrained(half, "alice/adapter")(pixel_values=pixels.bfloat16()).logits_per_image
+    expected = transfer(adapter, encoders["strong"], bridge=bridge)(pixel_values=pixels).logits_per_image
+    torch.testing.assert_close(found.float(), expected, atol=0.3, rtol=0)
+
+
+def test_a_model_with_an_adapter_in_its_towers_is_another_one(models):
+    model = ModelId(models["weak"].name_or_path, "c" * 40, models["weak"].fingerprint)
+    lora = get_peft_model(
+        copy.deepcopy(models["weak"].model), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    tuned = DualEncoder(lora, models["weak"].processor, models["weak"].name_or_path, "c" * 40)
+    assert not model.is_of(tuned)
+    plain = DualEncoder(models["weak"].model, models["weak"].processor, models["weak"].name_or_path, "c" * 40)
+    assert model.is_of(plain)
+
+
+def test_a_finished_transfer_of_something_else(models, tmp_path):
+    adapter_of(models["weak"]).save_pretrained(tmp_path)
+    other = AnchorClassifier(models["strong"], Anchors(("cat", "lorry", "car")))
+    other.add_adapter(TransMiterConfig(class_names=["cat", "lorry", "car"], form="class_vectors"))
+    with pytest.raises(ValueError, match="other class names"):
+        save_transfer(tmp_path, other)
+    with pytest.raises(ValueError, match="the adapter is another model's"):
+        save_transfer(tmp_path, Bridge.build(models["upgraded"], models["strong"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="and there is none"):
+        save_transfer(tmp_path / "empty", adapter_of(models["strong"]))
+
+
+def test_the_index_is_not_lost_when_the_hub_does_not_answer(hub, models, folders):
+    adapter, encoders = pushed(hub, models, folders)
+    push_transfer("alice/adapter", transfer(adapter, encoders["strong"]))
+    hub.fault("HEAD", "/transfers/index.json", "no answer", times=20)
+    with pytest.raises(OSError):
+        push_transfer("alice/adapter", Bridge.build(encoders["weak"], models["upgraded"]))
+    hub.faults.clear()
+    assert [entry.kind for entry in list_transfers("alice/adapter")] == ["adapter"]
+
+
+def test_a_revision_behind_the_name(hub, models, folders, pixels):
+    adapter, _ = pushed(hub, models, folders)
+    first = HfApi().model_info("alice/adapter").sha
+    found = AnchorClassifier.from_pretrained(f"alice/adapter@{first}")
+    assert torch.equal(found(pixel_values=pixels).logits_per_image, adapter(pixel_values=pixels).logits_per_image)
+
+
+def test_a_private_model_and_its_transfer(hub, models, folders, pixels):
+    """Identifying the model takes its processor, with the token that the adapter is read with."""
+    for name in ("weak", "upgraded"):  # of equal width: the wrong vectors would load without an error
+        HfApi().create_repo(f"alice/{name}", private=True)
+        HfApi().upload_folder(repo_id=f"alice/{name}", folder_path=folders[name], commit_message="model")
+    encoders = {name: DualEncoder.from_pretrained(f"alice/{name}") for name in ("weak", "upgraded")}
+    adapter = adapter_of(encoders["weak"])
+    adapter.push_to_hub("alice/adapter", private=True)
+    upgraded = transfer(adapter, encoders["upgraded"])
+    push_transfer("alice/adapter", upgraded)
+    hub.new_machine(None)
+    clip = CLIPModel.from_pretrained("alice/upgraded", token=hub.token)
+    found = PeftModel.from_pretrained(clip, "alice/adapter", token=hub.token)
+    expected = upgraded(pixel_values=pixels).logits_per_image
+    assert torch.equal(found(pixel_values=pixels).logits_per_image, expected)
+
+
+def test_a_stale_calibration_goes(models, tmp_path):
+    adapter = adapter_of(models["weak"])
+    adapter.calibration = CalibrationPack(torch.zeros(4, 3), NAMES)
+    adapter.save_pretrained(tmp_path)
+    adapter_of(models["weak"], seed=1).save_pretrained(tmp_path)
+    assert AnchorClassifier.from_pretrained(tmp_path, models["weak"]).calibration is None
