@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .anchors import DEFAULT_TEMPLATES, Anchors, load_templates
 from .backbone import DualEncoder
@@ -220,6 +221,11 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
     if adapter.get("peft_type") == PeftType.TRANSMITER:
         same = (adapter.get("base_model_name_or_path"), adapter.get("revision")) == (weak.name_or_path, weak.revision)
         return load_classifier(source, weak if same else None, device=weak.device, dtype=weak.dtype)
+    if adapter["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"adapter_config.json of {source!r} has the peft_type {adapter['peft_type']!r}, which PEFT does not know: "
+            "a newer PEFT may, or the file was edited."
+        )
     facts = TeacherFacts.read(source)
     if facts is not None and facts.fingerprint != weak.fingerprint:
         raise ValueError(
@@ -233,8 +239,12 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
     check_adapter_tensors(weights, adapter)
     try:
         model = PeftModel.from_pretrained(copy.deepcopy(weak.model), name, revision=revision)
+    except OSError:  # of the Hub
+        raise
     except RuntimeError as error:  # what torch says of tensors of other shapes
         raise ValueError(f"the adapter {source!r} does not fit {weak.name_or_path!r}: {error}") from error
+    except Exception as error:  # whatever PEFT runs into with a stranger's settings
+        raise ValueError(f"adapter_config.json of {source!r} describes no adapter for this model: {error}") from error
     tuned = DualEncoder(model.eval(), weak.processor, weak.name_or_path, weak.revision)
     if facts is None:
         return tuned

@@ -384,6 +384,26 @@ def test_lora_is_as_large_as_its_weights(encoder, model_dir, tmp_path):
         check_adapter_tensors(folder / "a", config | {"r": 1000})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "FOO"}, "has the peft_type 'FOO', which PEFT does not know"),
+        ({"target_modules": 5}, "describes no adapter for this model"),
+        ({"target_modules": ["nowhere"]}, "describes no adapter for this model"),
+        ({"lora_alpha": "much"}, "describes no adapter for this model"),
+        ({"r": "much"}, "describes no adapter for this model"),
+        ({"peft_type": "VERA"}, "describes no adapter for this model"),
+    ],
+    ids=str,
+)
+def test_a_strangers_settings_of_peft(encoder, model_dir, tmp_path, changes, message):
+    folder = tuned(encoder, LoraConfig(r=3, target_modules=["q_proj"]), tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=f"adapter_config.json of '.*{folder.name}' {message}"):
+        load_teacher(str(folder), DualEncoder.from_pretrained(model_dir("clip")))
+
+
 class Exploit:
     """Unpickled, it makes a folder."""
 
