@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import hf_transmiter.upgrading
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, evaluate, transfer
-from hf_transmiter.report import read_scores
+from hf_transmiter.evaluation import Score
+from hf_transmiter.report import read_scores, write_scores
 from hf_transmiter.sharing import push, record_scores
 from hf_transmiter.transferring import carry
 from hf_transmiter.transfers import read_adapter
@@ -258,3 +259,82 @@ def test_over_the_hub(hub, models, folders, tmp_path):
     hub.new_machine()
     found = AnchorClassifier.from_pretrained("alice/pets-weak-strong")
     assert found.class_names == TASKS["pets"]
+
+
+@pytest.fixture
+def online(hub, models, bridge):
+    """The strong model from the Hub, and the options of a push."""
+    HfApi().create_repo("alice/strong")
+    HfApi().upload_folder(repo_id="alice/strong", folder_path=models["strong"].name_or_path, commit_message="model")
+    return DualEncoder.from_pretrained("alice/strong"), {"bridge": bridge, "push_to_hub": True, **QUIET}
+
+
+def test_a_private_source(hub, online, folders, tmp_path):
+    """The token reads too, and what was private stays so."""
+    strong, options = online
+    push(folders["pets"], "alice/pets-weak", base_model="alice/weak", private=True)
+    push(folders["things"], "alice/things-weak", base_model="alice/weak")
+    hub.new_machine(None)
+    row = upgrade(["alice/pets-weak"], strong, tmp_path / "new", dry_run=True, **options)[0]
+    assert row.repo is None and "cannot be pushed" in row.remark and "hf auth login" in row.remark
+    with pytest.raises(OSError, match="hf auth login"):
+        upgrade(["alice/pets-weak"], strong, tmp_path / "new", **options)
+    options["token"] = hub.token
+    rows = upgrade(["alice/pets-weak", "alice/things-weak"], strong, tmp_path / "new", **options)
+    assert [row.status for row in rows] == ["upgraded"] * 2
+    api = HfApi(token=hub.token)
+    assert [api.model_info(row.pushed).private for row in rows] == [True, False]
+
+
+def test_anothers_adapter_goes_into_the_callers_namespace(hub, online, folders, tmp_path):
+    strong, options = online
+    push(folders["pets"], "bob/pets-weak", base_model="alice/weak", token=hub.other_token)
+    assert upgrade(["bob/pets-weak"], strong, tmp_path / "new", dry_run=True, **options)[0].repo == (
+        "alice/pets-weak-strong"
+    )
+    row = upgrade(["bob/pets-weak"], strong, tmp_path / "new", **options)[0]
+    assert "adapter_config.json" in hub.files("alice/pets-weak-strong") and row.pushed is None
+    assert (
+        row.push_error.startswith("pushed, but the card of bob/pets-weak does not name it") and "403" in row.push_error
+    )
+    row = upgrade(["bob/pets-weak"], strong, tmp_path / "new", create_pr=True, **options)[0]
+    assert (row.status, row.pushed, row.push_error) == ("kept", "alice/pets-weak-strong", None)
+    proposed = hub.files("bob/pets-weak", "refs/pr/1")["README.md"].decode()
+    assert ModelCard(proposed).data.new_version == "alice/pets-weak-strong"
+    push(folders["pets"], "alice/pets-weak", base_model="alice/weak")
+    with pytest.raises(ValueError, match="two adapters would be pushed to alice/pets-weak-strong"):
+        upgrade(["alice/pets-weak", "bob/pets-weak"], strong, tmp_path / "new", **options)
+
+
+def test_a_failed_push_is_made_up_for(hub, online, folders, tmp_path):
+    strong, options = online
+    push(folders["pets"], "alice/pets-weak", base_model="alice/weak")
+    hub.fault("POST", "alice/pets-weak-strong/commit", 403)
+    row = upgrade(["alice/pets-weak"], strong, tmp_path / "new", **options)[0]
+    assert row.status == "upgraded, not pushed" and "403" in row.push_error and row.remark.startswith("not scored")
+    row = upgrade(["alice/pets-weak"], strong, tmp_path / "new", **options)[0]
+    assert (row.status, row.pushed, row.push_error) == ("kept", "alice/pets-weak-strong", None)
+    assert row.remark.startswith("not scored")
+    upgrade(["alice/pets-weak"], strong, tmp_path / "new", **options | {"push_to_hub": False})
+    before = hub.titles("alice/pets-weak")
+    row = upgrade(["alice/pets-weak"], strong, tmp_path / "new", **options)[0]
+    assert row.pushed == "alice/pets-weak-strong" and hub.titles("alice/pets-weak") == before
+
+
+@pytest.mark.parametrize("dataset, loaded", [("home/secret/pictures", False), ("alice/pets", True)])
+def test_a_stranger_does_not_choose_what_is_read(hub, online, folders, tmp_path, make_dataset, dataset, loaded):
+    strong, options = online
+    push(folders["pets"], "bob/pets-weak", base_model="alice/weak", token=hub.other_token)
+    write_scores(tmp_path / "scores.json", [Score("this model", "test", "accuracy", 50.0, dataset=dataset)])
+    hub.write("bob/pets-weak", {"scores.json": (tmp_path / "scores.json").read_bytes()})
+    asked = []
+
+    def images(*which):
+        asked.append(which)
+        return make_dataset(12, TASKS["pets"])
+
+    options = options | {"push_to_hub": False, "images": images}
+    found = upgrade(["bob/pets-weak"], strong, tmp_path / "new", **options)[0]
+    assert found.status == "upgraded", found.remark
+    assert (found.after is not None) == loaded == bool(asked)
+    assert loaded or found.remark == "not scored: 'home/secret/pictures' is no dataset of the Hub"
