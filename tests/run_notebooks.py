@@ -90,7 +90,8 @@ def _smaller(png: str) -> str:
 
 
 def shape(notebook: nbformat.NotebookNode) -> list[list[tuple]]:
-    """For each cell what kinds of outputs it has, and their words; numbers and blanks do not count."""
+    """For each cell what kinds of outputs it has, and their words; numbers and blanks do not count. Of a card that is
+    quoted only the headings count: its words have tests of their own."""
     return [[_shape(output) for output in cell.get("outputs", ())] for cell in notebook.cells]
 
 
@@ -99,6 +100,8 @@ def _shape(output: nbformat.NotebookNode) -> tuple:
         return (output.name, _words(output.text))
     data = output.get("data", {})
     text = data.get("text/markdown", data.get("text/plain", ""))
+    if text.startswith("> "):
+        text = "\n".join(re.findall(r"^> #.*$", text, re.MULTILINE))
     return (output.output_type, *sorted(data), _words(text))
 
 

@@ -90,11 +90,22 @@ def test_links_between_notebooks_lead_somewhere(path):
     assert links and all((FOLDER / link).is_file() for link in links)
 
 
+def shape_of(output):
+    return shape(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])]))
+
+
 def test_shape_forgets_numbers_and_nothing_else():
     def said(text, kind="stdout"):
-        output = nbformat.v4.new_output("stream", name=kind, text=text)
-        return shape(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])]))
+        return shape_of(nbformat.v4.new_output("stream", name=kind, text=text))
 
     assert said("right: 61.4 % (+35.0), torch 2.13.0+cpu") == said("right:  8.0 % (-1.5), torch 3.0.1")
     assert said("| **70.8** | 3e-07 |") == said("| 70.8 | 0 |")
     assert said("right: 61.4 %") != said("wrong: 61.4 %") != said("wrong: 61.4 %", "stderr")
+
+
+def test_shape_of_a_card_is_its_headings():
+    def shown(text):
+        return shape_of(nbformat.v4.new_output("display_data", data={"text/markdown": text}))
+
+    assert shown("> # Card\n> \n> old words") == shown("> # Card\n> new words") != shown("> # Other\n> new words")
+    assert shown("# Card\n\nold words") != shown("# Card\n\nnew words")
