@@ -47,6 +47,7 @@ NOT_RUN = {
     "pip install": "asks a package registry",
     "hf-transmiter app --demo": "serves until it is stopped; .ci/app-tests has it in a browser",
     "ruff check": "CI does",
+    "python tests/run_notebooks.py": "takes minutes; tests/test_notebooks.py does",
     "python -m hf_transmiter.sandbox.pretrain": "takes hours",
 }
 

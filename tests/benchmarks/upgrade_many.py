@@ -5,8 +5,9 @@
 CoOp prompts, tuned on the sandbox's weak model with 16 pictures per class (four tasks, three seeds, the first ten),
 are extracted as adapters and carried to the strong model without an image: by one call of `upgrade`, which loads the
 strong model and builds the bridge from text once, and by ten calls of `transfer` that each load both models and build
-their own, as ten runs of `hf-transmiter transfer` do (the fastest of three). `--processes` also times the commands, a
-process each. The logits on test pictures must be the same to the bit. Prints seconds and the ratio within this run.
+their own, as ten runs of `hf-transmiter transfer` do. `--processes` also times the commands, a process each. The
+logits on test pictures must be the same to the bit. Prints seconds (the fastest of three runs, of the commands of two)
+and the ratio within this run.
 
 Last comes the report of an upgrade, scored on the test pictures, over a bridge from the sandbox's own words: the
 common nouns of the default are mostly unknown to these tiny models, so that bridge says little about what to expect.
@@ -98,7 +99,7 @@ def compare(name: str, ways: tuple, sources: list[str], folder: Path, repeats: i
 
 
 def report(sources: list[str], folder: Path) -> str:
-    """The table of one upgrade of scored adapters."""
+    """The table of one upgrade of scored adapters, and what its bridge is worth."""
     task = Task.load("print")
     for source in sources:
         domain, options = Path(source).name.split("-")[0], {"split": "test", "progress": False}
@@ -106,9 +107,10 @@ def report(sources: list[str], folder: Path) -> str:
         adapter = AnchorClassifier.from_pretrained(source, task.weak)
         images = sandbox.load_dataset(domain, "test")
         record_scores(source, adapter, images, evaluate(adapter, images, **options), **options)
-    bridge = Bridge.build(task.weak, task.strong, anchors=task.text_anchors)
+    bridge, nouns = (Bridge.build(task.weak, task.strong, anchors=names) for names in (task.text_anchors, None))
     rows = upgrade(sources, task.strong, folder / "scored", bridge=bridge, progress=False)
-    return upgrade_table(rows).replace(f"{folder}/", "")
+    said = f"Alignment on held-out names: {bridge.held_out:.2f}; of a bridge from common nouns {nouns.held_out:.2f}."
+    return f"{upgrade_table(rows)}\n{said}".replace(f"{folder}/", "")
 
 
 def main() -> None:
@@ -126,7 +128,7 @@ def main() -> None:
         )
         compare("functions", (one_upgrade, separate_transfers), sources, folder, repeats=3)
         if arguments.processes:
-            compare("commands, a process each", (one_command, separate_commands), sources, folder, repeats=1)
+            compare("commands, a process each", (one_command, separate_commands), sources, folder, repeats=2)
         print("\n" + report(sources, folder))
 
 
