@@ -213,7 +213,7 @@ def test_a_missing_or_damaged_file_is_a_fact_that_is_not_known(folder, missing, 
     said = {
         "scores.json": "Nothing: there are no scores beside the weights",
         "calibration.safetensors": "| the tuned model's logits beside it | none |",
-        "transfers/index.json": "There was none when this card was written; `transfers/index.json`, once it is there, has",
+        "transfers/index.json": "There was none when this card was written; `transfers/index.json`",
         "weights": "| weights | not stated |",
     }
     assert [key for key, words in said.items() if words in text] == [missing]
