@@ -32,6 +32,7 @@ def streams(notebook):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in notebooks() if p.name != SHARING], ids=lambda path: path.stem)
 def test_runs_offline_and_says_what_is_stored(path, tmp_path):
     (tmp_path / "cwd").mkdir()
@@ -40,6 +41,7 @@ def test_runs_offline_and_says_what_is_stored(path, tmp_path):
     assert not list((tmp_path / "cwd").iterdir())  # nothing is left beside the notebook
 
 
+@pytest.mark.slow
 def test_sharing_over_http(hub, tmp_path):
     ran = run(FOLDER / SHARING, tmp_path, hub.environment())
     assert shape(ran) == shape(nbformat.read(FOLDER / SHARING, as_version=4)), AGAIN
@@ -51,6 +53,7 @@ def test_sharing_over_http(hub, tmp_path):
     assert "bridge.safetensors" in hub.files("alice/weak-to-strong")
 
 
+@pytest.mark.slow
 def test_sharing_without_a_login(tmp_path):
     (tmp_path / "cwd").mkdir()
     ran = run(FOLDER / SHARING, tmp_path / "cwd", {**os.environ, **reader(str(tmp_path / "home"))})

@@ -19,7 +19,7 @@ from hf_transmiter.tuners.prompts import prompt_layer, texts
 # Every new adapter looks for the tokenizer beside its model: here a thousand times in the same few folders.
 READ_ONCE = {
     (texts, "AutoTokenizer"): SimpleNamespace(from_pretrained=functools.cache(AutoTokenizer.from_pretrained)),
-    (backbone, "_load_processor"): functools.cache(backbone._load_processor),
+    (backbone, "load_processor"): functools.cache(backbone.load_processor),
 }
 
 
