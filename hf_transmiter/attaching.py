@@ -104,7 +104,10 @@ def read_config(source: str) -> PromptConfig:
     Raises:
         Incompatible: no adapter, another kind of adapter, or a damaged file.
     """
-    saved = read_json(source, "adapter_config.json")
+    try:
+        saved = read_json(source, "adapter_config.json")
+    except ValueError as error:
+        raise Incompatible(source, f"its configuration is damaged: {error}") from error
     if saved is None:
         raise Incompatible(source, "it holds no adapter_config.json")
     kind = saved.get("peft_type")

@@ -99,9 +99,9 @@ class AnchorClassifier(nn.Module):
     def calibration(self) -> CalibrationPack | None:
         """The teacher's logits an adapter was fitted to; read from the adapter's repository when first asked for."""
         if self._calibration is None and self._saved is not None:
-            (source, hub), self._saved = self._saved, None
+            source, hub = self._saved
             path = fetch(source, CALIBRATION, **hub)
-            self._calibration = None if path is None else CalibrationPack.load(path)
+            self.calibration = None if path is None else CalibrationPack.load(path)
         return self._calibration
 
     @calibration.setter

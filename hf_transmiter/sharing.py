@@ -88,13 +88,14 @@ def push(
         if (scratch / SCORES).is_file():
             rows = read_scores(scratch / SCORES)
             write_scores(scratch / SCORES, [replace(r, dataset=r.dataset and public_name(r.dataset)) for r in rows])
-        stale = _stale(scratch, repo_id, token)
+        head = _head(repo_id, token)
+        stale = _stale(scratch, _file_there(repo_id, head, WEIGHTS, token))
         for file in () if stale else (SCORES, INDEX):  # what the repository has stays there: the card tells of it
-            theirs = _file_there(repo_id, file, token)
+            theirs = _file_there(repo_id, head, file, token)
             if theirs is not None and not (scratch / file).is_file():
                 (scratch / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(theirs, scratch / file)
-        _write_card(scratch, repo_id, _file_there(repo_id, CARD, token))
+        _write_card(scratch, repo_id, _file_there(repo_id, head, CARD, token))
         what = "bridge" if (scratch / BRIDGE).is_file() else "adapter"
         return push_folder(
             scratch,
@@ -149,7 +150,7 @@ def name_successor(
     repo_id, _ = split_revision(repo_id)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        theirs = _file_there(repo_id, CARD, token)
+        theirs = _file_there(repo_id, _head(repo_id, token), CARD, token)
         card = ModelCard("---\n---\n" if theirs is None else theirs.read_text(encoding="utf-8"))
         card.data.new_version = new_version
         card.save(scratch / CARD)
@@ -186,20 +187,23 @@ def _name_base_model(folder: Path, base_model: str | None) -> None:
             (folder / file).write_text(text + "\n", encoding="utf-8")
 
 
-def _file_there(repo_id: str, file: str, token: str | bool | None) -> Path | None:
-    """A file of the repository as it is now, `None` where there is no such repository or file."""
+def _head(repo_id: str, token: str | bool | None) -> str | None:
+    """The repository's last commit, `None` where there is no such repository."""
     try:
         with hub_errors(repo_id):
-            head = HfApi(token=token).model_info(repo_id).sha
+            return HfApi(token=token).model_info(repo_id).sha
     except OSError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
             return None
         raise
-    return fetch(repo_id, file, revision=head, token=token, strict=True)
 
 
-def _stale(folder: Path, repo_id: str, token: str | bool | None) -> list[str]:
-    theirs = _file_there(repo_id, WEIGHTS, token)
+def _file_there(repo_id: str, head: str | None, file: str, token: str | bool | None) -> Path | None:
+    return None if head is None else fetch(repo_id, file, revision=head, token=token, strict=True)
+
+
+def _stale(folder: Path, theirs: Path | None) -> list[str]:
+    """Patterns of what the repository's weights `theirs` leave behind when other ones take their place."""
     mine = folder / WEIGHTS
     if theirs is None or not mine.is_file() or theirs.read_bytes() == mine.read_bytes():
         return []

@@ -236,10 +236,10 @@ def test_damaged_configurations(encoder, saved, tmp_path):
     folder = shutil.copytree(saved("coop")[0], tmp_path / "adapter")
     content = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**content, "n_ctx": 0}))
-    with pytest.raises(ValueError, match="n_ctx must be a whole number of 1 to 10,000"):
+    with pytest.raises(Incompatible, match="configuration is damaged: .*n_ctx must be a whole number of 1 to 10,000"):
         attach(folder, encoder)
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(Incompatible, match="is damaged: .*is not valid JSON"):
         attach(folder, encoder)
 
 

@@ -28,8 +28,10 @@ def make_config(form="mlp", **kwargs):
 def stir(classifier, name="default"):
     generator = torch.Generator().manual_seed(0)
     for key, tensor in classifier.transmiter.tensors(name).items():
-        if key not in ("anchors", "basis"):
+        if key != "anchors":
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+        if key == "basis":
+            tensor.copy_(torch.linalg.qr(tensor)[0])
     return classifier
 
 

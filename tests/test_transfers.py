@@ -53,8 +53,10 @@ def adapter_of(encoder, form="class_vectors", seed=0):
     adapter = AnchorClassifier(encoder, anchors).add_adapter(TransMiterConfig.for_anchors(anchors, form=form))
     generator = torch.Generator().manual_seed(seed)
     for part, tensor in adapter.transmiter.tensors("default").items():
-        if part not in ("anchors", "basis"):
+        if part != "anchors":
             tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+        if part == "basis":
+            tensor.copy_(torch.linalg.qr(tensor)[0])
     return adapter
 
 

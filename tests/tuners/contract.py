@@ -103,12 +103,10 @@ def stir(model, method, adapter="default", seed=0, std=0.3):
     generator = torch.Generator().manual_seed(seed)
     changed = []
     for name, parameter in model.named_parameters():
-        if (
-            method.prefix in name
-            and f".{adapter}" in name
-            and not {"transmiter_anchors", "transmiter_basis"} & set(name.split("."))
-        ):
+        if method.prefix in name and f".{adapter}" in name and "anchors" not in name:
             parameter.data += std * torch.randn(parameter.shape, generator=generator)
+            if "transmiter_basis" in name:  # another one than the seed gives, and a basis still
+                parameter.data.copy_(torch.linalg.qr(parameter.data)[0])
             changed.append(name)
     assert changed
     return changed
