@@ -56,12 +56,22 @@ class RunOptions:
 
     @cached_property
     def accelerator(self):
-        """An `Accelerator` under `accelerate launch` with several processes, else `None`."""
-        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        """An `Accelerator` under `accelerate launch` or `torchrun` with several processes, else `None`.
+
+        Raises:
+            ValueError: the launched processes do not find each other, so that each would do the whole work.
+        """
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world < 2:
             return None
+        import torch
         from accelerate import Accelerator
 
-        return Accelerator()
+        # Without a GPU accelerate must be told, or every process believes to be the only one.
+        made = Accelerator(cpu=not torch.accelerator.is_available())
+        if made.num_processes != world:
+            raise ValueError(f"{world} processes were launched, but accelerate joined {made.num_processes} of them.")
+        return made
 
 
 @dataclass
