@@ -47,7 +47,9 @@ _EXPORTS = {
     "compare": "comparison",
     "embed_dataset": "features",
     "evaluate": "evaluation",
+    "expected_calibration_error": "reliability",
     "extract": "extraction",
+    "fit_temperature": "reliability",
     "label_tune": "label_tuning",
     "push": "sharing",
     "push_transfer": "transfers",
@@ -84,7 +86,9 @@ __all__ = [
     "compare",
     "embed_dataset",
     "evaluate",
+    "expected_calibration_error",
     "extract",
+    "fit_temperature",
     "label_tune",
     "push",
     "push_transfer",
@@ -113,6 +117,7 @@ if TYPE_CHECKING:
     from .label_tuning import LabelTuningConfig, label_tune
     from .moments import CrossMoment
     from .prompt_tuning import TuningConfig, tune
+    from .reliability import expected_calibration_error, fit_temperature
     from .sharing import push
     from .transferring import TransferConfig, transfer
     from .transfers import push_transfer

@@ -17,7 +17,7 @@ ORDER = (
     *("feature_table", "solvers", "calibration", "transfers", "classifier", "features", "augmentation"),
     *("tuners", "training", "answers", "prompt_tuning"),
     *("teachers", "extraction", "moments", "bridge_files", "bridge", "transferring", "label_tuning", "baselines"),
-    *("evaluation", "comparison"),
+    *("evaluation", "reliability", "comparison"),
     "drift",
     *(
         "catalog",
