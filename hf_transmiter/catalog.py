@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import guess_columns
 from .hub import SANDBOX, check_hub_id, fetch, read_json, split_revision
+from .readable import readable
 from .settings import TuningConfig
 from .teachers import Teacher, as_classifier
 from .trust import check_adapter_tensors, refuse_pickles
@@ -46,6 +49,8 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     max_images: int | None = None,
+    skip_unreadable: bool = False,
+    skipped: list[str] | None = None,
 ) -> Dataset:
     """One split of pictures from anywhere.
 
@@ -61,41 +66,79 @@ def load_images(
         image_column, label_column (`str`, *optional*): guessed when omitted. Labels that are words become a
             `ClassLabel` with the words in alphabetical order.
         max_images (`int`, *optional*): take that many pictures, drawn at random, always the same ones.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Decode every picture first and leave out those that cannot be read (of `max_images`, so many fewer remain).
+            Otherwise such a picture is an error when it is embedded.
+        skipped (`list[str]`, *optional*): the names of those left out are added to it.
 
     Raises:
         FileNotFoundError: no such folder, file or Hub data set.
         ValueError: an unknown split or column, several that could be meant, or files that cannot be read.
     """
+    dataset = open_split(source, split, prefer=prefer, subset=subset)
+    image, label = guess_columns(dataset, image_column, label_column)
+    if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
+        dataset = dataset.class_encode_column(label)
+    return draw(dataset, image, max_images, skip_unreadable, skipped)
+
+
+def draw(
+    dataset: Dataset, image_column: str, max_images: int | None, skip_unreadable: bool, skipped: list[str] | None
+) -> Dataset:
+    """The last steps of [`load_images`]: fewer pictures, and only those that can be read."""
+    if max_images is not None:
+        if max_images < 1:
+            raise ValueError(f"max_images must be at least 1, got {max_images}.")
+        # Data from the Hub are often sorted by class.
+        dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
+    if skip_unreadable:
+        dataset, names = readable(dataset, image_column)
+        if skipped is not None:
+            skipped += names
+    return dataset
+
+
+def open_split(
+    source: str, split: str | None = None, *, prefer: Sequence[str] = ("train",), subset: str | None = None
+) -> Dataset:
+    """The rows of one split as they are stored; the arguments and errors are those of [`load_images`]."""
+    with _dataset_errors(source):
+        splits, load = _locate(source, subset)
+        return load(_choose(splits, split, prefer, source))
+
+
+def list_splits(source: str, subset: str | None = None) -> list[str]:
+    """Names of the splits that a source of [`load_images`] has; no picture is read."""
+    with _dataset_errors(source):
+        return list(_locate(source, subset)[0])
+
+
+@contextmanager
+def _dataset_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except DatasetsError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"cannot load the dataset {source!r}: {error.__cause__ or error}") from error
+
+
+def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[str], Dataset]]:
+    """Names of the splits, and what loads one of them."""
     if source.startswith(SANDBOX):
         from . import sandbox  # the synthetic world is not needed for real pictures
 
         splits = ("train", "unlabelled", "validation", "test")
-        dataset = sandbox.load_dataset(source.removeprefix(SANDBOX), _choose(splits, split, prefer, source))
-    else:
-        dataset = _load(source, split, prefer, subset)
-    _, label = guess_columns(dataset, image_column, label_column)
-    if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
-        dataset = dataset.class_encode_column(label)
-    if max_images is not None:
-        if max_images < 1:
-            raise ValueError(f"max_images must be at least 1, got {max_images}.")
-        dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
-    return dataset
-
-
-def _load(source: str, split: str | None, prefer: Sequence[str], subset: str | None) -> Dataset:
+        return splits, partial(sandbox.load_dataset, source.removeprefix(SANDBOX))
     name, revision = split_revision(source)
-    try:
-        if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            saved = load_from_disk(name)
-            return saved[_choose(list(saved), split, prefer, source)] if isinstance(saved, DatasetDict) else saved
-        where = _files(name) or {"path": name, "name": subset, "revision": revision}
-        builder = load_dataset_builder(**where)
-        splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
-        return load_dataset(**where, split=_choose(splits, split, prefer, source))
-    except DatasetsError as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"cannot load the dataset {source!r}: {error.__cause__ or error}") from error
+    if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(name)
+        if isinstance(saved, DatasetDict):
+            return list(saved), saved.__getitem__
+        return [str(saved.split or "train")], lambda _: saved
+    where = _files(name) or {"path": name, "name": subset, "revision": revision}
+    builder = load_dataset_builder(**where)
+    splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
+    return splits, lambda split: load_dataset(**where, split=split)
 
 
 def _files(name: str) -> dict | None:
