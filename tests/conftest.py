@@ -136,6 +136,10 @@ class HubSession:
         self.home = self.folder / f"machine-{self.machines}"
         for name, path in {"HF_HUB_CACHE": "hub", "HF_ASSETS_CACHE": "assets", "HF_TOKEN_PATH": "token"}.items():
             self._monkeypatch.setattr(huggingface_hub.constants, name, str(self.home / path))
+        cache = self.home / "datasets"
+        self._monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        self._monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", cache / "downloads")
+        self._monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", cache / "downloads" / "extracted")
         self._login(token)
         return self.home
 
@@ -148,7 +152,7 @@ class HubSession:
     def environment(self, offline: bool = False) -> dict[str, str]:
         """Environment of a subprocess on the same machine: same cache, same token; `offline` without a network."""
         environment = {**os.environ, "HF_HOME": str(self.home), "HF_ENDPOINT": self.server.url}
-        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH"):
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH", "HF_DATASETS_CACHE"):
             environment.pop(name, None)
         return {**environment, "HF_HUB_OFFLINE": "1"} if offline else environment
 
@@ -177,6 +181,7 @@ def hub(monkeypatch, tmp_path_factory) -> HubSession:
         assert hub.titles("alice/cats") == ["first"]                # commits, the newest first
         assert not hub.requests("GET", "model.safetensors")         # what was asked for
         hub.write("bob/odd", {"anchors.json": b"{}"})               # a repository made by hand
+        hub.add_dataset("bob/pets", {"test.parquet": content})      # load_dataset("bob/pets"), see also dataset_files
         hub.fault("GET", "/resolve/", 503, times=2)                 # what goes wrong next, see LocalHub.fault
         subprocess.run(..., env=hub.environment(offline=True))      # this machine, without a network
     ```
@@ -184,6 +189,7 @@ def hub(monkeypatch, tmp_path_factory) -> HubSession:
     _HUB.reset()
     _HUB.start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     for module in ("utils._http", "file_download"):
         monkeypatch.setattr(f"huggingface_hub.{module}.time", _Impatient())

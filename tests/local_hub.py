@@ -1,17 +1,28 @@
-"""A Hub on this machine, for tests: model repositories in memory, spoken to by `huggingface_hub` over real HTTP.
+"""A Hub on this machine, for tests: repositories in memory, spoken to by `huggingface_hub` over real HTTP.
 
-It answers as https://huggingface.co does to huggingface_hub 2.4: repositories (private ones too), commits, pull
-requests, branches and tags, LFS uploads, downloads with ranges, and the error codes. What it cannot do: Xet storage
-(clients run with ``HF_HUB_DISABLE_XET=1``), data sets, Spaces, discussions, search. A test gets it from the fixture
-`hub` of conftest.py.
+It answers as https://huggingface.co does to huggingface_hub 2.4 and datasets 5.2: repositories of models and datasets
+(private ones too), commits, pull requests, branches and tags, LFS uploads, downloads with ranges, and the error
+codes. What it cannot do: Xet storage (clients run with ``HF_HUB_DISABLE_XET=1``), the dataset viewer, Spaces,
+discussions, search. A test gets it from the fixture `hub` of conftest.py.
+
+Where a method takes the id of a repository, a dataset's is ``datasets/user/name``.
 """
 
+from __future__ import annotations
+
+import io
 import re
 import socketserver
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import yaml
 from local_hub_routes import LFS_FILES, File, Handler, Repository
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -92,6 +103,13 @@ class LocalHub(socketserver.ThreadingTCPServer):
         new = {path: File(data, path.endswith(LFS_FILES)) for path, data in files.items()}
         return repo.commit("main", title, {**repo.files("main"), **new}, repo.find("main"))
 
+    def add_dataset(self, repo_id: str, files: dict[str, bytes], title: str = "by hand") -> str:
+        """Commits files of a public dataset without a client; `datasets.load_dataset(repo_id)` reads them.
+
+        Returns: the commit, for ``revision=``.
+        """
+        return self.write(f"datasets/{repo_id}", files, title)
+
     def requests(self, method: str, path: str = "") -> list[str]:
         """Paths of the requests so far with this method whose path holds `path` (regular expression)."""
         return [asked for how, asked in self.log if how == method and re.search(path, asked)]
@@ -100,3 +118,19 @@ class LocalHub(socketserver.ThreadingTCPServer):
         repo = self.repos[repo_id] = Repository(private)
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_FILES)
         repo.commit("main", "initial commit", {".gitattributes": File(attributes.encode(), False)}, None)
+
+
+def dataset_files(splits: dict[str, Dataset], subset: str = "default") -> dict[str, bytes]:
+    """For `LocalHub.add_dataset`: a parquet file per split in the folder `subset`, and a card that names splits,
+    columns and classes, as `Dataset.push_to_hub` writes it."""
+    files, features = {}, next(iter(splits.values())).features
+    for name, split in splits.items():
+        content = io.BytesIO()
+        split.to_parquet(content)
+        files[f"{subset}/{name}-00000-of-00001.parquet"] = content.getvalue()
+    where = [{"split": name, "path": f"{subset}/{name}-*"} for name in splits]
+    card = {
+        "configs": [{"config_name": subset, "data_files": where}],
+        "dataset_info": {"config_name": subset, "features": features._to_yaml_list()},
+    }
+    return {"README.md": f"---\n{yaml.safe_dump(card)}---\n# Pictures\n".encode(), **files}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from local_hub import LocalHub
 
 NOW = "2026-01-01T00:00:00.000Z"
-LFS_FILES = (".safetensors", ".bin", ".pt", ".pkl", ".png", ".parquet")
+LFS_FILES = (".safetensors", ".bin", ".pt", ".pkl", ".png", ".jpg", ".parquet", ".arrow")
 FRONT_MATTER = re.compile(r"^---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
 
 
@@ -44,7 +44,7 @@ class File:
     @property
     def oid(self) -> str:
         """Git's name of the content; of an LFS file, of the pointer that stands for it."""
-        data = self.data if not self.lfs else f"oid sha256:{sha256(self.data)}\nsize {len(self.data)}".encode()
+        data = f"oid sha256:{sha256(self.data)}\nsize {len(self.data)}".encode() if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     @property
@@ -56,6 +56,10 @@ class File:
         return {"type": "file", "path": path, "size": len(self.data), "oid": self.oid, **lfs}
 
 
+def folder_entry(path: str) -> dict:
+    return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+
+
 @dataclass
 class Repository:
     private: bool
@@ -64,7 +68,8 @@ class Repository:
     tags: set[str] = field(default_factory=set)
 
     def commit(self, ref: str, title: str, files: dict[str, File], parent: str | None) -> str:
-        name = hashlib.sha1(f"{parent} {title} {len(self.commits)}".encode()).hexdigest()
+        content = [(path, file.oid) for path, file in sorted(files.items())]
+        name = hashlib.sha1(f"{parent} {title} {content} {len(self.commits)}".encode()).hexdigest()
         self.commits[name] = (title, parent, files)
         self.refs[ref] = name
         return name
@@ -90,12 +95,11 @@ class Repository:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    log_message = staticmethod(lambda *_: None)
+
     @property
     def hub(self) -> LocalHub:
         return self.server
-
-    def log_message(self, *_):
-        pass
 
     def answer(self):
         url = urlsplit(self.path)
@@ -108,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.hang_up()
         body = self.body()
         try:
-            if isinstance(fault, int):  # not the Hub's own words, but those of a machine before it
+            if isinstance(fault, int):  # in the words of a machine before the Hub
                 status, data, headers = fault, b"<html>not well</html>", {"Content-Type": "text/html"}
             else:
                 with self.hub.lock:
@@ -160,6 +164,8 @@ class Handler(BaseHTTPRequestHandler):
         for method, pattern, function in ROUTES:
             if method == command and (match := re.fullmatch(pattern, path)):
                 parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                if parts.pop("kind", "").strip("/") == "datasets":  # a model may have the same name
+                    parts["id"] = f"datasets/{parts['id']}"
                 found = function(self, body, **parts)
                 return found if isinstance(found, tuple) else (200, found, {})
         raise Refusal(404, f"Not found: {self.command} {path}")
@@ -182,13 +188,13 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, repo_id: str, write: bool = False) -> Repository:
         user = self.known_user() if write else self.user()
         repo = self.hub.repos.get(repo_id)
-        owner = repo_id.split("/")[0]
+        owner = repo_id.split("/")[-2]
         if repo is None or (repo.private and user != owner):
             if user is None:  # The Hub does not tell strangers what exists. Over https, 401 is enough for the client.
                 raise Refusal(401, "Invalid username or password.", "RepoNotFound")
             raise Refusal(404, "Repository not found", "RepoNotFound")
         if user != owner and repo_id in self.hub.gated:
-            raise Refusal(403, f"Access to model {repo_id} is restricted.", "GatedRepo")
+            raise Refusal(403, f"Access to {repo_id} is restricted.", "GatedRepo")
         if write and user != owner:
             raise Refusal(403, "Authorization error.")
         return repo
@@ -198,23 +204,26 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self, _):
         return {"type": "user", "name": self.known_user(), "orgs": [], "auth": {"type": "access_token"}}
 
+    def named(self, asked: dict) -> tuple[str, str, str]:
+        """Kind, owner and id of the repository."""
+        kind, owner = asked.get("type", "model"), asked.get("organization") or self.known_user()
+        return kind, owner, f"{'datasets/' if kind == 'dataset' else ''}{owner}/{asked['name']}"
+
     def create(self, body):
-        asked, user = json.loads(body), self.known_user()
-        owner = asked.get("organization") or user
-        if asked.get("type", "model") != "model":
-            raise Refusal(400, "This Hub has model repositories only.")
-        if owner != user:
-            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}".')
-        repo_id = f"{owner}/{asked['name']}"
+        asked = json.loads(body)
+        kind, owner, repo_id = self.named(asked)
+        if kind not in ("model", "dataset"):
+            raise Refusal(400, "This Hub has models and datasets only.")
+        if owner != self.known_user():
+            raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}".')
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.hub.repos:
-            return 409, {"error": "You already created this model repo", **answer}, {}
+            return 409, {"error": f"You already created this {kind} repo", **answer}, {}
         self.hub.make(repo_id, private=asked.get("visibility") == "private")
         return answer
 
     def delete(self, body):
-        asked = json.loads(body)
-        repo_id = f"{asked.get('organization') or self.known_user()}/{asked['name']}"
+        _, _, repo_id = self.named(json.loads(body))
         self.repo(repo_id, write=True)
         del self.hub.repos[repo_id]
         return {}
@@ -315,8 +324,8 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(id)
         commit, files = repo.find(rev), repo.files(rev)
         metadata = self.metadata(files["README.md"].data.decode()) if "README.md" in files else {}
-        sizes = "blobs" in self.query
-        more = {path: {"size": len(f.data), "blobId": f.oid} if sizes else {} for path, f in files.items()}
+        more = {p: {"size": len(f.data), "blobId": f.oid} if "blobs" in self.query else {} for p, f in files.items()}
+        id = id.removeprefix("datasets/")
         answer = {"_id": "0", "id": id, "modelId": id, "author": id.split("/")[0], "sha": commit, "lastModified": NOW}
         answer |= {"createdAt": NOW, "private": repo.private, "gated": False, "disabled": False, "downloads": 0}
         answer |= {"tags": metadata.get("tags") or [], "library_name": metadata.get("library_name"), "likes": 0}
@@ -336,16 +345,19 @@ class Handler(BaseHTTPRequestHandler):
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
         recursive = self.query.get("recursive", "").lower() in ("1", "true")
         inside = {path: file for path, file in sorted(self.repo(id).files(rev).items()) if path.startswith(prefix)}
-        found = [file.entry(path) for path, file in inside.items() if recursive or "/" not in path[len(prefix) :]]
-        folders = {str(parent) for path in inside for parent in PurePosixPath(path).parents}
-        folders = {path for path in folders if path.startswith(prefix) and path != "."}
-        folders = {path for path in folders if recursive or "/" not in path[len(prefix) :]}
-        return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)] + found
+        if prefix and not inside:
+            raise Refusal(404, f'{folder} does not exist on "{rev}"', "EntryNotFound")
+        folders = {str(parent) for path in inside for parent in PurePosixPath(path).parents} - {".", folder.strip("/")}
+        folders = [folder_entry(path) for path in sorted(folders) if path.startswith(prefix)]
+        found = folders + [file.entry(path) for path, file in inside.items()]
+        return [entry for entry in found if recursive or "/" not in entry["path"][len(prefix) :]]
 
     def paths_info(self, body, id, rev):
         files = self.repo(id).files(rev)
         asked = json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
-        return [files[path].entry(path) for path in asked.get("paths", []) if path in files]
+        folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
+        asked = asked.get("paths", [])
+        return [files[p].entry(p) for p in asked if p in files] + [folder_entry(p) for p in asked if p in folders]
 
     def resolve(self, _, id, rev, path):
         repo = self.repo(id)
@@ -364,23 +376,24 @@ class Handler(BaseHTTPRequestHandler):
 
 
 ID, REV = r"(?P<id>[\w.-]+/[\w.-]+)", r"(?P<rev>[^/]+)"
-MODEL = f"/api/models/{ID}"
+API = f"/api/(?P<kind>models|datasets)/{ID}"
+REPO = f"/(?P<kind>datasets/)?{ID}"
 ROUTES = (
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("DELETE", "/api/repos/delete", Handler.delete),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
-    ("POST", f"{MODEL}/preupload/{REV}", Handler.preupload),
-    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", f"{API}/preupload/{REV}", Handler.preupload),
+    ("POST", rf"{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/_lfs/(?P<oid>\w+)", Handler.lfs_put),
     ("POST", "/_lfs_verify", Handler.lfs_verify),
-    ("POST", f"{MODEL}/commit/{REV}", Handler.commit),
-    ("POST", f"{MODEL}/branch/{REV}", Handler.branch),
-    ("POST", f"{MODEL}/tag/{REV}", Handler.tag),
-    ("GET", MODEL, Handler.info),
-    ("GET", f"{MODEL}/revision/{REV}", Handler.info),
-    ("GET", f"{MODEL}/refs", Handler.refs),
-    ("GET", f"{MODEL}/tree/{REV}(?:/(?P<folder>.*))?", Handler.tree),
-    ("POST", f"{MODEL}/paths-info/{REV}", Handler.paths_info),
-    ("GET", f"/{ID}/resolve/{REV}/(?P<path>.+)", Handler.resolve),
+    ("POST", f"{API}/commit/{REV}", Handler.commit),
+    ("POST", f"{API}/branch/{REV}", Handler.branch),
+    ("POST", f"{API}/tag/{REV}", Handler.tag),
+    ("GET", API, Handler.info),
+    ("GET", f"{API}/revision/{REV}", Handler.info),
+    ("GET", f"{API}/refs", Handler.refs),
+    ("GET", f"{API}/tree/{REV}(?:/(?P<folder>.*))?", Handler.tree),
+    ("POST", f"{API}/paths-info/{REV}", Handler.paths_info),
+    ("GET", f"{REPO}/resolve/{REV}/(?P<path>.+)", Handler.resolve),
 )

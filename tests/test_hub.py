@@ -6,8 +6,11 @@ import sys
 
 import huggingface_hub.constants
 import pytest
+from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import OfflineModeIsEnabled
+from local_hub import dataset_files
 
 from hf_transmiter.hub import fetch, hub_errors, push_folder, read_json
 
@@ -367,3 +370,20 @@ def test_folders_need_no_hub(hub, folder):
 def test_other_tests_are_offline():
     with pytest.raises(OfflineModeIsEnabled):
         HfApi().model_info(REPO)
+
+
+def test_datasets_on_the_hub_of_the_tests(hub, make_dataset):
+    """Read by `datasets` at a commit, and written by it."""
+    pictures = make_dataset(6)
+    pictures.push_to_hub("alice/pets")
+    first = HfApi().dataset_info("alice/pets").sha
+    newer = hub.add_dataset("alice/pets", dataset_files({"train": make_dataset(4), "test": make_dataset(3)}))
+    hub.write("alice/pets", {"README.md": b"# A model of the same name\n"})
+    hub.new_machine(token=None)
+    for revision, sizes in ((first, {"train": 6}), (newer, {"train": 4, "test": 3})):
+        found = load_dataset("alice/pets", revision=revision)
+        assert {name: len(split) for name, split in found.items()} == sizes
+        assert found["train"].features == pictures.features
+    assert load_dataset("alice/pets", split="test")[0]["image"].tobytes() == pictures[0]["image"].tobytes()
+    with pytest.raises(DatasetNotFoundError):
+        load_dataset("alice/nothing")
