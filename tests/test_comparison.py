@@ -9,7 +9,7 @@ from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.baselines import prompt_transfer, reattach_prompt
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, _what_beats, compare, recommend
+from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, compare, recommend, verdict
 from hf_transmiter.evaluation import Score
 from hf_transmiter.extraction import ExtractionConfig, extract
 from hf_transmiter.transferring import TransferConfig, transfer

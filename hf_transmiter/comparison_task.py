@@ -1,0 +1,290 @@
+"""[`Task`]: the models, images and names of one comparison; what several methods share is made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from datasets import ClassLabel, Dataset
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from .anchors import DEFAULT_TEMPLATES, Anchors
+from .backbone import DualEncoder
+from .bridge import Bridge
+from .classifier import AnchorClassifier
+from .evaluation import align_labels, measured
+from .extraction import extract
+from .features import FeatureTable, embed_dataset, guess_columns
+from .prompt_tuning import PROMPTED, starting_templates, tune
+from .settings import ExtractionConfig, TuningConfig
+from .teachers import Teacher, as_classifier, teacher_class_vectors, teacher_logits
+from .tuners.prompts import prompt_layer
+from .vocabulary import NUM_ANCHORS
+
+
+if TYPE_CHECKING:
+    from .methods import Variant
+
+SPREAD_IMAGES = 2048  # so many tell which names spread most; their logits over a whole vocabulary stay in memory
+_MISSING = {
+    "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
+    "labelled": "it needs labelled images: pass `labelled`",
+    "general": "it needs images of any kind: pass `general`",
+    "given": "it needs a finished bridge: pass `bridge`",
+}
+T = TypeVar("T")
+
+
+@dataclass
+class Answer:
+    """What a method ends with.
+
+    Args:
+        logits (`Tensor`): (N, C) on the test images.
+        size (`int`, *optional*): bytes to be stored for it beside the pre-trained models, see [`stored_bytes`].
+        classifier (`AnchorClassifier`, *optional*): what gives those logits, where that is one model.
+    """
+
+    logits: Tensor
+    size: int | None
+    classifier: AnchorClassifier | None = None
+
+
+@dataclass(eq=False)
+class Task:
+    """One comparison before anything is compared; arguments as of `comparison.compare`.
+
+    Images are embedded at once, so that no method is charged for what all of them share.
+
+    Raises:
+        ValueError: a class of the test or labelled images that is not among the names, or a name in `seen_classes`.
+    """
+
+    weak: DualEncoder
+    strong: DualEncoder
+    teacher: Teacher
+    test: Dataset
+    names: tuple[str, ...]
+    unlabelled: Dataset | None = None
+    labelled: Dataset | None = None
+    general: Dataset | None = None
+    tuned_strong: Teacher | None = None
+    bridge: Bridge | None = None
+    seen_classes: Sequence[str] | None = None
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    anchors: Anchors | None = None
+    text_anchors: Anchors | None = None
+    vocabulary: str | Sequence[str] = "common-nouns"
+    gradient: ExtractionConfig = field(default_factory=lambda: ExtractionConfig(solver="gradient"))
+    tuning: TuningConfig | None = None
+    options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.sets = {name: getattr(self, name) for name in ("test", "unlabelled", "labelled", "general")}
+        unknown = [name for name in self.seen_classes or () if name not in self.names]
+        if unknown:
+            raise ValueError(
+                f"seen_classes holds {unknown[0]!r}, which is not among the {len(self.names)} class names."
+            )
+        self._made: dict[str, tuple] = {}
+        self._reused: dict[str, dict] = {}
+        self.bridges: dict[str, Bridge] = {}
+        for model in (self.weak, self.strong):
+            for name, images in self.sets.items():
+                if images is not None and (model is self.strong or name != "labelled"):
+                    self.table(model, name)
+        self.text = {model: model.embed_names(self.names, self.templates).cpu() for model in (self.weak, self.strong)}
+        test = self.table(self.strong, "test")
+        self.labels = None if test.labels is None else self._aligned(test, "test")
+        if self.labelled is not None:
+            table = self.table(self.strong, "labelled")
+            self.labelled_table = FeatureTable(table.embeds, self._aligned(table, "labelled"), self.names)
+        vectors = teacher_class_vectors(self.teacher, self.weak, self.names, self.templates)
+        self.own_class_vectors = vectors is not None
+        self.tuned = self.said_by(self.teacher, "test", self.weak)
+        if self.unlabelled is not None:
+            self.teacher_soft = self.said_by(self.teacher, "unlabelled", self.weak).softmax(1)
+
+    def _aligned(self, table: FeatureTable, name: str) -> Tensor:
+        try:
+            return align_labels(table, self.names)
+        except ValueError as error:
+            raise ValueError(f"{name} images: {error}") from error
+
+    def table(self, model: DualEncoder, name: str) -> FeatureTable:
+        """Embeddings of one of the sets of images."""
+        return embed_dataset(model, self.sets[name], **self.options)
+
+    def said_by(self, teacher: Teacher, name: str, base: DualEncoder) -> Tensor:
+        """Task logits (N, C) on one of the sets of images; `base` is the model that was tuned."""
+        options = {"templates": self.templates, "weak": base, "table": self.table(base, name), **self.options}
+        return teacher_logits(teacher, self.sets[name], self.names, **options)
+
+    def answer(self, found: AnchorClassifier | Answer) -> Answer:
+        """What a classifier says about the test images, and what it takes to keep it."""
+        if isinstance(found, Answer):
+            return found
+        return Answer(self.said_by(found, "test", self.strong), stored_bytes(found), found)
+
+    # What methods cost
+
+    @contextmanager
+    def charged(self) -> Iterator[dict[str, float]]:
+        """Seconds and peak memory (MB) of a method, in the dictionary it yields; what an earlier method has made
+        already is charged again, as if this one were alone."""
+        self._reused = {}
+        with measured() as cost:
+            yield cost
+        costs = [cost, *self._reused.values()]
+        cost["seconds"] = sum(one["seconds"] for one in costs)
+        cost["peak_mb"] = max(one["peak_mb"] for one in costs)
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """Made when first asked for."""
+        if key in self._made:
+            value, self._reused[key] = self._made[key]
+            return value
+        with measured() as cost:
+            value = make()
+        self._made[key] = (value, cost)
+        return value
+
+    # What methods share
+
+    def missing(self, name: str) -> str | None:
+        """Why a method that needs one of the sets of images (or `"given"`, a bridge) is not possible."""
+        there = self.bridge if name == "given" else self.sets[name]
+        return _MISSING[name] if there is None else None
+
+    def why_no_vectors(self) -> str | None:
+        """Why there are no class vectors that a bridge could carry."""
+        if self.own_class_vectors or self.unlabelled is not None:
+            return None
+        return f"the tuned model has no class vectors of its own, so {_MISSING['unlabelled']}"
+
+    @cached_property
+    def zero_shot_weak(self) -> Tensor:
+        return self.weak.logits(self.table(self.weak, "test").embeds, self.text[self.weak])
+
+    @cached_property
+    def zero_shot_strong(self) -> Tensor:
+        return self.strong.logits(self.table(self.strong, "test").embeds, self.text[self.strong])
+
+    @cached_property
+    def prompted(self) -> DualEncoder | None:
+        """The tuned model where what was tuned is a prompt."""
+        if isinstance(self.teacher, (list, tuple)):
+            return None
+        classifier = as_classifier(self.teacher, self.names, self.templates)
+        if classifier is None or classifier.adapter_config or prompt_layer(classifier.encoder.model) is None:
+            return None
+        return classifier.encoder
+
+    def prompting(self, prompted: DualEncoder) -> AnchorClassifier:
+        """The strong model with prompts in it."""
+        return AnchorClassifier(prompted, Anchors(self.names, (), PROMPTED))
+
+    def anchors_for(self, variant: Variant) -> Anchors:
+        """Names of the published adapter: those of the comparison, or chosen as the row wants them."""
+        if not variant.anchors and self.anchors is not None:
+            return self.anchors
+        wanted, names = dict(variant.anchors), self.names
+        default = NUM_ANCHORS if self.anchors is None else len(self.anchors)
+        auxiliary = wanted.pop("num_auxiliary", None)
+        wanted.setdefault("num_anchors", default if auxiliary is None else len(names) + auxiliary)
+        build = {"vocabulary": self.vocabulary, "templates": self.templates}
+        strategy = wanted.get("strategy", "random")
+        if "spread" not in strategy and "farthest" not in strategy:
+            return Anchors.build(names, **build, **wanted)
+
+        def chosen() -> Anchors:
+            pool = Anchors.build(names, **build, strategy="all")
+            embeds = self.weak.embed_names(pool.names, pool.templates).cpu()
+            logits = self._spread_logits(embeds) if "spread" in strategy else None
+            return Anchors.build(names, **build, **wanted, embeds=embeds, logits=logits)
+
+        return self.once(f"anchors {sorted(wanted.items())}", chosen)
+
+    def _spread_logits(self, text: Tensor) -> Tensor:
+        """Logits of the weak model on at most `SPREAD_IMAGES` unlabelled images, evenly spaced."""
+        table = self.table(self.weak, "unlabelled")
+        rows = torch.linspace(0, len(table) - 1, min(len(table), SPREAD_IMAGES)).long()
+        return self.weak.logits(table.select(rows).embeds, text)
+
+    def extract(self, solver: str, variant: Variant) -> AnchorClassifier:
+        """The weak model's adapter; not to be changed, other methods use it."""
+        if solver == "gradient":
+            config, anchors = replace(self.gradient, **variant.extraction), self.anchors_for(variant)
+        else:
+            config, anchors = ExtractionConfig(solver=solver, **variant.extraction), None
+
+        def make() -> AnchorClassifier:
+            options = {"anchors": anchors, "templates": self.templates, "config": config, **self.options}
+            return extract(self.weak, self.teacher, self.unlabelled, class_names=self.names, **options)
+
+        return self.once(f"adapter {json.dumps(asdict(config))} {anchors and anchors.fingerprint}", make)
+
+    def embedding_bridge(self, source: str) -> Bridge:
+        """From `"text"`, one of the sets of images, or the `"given"` one."""
+        if source == "given":
+            return self.bridge
+        images, options = self.sets.get(source), {"anchors": self.text_anchors, **self.options}
+        make = lambda: Bridge.build(self.weak, self.strong, images, **options)  # noqa: E731
+        self.bridges[source] = self.once(f"bridge {source}", make)
+        return self.bridges[source]
+
+    def tune_strong(self, variant: Variant) -> AnchorClassifier:
+        """The strong model tuned on all the labelled images."""
+        labels = self.labelled_table.labels
+        seen = labels.unique().tolist()
+        shots = {"shots": int(labels.bincount().max())}
+        own = dict(variant.tuning)
+        if self.tuning is None or own.get("method", self.tuning.method) != self.tuning.method:
+            config = TuningConfig(**{**shots, **own})
+        else:
+            config = replace(self.tuning, **{**shots, **own})
+        columns = {key: self.options.get(key) for key in ("image_column", "label_column")}
+        options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
+        images = self.labelled.with_format(None)
+        _, column = guess_columns(images, **columns)
+        names = [self.names[i] for i in seen]
+        feature = images.features[column]
+        if not isinstance(feature, ClassLabel) or feature.names != names:
+            positions = {label: i for i, label in enumerate(seen)}
+            images = images.remove_columns(column)
+            images = images.add_column(column, [positions[label] for label in labels.tolist()])
+            images = images.cast_column(column, ClassLabel(names=names))
+        templates = starting_templates(config.method) if config.method == "promptsrc" else self.templates
+        tuned = tune(self.strong, images, config=config, templates=templates, **columns, **options)
+        return AnchorClassifier(tuned.encoder, Anchors(self.names, (), tuned.anchors.templates))
+
+
+def stored_bytes(model: Teacher) -> int | None:
+    """Bytes to be kept for a tuned model beside the pre-trained one, as its tensors are: an adapter's, or all
+    parameters where there is no adapter; several models add up. `None` for a file, whose size says it."""
+    if isinstance(model, (list, tuple)):
+        sizes = [stored_bytes(one) for one in model]
+        return None if None in sizes else sum(sizes)
+    if isinstance(model, AnchorClassifier):
+        if model.adapter_config is not None:
+            return _bytes(model.adapter_tensors()[1].values())
+        model = model.encoder
+    if isinstance(model, DualEncoder):
+        model = model.model
+    if not isinstance(model, torch.nn.Module):
+        return None
+    if getattr(model, "peft_config", None):
+        name = next(iter(model.peft_config))
+        # Without the flag PEFT looks on the Hub whether the vocabulary grew.
+        return _bytes(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).values())
+    return _bytes(model.parameters())
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
