@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from datasets import ClassLabel, Dataset, Image, IterableDataset
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import tqdm
@@ -178,8 +178,7 @@ class _Embedding:
         self.state.wait_for_everyone()
         if table is None:
             folder = path.with_suffix(".parts")
-            rows = self._make_parts(folder)
-            self.state.wait_for_everyone()
+            rows = self._make_parts_together(folder)
             if self.state.is_main_process:
                 try:
                     self._join(folder, path, rows, content)
@@ -204,6 +203,20 @@ class _Embedding:
             if self.state.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
         return table
+
+    def _make_parts_together(self, folder: Path) -> int:
+        """[`_make_parts`] of every process; what goes wrong on one is an error on all, so that none waits for ever."""
+        rows, fault = 0, None
+        try:
+            rows = self._make_parts(folder)
+        except Exception as error:
+            fault = error
+        if self.state.num_processes > 1:
+            faults = [text for text in gather_object([None if fault is None else str(fault)]) if text is not None]
+            fault = fault or (ValueError(faults[0]) if faults else None)
+        if fault is not None:
+            raise fault
+        return rows
 
     def _make_parts(self, folder: Path) -> int:
         """Write this process's missing parts; returns the number of rows of the whole dataset."""
