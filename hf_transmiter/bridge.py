@@ -99,7 +99,8 @@ class Bridge(BridgeFiles):
             anchors (`Anchors`, *optional*):
                 Logit space: the K names both models answer about. Without images: the names both models embed.
                 Defaults to the universal vocabulary of 1,024 common nouns.
-            beta (`float`, *optional*, defaults to 500.0): pull towards the identity in logit space, absolute.
+            beta (`float`, *optional*, defaults to 500.0):
+                Pull towards the identity in logit space, absolute; infinite gives the identity.
             beta_per_image (`float`, *optional*): β = this times N instead, since X grows with N.
             **embedding: passed to `embed_dataset`.
 
@@ -172,7 +173,7 @@ class Bridge(BridgeFiles):
             source,
             int(moment.n),
             fit.alignment(matrix),
-            beta,
+            min(beta, 1e300),  # as far as files go, and for this β the map is the same
             anchors,
             held_out=kept,
             scale_back=scales[1],

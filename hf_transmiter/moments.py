@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -88,9 +89,16 @@ class CrossMoment(Sums):
             space (`str`):
                 `"logit"`: ``polar(X + βI)``, orthogonal, and this moment. `"embedding"`: ``polar(X)`` of the centred
                 rows, zero on directions with less evidence than `RANK_TOLERANCE`, and the centred moment.
-            beta (`float`, *optional*, defaults to 0.0): β.
+            beta (`float`, *optional*, defaults to 0.0): β; infinite is the limit, the identity.
+
+        Raises:
+            ValueError: β is negative or no number.
         """
         if space == "logit":
+            if not beta >= 0:
+                raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
+            if math.isinf(beta):
+                return torch.eye(len(self.cross), dtype=torch.float64), self
             return polar(self.cross + beta * torch.eye(len(self.cross), dtype=torch.float64))[0], self
         centred = self.centred()
         return polar(centred.cross, RANK_TOLERANCE)[0], centred

@@ -279,7 +279,8 @@ class TransferConfig:
         pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
         carried_images (`float`, *optional*, defaults to 4.0):
             Images per class that the carried vectors count as in the refit.
-        beta (`float`, *optional*, defaults to 500.0): β of a logit-space bridge built here (published, absolute).
+        beta (`float`, *optional*, defaults to 500.0):
+            β of a logit-space bridge built here (published, absolute); infinite for no basis change.
         beta_per_image (`float`, *optional*): β = this times N instead.
     """
 

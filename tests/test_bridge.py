@@ -96,6 +96,25 @@ def test_beta_keeps_directions_without_evidence_in_place():
     torch.testing.assert_close(z @ planted.T @ moved, z, atol=1e-2, rtol=0)
 
 
+def test_an_infinite_beta_is_no_basis_change(tmp_path):
+    strong, weak = rows(40, 6), rows(40, 6, 1)
+    held_out = moment_of(strong[::4], weak[::4])
+    bridge = bridge_of(strong, weak, "logit", beta=float("inf"), held_out=held_out)
+    assert torch.equal(bridge.matrix, torch.eye(6))
+    basis = rows(6, 6, 2).float()
+    assert torch.equal(bridge.carry_basis(basis), basis)
+    nearly = bridge_of(strong, weak, "logit", beta=1e12)  # the limit of what finite ones give
+    torch.testing.assert_close(bridge.matrix, nearly.matrix, atol=1e-6, rtol=0)
+    assert bridge.alignment == pytest.approx(nearly.alignment) and bridge.held_out == pytest.approx(
+        held_out.alignment(torch.eye(6))
+    )
+    bridge.save(tmp_path / "bridge.safetensors")
+    assert torch.equal(Bridge.load(tmp_path / "bridge.safetensors").matrix, bridge.matrix)
+    for beta in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="beta must be 0 or more"):
+            bridge_of(strong, weak, "logit", beta=beta)
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 500.0])
 def test_a_wide_basis_is_carried_as_published(beta):
     """The published step rotates hidden units: polar(H_strongᵀ H_weak + β I) with H = z Wᵀ, and reads Ŵᵀ W. For W
