@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from .augmentation import augment
 from .backbone import DualEncoder, image_inputs
+from .draws import per_example
 from .settings import TuningConfig
 from .tuners.prompts import class_inputs, class_vectors, image_conditioned, image_conditioned_logits, prompt_layer
 from .tuners.prompts.objectives import Answers
@@ -65,7 +66,9 @@ def frozen_images(weak: DualEncoder, embeds: Tensor, pixels: Callable[[], Pixels
     views = torch.cat([embed(part, generator) for part in rows.split(_BATCH)]).unflatten(0, (config.views, -1))
 
     def draw(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        drawn = torch.randint(config.views, (len(rows),), generator=generator)
+        drawn = per_example(
+            generator, len(rows), lambda count: torch.randint(config.views, (count,), generator=generator)
+        )
         return (views[drawn.to(views.device), rows.to(views.device)],) * 2
 
     return draw

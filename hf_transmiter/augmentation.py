@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from .draws import per_example
 from .settings import AUGMENTATIONS
 
 
@@ -43,7 +44,8 @@ def augment(pixels: Tensor, generator: torch.Generator, kind: str) -> Tensor:
         raise ValueError(f"the augmentation must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}.")
     if kind == "none":
         return pixels
-    mirrored = (torch.rand(len(pixels), generator=generator) < 0.5).to(pixels.device)
+    coins = per_example(generator, len(pixels), lambda count: torch.rand(count, generator=generator))
+    mirrored = (coins < 0.5).to(pixels.device)
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     return _shifted(pixels, generator) if kind == "shift" else _cropped(pixels, generator)
 
@@ -52,14 +54,17 @@ def _shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
     side = pixels.shape[-1]
     reach = max(side // 16, 1)
     padded = pad(pixels, (reach,) * 4, mode="replicate")
-    corners = torch.randint(2 * reach + 1, (len(pixels), 2), generator=generator).tolist()
-    crops = [picture[:, y : y + side, x : x + side] for picture, (y, x) in zip(padded, corners, strict=True)]
+    corners = per_example(
+        generator, len(pixels), lambda count: torch.randint(2 * reach + 1, (count, 2), generator=generator)
+    )
+    cuts = zip(padded, corners.tolist(), strict=True)
+    crops = [picture[:, y : y + side, x : x + side] for picture, (y, x) in cuts]
     return torch.stack(crops)
 
 
 def _cropped(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    boxes = _crop_boxes(len(pixels), pixels.shape[-1], generator).tolist()
-    return torch.stack([_resized_crop(picture, *box) for picture, box in zip(pixels, boxes, strict=True)])
+    boxes = per_example(generator, len(pixels), lambda count: _crop_boxes(count, pixels.shape[-1], generator))
+    return torch.stack([_resized_crop(picture, *box) for picture, box in zip(pixels, boxes.tolist(), strict=True)])
 
 
 def _crop_boxes(count: int, side: int, generator: torch.Generator) -> Tensor:

@@ -19,6 +19,7 @@ from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
+from .draws import per_example
 from .features import FeatureTable, embed_dataset
 from .settings import ExtractionConfig
 from .solvers import discriminant_head, ridge
@@ -229,8 +230,8 @@ def gradient(
         rows = rows.to(device)
         z = weak.logits(x[rows], text)
         if torch.rand((), generator=generator) < config.noise_probability:
-            noise = torch.randn(z.shape, generator=generator).to(device)
-            z = z + config.noise_std * z.std(1, keepdim=True) * noise
+            noise = per_example(generator, len(z), lambda count: torch.randn(count, k, generator=generator))
+            z = z + config.noise_std * z.std(1, keepdim=True) * noise.to(device)
         said = refine(z, basis.weight, *parts)[:, :classes].log_softmax(1)
         return config.teacher_temperature * kl_div(said, target[rows], reduction="batchmean")
 

@@ -1,9 +1,9 @@
 """[`fit`]: the one training loop. A method brings its parameters and a `step(indices, generator) -> loss`.
 
 Every process takes its part of each batch and gradients are summed, so that the result does not depend on the number
-of processes (up to the order of floating-point sums, and to what `step` draws at random). The order of the examples
-and the generator given to `step` follow from the seed and the step alone, so that a run resumed from its checkpoint
-ends where an uninterrupted one does.
+of processes (up to the order of floating-point sums); what `step` draws for an example goes through
+`draws.per_example`. The order of the examples and the generator given to `step` follow from the seed and the step
+alone, so that a run resumed from its checkpoint ends where an uninterrupted one does.
 
 Beside it, what published prompt learners do to training itself: a schedule by epochs ([`scheduled_rate`]), parameters
 averaged over epochs ([`gaussian_epoch_weights`]) and a gradient that does not go against that of another loss
@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .draws import BatchGenerator
 from .files import replace_file
 from .settings import SCHEDULES, FitConfig
 from .solvers import check_finite
@@ -183,13 +184,13 @@ class _Run:
 
     def epoch(self, epoch: int, bar: tqdm) -> float:
         """Goes through the examples once; their mean loss."""
-        order = torch.randperm(self.num_examples, generator=_generator(self.config.seed, epoch, 0))
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 0))
+        order = torch.randperm(self.num_examples, generator=generator)
         epoch_loss = 0.0
         for number, indices in enumerate(order.split(self.config.batch_size)):
             for group in self.optimizer.param_groups:
                 group["lr"] = scheduled_rate(self.config, epoch, epoch * self.per_epoch + number, self.total)
-            generator = _generator(self.config.seed, epoch, number + 1 + self.rank * self.per_epoch)
-            losses = self._backward(indices, generator)
+            losses = self._backward(indices, _seed(self.config.seed, epoch, number + 1))
             if not torch.isfinite(losses).all():
                 raise ValueError(
                     f"the loss became {' and '.join(map(str, losses.tolist()))} in epoch {epoch + 1}, step "
@@ -200,12 +201,14 @@ class _Run:
             bar.update()
         return epoch_loss / self.num_examples
 
-    def _backward(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+    def _backward(self, indices: Tensor, seed: int) -> Tensor:
         """Sets the gradients of a batch, over all processes; its losses: (1,), or (2,) with `combine`."""
-        mine = indices[self.rank :: self.world]
+        share = slice(self.rank, None, self.world)
+        mine = indices[share]
         count = 1 if self.combine is None else 2
         losses, gradients = torch.zeros(count), [[None] * len(self.parameters)] * count
         if len(mine):
+            generator = BatchGenerator(seed, len(indices), share)
             scaled = [loss * (len(mine) / len(indices)) for loss in self._losses(mine, generator)]
             losses = torch.stack([loss.detach() for loss in scaled])
             # The graph is kept for the second loss.
@@ -261,9 +264,9 @@ def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim
     raise ValueError(f"optimizer must be 'adamw' or 'sgd', got {config.optimizer!r}.")
 
 
-def _generator(seed: int, epoch: int, number: int) -> torch.Generator:
+def _seed(seed: int, epoch: int, number: int) -> int:
     digest = hashlib.sha256(f"{seed}/{epoch}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return int.from_bytes(digest[:7], "big")
 
 
 class _Checkpoint:

@@ -324,7 +324,7 @@ def test_bad_settings():
 # Several processes
 
 
-SHARED = replace(GRADIENT, epochs=2, noise_probability=0.0)  # noise is drawn by each process for itself
+SHARED = replace(GRADIENT, epochs=2)
 
 
 def _all_steps(folder, dataset, linear, cache, accelerator=None):

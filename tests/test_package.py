@@ -13,8 +13,9 @@ import hf_transmiter
 ROOT = Path(hf_transmiter.__file__).parent
 # A module may import those before it. Inside functions anything goes: that is where a cycle is broken on purpose.
 ORDER = (
-    *("settings", "trust", "files", "hub", "splits", "vocabulary", "anchors", "families", "fingerprint", "backbone"),
-    *("feature_table", "solvers", "calibration", "transfers", "classifier", "features", "augmentation"),
+    *("settings", "trust", "files", "hub", "splits", "vocabulary", "anchors", "families"),
+    *("open_clip_model", "fingerprint", "backbone"),
+    *("feature_table", "solvers", "calibration", "transfers", "classifier", "features", "draws", "augmentation"),
     *("tuners", "training", "answers", "prompt_tuning"),
     *("teachers", "extraction", "moments", "bridge_files", "bridge", "transferring", "label_tuning", "baselines"),
     *("evaluation", "reliability", "comparison_task", "methods", "comparison"),
@@ -36,6 +37,7 @@ ORDER = (
         "retraining",
         "compatibility",
         "upgrade_studies",
+        *("protocols", "bench_config", "bench_plan", "bench_cells", "bench_figures", "bench_report", "bench"),
         "sharing",
         "upgrading",
         "image_classification_config",
@@ -47,6 +49,7 @@ ORDER = (
         "space",
         "cli_options",
         "cli_arguments",
+        "cli_bench",
         "cli_transfer",
         "cli_upgrade",
         "cli_hub",
@@ -137,6 +140,11 @@ def test_imports_point_upward(path):
         assert module == own or ORDER.index(module) < ORDER.index(own), f"{path.name}:{line}: {own} imports {module}"
         if module == "sandbox":
             assert own in ("sandbox", "demo", "cli"), f"{path.name}:{line}: only the command line uses the sandbox"
+
+
+@every_file
+def test_the_library_of_an_extra_is_imported_where_it_is_used(path):
+    assert not [name for _, name in top_imports(path) if name.split(".")[0] in ("open_clip", "gradio", "matplotlib")]
 
 
 @every_file
