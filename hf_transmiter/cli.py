@@ -21,10 +21,11 @@ from .cli_arguments import (
     Images,
     OptionalImages,
     Seen,
-    Strong,
     Teacher,
     Weak,
 )
+from .cli_bench import add_commands as add_bench_command
+from .cli_compare import add_commands as add_compare_commands
 from .cli_hub import add_commands as add_hub_commands
 from .cli_options import (
     DataOptions,
@@ -33,7 +34,6 @@ from .cli_options import (
     OutputOptions,
     Result,
     RunOptions,
-    check_new,
     command,
 )
 from .cli_transfer import add_commands as add_transfer_commands
@@ -226,73 +226,7 @@ def evaluate(
     return Result(found, markdown_table(scores))
 
 
-@command(app)
-def compare(
-    weak: Weak,
-    strong: Strong,
-    teacher: Teacher,
-    dataset: Images,
-    data: DataOptions,
-    names: NameOptions,
-    models: ModelOptions,
-    run: RunOptions,
-    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
-    labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
-    shots: Annotated[int, typer.Option(help="Labelled pictures per class.")] = TuningConfig.shots,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.")] = 0,
-    general: Annotated[str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.")] = None,
-    seen_classes: Seen = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for report.md and scores.json.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
-) -> Result:
-    """Every way to upgrade and every cheap alternative on one task, in one table, with a recommendation.
-
-    [bold]Example:[/bold] hf-transmiter compare --weak sandbox:weak --strong sandbox:strong --teacher out/tuned --dataset sandbox:print --unlabelled sandbox:print
-    """  # noqa: E501
-    if output_dir is not None and run.main_process:
-        check_new(output_dir / "report.md", overwrite)
-    from .catalog import load_encoder, load_teacher, read_names, teacher_templates
-    from .comparison import compare
-    from .report import Section, markdown_table, write_report, write_scores
-
-    options = models.load(run)
-    encoder = load_encoder(weak, **options)
-    test = data.load(dataset, TEST, data.split)
-    found = compare(
-        encoder,
-        load_encoder(strong, **options),
-        load_teacher(teacher, encoder),
-        test,
-        unlabelled=data.load(unlabelled, UNLABELLED),
-        labelled=_few_shot(data.load(labelled, LABELLED), data, shots, seed),
-        general=data.load(general, UNLABELLED),
-        class_names=read_names(names.class_names),
-        seen_classes=read_names(seen_classes),
-        templates=teacher_templates(teacher, names.template),
-        split=str(test.split),
-        **data.embedding(run),
-    )
-    advice = f"Recommended: {found.recommended}. {found.reason}"
-    if output_dir is not None and run.main_process:
-        write_scores(output_dir / "scores.json", found.scores)
-        section = Section("Scores", advice, found.scores, notes=found.notes)
-        write_report(output_dir, [section], title=f"{weak} to {strong} on {dataset}")
-    scores = {"scores": [asdict(score) for score in found.scores]}
-    data_out = {**scores, "notes": found.notes, "recommended": found.recommended, "reason": found.reason}
-    return Result(data_out, f"{markdown_table(found.scores, notes=found.notes)}\n{advice}")
-
-
-def _few_shot(images, data: DataOptions, shots: int, seed: int):
-    """`shots` labelled pictures of each class, `None` without pictures."""
-    if images is None:
-        return None
-    from .features import guess_columns
-    from .splits import few_shot
-
-    _, label = guess_columns(images, data.image_column, data.label_column)
-    if label is None:
-        raise ValueError(f"the labelled pictures have no labels; their columns are {', '.join(images.column_names)}.")
-    return images.select(few_shot(images[label], shots, seed, allow_fewer=True))
+add_compare_commands(app)
 
 
 @command(app)
@@ -313,6 +247,7 @@ def inspect(
 add_commands(app)
 add_hub_commands(app)
 add_app_command(app)
+add_bench_command(app)
 
 
 def _lines(facts: dict, indent: str = "") -> list[str]:

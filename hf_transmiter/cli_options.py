@@ -214,15 +214,18 @@ class Result:
     Args:
         data (`dict`): for `--json`.
         text (`str`): for people.
+        exit_code (`int`, *optional*, defaults to 0): of the process.
     """
 
     data: dict
     text: str
+    exit_code: int = 0
 
 
-def command(app: typer.Typer) -> Callable:
+def command(app: typer.Typer, *, config_file: bool = True) -> Callable:
     """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
-    a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]."""
+    a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
+    `config_file` its options may stand in a YAML file (``--config``)."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -234,7 +237,8 @@ def command(app: typer.Typer) -> Callable:
                 parameters += _parameters(groups[name])
             elif name != "values":
                 parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
-        parameters.append(_CONFIG)
+        if config_file:
+            parameters.append(_CONFIG)
 
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
@@ -248,6 +252,10 @@ def command(app: typer.Typer) -> Callable:
                 result = function(**arguments)
                 if run.main_process:
                     print(json.dumps(result.data, indent=2, default=str) if run.json else result.text)
+                if result.failed:
+                    _fail(result.failed, quiet=not run.main_process)
+                if result.exit_code:
+                    raise typer.Exit(result.exit_code)
 
         run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
         run_command.__signature__ = inspect.Signature(parameters)
@@ -335,8 +343,9 @@ _CONFIG = inspect.Parameter(
 )
 
 
-def _fail(message: str) -> None:
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, quiet: bool = False) -> None:
+    if not quiet:
+        print(f"Error: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(1)
 
 

@@ -51,6 +51,7 @@ ORDER = (
         "cli_arguments",
         "cli_bench",
         "cli_transfer",
+        "cli_compare",
         "cli_upgrade",
         "cli_hub",
         "cli_app",

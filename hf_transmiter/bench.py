@@ -1,0 +1,197 @@
+"""[`run_bench`]: a grid of experiments, cell by cell; what is finished is kept, what fails does not stop the others.
+
+Under `accelerate launch` pictures are embedded by all processes together. Then the cells are dealt out, and each is
+made by one process alone, so that its scores are those of a run in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub.utils import tqdm
+
+from .bench_cells import Alone, Workshop
+from .bench_config import BenchConfig
+from .bench_plan import CELLS, Cell, cells, is_done, read_cell, read_failure, write_cell, write_failure
+from .bench_report import write_bench_report
+
+
+logger = logging.getLogger(__name__)
+
+Todo = list[tuple[int, list[str]]]
+"""Cells that are not finished, by their place among all, with the digests of the rows they lack."""
+
+
+@dataclass
+class Outcome:
+    """What [`run_bench`] leaves behind.
+
+    Args:
+        total, done, made (`int`): cells of the configuration, finished ones, and those made by this call.
+        failed (`dict[str, str]`): cells that could not be made, and why.
+        report (`Path` or `None`): `report.md`; `None` where nothing is finished.
+    """
+
+    total: int
+    done: int
+    made: int
+    failed: dict[str, str]
+    report: Path | None
+
+
+def run_bench(
+    config: BenchConfig,
+    output_dir: str | os.PathLike,
+    *,
+    models: dict | None = None,
+    embedding: dict | None = None,
+    accelerator=None,
+    progress: bool = True,
+) -> Outcome:
+    """Makes the cells that are missing, and the report of all that are finished.
+
+    A cell is a file in `cells/`, written in one step; one whose models, images or settings are others than those it
+    was made from is made again, and rows that were added to the configuration are added to it. Tuned models are kept
+    in `tuned/`; a tuning that was killed goes on from its last epoch. A cell that fails is noted in `failed/`, and
+    tried again by the next call.
+
+    Args:
+        config ([`BenchConfig`]): what to measure.
+        output_dir (`str` or `os.PathLike`): a new folder, or that of an earlier run.
+        models (`dict`, *optional*): `device` and `dtype`, see [`load_encoder`](hf_transmiter.catalog.load_encoder).
+        embedding (`dict`, *optional*): `cache_dir` and `batch_size` of [`embed_dataset`].
+        accelerator (`accelerate.Accelerator`, *optional*): for several processes, which must see the same folders.
+        progress (`bool`, *optional*, defaults to `True`): show bars.
+
+    Returns:
+        [`Outcome`]
+
+    Raises:
+        FileExistsError: `output_dir` holds something else.
+    """
+    output, state = Path(output_dir), accelerator or Alone("cpu")
+    if state.is_main_process:
+        check_output(output)
+        (output / CELLS).mkdir(parents=True, exist_ok=True)
+    shop = Workshop(config, output, models=models, embedding=embedding, progress=progress and state.is_main_process)
+    every = list(cells(config))
+    todo = _from_main(_unfinished(every, shop, output) if state.is_main_process else None, state)
+    _embed([every[place] for place, _ in todo], shop, state)
+    for place, rows in _bar(deal(todo, every, state.num_processes)[state.process_index], every, shop.progress):
+        _make(every[place], rows, shop, output)
+    state.wait_for_everyone()
+    done = [is_done(read_cell(output, cell), cell) for cell in every]
+    failed = {str(cell): read_failure(output, cell) for cell, good in zip(every, done, strict=True) if not good}
+    report = output / "report.md"
+    if state.is_main_process and any(done):
+        write_bench_report(config, output)
+    state.wait_for_everyone()
+    made = sum(done[place] for place, _ in todo)
+    failed = {name: message or "it was not finished" for name, message in failed.items()}
+    return Outcome(len(every), sum(done), made, failed, report if any(done) else None)
+
+
+def check_output(output: Path) -> None:
+    """
+    Raises:
+        FileExistsError: a folder that is not that of a bench.
+    """
+    if output.exists() and not (output / CELLS).is_dir() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and was not written by a bench: choose another folder.")
+
+
+def deal(todo: Todo, every: Sequence[Cell], num_processes: int) -> list[Todo]:
+    """Cells by process: those that may share a tuned model go to the same one."""
+    hands: list[Todo] = [[] for _ in range(num_processes)]
+    groups: dict[str, int] = {}
+    for place, rows in todo:
+        hand = groups.setdefault(every[place].shared, len(groups) % num_processes)
+        hands[hand].append((place, rows))
+    return hands
+
+
+def _unfinished(every: Sequence[Cell], shop: Workshop, output: Path) -> Todo:
+    """What is to be made; cells whose models or images cannot be loaded are noted as failed here."""
+    todo: Todo = []
+    for place, cell in enumerate(every):
+        content = read_cell(output, cell)
+        try:
+            made_from = shop.made_from(cell)
+        except (ValueError, OSError) as error:
+            if is_done(content, cell):
+                logger.warning("%s is finished, but what it was made from cannot be loaded: %s", cell, error)
+            else:
+                _note(output, cell, error)
+            continue
+        if content is not None and content.get("made_from") != made_from:
+            logger.info("%s was made from other models or images, and is made again.", cell)
+            content = None
+        rows = [key for key in cell.rows.values() if content is None or key not in content["rows"]]
+        if rows:
+            todo.append((place, rows))
+    return todo
+
+
+def _embed(missing: Sequence[Cell], shop: Workshop, state) -> None:
+    """Fills the cache of embeddings. What goes wrong here goes wrong again in the cells it concerns, and is noted
+    there."""
+    known = set()
+    for cell in missing:
+        try:
+            jobs = shop.to_embed(cell)
+        except (ValueError, OSError):
+            jobs = None
+        if not _all_of_us(jobs is not None, state):
+            continue
+        for model, images in jobs:
+            if (model, id(images)) in known:
+                continue
+            known.add((model, id(images)))
+            try:
+                shop.embed(model, images, state)
+            except (ValueError, OSError) as error:
+                logger.info("embedding images of %s: %s", cell, error)
+
+
+def _make(cell: Cell, rows: Sequence[str], shop: Workshop, output: Path) -> None:
+    """Makes a cell's missing rows and writes it with those it had, or notes why not."""
+    try:
+        found = shop.make(cell, rows)
+        before = read_cell(output, cell)
+        if before is not None and before.get("made_from") == found["made_from"]:
+            found["rows"] = {**before["rows"], **found["rows"]}
+        write_cell(output, cell, found)
+    except Exception as error:  # whatever it is, it is this cell's: the others go on
+        _note(output, cell, error)
+
+
+def _note(output: Path, cell: Cell, error: Exception) -> None:
+    message = str(error) if isinstance(error, (ValueError, OSError)) and str(error) else repr(error)
+    logger.warning("%s failed: %s", cell, message)
+    write_failure(output, cell, message, "".join(traceback.format_exception(error)))
+
+
+def _bar(mine: Todo, every: Sequence[Cell], progress: bool):
+    """The cells of this process, with a bar that says what is being made."""
+    with tqdm(mine, desc="Cells", unit="cell", disable=not progress, name="hf_transmiter.bench") as bar:
+        for place, rows in bar:
+            bar.set_postfix_str(str(every[place]))
+            yield place, rows
+
+
+def _from_main(value, state):
+    """The main process's `value`, on every process."""
+    values = [value]
+    if state.num_processes > 1:
+        broadcast_object_list(values)
+    return values[0]
+
+
+def _all_of_us(good: bool, state) -> bool:
+    return all(gather_object([good])) if state.num_processes > 1 else good

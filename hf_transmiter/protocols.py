@@ -1,0 +1,200 @@
+"""Published protocols as plain facts: which images train, which are unlabelled, which are scored, and how scores of
+seeds and datasets become one number.
+
+Few-shot and base-to-base tune on all classes and score all of them. Base-to-novel (CoCoOp, arXiv 2203.05557) tunes on
+the first half of the classes, with unlabelled images of that half only, and scores either half among its own names.
+Cross-dataset and domain generalisation (CoOp, arXiv 2109.01134) tune on one dataset and ask the tuned model about the
+names of another.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from datasets import ClassLabel, Dataset
+
+from .dataset_specs import DatasetSpec
+from .splits import base_novel, few_shot
+
+
+PROTOCOLS = ("base-to-base", "base-to-novel", "few-shot", "cross-dataset", "domain-generalisation")
+ELSEWHERE = ("cross-dataset", "domain-generalisation")
+"""Protocols that tune on another dataset than the one that is scored."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a protocol.
+
+    Args:
+        spec (`DatasetSpec`): of which dataset.
+        role (`str`): `"train"`, `"unlabelled"` or `"test"`; what [`dataset_specs.load_split`] is asked for.
+        base_only (`bool`): whether only images of the base classes count.
+    """
+
+    spec: DatasetSpec
+    role: str
+    base_only: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All images of one cell.
+
+    Args:
+        train (`Part`): labelled images the few shots are drawn from.
+        unlabelled (`Part`): what is extracted and transferred on.
+        test (`Part`): what is scored.
+    """
+
+    train: Part
+    unlabelled: Part
+    test: Part
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the tuning saw other classes than those that are scored."""
+        return self.train.spec != self.test.spec
+
+
+def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None) -> Parts:
+    """Which images a protocol takes from where.
+
+    Args:
+        protocol (`str`): one of `PROTOCOLS`.
+        target (`DatasetSpec`): what is scored.
+        source (`DatasetSpec`, *optional*):
+            What is tuned on in the protocols `ELSEWHERE`; in the others only for targets without a train split
+            (those of domain generalisation).
+
+    Raises:
+        ValueError: an unknown protocol, no dataset to tune on, or a target without a test split.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
+    if target.test is None:
+        raise ValueError(f"the dataset {target.name!r} has no test split, so that nothing can be scored on it.")
+    tuned_on = source if protocol in ELSEWHERE or (target.train is None and source is not None) else target
+    if tuned_on is None or tuned_on.train is None:
+        who = f"{target.name!r} has no train split" if tuned_on is target else f"{protocol} tunes on another dataset"
+        if tuned_on is not None and tuned_on is not target:
+            who = f"{tuned_on.name!r} has no train split"
+        raise ValueError(f"{who}: name a dataset that has one with train_on.")
+    base_only = protocol == "base-to-novel"
+    unlabelled = target if target.train is not None else tuned_on
+    return Parts(Part(tuned_on, "train", base_only), Part(unlabelled, "unlabelled", base_only), Part(target, "test"))
+
+
+def base_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The first ``ceil(C / 2)`` class names, which the tuning of base-to-novel sees.
+
+    Raises:
+        ValueError: fewer than two names.
+    """
+    return tuple(names[i] for i in base_novel(names)[0])
+
+
+def only_base(images: Dataset) -> Dataset:
+    """The images of the base classes; their labels keep their numbers.
+
+    Args:
+        images (`datasets.Dataset`): with a `ClassLabel` column `label` in the order of the published halves.
+
+    Raises:
+        ValueError: no image of a base class.
+    """
+    base = base_names(images.features["label"].names)
+    rows = [row for row, label in enumerate(images["label"]) if 0 <= label < len(base)]
+    if not rows:
+        raise ValueError("there is no image of a base class.")
+    return images.select(rows).cast_column("label", ClassLabel(names=list(base)))
+
+
+def draw(images: Dataset, shots: int, seed: int, *, allow_fewer: bool = False) -> Dataset:
+    """The few shots of every class.
+
+    A class is drawn the same way whichever other classes there are ([`few_shot`]), so that draws among the base
+    classes are part of the draws among all: cells of different protocols share them, as published.
+
+    Raises:
+        ValueError: as [`few_shot`].
+    """
+    names = images.features["label"].names
+    try:
+        return images.select(few_shot(images["label"], shots, seed, len(names), allow_fewer=allow_fewer))
+    except ValueError as error:
+        raise ValueError(str(error).replace("allow_fewer=True", "allow_fewer: true")) from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method's score, as papers print it.
+
+    Args:
+        value (`float`): percent.
+        by_seed (`dict[int, float]`): the same of single seeds, those that all datasets have.
+        datasets (`tuple[str, ...]`): that went into it.
+    """
+
+    value: float
+    by_seed: dict[int, float]
+    datasets: tuple[str, ...]
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; `None` with fewer than two."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+
+
+Measured = Mapping[str, Mapping[int, Mapping[str, float]]]
+"""Scores by dataset, seed and metric."""
+
+
+def summarise(measured: Measured) -> dict[str, Summary]:
+    """The published aggregation: mean over seeds per dataset, then mean over datasets.
+
+    ``A = 1/D Σ_d 1/S_d Σ_s a_ds`` with a_ds the score of seed s on dataset d. Of `hm` (base and novel classes) and `h`
+    (old and upgraded model) the harmonic mean of the two averages, never an average of harmonic means. The spread is
+    that of the averages over datasets of single seeds, over seeds all datasets have.
+
+    Args:
+        measured (`Mapping`): scores by dataset, seed and metric; metrics that some dataset lacks are left out.
+
+    Returns:
+        `dict[str, Summary]`: by metric, in the order of first appearance.
+
+    Raises:
+        ValueError: nothing measured.
+    """
+    if not measured or not all(measured.values()):
+        raise ValueError("there is no score to average.")
+    every = [metrics for seeds in measured.values() for metrics in seeds.values()]
+    names = [metric for metric in every[0] if all(metric in metrics for metrics in every)]
+    shared = sorted(set.intersection(*(set(seeds) for seeds in measured.values())))
+    found = {}
+    for name in names:
+        by_seed = {s: _value(name, lambda metric, s=s: _over_datasets(measured, metric, (s,))) for s in shared}
+        value = _value(name, lambda metric: _over_datasets(measured, metric))
+        found[name] = Summary(value, by_seed, tuple(measured))
+    return found
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """``2ab / (a + b)``, 0 where both are."""
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def _value(metric: str, average: Callable[[str], float]) -> float:
+    if metric == "h":
+        return harmonic_mean(average("old"), average("upgraded"))
+    if metric.endswith("hm"):  # of classes; also "old hm" and so on
+        return harmonic_mean(*(average(metric[:-2] + half) for half in ("base", "novel")))
+    return average(metric)
+
+
+def _over_datasets(measured: Measured, metric: str, seeds: Sequence[int] | None = None) -> float:
+    return statistics.fmean(
+        statistics.fmean(scores[seed][metric] for seed in (seeds or scores)) for scores in measured.values()
+    )
