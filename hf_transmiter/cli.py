@@ -26,6 +26,7 @@ from .cli_arguments import (
 )
 from .cli_bench import add_commands as add_bench_command
 from .cli_compare import add_commands as add_compare_commands
+from .cli_data import add_commands as add_data_commands
 from .cli_hub import add_commands as add_hub_commands
 from .cli_options import (
     DataOptions,
@@ -245,6 +246,7 @@ def inspect(
 
 
 add_commands(app)
+add_data_commands(app)
 add_hub_commands(app)
 add_app_command(app)
 add_bench_command(app)

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -110,18 +110,34 @@ class DataOptions:
     image_column: str | None = _option("Column with the pictures; guessed if unset.")
     label_column: str | None = _option("Column with the labels; guessed if unset.")
     max_images: int | None = _option("Use that many pictures, drawn at random.")
+    skip_unreadable: bool = _option("Leave out pictures that cannot be read; else they are an error.", False)
     embed_batch_size: int = _option("Pictures per forward pass.", 64)
     cache_dir: str | None = _option("Where embeddings are kept; a folder in the Hugging Face cache if unset.")
 
+    def __post_init__(self):
+        self.skipped: list[str] = []
+
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
-        """One split of a dataset, the first of `prefer` if none is named; `None` without a source."""
+        """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
+        catalogue it is the one for the role that `prefer` begins with."""
         from .catalog import load_images
+        from .dataset_specs import find_row, load_split
 
         if source is None:
             return None
+        options = {"max_images": self.max_images, "skip_unreadable": self.skip_unreadable, "skipped": self.skipped}
+        spec = find_row(source)
+        if spec is not None:
+            return load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
         columns = {"image_column": self.image_column, "label_column": self.label_column}
-        options = {"subset": self.subset, "max_images": self.max_images, **columns}
-        return load_images(source, split, prefer=prefer, **options)
+        return load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
+
+    def report(self, result: Result) -> None:
+        """Adds the pictures that were left out to what a command says."""
+        if self.skip_unreadable:
+            result.data["skipped_images"] = self.skipped
+            if self.skipped:
+                result.text += f"\n{len(self.skipped)} pictures could not be read and were left out."
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
@@ -215,17 +231,20 @@ class Result:
         data (`dict`): for `--json`.
         text (`str`): for people.
         exit_code (`int`, *optional*, defaults to 0): of the process.
+        failed (`str`, *optional*): why the command ends with exit code 1, after its result.
     """
 
     data: dict
     text: str
     exit_code: int = 0
+    failed: str = ""
 
 
-def command(app: typer.Typer, *, config_file: bool = True) -> Callable:
+def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
     """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
     a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
-    `config_file` its options may stand in a YAML file (``--config``)."""
+    `config_file` its options may stand in a YAML file (``--config``); with `no_args_is_help` it says how to be called
+    when it is called with nothing."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -250,6 +269,9 @@ def command(app: typer.Typer, *, config_file: bool = True) -> Callable:
                 if "values" in taken:
                     arguments["values"] = _plain({k: v for k, v in values.items() if k not in _NOT_SAVED})
                 result = function(**arguments)
+                for group in arguments.values():
+                    if isinstance(group, DataOptions):
+                        group.report(result)
                 if run.main_process:
                     print(json.dumps(result.data, indent=2, default=str) if run.json else result.text)
                 if result.failed:
@@ -260,7 +282,8 @@ def command(app: typer.Typer, *, config_file: bool = True) -> Callable:
         run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
         run_command.__signature__ = inspect.Signature(parameters)
         run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name=function.__name__.removesuffix("_command"), no_args_is_help=True)(run_command)
+        name = function.__name__.removesuffix("_command")
+        app.command(name=name, no_args_is_help=no_args_is_help)(run_command)
         return function
 
     return register

@@ -53,6 +53,9 @@ class DatasetSpec:
         counts (`Mapping[str, int]`, *optional*): pictures that [`load_split`] gives for a role, where known.
         rows (`Mapping[str, int]`, *optional*): rows that the source has for a role, where known.
         aliases (`Mapping[str, str]`, *optional*): {a class as the data spell it: the name it has here}.
+        label_names (`tuple[str, ...]`, *optional*):
+            How the data would spell the classes 0, 1, ... if their label column, which holds numbers only, named them;
+            without these, such numbers are positions in `class_names`.
         left_out (`tuple[str, ...]`, *optional*): classes of the data that are none here; their pictures are dropped.
         clip_columns (`tuple[str, ...]`, *optional*): columns that together tell the video a frame belongs to.
         frame_column (`str`, *optional*): number of the frame; of each video only the middle one is taken.
@@ -78,6 +81,7 @@ class DatasetSpec:
     counts: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     clip_columns: tuple[str, ...] = ()
     frame_column: str | None = None
@@ -162,6 +166,16 @@ def catalogue() -> dict[str, DatasetSpec]:
     return dict(_rows())
 
 
+def _names() -> dict[str, DatasetSpec]:
+    return {name: row for row in _rows().values() for name in (row.title, row.name)}
+
+
+def find_row(source: str) -> DatasetSpec | None:
+    """The row of the catalogue that has this name or title, however it is spelt; a folder of that name goes first."""
+    rows = {simplified(name): row for name, row in _names().items()}
+    return None if os.path.exists(source) else rows.get(simplified(source))
+
+
 def find_spec(source: str | Mapping) -> DatasetSpec:
     """A row for whatever names a dataset.
 
@@ -178,19 +192,18 @@ def find_spec(source: str | Mapping) -> DatasetSpec:
     """
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    known = {simplified(name): row for row in _rows().values() for name in (row.name, row.title)}
-    if simplified(source) in known and not os.path.exists(source):
-        return known[simplified(source)]
-    try:
-        return _with_splits(DatasetSpec(name=source, title=source, source=source))
-    except (FileNotFoundError, ConnectionError) as error:
-        near = nearest(source, [*_rows(), *(row.title for row in _rows().values())])
-        if not near and ("/" in source or os.sep in source):
-            raise
+    row = find_row(source)
+    if row is not None:
+        return row
+    # A bare word is no id of the Hub, and asking it takes long where there is no network.
+    if re.fullmatch(r"[\w. -]+", source) and not os.path.exists(source):
+        near = dict.fromkeys(find_row(name).name for name in nearest(source, list(_names())))
         meant = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(_rows())}."
         raise ValueError(
-            f"there is no dataset {source!r} in the catalogue, in a folder or on the Hub: {meant}"
-        ) from error
+            f"there is no dataset {source!r}, neither a row of the catalogue nor a folder (Hub ids are user/name): "
+            f"{meant}"
+        )
+    return _with_splits(DatasetSpec(name=source, title=source, source=source))
 
 
 def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
@@ -218,12 +231,13 @@ def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
     if row is not None:
         spec = find_spec(row)
         if values.get("source", spec.source) != spec.source:
-            values = {"revision": None, **values}  # another place has other commits
+            values = {"revision": None, "rows": {}, "counts": {}, **values}  # nothing is known of another place
         return replace(spec, **values)
     if "source" not in values:
         raise ValueError(f"dataset {label!r} needs a source (Hub id, folder, files), or the row it is a copy of.")
     values.setdefault("name", str(values["source"]))
     values.setdefault("title", values["name"])
+    values.setdefault("counts", values.get("rows", {}))
     spec = DatasetSpec(**values)
     return spec if spec.splits else _with_splits(spec)
 
@@ -312,7 +326,7 @@ def _labels(
         why = f"{without} of {len(values)} pictures have no label." if without else "there is no label column"
         raise ValueError(why if without else f"{why} among {', '.join(dataset.column_names)}: name it (label_column).")
     kind = dataset.features[column]
-    names = kind.names if isinstance(kind, ClassLabel) else None
+    names = kind.names if isinstance(kind, ClassLabel) else spec.label_names or None
     if all(isinstance(value, str) for value in values):
         names = sorted(set(values))
         order = {name: i for i, name in enumerate(names)}
