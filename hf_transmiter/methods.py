@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -127,7 +127,7 @@ def _value(kind: type, key: str, value, where: str):
     if key not in hints:
         raise ValueError(f"{where} has no setting {key!r}; {_nearest(key, hints)}.")
     wanted = tuple(getattr(one, "__origin__", one) for one in get_args(hints[key]) or (hints[key],))
-    wanted = (tuple,) if hints[key].__name__ == "tuple" else wanted
+    wanted = (tuple,) if get_origin(hints[key]) is tuple else wanted
     try:
         if float in wanted and isinstance(value, (int, str)) and not isinstance(value, bool):
             return float(value)
