@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, Value, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetBuilder, DatasetDict, Value, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -25,6 +25,7 @@ from .anchors import DEFAULT_TEMPLATES, Anchors, load_templates
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
+from .dataset_cache import hub_builder
 from .features import guess_columns
 from .hub import SANDBOX, check_hub_id, fetch, read_json, split_revision
 from .readable import readable
@@ -135,10 +136,15 @@ def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[s
         if isinstance(saved, DatasetDict):
             return list(saved), saved.__getitem__
         return [str(saved.split or "train")], lambda _: saved
-    where = _files(name) or {"path": name, "name": subset, "revision": revision}
-    builder = load_dataset_builder(**where)
+    where = _files(name) or ({"path": name, "name": subset} if Path(name).is_dir() else None)
+    builder = hub_builder(name, subset, revision) if where is None else load_dataset_builder(**where)
     splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
-    return splits, lambda split: load_dataset(**where, split=split)
+    return splits, partial(_read, builder)
+
+
+def _read(builder: DatasetBuilder, split: str) -> Dataset:
+    builder.download_and_prepare()
+    return builder.as_dataset(split)
 
 
 def _files(name: str) -> dict | None:

@@ -20,6 +20,7 @@ ORDER = (
     *("teachers", "extraction", "moments", "bridge_files", "bridge", "transferring", "label_tuning", "baselines"),
     *("evaluation", "reliability", "comparison_task", "methods", "comparison"),
     "drift",
+    "dataset_cache",
     *(
         "readable",
         "catalog",
