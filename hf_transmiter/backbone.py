@@ -34,7 +34,9 @@ from .families import (
     unwrap,
 )
 from .fingerprint import model_fingerprint, vocabulary_hash
-from .hub import cached_commit, model_location
+from .hub import cached_commit, is_open_clip, model_location
+from .open_clip_model import OpenClipModel
+from .open_clip_model import load_processor as load_open_clip_processor
 
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,9 @@ class DualEncoder:
         """Load a frozen model in eval mode, with its processor, from a local folder or else from the Hub.
 
         Args:
-            name_or_path (`str` or `os.PathLike`): folder, Hub id or ``sandbox:weak``. Weights must be safetensors.
+            name_or_path (`str` or `os.PathLike`):
+                Folder, Hub id, ``sandbox:weak``, or a model of the open_clip library, such as
+                ``open_clip:RN50/openai`` (see [`OpenClipModel`]). Weights must be safetensors.
             revision (`str`, *optional*): branch, tag or commit.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
                 What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
@@ -126,8 +130,13 @@ class DualEncoder:
             OSError: the folder or repository, or safetensors weights in it, cannot be found.
         """
         name = os.fspath(name_or_path)
-        where = model_location(name)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if is_open_clip(name):
+            model = aligned(OpenClipModel.from_pretrained(name, revision=revision, dtype=dtype, **hub))
+            commit = model.config._commit_hash
+            model = model.eval().requires_grad_(False).to(device or "cpu")
+            return cls(model, load_processor(name, revision=commit, **hub), name, commit)
+        where = model_location(name)
         if os.path.isfile(os.path.join(where, "adapter_config.json")) and not os.path.isfile(
             os.path.join(where, "config.json")
         ):
@@ -348,6 +357,8 @@ class DualEncoder:
 
 
 def load_processor(name: str, *, revision: str | None = None, **hub):
+    if is_open_clip(name):
+        return load_open_clip_processor(name, revision=revision, **hub)
     name = model_location(name)
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
     if getattr(processor, "tokenizer", None) is None or not hasattr(processor, "image_processor"):
@@ -360,6 +371,8 @@ def load_processor(name: str, *, revision: str | None = None, **hub):
 
 def load_image_processor(name: str, *, revision: str | None = None, **hub) -> BaseImageProcessor:
     """How a model's pictures become pixels; keywords as [`DualEncoder.from_pretrained`]."""
+    if is_open_clip(name):
+        return load_open_clip_processor(name, revision=revision, **hub).image_processor
     # Pillow on every machine: torchvision, where installed, resizes slightly differently.
     return AutoImageProcessor.from_pretrained(
         model_location(name), revision=revision, backend="pil", trust_remote_code=False, **hub

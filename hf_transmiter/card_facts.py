@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .card_text import Raw, escape, one_line, span
 from .evaluation import Score
-from .hub import SANDBOX, split_revision
+from .hub import OPEN_CLIP, SANDBOX, is_public_open_clip, split_revision
 from .report import markdown_table
 from .trust import load_json, read_header
 
@@ -56,7 +56,7 @@ def library_versions() -> dict[str, str]:
 
 def is_hub_id(name: object) -> bool:
     """Whether `name` can be ``user/name`` on the Hub: not a path that exists, not ``sandbox:weak``."""
-    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((SANDBOX, ".", "~", "/")):
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((SANDBOX, OPEN_CLIP, ".", "~", "/")):
         return False
     try:
         validate_repo_id(name)
@@ -93,9 +93,13 @@ class NamedModel:
         return self.name is not None and self.name.startswith(SANDBOX)
 
     @property
+    def in_open_clip(self) -> bool:
+        return self.name is not None and is_public_open_clip(self.name)
+
+    @property
     def source(self) -> str:
         """What to pass to `from_pretrained`."""
-        if self.hub_id or self.in_sandbox:
+        if self.hub_id or self.in_sandbox or self.in_open_clip:
             return self.name
         return "path/to/base-model" if self.name is None else f"path/to/{_last_part(self.name)}"
 
@@ -105,7 +109,7 @@ class NamedModel:
         if self.hub_id:
             at = f" at {span(self.revision[:12])}" if self.revision else ""
             return Raw(f"[{escape(self.name)}](https://huggingface.co/{self.name}){at}")
-        if self.in_sandbox:
+        if self.in_sandbox or self.in_open_clip:
             return span(self.name)
         return Raw(
             "a model that is not stated" if self.name is None else f"the local model {span(_last_part(self.name))}"

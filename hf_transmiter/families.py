@@ -23,6 +23,7 @@ FAMILIES = {
     "chinese_clip": "Chinese-CLIP",
     "align": "ALIGN",
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
+    "open_clip": "open_clip",
 }
 """`config.model_type` of each supported family, with the name people know it by."""
 

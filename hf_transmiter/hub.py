@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 SANDBOX = "sandbox:"
 SANDBOX_MODELS = ("weak", "strong", "weak-upgraded")
+OPEN_CLIP = "open_clip:"
 _ASSETS = Path(__file__).parent / "assets" / "sandbox"
 
 
@@ -127,10 +128,30 @@ def _in_words(error: BaseException, repo_id: str) -> str:
     return f"The Hub answers {status} for {repo_id} ({said}): {remedy.get(status, 'try again later')}."
 
 
+def is_open_clip(name: str) -> bool:
+    """Whether a model's name is one of the open_clip library, see `open_clip_model`."""
+    return name.startswith(OPEN_CLIP)
+
+
+def is_public_open_clip(name: str) -> bool:
+    """Whether such a name means the same everywhere: ``ARCHITECTURE/TAG`` or ``hf-hub:user/repo``, no path."""
+    parts = name.removeprefix(OPEN_CLIP).split("/")
+    return is_open_clip(name) and len(parts) == 2 and not name.endswith(".safetensors") and public_name(name) == name
+
+
 def public_name(name: str) -> str:
     """What others may read of where a model or dataset came from: of a path on this machine only its last part."""
-    local = os.path.isabs(name) or name.startswith((".", "~")) or Path(name).exists()
-    return Path(name).name if local else name
+    if is_open_clip(name):
+        rest = name.removeprefix(OPEN_CLIP)
+        architecture, slash, file = rest.partition("/")
+        if not _is_path(rest) and slash:
+            return f"{OPEN_CLIP}{architecture}/{Path(file).name if _is_path(file) else file}"
+        return OPEN_CLIP + (Path(rest).name if _is_path(rest) else rest)
+    return Path(name).name if _is_path(name) else name
+
+
+def _is_path(name: str) -> bool:
+    return os.path.isabs(name) or name.startswith((".", "~")) or Path(name).exists()
 
 
 def fetch(

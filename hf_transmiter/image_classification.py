@@ -44,8 +44,8 @@ from .families import (
     shared_width,
     unit_rows,
 )
-from .hub import SANDBOX, fetch, model_location, read_json, split_revision
-from .image_classification_config import TransMiterImageClassificationConfig
+from .hub import SANDBOX, fetch, is_open_clip, model_location, read_json, split_revision
+from .image_classification_config import TransMiterImageClassificationConfig, check_of_transformers
 from .solvers import check_finite
 from .transfers import CONFIG, list_transfers, read_adapter, read_transfer
 from .trust import read_header
@@ -254,6 +254,8 @@ class TransMiterForImageClassification(PreTrainedModel):
         name, revision = own if base_model is None else split_revision(os.fspath(base_model))
         if name is None:
             raise ValueError(f"the adapter {source!r} does not say for which model it was made: pass base_model.")
+        if is_open_clip(name):
+            check_of_transformers("open_clip")
         shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
         if _pins(own, name, revision):
             return cls._from_image_tower(name, adapter, tensors, dtype, **shared)

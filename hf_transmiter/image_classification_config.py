@@ -58,7 +58,10 @@ class TransMiterImageClassificationConfig(PreTrainedConfig):
         if isinstance(self.base_config, dict):
             check_json(self.base_config, "model_config", "base_config in config.json")
             check_family(self.base_config.get("model_type"), "The model in config.json")
+            check_of_transformers(self.base_config.get("model_type"))
             _check_counts(self.base_config)
+        elif self.base_config is not None:
+            check_of_transformers(self.base_config.model_type)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -71,6 +74,18 @@ class TransMiterImageClassificationConfig(PreTrainedConfig):
             name = kept["base_model_name_or_path"] = Path(name).name
         base_config.name_or_path = name
         return cls(base_config=base_config, adapter=kept)
+
+
+def check_of_transformers(model_type: str | None) -> None:
+    """
+    Raises:
+        ValueError: a model of open_clip, which transformers does not read from a folder.
+    """
+    if model_type == "open_clip":
+        raise ValueError(
+            "models of open_clip cannot be made an image classifier of transformers: use the adapter as it is, "
+            "AnchorClassifier.from_pretrained(adapter)."
+        )
 
 
 def _check_counts(config: dict) -> None:

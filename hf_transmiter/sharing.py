@@ -21,7 +21,7 @@ from .card_metadata import by_people, given_metadata
 from .cards import write_card
 from .classifier import AnchorClassifier
 from .evaluation import Score, evaluate
-from .hub import SANDBOX, fetch, hub_errors, public_name, push_folder, split_revision
+from .hub import SANDBOX, fetch, hub_errors, is_public_open_clip, public_name, push_folder, split_revision
 from .report import read_scores, write_scores
 from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, without_paths
 from .trust import load_json
@@ -175,7 +175,8 @@ def _write_card(folder: Path, repo_id: str, theirs: Path | None) -> None:
 def _name_base_model(folder: Path, base_model: str | None) -> None:
     """Puts the model's Hub id where a path of this machine stood, in every file that names models."""
     local = load_json(folder / CONFIG, "adapter_config").get("base_model_name_or_path")
-    if base_model is None and local is not None and not (is_hub_id(local) or local.startswith(SANDBOX)):
+    named = local is None or is_hub_id(local) or local.startswith(SANDBOX) or is_public_open_clip(local)
+    if base_model is None and not named:
         raise ValueError(
             f"the base model is the local folder {local!r}, which nobody else has: pass the Hub id it can be found "
             "under, base_model='user/model' (--base-model)."

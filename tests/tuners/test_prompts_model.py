@@ -319,4 +319,4 @@ def test_two_methods_on_one_token_table(fresh, second):
 
 
 def test_families_it_knows():
-    assert set(TOKEN_TABLES) == {"clip", "siglip", "metaclip_2", "altclip", "chinese_clip"}
+    assert set(TOKEN_TABLES) == {"clip", "siglip", "metaclip_2", "altclip", "chinese_clip", "open_clip"}

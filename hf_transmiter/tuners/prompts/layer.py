@@ -319,9 +319,12 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.hooks = [
             root.register_forward_pre_hook(self.fill_texts, with_kwargs=True),
             text.register_forward_pre_hook(self.insert, with_kwargs=True),
-            vision.embeddings.register_forward_hook(self.after_patches),
         ]
-        for tower, hook in ((text, self.before_text_layer), (vision, self.before_vision_layer)):
+        prompted = [(text, self.before_text_layer)]
+        if takes_image_prompts(root):
+            self.hooks.append(vision.embeddings.register_forward_hook(self.after_patches))
+            prompted.append((vision, self.before_vision_layer))
+        for tower, hook in prompted:
             for index, layer in enumerate(layers(tower)):
                 # Bound methods and partials of them survive deepcopy and pickle; closures would not.
                 bound = functools.partial(hook, index)
@@ -342,9 +345,21 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             self.plain = False
 
 
+def takes_image_prompts(root: nn.Module) -> bool:
+    """Whether prompts can go behind the patches: not in open_clip's towers, which are of many kinds."""
+    return root.config.model_type != "open_clip"
+
+
 def layers(tower: nn.Module) -> nn.ModuleList:
-    """The transformer layers of a tower, which families keep under different names."""
-    return next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    """The transformer layers of a tower, which families keep under different names.
+
+    Raises:
+        ValueError: it has none (a ResNet).
+    """
+    found = next((module for module in tower.modules() if isinstance(module, nn.ModuleList)), None)
+    if found is None:
+        raise ValueError(f"a {type(tower).__name__} has no transformer layers that prompts could go into.")
+    return found
 
 
 def _with_hidden(args: tuple, kwargs: dict, change) -> tuple[tuple, dict]:

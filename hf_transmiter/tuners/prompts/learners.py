@@ -301,4 +301,4 @@ class MaPLeLayer(DeepPromptLayer):
 
 
 def _causal(root: nn.Module) -> bool:
-    return root.config.model_type in ("clip", "metaclip_2")
+    return root.config.model_type in ("clip", "metaclip_2", "open_clip")

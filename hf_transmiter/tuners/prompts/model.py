@@ -8,7 +8,7 @@ from torch import nn
 from ...families import FAMILIES, is_dual_encoder, shared_width, text_positions
 from ...fingerprint import vocabulary_hash
 from .config import PromptConfig
-from .layer import PromptLayer, layers
+from .layer import PromptLayer, layers, takes_image_prompts
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
 from .logits import prompt_layer, set_classes
 from .texts import final_token_ids, load_tokenizer, phrase_token_ids
@@ -20,6 +20,7 @@ TOKEN_TABLES = {
     "metaclip_2": "text_model.embeddings.token_embedding",
     "altclip": "text_model.roberta.embeddings.word_embeddings",
     "chinese_clip": "text_model.embeddings.word_embeddings",
+    "open_clip": "text_model.token_embedding",
 }
 """Where each supported family keeps its token table.
 
@@ -47,7 +48,7 @@ def base_facts(model: nn.Module, tokenizer=None) -> dict:
         "vocabulary_size": table.num_embeddings,
         "vocabulary": None if tokenizer is None else vocabulary_hash(tokenizer),
         "vision_width": model.config.vision_config.hidden_size,
-        "vision_layers": len(layers(model.vision_model)),
+        "vision_layers": len(layers(model.vision_model)) if takes_image_prompts(model) else None,
         "embed_dim": shared_width(model),
     }
 
@@ -93,6 +94,11 @@ class PromptModel(BaseTuner):
             raise ValueError(
                 f"prompt learning needs a whole two-tower model of a supported family, got "
                 f"{type(self.model).__name__} of type {family!r}. Supported: {supported}."
+            )
+        if "vision_width" in peft_config.must_match and not takes_image_prompts(self.model):
+            raise ValueError(
+                f"{peft_config.peft_type.value} puts prompts into the image tower, which models of {FAMILIES[family]} "
+                "do not take: use coop, kgcoop, cocoop or contcoop, or a model of transformers."
             )
         other = prompt_layer(self.model)
         if other is not None and type(other) is not self.tuner_layer_cls:

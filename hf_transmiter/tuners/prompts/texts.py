@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ...families import SIGLIP, tokenize
+from ...families import SIGLIP, text_positions, tokenize
 from ...hub import model_location
+from ...open_clip_model import load_tokenizer as load_open_clip_tokenizer
 from .config import check_class_names
 
 
@@ -34,6 +35,8 @@ def final_token_ids(tokenizer) -> tuple[int, int]:
 def load_tokenizer(model: nn.Module):
     """The tokenizer saved beside a transformers model, `None` where there is none."""
     config = model.config
+    if config.model_type == "open_clip":
+        return load_open_clip_tokenizer(text_positions(model))
     try:
         revision = getattr(config, "_commit_hash", None)
         name = model_location(config._name_or_path)
