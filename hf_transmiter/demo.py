@@ -15,7 +15,7 @@ from huggingface_hub.utils import tqdm
 from peft import PeftModel
 from transformers import CLIPModel
 
-from . import figures, report, sandbox
+from . import figures, methods, report, sandbox
 from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
@@ -106,6 +106,7 @@ class Task:
             shots = few_shot(train["label"], config.shots, seed)
         tuned = [tune(model, train, config=config, **options) for model in self.models[: 1 + ceiling]]
         tuned = [AnchorClassifier(t.encoder, Anchors(tuple(names), (), t.anchors.templates)) for t in tuned]
+        left_out = () if ceiling else ("tuned strong",)
         found = compare(
             self.weak,
             self.strong,
@@ -115,6 +116,7 @@ class Task:
             labelled=train.select(shots),
             general=sandbox.load_dataset("street", "unlabelled"),
             tuned_strong=tuned[1] if ceiling else None,
+            variants=[row for row, method in methods.METHODS.items() if method.default and row not in left_out],
             seen_classes=seen,
             anchors=self.anchors,
             text_anchors=self.text_anchors,

@@ -102,6 +102,7 @@ def bars(
     path: str | os.PathLike,
     *,
     title: str,
+    xlabel: str = "accuracy (%)",
     reference: Mapping[str, float] | None = None,
 ) -> Path | None:
     """Horizontal bars of the mean accuracy over seeds, with one dot per seed.
@@ -109,6 +110,7 @@ def bars(
     Args:
         scores_by_seed (`Mapping[str, Sequence[float]]`): accuracies in percent of every method, the first on top.
         path (`str` or `os.PathLike`): PNG to write; its folder is made. Atomic.
+        xlabel (`str`, *optional*, defaults to `"accuracy (%)"`): what else is shown.
         reference (`Mapping[str, float]`, *optional*): vertical lines, in percent: zero-shot strong, the ceiling...
 
     Returns:
@@ -140,7 +142,7 @@ def bars(
     axes.set_ylim(len(scores_by_seed) - 0.45, -0.55)
     highest = max([*reference.values(), *(max(values) for values in scores_by_seed.values())])
     axes.set_xlim(0, 1.03 * highest or 1)
-    axes.set_xlabel("accuracy (%)")
+    axes.set_xlabel(xlabel)
     _legend(figure, axes)
     return _save(figure, path)
 

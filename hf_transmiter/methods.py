@@ -367,7 +367,11 @@ METHODS: dict[str, Method] = {
         _label_tuned(_published_identity), _LABELS, _having("labelled"), ("label_tuning", "anchors"), default=False
     ),
     "TransMiter+ from gradient transfer": Method(
-        _label_tuned(_published), _BOTH, _having("labelled", "unlabelled"), ("label_tuning", *_GRADIENT)
+        _label_tuned(_published),
+        _BOTH,
+        _having("labelled", "unlabelled"),
+        ("label_tuning", *_GRADIENT),
+        default=False,
     ),
     "TransMiter+ from refit": Method(
         _label_tuned(_refit), _BOTH, _having("labelled", "unlabelled"), ("label_tuning", *_CLOSED)

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from .evaluation import Score
@@ -17,10 +18,21 @@ from .files import replace_file
 from .trust import check_json, load_json
 
 
+if TYPE_CHECKING:
+    from .comparison import Comparison
+
 logger = logging.getLogger(__name__)
 
 NOTHING = "–"
 _MARKS = "†‡§¶"
+_LOWEST = ("ece", "calibration gap")  # metrics whose best value is the lowest
+_UNRANKED = ("agreement", "confidence")  # and those that have no best
+_NEEDS = {
+    "labels": "labels",
+    "task_images": "task images",
+    "backprop": "backprop",
+    "weak_at_run_time": "weak model at run time",
+}
 _OPTIONAL = ("dataset", "num_images")  # not in files of earlier versions; left out where they are not known
 
 
@@ -54,9 +66,10 @@ def markdown_table(
 ) -> str:
     """One row per method, one column per split and metric, then what making the method cost.
 
-    Rows and columns keep the order of first appearance. The best value of a column is bold, all of them if they tie
-    as printed; a method with a note has an advantage (a ceiling, labels, the weak model at run time), so it is marked
-    and never bold. Seconds and peak memory are means over the method's rows, and left out if none is known.
+    Rows and columns keep the order of first appearance. The best value of a column (of a calibration error the lowest;
+    confidence and agreement have none) is bold, all of them if they tie as printed; a method with a note has an
+    advantage (a ceiling, labels, the weak model at run time), so it is marked and never bold. Seconds and peak memory
+    are means over the method's rows, and left out if none is known.
 
     Args:
         scores (`Sequence[Score]`): at most one per method, split and metric, see [`aggregate`].
@@ -86,16 +99,60 @@ def markdown_table(
     marks = {text: _MARKS[i % 4] * (1 + i // 4) for i, text in enumerate(dict.fromkeys(notes.values()))}
     body = [[_escape(method) + (" " + marks[notes[method]] if method in notes else "") for method in methods]]
     for split, metric in columns:
-        body.append(_column({m: cells.get((m, split, metric)) for m in methods}, baseline, notes))
+        body.append(_column({m: cells.get((m, split, metric)) for m in methods}, baseline, notes, metric))
     header = ["method", *(_escape(f"{split} {metric}") for split, metric in columns)]
     for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
         costs = [_cost(scores, method, name) for method in methods]
         if set(costs) != {NOTHING}:
             header.append(title)
             body.append(costs)
+    return _lines(header, body) + "\n" + _legend([cells[c] for c in cells if c[1:] in columns], baseline, marks)
+
+
+def comparison_table(found: Comparison) -> str:
+    """A comparison for people who have to choose: one row per method with its scores, what making it cost, the bytes
+    to be stored for it, and what it needs. Rows that could not be had follow, with the reasons.
+
+    Bold as in [`markdown_table`]: methods that need labels, or strong, tuned and weak model at run time, are never.
+
+    Args:
+        found (`Comparison`): what `compare` returned.
+
+    Returns:
+        `str`: markdown, ending in a newline.
+    """
+    methods, header, body = list(found.logits), ["method"], [[_escape(method) for method in found.logits]]
+    cells = {(score.method, score.metric): score for score in found.scores}
+    for metric in dict.fromkeys(score.metric for score in found.scores):
+        header.append(_escape(metric.upper() if metric == "ece" else metric))
+        body.append(_column({m: cells.get((m, metric)) for m in methods}, None, found.notes, metric))
+    header += ["seconds", "peak MB", "size", *_NEEDS.values()]
+    body += [[_cost(found.scores, method, name) for method in methods] for name in ("seconds", "peak_mb")]
+    body.append([_size(found.sizes.get(method)) for method in methods])
+    body += [["yes" if getattr(found.needs[method], need) else "no" for method in methods] for need in _NEEDS]
+    left_out = "".join(f"- {_escape(method)}: {_escape(reason)}\n" for method, reason in found.skipped.items())
+    table = _lines(header, body) + "\n" + _TABLE_LEGEND if methods else ""
+    return table + (f"\nNot in the table:\n\n{left_out}" if left_out else "")
+
+
+_TABLE_LEGEND = (
+    "Scores in percent; seconds and memory of making it, without embedding the images; size: what is stored beside "
+    "the pre-trained models; bold: best of the methods that need neither labels nor several models at run time.\n"
+)
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return NOTHING
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB" if count else "0"
+    return f"{count / 1e6:.1f} MB"
+
+
+def _lines(header: list[str], body: Sequence[Sequence[str]]) -> str:
+    """Columns as a markdown table, the first one flush left."""
     lines = [header, [":---"] + ["---:"] * (len(header) - 1), *zip(*body, strict=True)]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return table + "\n" + _legend([cells[c] for c in cells if c[1:] in columns], baseline, marks)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cells(scores: Sequence[Score]) -> dict[tuple[str, str, str], Score]:
@@ -114,10 +171,13 @@ def _known(score: Score | None) -> bool:
     return score is not None and not math.isnan(score.value)
 
 
-def _column(scores: Mapping[str, Score | None], baseline: str | None, notes: Mapping[str, str]) -> list[str]:
+def _column(
+    scores: Mapping[str, Score | None], baseline: str | None, notes: Mapping[str, str], metric: str
+) -> list[str]:
     # Rounded as printed: what looks the same is marked the same.
     fair = {method: round(s.value, 1) for method, s in scores.items() if _known(s) and method not in notes}
-    best = max(fair.values()) if len(fair) > 1 else None
+    choose = min if metric in _LOWEST else max
+    best = choose(fair.values()) if len(fair) > 1 and metric not in _UNRANKED else None
     base = scores.get(baseline)
     texts = []
     for method, score in scores.items():

@@ -64,9 +64,11 @@ def run(task: Task, config: TuningConfig, teacher) -> dict[str, dict[str, float]
         anchors=task.anchors,
         text_anchors=task.text_anchors,
         gradient=ExtractionConfig(solver="gradient", basis="fixed", seed=config.seed),
+        variants=list(ROWS),
         **quiet,
     )
-    return {score.method: {"accuracy": score.value, "seconds": score.seconds} for score in found.scores}
+    scores = [score for score in found.scores if score.metric == "accuracy"]
+    return {score.method: {"accuracy": score.value, "seconds": score.seconds} for score in scores}
 
 
 def cells(arguments, upgrades: list[str]) -> dict[tuple, dict]:

@@ -1,0 +1,226 @@
+"""`compare`: what upgrading is worth on one's own pictures; `cli` adds it. Heavy imports are inside, as there."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_arguments import LABELLED, TEST, UNLABELLED, Images, Seen, Strong, Teacher, Weak
+from .cli_options import DataOptions, ModelOptions, NameOptions, Result, RunOptions, check_new, command
+from .settings import TuningConfig, check_choice
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .comparison import Comparison
+
+logger = logging.getLogger(__name__)
+
+RETUNE = ("lora", "teacher")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Registers the commands of this module."""
+    command(app)(compare)
+
+
+def compare(
+    weak: Weak,
+    strong: Strong,
+    teacher: Teacher,
+    dataset: Images,
+    data: DataOptions,
+    names: NameOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
+    labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
+    shots: Annotated[int, typer.Option(help="Labelled pictures per class.")] = TuningConfig.shots,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.")] = 0,
+    general: Annotated[str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.")] = None,
+    bridge: Annotated[str | None, typer.Option(help="A finished bridge: file, folder or Hub id.")] = None,
+    tuned_strong: Annotated[
+        str | None, typer.Option(help="The strong model tuned on labels, as a ceiling; tuned here if unset.")
+    ] = None,
+    retune: Annotated[
+        str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.")
+    ] = "lora",
+    seen_classes: Seen = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="A row of the table, such as 'refit'; may be repeated; all if unset.")
+    ] = None,
+    vocabulary: Annotated[
+        str, typer.Option(help="Auxiliary names of the published adapter: a shipped list, or a file.")
+    ] = "common-nouns",
+    min_gain: Annotated[
+        float | None,
+        typer.Option(
+            help="Exit with 1 where upgrading gains fewer points of accuracy than this over zero-shot strong."
+        ),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="The row that --min-gain is about; the recommended one if unset.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for report.md, scores.json and figures.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+) -> Result:
+    """Every way to upgrade and every cheap alternative on one task, in one table, with a recommendation.
+
+    Without labels the table has agreement with the tuned weak model, confidence and calibration instead of accuracy.
+
+    [bold]Example:[/bold] hf-transmiter compare --weak sandbox:weak --strong sandbox:strong --teacher out/tuned --dataset sandbox:print --unlabelled sandbox:print
+    """  # noqa: E501
+    if output_dir is not None and run.main_process:
+        check_new(output_dir / "report.md", overwrite)
+    check_choice("retune", retune, RETUNE)
+    if gate is not None and min_gain is None:
+        raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
+    from .bridge import Bridge
+    from .catalog import load_encoder, load_teacher, read_names, teacher_templates
+    from .comparison import compare
+    from .report import comparison_table
+    from .retraining import SavedTuning
+
+    rows = _rows(methods, min_gain, gate)
+    test = data.load(dataset, TEST, data.split)
+    if min_gain is not None and _label_column(test, data) is None:
+        raise ValueError(
+            "--min-gain compares accuracies, and the test pictures have no labels: pass a labelled --dataset (a "
+            "subfolder per class, or a label column), or leave --min-gain out and read the agreement."
+        )
+    few = _few_shot(data.load(labelled, LABELLED), test, data, shots, seed)
+    options = models.load(run)
+    encoder, target = load_encoder(weak, **options), load_encoder(strong, **options)
+    found = compare(
+        encoder,
+        target,
+        load_teacher(teacher, encoder),
+        test,
+        unlabelled=data.load(unlabelled, UNLABELLED),
+        labelled=few,
+        general=data.load(general, UNLABELLED),
+        tuned_strong=None if tuned_strong is None else load_teacher(tuned_strong, target),
+        tuning=SavedTuning.read(teacher).config if retune == "teacher" else None,
+        bridge=None if bridge is None else Bridge.from_pretrained(bridge),
+        class_names=read_names(names.class_names),
+        seen_classes=read_names(seen_classes),
+        templates=teacher_templates(teacher, names.template),
+        variants=rows,
+        vocabulary=vocabulary,
+        split=str(test.split),
+        **data.embedding(run),
+    )
+    advice = f"Recommended: {found.recommended}. {found.reason}"
+    result = Result(_facts(found), f"{comparison_table(found)}\n{advice}")
+    if min_gain is not None:
+        _judge(result, found, min_gain, gate or found.recommended)
+    if output_dir is not None and run.main_process:
+        _write(output_dir, found, [weak, strong, dataset], advice)
+    return result
+
+
+def _rows(methods: Sequence[str] | None, min_gain: float | None, gate: str | None):
+    """The rows asked for, with those that the gate looks at; `None` for those that run by default."""
+    from .comparison import STRONG
+    from .methods import METHODS, Variant
+
+    rows = [Variant(name) for name in dict.fromkeys([*(methods or ()), *[gate] * (gate is not None)])]
+    if not methods:
+        if all(METHODS[row.method].default for row in rows):
+            return None
+        return [*(Variant(name) for name, method in METHODS.items() if method.default), *rows]
+    if min_gain is not None and STRONG not in (row.name for row in rows):
+        rows.append(Variant(STRONG))
+    return rows
+
+
+def _label_column(images: Dataset, data: DataOptions) -> str | None:
+    from .features import guess_columns
+
+    return guess_columns(images, data.image_column, data.label_column)[1]
+
+
+def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: int, seed: int) -> Dataset | None:
+    """`shots` labelled pictures of each class, `None` without pictures."""
+    if images is None:
+        return None
+    from .splits import few_shot
+
+    label = _label_column(images, data)
+    if label is None:
+        raise ValueError(f"the labelled pictures have no labels; their columns are {', '.join(images.column_names)}.")
+    if images._fingerprint == test._fingerprint:
+        raise ValueError(
+            "the labelled pictures are the test pictures: what learns from them would be scored on what it saw. Pass "
+            "others, or a dataset with a train and a test split."
+        )
+    labels = images[label]
+    drawn = few_shot(labels, shots, seed, allow_fewer=True)
+    names = getattr(images.features[label], "names", None)
+    counts = Counter(labels[row] for row in drawn)
+    short = [names[kind] if names else str(kind) for kind, count in counts.items() if count < shots]
+    if short:
+        logger.warning(
+            "%d of %d classes have fewer than %d labelled pictures, first %r: all that they have are taken.",
+            len(short), len(counts), shots, short[0],
+        )  # fmt: skip
+    return images.select(drawn)
+
+
+def _judge(result: Result, found: Comparison, min_gain: float, gate: str) -> None:
+    """Notes in the result whether a row gains enough over the zero-shot strong model."""
+    from .comparison import STRONG
+
+    missing = next((row for row in (gate, STRONG) if row not in found.logits), None)
+    if missing is not None:
+        reason = found.skipped.get(missing, "it is not among --methods")
+        result.failed = f"--min-gain has nothing to look at: no row {missing!r} ({reason})."
+        return
+    gain, own, before = found.value(gate) - found.value(STRONG), found.value(gate), found.value(STRONG)
+    said = f"{gate} gains {gain:+.1f} points over {STRONG} ({own:.1f} against {before:.1f})"
+    result.data["gate"] = {"method": gate, "gain": gain, "min_gain": min_gain, "passed": gain >= min_gain}
+    result.text += f"\nGate: {said}; {min_gain:g} are asked for."
+    if gain < min_gain:
+        result.failed = f"{said}, fewer than the {min_gain:g} of --min-gain."
+
+
+def _facts(found: Comparison) -> dict:
+    """For `--json`."""
+    return {
+        "scores": [asdict(score) for score in found.scores],
+        "needs": {row: asdict(needs) for row, needs in found.needs.items()},
+        "sizes": found.sizes,
+        "skipped": found.skipped,
+        "notes": found.notes,
+        "recommended": found.recommended,
+        "reason": found.reason,
+    }
+
+
+def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str) -> None:
+    """report.md, scores.json and the figures."""
+    from . import figures
+    from .comparison import STRONG
+    from .hub import public_name
+    from .report import Section, comparison_table, write_report, write_scores
+
+    metric = "agreement" if found.labels is None else "accuracy"
+    label = "agreement with the tuned weak model (%)" if found.labels is None else "accuracy (%)"
+    lines = {row: found.value(row, metric) for row in (STRONG, "tuned weak") if row in found.logits}
+    values = {row: [found.value(row, metric)] for row in found.logits if row not in lines}
+    weak, strong, dataset = map(public_name, sources)
+    title = f"{weak} to {strong} on {dataset}"
+    drawn = []
+    if values:
+        path = folder / "figures" / "methods.png"
+        drawn.append(figures.bars(values, path, title=title, xlabel=label, reference=lines))
+    write_scores(folder / "scores.json", found.scores)
+    section = Section("Comparison", f"{advice}\n\n{comparison_table(found)}", figures=drawn)
+    write_report(folder, [section], title=title)
