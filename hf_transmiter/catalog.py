@@ -27,7 +27,7 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .dataset_cache import hub_builder
 from .features import guess_columns
-from .hub import SANDBOX, check_hub_id, fetch, read_json, split_revision
+from .hub import SANDBOX, check_hub_id, fetch, is_open_clip, read_json, split_revision
 from .readable import readable
 from .settings import TuningConfig
 from .teachers import Teacher, as_classifier
@@ -180,7 +180,8 @@ def load_encoder(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> DualEncoder:
-    """A frozen dual encoder: a Hub id (``id@revision`` too), a folder, or ``sandbox:weak|strong|weak-upgraded``.
+    """A frozen dual encoder: a Hub id (``id@revision`` too), a folder, ``sandbox:weak|strong|weak-upgraded``, or a
+    model of open_clip (``open_clip:RN50/openai``).
 
     Raises:
         FileNotFoundError: neither a folder nor a possible Hub id.
@@ -189,7 +190,7 @@ def load_encoder(
     """
     name, suffix = split_revision(source)
     revision = revision or suffix
-    if not (name.startswith(SANDBOX) or Path(name).is_dir()):
+    if not (name.startswith(SANDBOX) or is_open_clip(name) or Path(name).is_dir()):
         check_hub_id(name, "model")
     try:
         return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)

@@ -51,7 +51,7 @@ _ASSETS = Path(__file__).parent / "assets" / "sandbox"
 def split_revision(source: str) -> tuple[str, str | None]:
     """``"name@revision"`` to its parts. An existing path is a name as a whole."""
     name, at, revision = source.rpartition("@")
-    return (name, revision) if at and name and not Path(source).exists() else (source, None)
+    return (name, revision) if at and name and not Path(source.removeprefix(OPEN_CLIP)).exists() else (source, None)
 
 
 def model_location(name: str) -> str:

@@ -17,8 +17,14 @@ BETA = 500.0  # of the published run (arXiv 2508.08604)
 METHODS = ("lora", "coop", "kgcoop", "prograd", "cocoop", "contcoop", "ivlp", "maple", "promptsrc")
 PULLS = ("kl", "cosine", "l2", "l1", "promptsrc")
 PRECISIONS = ("float32", "bfloat16")
-# The linear layers in the blocks of an image tower that is a vision transformer, in every family that has one.
-VISION_LINEARS = r"vision_model\.(encoder\.)?layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2)"
+# The linear layers in the blocks of an image tower that is a vision transformer, in every family that has one. The
+# towers of open_clip: of timm (EVA-CLIP), its own, of which attention reads weights past its layers, and the ResNet's.
+VISION_LINEARS = (
+    r"vision_model\.((encoder\.)?layers\.\d+\.\w+\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2)"
+    r"|trunk\.blocks\.\d+\.\w+\.(q_proj|k_proj|v_proj|proj|fc1|fc1_g|fc1_x|fc2)"
+    r"|transformer\.resblocks\.\d+\.mlp\.(c_fc|c_proj)"
+    r"|layer\d\.\d+\.conv\d)"
+)
 
 
 @dataclass
@@ -125,7 +131,8 @@ class TuningConfig(FitConfig):
         alpha (`float`, *optional*, defaults to 16): LoRA: updates are multiplied by alpha / r.
         target_modules (`str`, *optional*):
             LoRA: regular expression for the whole name of a layer. Defaults to query, key, value and output of
-            attention and both layers of the MLP, in every block of the image tower.
+            attention and both layers of the MLP, in every block of the image tower (of open_clip's own vision
+            transformers the MLP alone, of its ResNets the convolutions).
         augment (`str`, *optional*):
             Of the training images: `"none"`, `"shift"` (mirrored, moved a little) or `"crop"` (published: mirrored,
             random resized crops). Methods that leave the image tower alone default to `"none"`, which embeds each
