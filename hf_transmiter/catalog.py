@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 TEACHER_FILE = "teacher.json"
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
+_SPLITS = re.compile(r"(?:^|\+)([^\[+]+)")  # the names in a slice ("train[:100]") or a sum ("train+test")
 
 
 def load_images(
@@ -129,13 +130,12 @@ def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[s
         from . import sandbox  # the synthetic world is not needed for real pictures
 
         splits = ("train", "unlabelled", "validation", "test")
-        return splits, partial(sandbox.load_dataset, source.removeprefix(SANDBOX))
+        return splits, partial(_sliced, partial(sandbox.load_dataset, source.removeprefix(SANDBOX)))
     name, revision = split_revision(source)
     if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
         saved = load_from_disk(name)
-        if isinstance(saved, DatasetDict):
-            return list(saved), saved.__getitem__
-        return [str(saved.split or "train")], lambda _: saved
+        saved = saved if isinstance(saved, DatasetDict) else {re.split(r"\W", str(saved.split or "train"))[0]: saved}
+        return list(saved), partial(_sliced, saved.__getitem__)
     where = _files(name) or ({"path": name, "name": subset} if Path(name).is_dir() else None)
     builder = hub_builder(name, subset, revision) if where is None else load_dataset_builder(**where)
     splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
@@ -164,8 +164,7 @@ def _files(name: str) -> dict | None:
 def _choose(splits: Sequence[str], split: str | None, prefer: Sequence[str], source: str) -> str:
     known = ", ".join(splits)
     if split is not None:
-        # A slice ("train[:100]") or a sum ("train+test") begins with a name.
-        if splits and re.match(r"[^\[+]*", split).group() not in splits:
+        if splits and not set(_SPLITS.findall(split)) <= set(splits):
             raise ValueError(f"{source!r} has no split {split!r}; there are {known}.")
         return split
     found = next((name for name in prefer if name in splits), splits[0] if len(splits) == 1 else None)
