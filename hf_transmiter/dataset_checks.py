@@ -11,10 +11,14 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from .catalog import list_splits, open_split
 from .class_names import match_names
 from .dataset_specs import DatasetSpec
 from .hub import SANDBOX, hub_errors
+from .image_sources import list_splits, open_split
+
+
+UNREACHABLE = "Hub"
+_ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError)
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ def check_spec(spec: DatasetSpec) -> list[Finding]:
     try:
         facts = _of_folder(spec) if _is_local(spec.source) else _of_hub(spec)
     except (OSError, ValueError, DatasetsError) as error:
-        absent = isinstance(error.__cause__, (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError))
-        status = "differs" if absent or isinstance(error, (FileNotFoundError, ValueError)) else "unknown"
-        reached = "" if status == "differs" else "cannot be reached: "
-        return [Finding("source", status, spec.location, f"{reached}{' '.join(str(error).split())}")]
+        said, cause = " ".join(str(error).split()), error.__cause__ or error
+        if isinstance(cause, (*_ABSENT, FileNotFoundError)) or not isinstance(error, OSError):
+            return [Finding("source", "differs", spec.location, said)]
+        return [Finding(UNREACHABLE, "unknown", spec.location, f"it cannot be reached: {said}")]
     return [*_commit(spec, facts), *_splits(spec, facts), *_columns(spec, facts), *_classes(spec, facts)]
 
 

@@ -18,9 +18,10 @@ import yaml
 from datasets import ClassLabel, Dataset
 
 from .anchors import DEFAULT_TEMPLATES
-from .catalog import draw, list_splits, open_split, read_templates
+from .catalog import read_templates
 from .class_names import check_names, match_names, nearest, read_class_file, simplified
 from .features import guess_columns
+from .image_sources import draw, list_splits, open_split
 
 
 ROLES = ("train", "validation", "test", "unlabelled")
