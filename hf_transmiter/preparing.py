@@ -1,0 +1,386 @@
+"""[`prepare`]: everything a machine without a network needs, into the caches of huggingface_hub and datasets.
+
+Whatever is named is read here by the same functions that read it in the job, so nothing is missed and nothing else is
+fetched. Without a network the same call only looks whether the caches are complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import datasets.config
+from datasets import DatasetBuilder
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.utils import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .bench_config import BenchConfig
+from .bridge import Bridge
+from .bridge_files import WEIGHTS as BRIDGE
+from .calibration import CalibrationPack
+from .catalog import TEACHER_FILE, TeacherFacts, list_splits, load_encoder, open_split
+from .classifier import CALIBRATION
+from .dataset_cache import hub_builder
+from .dataset_specs import DatasetSpec, find_spec, load_split
+from .features import guess_columns
+from .hub import OPEN_CLIP, SANDBOX, fetch, hub_errors, read_json, split_revision
+from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, list_transfers, read_config
+from .trust import PICKLES, check_adapter_tensors
+from .tuners import PeftType
+
+
+logger = logging.getLogger(__name__)
+
+_OF_A_MODEL = (".json", ".txt", ".model", ".jinja")  # beside the weights: configuration, processor, tokenizer
+_OF_AN_ADAPTER = ("README.md", "anchors.json", SCORES, INDEX)  # what is not read below
+
+
+@dataclass
+class Prepared:
+    """One thing that a job reads.
+
+    Args:
+        kind (`str`): ``"model"``, ``"adapter"``, ``"bridge"`` or ``"dataset"``.
+        name (`str`): as it was named.
+        status (`str`): ``"there"``, ``"fetched"`` or ``"failed"``.
+        source (`str`): ``"Hub"``, ``"this machine"`` (a folder or file, to be copied too) or ``"this package"``.
+        revision (`str`, *optional*): commit in the Hub's repository; ``name@revision`` is this version for ever.
+        files (`int`), num_bytes (`int`): in the caches; of a dataset both as downloaded and as read (Arrow).
+        needed_by (`str`, *optional*): the adapter whose base model it is.
+        reason (`str`, *optional*): why it failed.
+    """
+
+    kind: str
+    name: str
+    status: str = "failed"
+    source: str = "Hub"
+    revision: str | None = None
+    files: int = 0
+    num_bytes: int = 0
+    needed_by: str | None = None
+    reason: str | None = None
+
+
+def prepare(
+    models: Sequence[str] = (),
+    adapters: Sequence[str] = (),
+    bridges: Sequence[str] = (),
+    datasets: Sequence[str | Mapping | DatasetSpec] = (),
+    config: BenchConfig | str | os.PathLike | None = None,
+    *,
+    with_base: bool = False,
+    progress: bool = True,
+) -> list[Prepared]:
+    """Fills the caches with what a job reads; afterwards it runs with ``HF_HUB_OFFLINE=1``, here or where the caches
+    are copied to. Under ``HF_HUB_OFFLINE=1`` itself it fetches nothing and tells what is missing.
+
+    What is there already is not downloaded again, and an interrupted download goes on where it was. One thing that
+    fails does not stop the others.
+
+    Args:
+        models (`Sequence[str]`): Hub ids (``id@revision`` too), or ``open_clip:...`` names.
+        adapters (`Sequence[str]`): Hub ids of adapters of any kind, tuned models of `tune` among them.
+        bridges (`Sequence[str]`): Hub ids.
+        datasets (`Sequence[str | Mapping | DatasetSpec]`): what [`find_spec`] takes. All splits are fetched.
+        config (`BenchConfig` or `str`, *optional*): a bench, or what [`BenchConfig.read`] takes: its models, datasets.
+        with_base (`bool`, *optional*, defaults to `False`): also the models that the adapters belong to.
+        progress (`bool`, *optional*, defaults to `True`): show a bar.
+
+    Returns:
+        `list[Prepared]`: a row for each, adapters first.
+
+    Raises:
+        ValueError: nothing to prepare, or a bench that cannot be read.
+        OSError: the disk has not enough room for what is to be fetched.
+    """
+    if isinstance(config, (str, os.PathLike)):
+        config = BenchConfig.read(config)
+    if config is not None:
+        models, general = [*models, *config.encoders()], [config.general] if config.general else []
+        datasets = [*datasets, *config.specs(), *general]
+    run = _Run()
+    small = [("adapter", source, _read_adapter) for source in adapters]
+    small += [("bridge", source, _read_bridge) for source in bridges]
+    if not (small or models or datasets):
+        raise ValueError("there is nothing to prepare: name models, adapters, bridges, datasets or a bench.")
+    bar = tqdm(total=len(small) + len(models) + len(datasets), desc="preparing", disable=not progress)
+    with bar:
+        for kind, source, read in small:
+            run.add(Prepared(kind, source), lambda read=read, source=source: read(source))
+            bar.update()
+        bases = run.add_bases(adapters) if with_base else {}
+        specs = [run.spec(source) for source in datasets]
+        wanted = list(dict.fromkeys([*bases, *models]))
+        if not constants.HF_HUB_OFFLINE:
+            _check_room(wanted, [spec for spec in specs if spec is not None])
+        bar.total = len(small) + len(wanted) + len(datasets)
+        for source in wanted:
+            run.add(Prepared("model", source, needed_by=bases.get(source)), lambda source=source: _read_model(source))
+            bar.update()
+        for spec in filter(None, specs):
+            run.add(Prepared("dataset", spec.location), lambda spec=spec: _read_dataset(spec))
+            bar.update()
+    return run.rows
+
+
+def prepared_table(rows: Sequence[Prepared]) -> str:
+    """What became of each, as a markdown table."""
+    lines = ["| | name | revision | files | size | |", "|:---|:---|:---|---:|---:|:---|"]
+    for row in rows:
+        said = {"there": "already there"}.get(row.status, row.status)
+        said += f" ({row.source})" if row.status != "failed" and row.source != "Hub" else ""
+        said += f": {row.reason}" if row.reason else ""
+        name = row.name + (f" (base of {row.needed_by})" if row.needed_by else "")
+        size = in_words(row.num_bytes) if row.files else ""
+        cells = [row.kind, name, (row.revision or "")[:12], row.files or "", size, said]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cache_folders() -> list[Path]:
+    """What has to be copied to another machine: downloads, datasets, and embeddings that earlier jobs made."""
+    places = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, constants.HF_ASSETS_CACHE)
+    return [Path(place) for place in places if Path(place).is_dir()]
+
+
+def in_words(num_bytes: int) -> str:
+    """``"1.7 GB"``"""
+    size, units = float(num_bytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if size >= 10 or units[0] == "bytes" else f"{size:.1f} {units[0]}"
+
+
+class _Run:
+    """Rows so far, and the files that the caches held before each."""
+
+    def __init__(self):
+        self.rows: list[Prepared] = []
+        self.known = set(_cached("*"))
+
+    def add(self, row: Prepared, read: Callable[[], str | None]) -> None:
+        """Reads one thing, fetching it if need be, and says in its row what became of it."""
+        self.rows.append(row)
+        try:
+            row.revision = read()
+        except Exception as error:  # whatever the libraries run into with a stranger's files
+            logger.debug("%s %s", row.kind, row.name, exc_info=True)
+            row.reason = " ".join(str(error).split()) or type(error).__name__
+            return
+        row.status = "there"
+        if row.revision is None:
+            row.source = "this package" if row.name.startswith(SANDBOX) else "this machine"
+            return
+        files = _cached(row.revision)
+        row.files, row.num_bytes = len(files), sum(files.values())
+        if not self.known.issuperset(files):
+            row.status = "fetched"
+        self.known.update(files)
+
+    def add_bases(self, adapters: Iterable[str]) -> dict[str, str]:
+        """{model: adapter it belongs to} of the adapters that could be read; those that name none fail."""
+        found = {}
+        for row in [row for row in self.rows if row.kind == "adapter" and row.status != "failed"]:
+            bases = _bases(row.name)
+            if not bases:
+                row.status, row.reason = "failed", "it does not say which model it belongs to: name that too."
+            found |= {base: row.name for base in bases if base not in found}
+        return found
+
+    def spec(self, source: str | Mapping | DatasetSpec) -> DatasetSpec | None:
+        """The row of a dataset, `None` (and a failed row here) where there is none."""
+        if isinstance(source, DatasetSpec):
+            return source
+        try:
+            return find_spec(source)
+        except (ValueError, OSError, DatasetsError) as error:
+            name = source if isinstance(source, str) else str(source.get("name") or source.get("source"))
+            self.rows.append(Prepared("dataset", name, reason=" ".join(str(error).split())))
+            return None
+
+
+def _cached(commit: str) -> dict[Path, int]:
+    """Files of a commit in the caches with their sizes; of all commits for ``"*"``."""
+    roots = [*Path(constants.HF_HUB_CACHE).glob(f"*/snapshots/{commit}")]
+    roots += Path(datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}/")
+    return {path: path.stat().st_size for root in roots for path in root.rglob("*") if path.is_file()}
+
+
+def _commit(path: Path, source: str) -> str | None:
+    """Of a file that [`fetch`] got from the top of a repository; `None` of a folder's."""
+    return None if Path(split_revision(source)[0]).is_dir() else path.parent.name
+
+
+def _lacks(source: str, file: str) -> str:
+    if constants.HF_HUB_OFFLINE and not Path(split_revision(source)[0]).is_dir():
+        return f"{file} of {source!r} is not in the cache"
+    return f"{source!r} has no {file}"
+
+
+def _read_adapter(source: str) -> str | None:
+    config = fetch(source, CONFIG)
+    if config is None:
+        raise FileNotFoundError(f"{_lacks(source, CONFIG)}: no adapter. A whole model is named with models (--model).")
+    weights = fetch(source, WEIGHTS)
+    if weights is None:
+        raise FileNotFoundError(f"{_lacks(source, WEIGHTS)}, and no other weights are read.")
+    content = read_json(source, CONFIG)
+    if content.get("peft_type") == PeftType.TRANSMITER:
+        content = read_config(source)
+    else:
+        check_adapter_tensors(weights, content)
+    TeacherFacts.read(source)
+    for file in _OF_AN_ADAPTER:
+        fetch(source, file)
+    for finished in list_transfers(source):
+        if fetch(source, finished.file) is None:
+            raise FileNotFoundError(f"{_lacks(source, finished.file)}, which its index names.")
+    calibration = fetch(source, CALIBRATION)
+    if calibration is not None:
+        CalibrationPack.load(calibration)
+    return _commit(config, source)
+
+
+def _bases(source: str) -> list[str]:
+    """Models that an adapter says it belongs to, each as ``id@revision``."""
+    content, facts = read_json(source, CONFIG), TeacherFacts.read(source)
+    found = [(content.get("base_model_name_or_path"), content.get("revision"))]
+    found += [] if facts is None else [(facts.weak, facts.revision)]
+    return list(dict.fromkeys(f"{name}@{revision}" if revision else name for name, revision in found if name))
+
+
+def _read_bridge(source: str) -> str | None:
+    Bridge.from_pretrained(source)
+    return None if source.endswith(".safetensors") else _commit(fetch(source, BRIDGE), source)
+
+
+def _read_model(source: str) -> str | None:
+    name, revision = split_revision(source)
+    if not (name.startswith((SANDBOX, OPEN_CLIP)) or Path(name).is_dir()):
+        # Before the rest: what has arrived is compared with its checksum, which loading does not do.
+        if fetch(source, SAFE_WEIGHTS_NAME) is None:
+            index = read_json(source, SAFE_WEIGHTS_INDEX_NAME)
+            if index is None:
+                raise OSError(_no_weights(source))
+            for file in sorted(set(index["weight_map"].values())):
+                if fetch(source, file) is None:
+                    raise OSError(f"{_lacks(source, file)}, which {SAFE_WEIGHTS_INDEX_NAME} names.")
+        for file in (CONFIG, TEACHER_FILE):  # commands ask for them, to tell a model from an adapter
+            fetch(source, file)
+    return load_encoder(source).revision
+
+
+def _no_weights(source: str) -> str:
+    """Why a model cannot be read, and what may help."""
+    said = _lacks(source, SAFE_WEIGHTS_NAME)
+    if constants.HF_HUB_OFFLINE:
+        return said
+    name, revision = split_revision(source)
+    pickles = [file for file in _listing(name, "model", revision)[1] if Path(file).suffix in PICKLES]
+    if not pickles:
+        return f"{said}: no model."
+    said += f", and {pickles[0]} is not read: such files run the code in them."
+    with hub_errors(name):
+        api = HfApi()
+        proposed = api.list_repo_refs(name, include_pull_requests=True).pull_requests or []
+        found = [ref.ref for ref in proposed if api.file_exists(name, SAFE_WEIGHTS_NAME, revision=ref.ref)]
+    if found:
+        return f"{said} There is a pull request with {SAFE_WEIGHTS_NAME}: if you trust it, take {name}@{found[0]}."
+    return f"{said} Ask its owner for {SAFE_WEIGHTS_NAME}, or convert it where that is safe and share the result."
+
+
+def _read_dataset(spec: DatasetSpec) -> str | None:
+    for split in list_splits(spec.location, spec.subset):
+        pictures = open_split(spec.location, split, subset=spec.subset)
+        column = guess_columns(pictures, spec.image_column, spec.label_column)[0]
+        for row in {0, len(pictures) - 1} if len(pictures) else ():
+            _ = pictures[row][column]
+    if spec.label_column is not None:
+        for role in spec.splits:
+            load_split(spec, role)
+    return _builder(spec).hash if _on_hub(spec) else None
+
+
+def _builder(spec: DatasetSpec) -> DatasetBuilder:
+    name, revision = split_revision(spec.location)
+    return hub_builder(name, spec.subset, revision)
+
+
+def _on_hub(spec: DatasetSpec) -> bool:
+    return not (spec.source.startswith(SANDBOX) or glob(spec.source))
+
+
+def _listing(name: str, kind: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """Commit, and files of a repository with their sizes."""
+    with hub_errors(name):
+        info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
+
+
+def _check_room(models: Sequence[str], specs: Sequence[DatasetSpec]) -> None:
+    """
+    Raises:
+        OSError: there is less room than what is to be fetched takes; as far as sizes are known.
+    """
+    downloads, arrow = 0, 0
+    for source in models:
+        downloads += _quietly(lambda source=source: _model_bytes(source), 0)
+    for spec in filter(_on_hub, specs):
+        missing, built = _quietly(lambda spec=spec: _dataset_bytes(spec), (0, 0))
+        downloads, arrow = downloads + missing, arrow + built
+    needs: dict[int, tuple[Path, int]] = {}
+    for place, size in ((constants.HF_HUB_CACHE, downloads), (datasets.config.HF_DATASETS_CACHE, arrow)):
+        place = next(path for path in (Path(place), *Path(place).absolute().parents) if path.exists())
+        needs[place.stat().st_dev] = (place, needs.get(place.stat().st_dev, (place, 0))[1] + size)
+    for place, size in needs.values():
+        free = shutil.disk_usage(place).free
+        if size > free:
+            raise OSError(
+                f"{in_words(size)} are to be fetched, and there are {in_words(free)} left in {place}: make room, or "
+                "set HF_HOME to another disk. Nothing was fetched but adapters and bridges."
+            )
+
+
+def _quietly(measure: Callable, unknown):
+    try:
+        return measure()
+    except (OSError, ValueError, DatasetsError):  # reading it will say what is wrong
+        return unknown
+
+
+def _model_bytes(source: str) -> int:
+    """What is missing of a model's repository."""
+    name, revision = split_revision(source)
+    if name.startswith((SANDBOX, OPEN_CLIP)) or Path(name).exists():
+        return 0
+    commit, files = _listing(name, "model", revision)
+    top = {file: size for file, size in files.items() if "/" not in file}
+    single = SAFE_WEIGHTS_NAME in top
+    weights = [file for file in top if file.endswith(".safetensors") and (file == SAFE_WEIGHTS_NAME or not single)]
+    return _missing(
+        name, "model", commit, {file: top[file] for file in top if file in weights or file.endswith(_OF_A_MODEL)}
+    )
+
+
+def _dataset_bytes(spec: DatasetSpec) -> tuple[int, int]:
+    """What is missing of a dataset: in downloads, and in the Arrow files made of them, which are about as large."""
+    builder, name = _builder(spec), split_revision(spec.location)[0]
+    commit, files = _listing(name, "dataset", builder.hash)
+    prefix = f"hf://datasets/{name}@{commit}/"
+    urls = [url for split in (builder.config.data_files or {}).values() for url in split]
+    of_subset = {url.removeprefix(prefix): files.get(url.removeprefix(prefix), 0) for url in urls}
+    if Path(builder.cache_dir).is_dir():
+        return 0, 0
+    return _missing(name, "dataset", commit, of_subset), sum(of_subset.values())
+
+
+def _missing(name: str, kind: str, commit: str, files: Mapping[str, int]) -> int:
+    there = (isinstance(try_to_load_from_cache(name, file, revision=commit, repo_type=kind), str) for file in files)
+    return sum(size for size, found in zip(files.values(), there, strict=True) if not found)
