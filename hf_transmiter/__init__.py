@@ -30,6 +30,7 @@ _EXPORTS = {
     "CoOpConfig": "tuners",
     "ContCoOpConfig": "tuners",
     "CrossMoment": "moments",
+    "DatasetSpec": "dataset_specs",
     "DualEncoder": "backbone",
     "ExtractionConfig": "extraction",
     "IVLPConfig": "tuners",
@@ -44,13 +45,16 @@ _EXPORTS = {
     "TuningConfig": "prompt_tuning",
     "UpgradeScore": "compatibility",
     "attach": "attaching",
+    "catalogue": "dataset_specs",
     "compare": "comparison",
     "embed_dataset": "features",
     "evaluate": "evaluation",
     "expected_calibration_error": "reliability",
     "extract": "extraction",
+    "find_spec": "dataset_specs",
     "fit_temperature": "reliability",
     "label_tune": "label_tuning",
+    "load_split": "dataset_specs",
     "push": "sharing",
     "push_transfer": "transfers",
     "score_upgrade": "compatibility",
@@ -69,6 +73,7 @@ __all__ = [
     "CoOpConfig",
     "ContCoOpConfig",
     "CrossMoment",
+    "DatasetSpec",
     "DualEncoder",
     "ExtractionConfig",
     "IVLPConfig",
@@ -83,13 +88,16 @@ __all__ = [
     "TuningConfig",
     "UpgradeScore",
     "attach",
+    "catalogue",
     "compare",
     "embed_dataset",
     "evaluate",
     "expected_calibration_error",
     "extract",
+    "find_spec",
     "fit_temperature",
     "label_tune",
+    "load_split",
     "push",
     "push_transfer",
     "score_upgrade",
@@ -109,6 +117,7 @@ if TYPE_CHECKING:
     from .classifier import AnchorClassifier
     from .comparison import compare
     from .compatibility import UpgradeScore, score_upgrade
+    from .dataset_specs import DatasetSpec, catalogue, find_spec, load_split
     from .evaluation import evaluate
     from .extraction import ExtractionConfig, extract
     from .features import embed_dataset

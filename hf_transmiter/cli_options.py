@@ -137,7 +137,7 @@ class DataOptions:
         if self.skip_unreadable:
             result.data["skipped_images"] = self.skipped
             if self.skipped:
-                result.text += f"\n{len(self.skipped)} pictures could not be read and were left out."
+                result.text += f"\nPictures that could not be read and were left out: {len(self.skipped)}."
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""

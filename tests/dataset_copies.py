@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pictures
 
-from hf_transmiter.dataset_specs import DatasetSpec
+from hf_transmiter.dataset_specs import DatasetSpec, catalogue
 
 
 @cache
@@ -107,11 +107,18 @@ def _frames(found: dict[str, int]) -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
+def classes_in(name: str) -> range:
+    """Positions of the classes that the copy has pictures of: all, but of web datasets, which are slow, some."""
+    return (
+        range(0, 1000, 9) if name in ("imagenetv2", "imagenet_sketch") else range(len(catalogue()[name].class_names))
+    )
+
+
 def _shards(folder: Path, ending: str) -> None:
-    """A web dataset: an archive with a picture and a number for each of ImageNet's classes."""
+    """A web dataset: an archive with a picture and a number for some of ImageNet's classes."""
     (folder / "test").mkdir(parents=True)
     with tarfile.open(folder / "test" / "0.tar", "w") as archive:
-        for i in range(1000):
+        for i in classes_in("imagenetv2"):
             for name, content in ((f"s{i:07d}.{ending}", picture(i)), (f"s{i:07d}.cls", str(i).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
