@@ -35,6 +35,7 @@ _EXPORTS = {
     "ExtractionConfig": "extraction",
     "IVLPConfig": "tuners",
     "KgCoOpConfig": "tuners",
+    "Knowledge": "knowledge",
     "LabelTuningConfig": "label_tuning",
     "MaPLeConfig": "tuners",
     "PromptSRCConfig": "tuners",
@@ -44,6 +45,7 @@ _EXPORTS = {
     "TransferConfig": "transferring",
     "TuningConfig": "prompt_tuning",
     "UpgradeScore": "compatibility",
+    "analyse": "knowledge",
     "attach": "attaching",
     "catalogue": "dataset_specs",
     "compare": "comparison",
@@ -78,6 +80,7 @@ __all__ = [
     "ExtractionConfig",
     "IVLPConfig",
     "KgCoOpConfig",
+    "Knowledge",
     "LabelTuningConfig",
     "MaPLeConfig",
     "PromptSRCConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "TransferConfig",
     "TuningConfig",
     "UpgradeScore",
+    "analyse",
     "attach",
     "catalogue",
     "compare",
@@ -123,6 +127,7 @@ if TYPE_CHECKING:
     from .features import embed_dataset
     from .image_classification import TransMiterForImageClassification
     from .image_classification_config import TransMiterImageClassificationConfig
+    from .knowledge import Knowledge, analyse
     from .label_tuning import LabelTuningConfig, label_tune
     from .moments import CrossMoment
     from .prompt_tuning import TuningConfig, tune

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_analyse import add_commands as add_analyse_command
 from .cli_app import add_commands as add_app_command
 from .cli_arguments import (
     LABELLED,
@@ -228,6 +229,7 @@ def evaluate(
 
 
 add_compare_commands(app)
+add_analyse_command(app)
 
 
 @command(app)
