@@ -25,12 +25,13 @@ from .bench_config import BenchConfig
 from .bridge import Bridge
 from .bridge_files import WEIGHTS as BRIDGE
 from .calibration import CalibrationPack
-from .catalog import TEACHER_FILE, TeacherFacts, list_splits, load_encoder, open_split
+from .catalog import TEACHER_FILE, TeacherFacts, load_encoder
 from .classifier import CALIBRATION
 from .dataset_cache import hub_builder
 from .dataset_specs import DatasetSpec, find_spec, load_split
 from .features import guess_columns
 from .hub import OPEN_CLIP, SANDBOX, fetch, hub_errors, read_json, split_revision
+from .image_sources import list_splits, open_split
 from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, list_transfers, read_config
 from .trust import PICKLES, check_adapter_tensors
 from .tuners import PeftType
@@ -297,15 +298,21 @@ def _no_weights(source: str) -> str:
 
 
 def _read_dataset(spec: DatasetSpec) -> str | None:
-    for split in list_splits(spec.location, spec.subset):
-        pictures = open_split(spec.location, split, subset=spec.subset)
+    builder = _builder(spec) if _on_hub(spec) else None
+    if builder is not None:
+        builder.download_and_prepare()
+        found = builder.as_dataset()
+    else:
+        splits = list_splits(spec.location, spec.subset)
+        found = {split: open_split(spec.location, split, subset=spec.subset) for split in splits}
+    for pictures in found.values():
         column = guess_columns(pictures, spec.image_column, spec.label_column)[0]
         for row in {0, len(pictures) - 1} if len(pictures) else ():
             _ = pictures[row][column]
     if spec.label_column is not None:
         for role in spec.splits:
             load_split(spec, role)
-    return _builder(spec).hash if _on_hub(spec) else None
+    return None if builder is None else builder.hash
 
 
 def _builder(spec: DatasetSpec) -> DatasetBuilder:

@@ -127,7 +127,13 @@ def test_of_a_model_what_loading_it_reads(hub, shared):
     assert read() == expected >= {"model.safetensors", "config.json", "tokenizer.json"}
 
 
-JOB = """
+DATA = ("--dataset", "bob/ToyPets", "--json", "--quiet")
+JOBS = [
+    ["transfer", "bob/adapter", "--strong", "bob/strong", "--bridge", "bob/bridge", "--output-dir", "up", *DATA],
+    ["evaluate", "up", *DATA],
+    ["evaluate", "bob/tuned", *DATA],
+]
+IN_ONE_PROCESS = """
 import json, sys
 from hf_transmiter.cli import app
 for words in json.loads(sys.argv[1]):
@@ -135,37 +141,45 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_the_same_job_on_a_machine_without_a_network(hub, shared, model_dir, tmp_path, monkeypatch):
-    """The caches are filled by the command, carried elsewhere, and the job runs there with the same result."""
+@pytest.fixture
+def sealed(hub, shared, model_dir, tmp_path, monkeypatch):
+    """What the jobs say with a network, and caches that the command has filled and that were carried elsewhere."""
     teacher = DualEncoder.from_pretrained(model_dir("clip", 2))
     weak = DualEncoder.from_pretrained("bob/weak", revision=shared)
     extract(weak, teacher, load_images("bob/ToyPets"), progress=False).save_pretrained(tmp_path / "adapter")
     put(hub, "bob/adapter", tmp_path / "adapter")
-    data = ("--dataset", "bob/ToyPets", "--json", "--quiet")
-    jobs = [
-        ["transfer", "bob/adapter", "--strong", "bob/strong", "--bridge", "bob/bridge", "--output-dir", "up", *data],
-        ["evaluate", "up", *data],
-        ["evaluate", "bob/tuned", *data],
-    ]
-
-    def online() -> list[dict]:
-        monkeypatch.chdir(tmp_path)
-        done = [CliRunner().invoke(app, words) for words in jobs]
-        assert [each.exit_code for each in done] == [0] * len(jobs), [each.output for each in done]
-        return [json.loads(each.stdout) for each in done]
-
-    expected = online()
+    expected = in_process(tmp_path / "online", monkeypatch)
     home = hub.new_machine(token=None)
     options = ["--adapter", "bob/adapter", "--adapter", "bob/tuned", "--with-base", "--model", "bob/strong"]
     done = CliRunner().invoke(app, ["prepare", *options, "--bridge", "bob/bridge", "--dataset", "bob/ToyPets"])
     assert done.exit_code == 0, done.output
     assert [Path(line.strip()) for line in done.stdout.splitlines()[-2:]] == [home / "hub", home / "datasets"]
-    sealed = tmp_path / "sealed"
-    home.rename(sealed)
+    there = hub.new_machine(token=None)
+    home.rename(there)
     hub.log.clear()
-    environment = hub.environment(offline=True) | {"HF_HOME": str(sealed), "OMP_NUM_THREADS": "1"}
+    return expected
+
+
+def in_process(folder: Path, monkeypatch) -> list[dict]:
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    done = [CliRunner().invoke(app, words) for words in JOBS]
+    assert [each.exit_code for each in done] == [0] * len(JOBS), [each.output for each in done]
+    return [json.loads(each.stdout) for each in done]
+
+
+def test_the_same_job_without_a_network(hub, sealed, unplug, tmp_path, monkeypatch):
+    unplug()
+    assert in_process(tmp_path / "offline", monkeypatch) == sealed
+    assert not hub.log
+    assert sealed[0]["provenance"]["teacher_logits"]  # the calibration came along, and fits the images
+
+
+@pytest.mark.slow
+def test_the_same_job_in_a_process_without_a_network(hub, sealed, tmp_path):
     (tmp_path / "there").mkdir()
-    words = [sys.executable, "-c", JOB, json.dumps(jobs)]
+    environment = hub.environment(offline=True) | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(JOBS)]
     done = subprocess.run(words, env=environment, cwd=tmp_path / "there", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not hub.log
@@ -173,8 +187,8 @@ def test_the_same_job_on_a_machine_without_a_network(hub, shared, model_dir, tmp
     while text.strip():
         value, end = decoder.raw_decode(text.lstrip())
         found, text = [*found, value], text.lstrip()[end:]
-    assert found == expected
-    assert expected[0]["provenance"]["teacher_logits"]  # the calibration came along, and fits the images
+    assert found == sealed
+    assert "not in the cache" not in done.stderr
 
 
 def test_what_a_bench_names(hub, shared):
