@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import save_file
 
 from .anchors import DEFAULT_TEMPLATES, Anchors, load_templates
 from .backbone import DualEncoder
@@ -98,14 +99,24 @@ def save_teacher(
     model = {"weak": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
     names = {"class_names": anchors["task"], "templates": anchors["templates"]}
     facts = TeacherFacts(**model, **names, zero_shot_templates=list(templates), settings=asdict(config))
-    with warnings.catch_warnings():
-        # PEFT looks for the config of a Hub model, to see whether the vocabulary grew. It did not.
-        warnings.filterwarnings("ignore", message="Could not find a config file")
-        tuned.model.save_pretrained(os.fspath(folder))
+    _write_adapter(Path(folder), tuned.model)
     (Path(folder) / TEACHER_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
     from .cards import write_card  # not at the top: it comes later in the order of the package
 
     write_card(folder)
+
+
+def _write_adapter(folder: Path, model) -> None:
+    """What `model.save_pretrained` writes of an adapter; of several processes that lets the first one write only, and
+    each of them may have tuned a model of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        # PEFT looks for the config of a Hub model, to see whether the vocabulary grew. It did not.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        state = model.get_adapter_state_dict()
+    tensors = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config[model.active_adapters()[0]].save_pretrained(os.fspath(folder))
 
 
 def load_teacher(source: str, weak: DualEncoder) -> Teacher:
