@@ -20,6 +20,7 @@ Source: Ilharco et al., OpenCLIP (https://github.com/mlfoundations/open_clip, 10
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -93,7 +94,9 @@ class OpenClipTextTower(nn.Module):
 
     def __init__(self, text: nn.Module):
         super().__init__()
-        self.token_embedding, self.positional_embedding = text.token_embedding, text.positional_embedding
+        # Where CLIPModel has it: prompts learnt on one of the two are found again on the other.
+        self.embeddings = nn.ModuleDict({"token_embedding": text.token_embedding})
+        self.positional_embedding = text.positional_embedding
         self.transformer, self.ln_final = text.transformer, text.ln_final
         self.text_projection = text.text_projection
         self.register_buffer("attn_mask", text.attn_mask, persistent=False)
@@ -104,7 +107,7 @@ class OpenClipTextTower(nn.Module):
         No token sees those behind it, so padding needs no mask.
         """
         length = input_ids.shape[1]
-        hidden = self.token_embedding(input_ids) + self.positional_embedding[:length]
+        hidden = self.embeddings["token_embedding"](input_ids) + self.positional_embedding[:length]
         hidden = self.ln_final(self.transformer(hidden, attn_mask=self.attn_mask[:length, :length]))
         # The end token has the largest id; of those in a row padded with it, the first one counts.
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), input_ids.argmax(1)]
@@ -200,9 +203,8 @@ class OpenClipModel(PreTrainedModel):
         try:
             _open_clip().load_checkpoint(clip, str(path))
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"{path.name} of {name!r} does not hold the weights of this architecture: {error}"
-            ) from error
+            first = " ".join(str(error).split("\n")[:2])
+            raise ValueError(f"{path.name} of {name!r} holds other weights than this model has: {first}") from error
         model = cls(config, clip)
         model.name_or_path = config._name_or_path = name
         on_hub = not Path(source.place).is_dir()
@@ -223,11 +225,10 @@ class OpenClipModel(PreTrainedModel):
             raise ValueError(
                 "there is an adapter inside the model: save that (PeftModel.save_pretrained), or merge it."
             )
-        folder, names = Path(save_directory), {"vision_model": "visual", "text_model": "text"}
-        tensors = {}
+        folder, tensors = Path(save_directory), {}
         for key, tensor in self.state_dict().items():
-            part, dot, rest = key.partition(".")
-            tensors[names.get(part, part) + dot + rest] = tensor.detach().cpu().contiguous()
+            key = re.sub(r"^text_model\.(embeddings\.)?", "text.", re.sub(r"^vision_model\.", "visual.", key))
+            tensors[key] = tensor.detach().cpu().contiguous()
         content = {"model_cfg": {**self.config.model_cfg, "custom_text": True}}
         content["preprocess_cfg"] = self.config.preprocess_cfg
         replace_file(folder / WEIGHTS[0], lambda path: save_file(tensors, path))
@@ -258,10 +259,15 @@ def load_processor(name: str, *, revision: str | None = None, **hub) -> CLIPProc
 
 def load_tokenizer(context_length: int = 77) -> CLIPTokenizer:
     """CLIP's tokenizer from the file in open_clip's package: the vocabulary and ids of OpenAI's checkpoints."""
+    vocabulary, merges = _vocabulary()
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
+
+
+@functools.cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     own = _open_clip().SimpleTokenizer()
     named = {START: "<|startoftext|>", END: "<|endoftext|>"}  # as in transformers
-    vocabulary = {named.get(number, token): number for token, number in own.encoder.items()}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(own.bpe_ranks), model_max_length=context_length)
+    return {named.get(number, token): number for token, number in own.encoder.items()}, list(own.bpe_ranks)
 
 
 class _Source(NamedTuple):
@@ -288,7 +294,7 @@ def _find(name: str, **hub) -> _Source:
     if not is_open_clip(name):
         raise ValueError(f"{name!r} is no model of open_clip: such names begin with {OPEN_CLIP!r}.")
     open_clip, rest = _open_clip(), name.removeprefix(OPEN_CLIP)
-    if rest.startswith(_HUB) or Path(rest).is_dir():
+    if rest.startswith(_HUB) or rest and Path(rest).is_dir():
         place = rest.removeprefix(_HUB)
         content = read_json(place, CONFIG, **hub)
         if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):

@@ -225,7 +225,7 @@ class DeepPromptLayer(PromptLayer):
         """Raises a `ValueError` where a tower has fewer layers than are to be prompted."""
         towers = (("text", root.text_model), ("image", root.vision_model))
         for (what, tower), depth in zip(towers, self.depths(config), strict=True):
-            if depth > len(layers(tower)):
+            if depth and depth > len(layers(tower)):
                 raise ValueError(
                     f"prompts in {depth} layers of the {what} tower, which has {len(layers(tower))}: use a smaller "
                     "depth, or a model as deep as the one the prompts were learnt on."
@@ -245,7 +245,7 @@ class IVLPLayer(DeepPromptLayer):
         self.check_depths(config, root)
         context = self.initial_context(config)
         deep = config.text_depth - 1
-        width = root.config.vision_config.hidden_size
+        width = root.config.vision_config.hidden_size if config.vision_depth else 0
         count = deep * context.numel()
         noise = self.noise(config, count + config.vision_depth * config.n_vision * width)
         start = {"ctx": context}

@@ -20,7 +20,7 @@ TOKEN_TABLES = {
     "metaclip_2": "text_model.embeddings.token_embedding",
     "altclip": "text_model.roberta.embeddings.word_embeddings",
     "chinese_clip": "text_model.embeddings.word_embeddings",
-    "open_clip": "text_model.token_embedding",
+    "open_clip": "text_model.embeddings.token_embedding",
 }
 """Where each supported family keeps its token table.
 
