@@ -117,11 +117,13 @@ def compare(
         split=str(test.split),
         **data.embedding(run),
     )
-    advice = f"Recommended: {found.recommended}. {found.reason}"
+    advice = f"Recommended: {found.recommended}, since {found.reason}"
     result = Result(_facts(found), f"{comparison_table(found)}\n{advice}")
+    if not found.logits:
+        result.failed = "no row could be had; the reasons are above."
     if min_gain is not None:
         _judge(result, found, min_gain, gate or found.recommended)
-    if output_dir is not None and run.main_process:
+    if output_dir is not None and run.main_process and found.logits:
         _write(output_dir, found, [weak, strong, dataset], advice)
     return result
 
@@ -209,6 +211,7 @@ def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str)
     from . import figures
     from .comparison import STRONG
     from .hub import public_name
+    from .knowledge_figures import reliability_figure
     from .report import Section, comparison_table, write_report, write_scores
 
     metric = "agreement" if found.labels is None else "accuracy"
@@ -221,6 +224,10 @@ def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str)
     if values:
         path = folder / "figures" / "methods.png"
         drawn.append(figures.bars(values, path, title=title, xlabel=label, reference=lines))
+    if found.labels is not None:
+        shown = {row: found.logits[row] for row in (*lines, found.recommended) if row in found.logits}
+        path = folder / "figures" / "reliability.png"
+        drawn.append(reliability_figure(shown or found.logits, found.labels, path, title=title))
     write_scores(folder / "scores.json", found.scores)
     section = Section("Comparison", f"{advice}\n\n{comparison_table(found)}", figures=drawn)
     write_report(folder, [section], title=title)

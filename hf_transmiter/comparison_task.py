@@ -115,7 +115,7 @@ class Task:
         try:
             return align_labels(table, self.names)
         except ValueError as error:
-            raise ValueError(f"{name} images: {error}") from error
+            raise ValueError(f"the {name} images: {error}") from error
 
     def table(self, model: DualEncoder, name: str) -> FeatureTable:
         """Embeddings of one of the sets of images."""

@@ -20,9 +20,10 @@ from .bridge import Bridge
 from .classifier import AnchorClassifier
 from .comparison_task import Answer, Task, stored_bytes
 from .label_tuning import label_tune
-from .settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig
+from .settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
 from .transferring import transfer
 from .tuners import TransMiterConfig
+from .vocabulary import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class Variant:
             where = f"{part} of the row {self.name!r}"
             values = {key: _value(kind, key, value, where) for key, value in given.items()}
             object.__setattr__(self, part, values)
-            kind(**values)  # says what is wrong now and not after hours
-        if {"num_anchors", "num_auxiliary"} <= set(self.anchors):
-            raise ValueError(f"anchors of the row {self.name!r}: num_anchors or num_auxiliary, not both.")
+            try:
+                kind(**values)  # says what is wrong now and not after hours
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def of(cls, value: Variant | str | Mapping) -> Variant:
@@ -95,12 +97,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class AnchorSettings:
-    """What `anchors` of a [`Variant`] may hold; `None` is as the comparison has it."""
+    """What `anchors` of a [`Variant`] may hold.
+
+    Raises:
+        ValueError: an unknown strategy, or the number of names given twice.
+    """
 
     num_anchors: int | None = None
     num_auxiliary: int | None = None
-    strategy: str | None = None
-    seed: int | None = None
+    strategy: str = "random"
+    seed: int = 0
+
+    def __post_init__(self):
+        check_choice("strategy", self.strategy, STRATEGIES)
+        if None not in (self.num_anchors, self.num_auxiliary):
+            raise ValueError("num_anchors or num_auxiliary, not both.")
 
 
 _PARTS = {

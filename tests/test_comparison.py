@@ -3,7 +3,10 @@
 import pytest
 import tiny_models
 import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
@@ -12,6 +15,10 @@ from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, compare, recommend, verdict
 from hf_transmiter.evaluation import Score
 from hf_transmiter.extraction import ExtractionConfig, extract
+from hf_transmiter.feature_table import FeatureTable
+from hf_transmiter.methods import METHODS, Needs, Variant
+from hf_transmiter.reliability import expected_calibration_error
+from hf_transmiter.report import comparison_table
 from hf_transmiter.transferring import TransferConfig, transfer
 from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLeConfig, TransMiterConfig
 
@@ -50,10 +57,35 @@ def found(model_dir, make_dataset):
 
 def test_every_method_has_every_metric(found):
     result = found[0]
-    assert {score.metric for score in result.scores} == {"accuracy", "base", "novel", "hm", "joint"}
-    assert len(result.scores) == 5 * len(result.logits) and len(result.logits) == 20
+    assert {score.metric for score in result.scores} == {"accuracy", "base", "novel", "hm", "joint", "ece"}
+    assert len(result.scores) == 6 * len(result.logits) and len(result.logits) == 20
+    assert set(result.logits) == set(result.needs) == set(result.sizes)
+    assert set(result.classifiers) <= set(result.logits) and result.labels.tolist() == [0, 1, 2] * 10
     assert all(torch.isfinite(z).all() and z.shape == (30, 3) for z in result.logits.values())
     assert all(score.seconds >= 0 for score in result.scores)
+    ece = expected_calibration_error(result.logits["refit"], result.labels)
+    assert result.value("refit", "ece") == pytest.approx(ece)
+
+
+def test_what_is_not_possible_says_why(found):
+    assert found[0].skipped == {
+        "re-attached prompt": "no prompt was tuned",
+        "prompt transfer": "no prompt was tuned",
+        "given bridge": "it needs a finished bridge: pass `bridge`",
+    }
+    rows = [row for row, method in METHODS.items() if method.default]
+    assert [row for row in rows if row not in found[0].skipped] == list(found[0].logits)
+
+
+def test_needs_and_sizes(found):
+    needs, sizes = found[0].needs, found[0].sizes
+    assert needs["refit"] == Needs(task_images=True) and needs["bridge from text"] == Needs()
+    assert needs["TransMiter (gradient)"] == Needs(task_images=True, backprop=True)
+    assert needs["linear probe"] == Needs(labels=True, backprop=True)
+    assert needs["EFT"] == needs["zero-shot weak"] == Needs(weak_at_run_time=True)
+    assert sizes["zero-shot strong"] == 0 and sizes["linear probe"] == 4 * 3 * 16
+    assert sizes["refit"] == sizes["EFT"] == 4 * (2 * 3 * 16 + 3)  # of this teacher, EFT keeps the same
+    assert sizes["TransMiter (gradient)"] > 4 * 7 * 7 * 9
 
 
 def test_rows_are_what_the_public_functions_give(found):
@@ -107,6 +139,7 @@ def test_what_is_not_at_hand_is_left_out(found):
         "bridge from text",
     ]
     assert result.recommended == "bridge from text"
+    assert "pass `unlabelled`" in result.skipped["refit"] and "pass `labelled`" in result.skipped["tuned strong"]
     with pytest.raises(KeyError, match="no score 'accuracy' of 'refit'"):
         result.value("refit")
 
@@ -126,7 +159,8 @@ def compared(model_dir, make_dataset):
                 parameter.data = 0.3 * torch.randn(parameter.shape)
         tuned.model.requires_grad_(False)
         teacher = AnchorClassifier(tuned, Anchors(NAMES, templates=("{}.",)))
-        settings = {"text_anchors": Anchors((), ("tree", "ship", "red", "blue")), "progress": False, **options}
+        rows = ["zero-shot strong", "re-attached prompt", "prompt transfer"]
+        settings = {"variants": rows, "progress": False, **options}
         result = compare(weak, strong, wrap(teacher), sets["test"], **settings)
         return result, strong, tuned, sets["test"]
 
@@ -148,11 +182,7 @@ def test_a_prompt_that_fits_is_reattached(compared, model_dir, config):
 
 def test_prompt_transfer_is_a_row_where_it_is_possible(compared, model_dir, tmp_path):
     wide = tiny_models.save("clip", tmp_path, 1, width=24)
-    options = {
-        "unlabelled": compared.unlabelled,
-        "anchors": Anchors(NAMES, ("tree", "ship", "red", "blue")),
-        "gradient": ExtractionConfig(solver="gradient", basis="fixed", epochs=1),
-    }
+    options = {"unlabelled": compared.unlabelled}
     result, strong, tuned, test = compared(CoOpConfig(init_phrase="a photo of a"), wide, **options)
     x = strong.embed_images(options["unlabelled"]["image"])
     said = AnchorClassifier(tuned, Anchors(NAMES, templates=("{}.",)))
@@ -181,14 +211,151 @@ def test_recommendation_follows_the_data():
     assert recommend(own_class_vectors=False, unlabelled=False, general=True)[0] == "zero-shot strong"
 
 
+def answers(**right: int) -> Comparison:
+    """A comparison on 100 images, each row right on that many of them; `refit` is recommended."""
+    labels, logits = torch.arange(100) % 2, {}
+    for row, count in right.items():
+        said = torch.where(torch.arange(100) < count, labels, 1 - labels)
+        logits[row.replace("_", " ")] = torch.nn.functional.one_hot(said, 2).float()
+    scores = [Score(row, "test", "accuracy", float(count)) for row, count in zip(logits, right.values(), strict=True)]
+    needs = {row: METHODS[row].needs for row in logits}
+    notes = {"EFT": AT_RUN_TIME, "linear probe": LABELS, "tuned strong": LABELS}
+    return Comparison(scores, logits, labels, ("a", "b"), notes=notes, recommended="refit", needs=needs)
+
+
 def test_says_so_when_something_else_scored_higher():
-    scores = [Score(m, "test", "accuracy", v) for m, v in (("refit", 60.0), ("linear probe", 70.0), ("EFT", 65.0))]
-    logits = {score.method: torch.zeros(1, 2) for score in scores}
-    found = Comparison(scores, logits, torch.zeros(1), ("a", "b"), notes={"linear probe": LABELS}, recommended="refit")
-    said = " On these test images linear probe scored higher (70.0 against 60.0); it needs labelled images."
-    assert _what_beats(found) == said
-    found.recommended = "linear probe"
-    assert _what_beats(found) == ""
+    lower = {"EFT": 50, "linear_probe": 55}
+    assert verdict(answers(refit=60, **lower)) == ""
+    said = verdict(answers(refit=60, EFT=80))
+    assert said == f" On these test images EFT scored higher than refit (80.0 against 60.0); it {AT_RUN_TIME}."
+    # The labels' turn: against the best that needs none.
+    said = verdict(answers(refit=60, EFT=70, linear_probe=65, tuned_strong=90))
+    assert said.endswith(
+        " With labels, tuned strong scored higher than EFT (90.0 against 70.0): where there are labels, take that."
+    )
+    said = verdict(answers(refit=60, linear_probe=63))
+    assert said == (
+        " With labels, linear probe scored higher than refit (63.0 against 60.0, which may be chance): where there "
+        "are labels, take that."
+    )
+
+
+def test_says_so_when_there_is_nothing_to_gain():
+    found = answers(refit=60, EFT=90)
+    found.logits["zero-shot strong"], found.needs["zero-shot strong"] = found.logits.pop("EFT"), Needs()
+    found.scores[1] = Score("zero-shot strong", "test", "accuracy", 90.0)
+    said = " On these test images zero-shot strong scored higher than refit (90.0 against 60.0): no upgrade is needed."
+    assert verdict(found) == said
+    found.logits["zero-shot strong"] = found.logits["refit"]
+    found.scores[1] = Score("zero-shot strong", "test", "accuracy", 60.0)
+    assert "zero-shot strong equalled refit (60.0 against 60.0, which may be chance): no upgrade" in verdict(found)
+    found.labels = None
+    assert verdict(found) == ""
+    found = answers(EFT=50)  # what is recommended was not run
+    assert verdict(found) == ""
+
+
+def test_images_without_labels(found):
+    """What the tuned weak model says takes the place of labels; names are those it knows."""
+    with_labels, weak, strong, teacher, sets = found
+    bare = sets["test"].remove_columns("label")
+    rows = ["zero-shot strong", "tuned weak", "EFT"]
+    result = compare(weak, strong, teacher, bare, variants=rows, progress=False)
+    assert result.labels is None and result.class_names == NAMES and list(result.logits) == rows
+    assert [score.metric for score in result.scores] == ["agreement", "confidence", "calibration gap"] * 3
+    said = result.logits["tuned weak"].argmax(1)
+    for row in rows:
+        z = result.logits[row]
+        assert torch.allclose(z, with_labels.logits[row], atol=1e-5)
+        assert result.value(row, "agreement") == pytest.approx(100 * (z.argmax(1) == said).float().mean().item())
+        assert result.value(row, "confidence") == pytest.approx(100 * z.softmax(1).max(1).values.mean().item())
+        assert result.value(row, "calibration gap") == pytest.approx(expected_calibration_error(z, said))
+    assert result.value("tuned weak", "agreement") == 100
+    assert result.recommended == "bridge from text" and "scored" not in result.reason
+    given = compare(weak, strong, teacher, bare, class_names=NAMES[::-1], variants=["EFT"], progress=False)
+    assert torch.allclose(given.logits["EFT"], result.logits["EFT"].flip(1), atol=1e-5)
+    with pytest.raises(ValueError, match="pass class_names"):  # a bare model knows no names
+        compare(weak, strong, weak, bare, progress=False)
+
+
+def test_rows_of_the_callers_own(found):
+    _, weak, strong, teacher, sets = found
+    own = {"method": "refit", "name": "weak prior", "transfer": {"carried_images": 0.1}}
+    rows = ["zero-shot strong", own, Variant("refit")]
+    options = {"unlabelled": sets["unlabelled"], "progress": False}
+    result = compare(weak, strong, teacher, sets["test"], variants=rows, **options)
+    assert list(result.logits) == ["zero-shot strong", "weak prior", "refit"]
+    assert not torch.allclose(result.logits["weak prior"], result.logits["refit"], atol=1e-3)
+    assert result.classifiers["weak prior"].adapter_config.provenance["refit_on"] == 30
+    with pytest.raises(ValueError, match="two rows are called 'refit'"):
+        compare(weak, strong, teacher, sets["test"], variants=["refit", "refit"])
+
+
+def test_one_row_that_fails_does_not_take_the_others_along(found, caplog):
+    _, weak, strong, teacher, sets = found
+    rows = ["EFT", {"method": "TransMiter (gradient)", "anchors": {"num_auxiliary": 10**6}}, "refit"]
+    options = {"unlabelled": sets["unlabelled"], "labelled": sets["unlabelled"].select([0]), "progress": False}
+    broken = {"method": "TransMiter+ from refit", "label_tuning": {"optimizer": "magic"}}
+    result = compare(weak, strong, teacher, sets["test"], variants=[*rows, broken], **options)
+    assert list(result.logits) == ["EFT", "refit"]
+    assert result.skipped["TransMiter (gradient)"].startswith("it failed: 1000000 auxiliary names are wanted")
+    assert "optimizer must be" in result.skipped["TransMiter+ from refit"] and "is left out" in caplog.text
+    table = comparison_table(result)
+    assert "Not in the table:" in table and "- TransMiter (gradient): it failed: " in table
+
+
+# Several processes
+
+
+def _rows_of(folders, sets, cache, accelerator=None):
+    weak, strong, tuned = map(DualEncoder.from_pretrained, folders)
+    rows = ["tuned weak", "EFT", "refit", "bridge from text", "linear probe", "distilled head"]
+    quick = {"epochs": 1, "batch_size": 8}
+    rows.append({"method": "TransMiter (gradient)", "anchors": {"num_auxiliary": 4}, "extraction": quick})
+    rows.append({"method": "TransMiter+ from refit", "label_tuning": quick})
+    rows.append({"method": "tuned strong", "tuning": {**quick, "augment": "none", "lr": 0.01}})
+    words = ("tree", "ship", "red", "blue", "old", "big")
+    return compare(
+        weak,
+        strong,
+        AnchorClassifier(tuned, Anchors(NAMES)),
+        variants=rows,
+        vocabulary=words,
+        text_anchors=Anchors((), words),
+        cache_dir=cache,
+        progress=False,
+        accelerator=accelerator,
+        **sets,
+    )
+
+
+def _in_two_processes(path, folders, sets):
+    batches = FeatureTable.batches
+    FeatureTable.batches = lambda self, size: batches(self, 7)  # both processes get blocks
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    result = _rows_of(folders, sets, path / "cache", accelerator)
+    save_file(
+        {row: z.contiguous() for row, z in result.logits.items()}, path / f"{accelerator.process_index}.safetensors"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [True, False])
+def test_two_processes_find_what_one_does(model_dir, make_dataset, tmp_path, labels):
+    folders = (model_dir("clip"), model_dir("siglip", seed=1), model_dir("clip", seed=2))
+    sets = {"test": make_dataset(15), "unlabelled": make_dataset(30, seed=1), "labelled": make_dataset(13, seed=2)}
+    if not labels:
+        sets["test"] = sets["test"].remove_columns("label")
+    expected = _rows_of(folders, sets, tmp_path / "one")
+    assert not expected.skipped
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_in_two_processes, args=(tmp_path, folders, sets), num_processes=2)
+    both = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert set(both[0]) == set(both[1]) == set(expected.logits)
+    for row, z in expected.logits.items():
+        for found in both:
+            torch.testing.assert_close(found[row], z, atol=2e-3, rtol=1e-3, msg=row)
 
 
 def test_a_test_set_without_names_is_refused(found):

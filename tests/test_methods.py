@@ -1,0 +1,290 @@
+"""Rows of a comparison: settings that are checked at once and reach what they are for, and what a task shares."""
+
+import math
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from datasets import ClassLabel
+
+from hf_transmiter.anchors import Anchors
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.bridge import Bridge
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.comparison_task import Answer, Task, stored_bytes
+from hf_transmiter.extraction import ExtractionConfig, extract
+from hf_transmiter.label_tuning import LabelTuningConfig, label_tune
+from hf_transmiter.methods import METHODS, Needs, Variant
+from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.transferring import TransferConfig, transfer
+from hf_transmiter.tuners import TransMiterConfig
+
+
+NAMES = ("cat", "dog", "car")
+WORDS = ("tree", "ship", "drawing", "red", "blue", "old", "big", "good")
+GRADIENT = {"basis": "fixed", "epochs": 10, "batch_size": 8, "lr": 0.05}
+QUICK = {"epochs": 1, "batch_size": 4, "augment": "none", "lr": 0.01}
+
+
+@pytest.fixture(scope="module")
+def models(model_dir):
+    weak = DualEncoder.from_pretrained(model_dir("clip"))
+    strong = DualEncoder.from_pretrained(model_dir("clip", seed=1))
+    tuned = DualEncoder.from_pretrained(model_dir("clip", seed=2))  # has no class vectors for the weak model
+    return weak, strong, AnchorClassifier(tuned, Anchors(NAMES))
+
+
+@pytest.fixture(scope="module")
+def sets(make_dataset):
+    """The labelled images name their classes in another order, and lack one."""
+    few = make_dataset(9, names=("car", "cat"), seed=3)
+    return {"test": make_dataset(12), "unlabelled": make_dataset(20, seed=1), "labelled": few}
+
+
+@pytest.fixture(scope="module")
+def task(models, sets):
+    own = {"anchors": Anchors(NAMES, WORDS[:3]), "text_anchors": Anchors((), WORDS), "vocabulary": WORDS}
+    gradient = ExtractionConfig(solver="gradient", **GRADIENT)
+    options = {"progress": False}
+    return Task(*models, names=NAMES, **sets, **own, gradient=gradient, seen_classes=("cat", "car"), options=options)
+
+
+def logits(task, row, **settings):
+    variant = Variant(row, **settings)
+    reason = METHODS[row].possible(task)
+    assert reason is None, reason
+    return task.answer(METHODS[row].run(task, variant)).logits
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_settings_are_checked_when_a_row_is_written():
+    for wrong, message in (
+        ({"method": "refitt"}, "no method 'refitt'; did you mean 'refit'"),
+        ({"method": "refit", "extracton": {}}, "no setting 'extracton'; did you mean 'extraction'"),
+        ({"name": "mine"}, "settings with a 'method'"),
+        (["refit"], "settings with a 'method'"),
+        ({"method": "refit", "transfer": {"shrinkge": 1}}, "transfer of the row 'refit' has no setting 'shrinkge'; "),
+        ({"method": "refit", "transfer": {"refit": False}}, "'refit' is not a setting, it is what makes the method"),
+        ({"method": "refit", "extraction": {"solver": "ridge"}}, "'solver' is not a setting"),
+        ({"method": "refit", "extraction": 3}, "must hold settings by name, got 3"),
+        ({"method": "EFT", "transfer": {"beta": 1.0}}, "'EFT' has no settings of 'transfer'; it takes none"),
+        ({"method": "refit", "anchors": {"seed": 1}}, "of 'anchors'; it takes extraction, transfer"),
+        ({"method": "TransMiter (gradient)", "extraction": {"epochs": "many"}}, "epochs must be int, got 'many'"),
+        ({"method": "TransMiter (gradient)", "extraction": {"epochs": True}}, "epochs must be int, got True"),
+        ({"method": "TransMiter (gradient)", "transfer": {"beta": "much"}}, "beta must be float, got 'much'"),
+        ({"method": "TransMiter (gradient)", "anchors": {"strategy": "best"}}, "strategy must be one of random, "),
+        ({"method": "TransMiter (gradient)", "anchors": {"num_anchors": 5, "num_auxiliary": 2}}, "not both"),
+        ({"method": "tuned strong", "tuning": {"method": "magic"}}, "tuning of the row 'tuned strong': method must"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Variant.of(wrong)
+
+
+def test_rows_are_read_as_people_write_them():
+    row = Variant.of({"method": "ridge, refit", "name": "mine", "extraction": {"lambdas": [1, 2]}})
+    assert row.name == "mine" and row.extraction == {"lambdas": (1, 2)}
+    assert Variant.of(row) is row and Variant.of("EFT") == Variant("EFT", "EFT")
+    row = Variant("TransMiter (gradient)", extraction={"lr": "1e-3", "width": None}, transfer={"beta": math.inf})
+    assert row.extraction == {"lr": 1e-3, "width": None} and row.transfer == {"beta": math.inf}
+    assert replace(row, name="other").transfer == row.transfer
+    tuning = {"method": "coop", "adapter": {"position": "middle"}, "epochs": 3}
+    assert TuningConfig(**Variant("tuned strong", tuning=tuning).tuning).adapter_options == {"position": "middle"}
+
+
+def test_needs_and_defaults_of_the_table():
+    free = [row for row, method in METHODS.items() if method.needs == Needs()]
+    assert "bridge from text" in free and "zero-shot strong" in free and "refit" not in free
+    assert all(method.needs.labels == ("labelled" in str(row) or row in {
+        "linear probe", "tuned strong", "TransMiter+ from identity", "TransMiter+ from zero-shot",
+        "TransMiter+ from gradient transfer", "TransMiter+ from refit",
+    }) for row, method in METHODS.items())  # fmt: skip
+    assert {row for row, method in METHODS.items() if method.needs.weak_at_run_time} == {
+        "zero-shot weak", "tuned weak", "EFT", "EFT averaged with tuned weak", "logit ensemble",
+    }  # fmt: skip
+
+
+# The published adapter
+
+
+def test_an_infinite_beta_leaves_the_basis(task, models, sets):
+    weak, strong, teacher = models
+    anchors, config = task.anchors, task.gradient
+    adapter = extract(
+        weak, teacher, sets["unlabelled"], class_names=NAMES, anchors=anchors, config=config, progress=False
+    )
+    own = TransMiterConfig.for_anchors(anchors, form="mlp", seed=config.seed)
+    tensors = adapter.transmiter.tensors("default")
+    tensors["anchors"] = strong.embed_names(anchors.names, anchors.templates)
+    unchanged = AnchorClassifier(strong, anchors).add_adapter(own, tensors)
+    x = task.table(strong, "test").embeds
+    with torch.no_grad():
+        expected = unchanged.classify(x)
+    row = "TransMiter (gradient)"
+    same(logits(task, row, transfer={"beta": math.inf}), expected)
+    same(logits(task, row, transfer={"beta_per_image": 1e9}), expected)  # the limit
+    assert (logits(task, row) - expected).abs().max() > 1e-2  # the published basis change does something
+    # Its provenance can be written.
+    made = METHODS[row].run(task, Variant(row, transfer={"beta": math.inf}))
+    assert made.adapter_config.provenance["bridge"]["beta"] == 1e300
+
+
+def test_rows_of_the_published_ablation(task, models, sets):
+    row, alone, none, change = "TransMiter (gradient)", {"num_auxiliary": 0}, {"beta": math.inf}, {"beta": 1.0}
+    found = {
+        "both": logits(task, row, transfer=change),
+        "auxiliary": logits(task, row, transfer=none),
+        "basis change": logits(task, row, anchors=alone, transfer=change),
+        "adapter": logits(task, row, anchors=alone, transfer=none),
+    }
+    differences = {(a, b): (found[a] - found[b]).abs().max() for a in found for b in found if a < b}
+    assert min(differences.values()) > 1e-3, differences
+    weak, strong, teacher = models
+    options = {"class_names": NAMES, "anchors": Anchors(NAMES), "config": task.gradient, "progress": False}
+    adapter = extract(weak, teacher, sets["unlabelled"], **options)
+    moved = transfer(adapter, strong, sets["unlabelled"], config=TransferConfig(**change), progress=False)
+    with torch.no_grad():
+        same(found["basis change"], moved.classify(task.table(strong, "test").embeds))
+
+
+def test_anchors_are_chosen_as_the_row_wants(task):
+    def chosen(**settings):
+        return task.anchors_for(Variant("TransMiter (gradient)", anchors=settings))
+
+    assert chosen() is task.anchors
+    assert chosen(num_auxiliary=0).names == NAMES and chosen(strategy="none").names == NAMES
+    assert len(chosen(seed=1)) == len(task.anchors)  # as many as the comparison has
+    assert chosen(num_anchors=7, seed=1) == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=7, seed=1)
+    pool = Anchors.build(NAMES, vocabulary=WORDS, strategy="all")
+    embeds = task.weak.embed_names(pool.names)
+    said = task.weak.logits(task.table(task.weak, "unlabelled").embeds, embeds)
+    for strategy in ("farthest-point", "highest-spread", "spread-then-farthest"):
+        expected = Anchors.build(NAMES, vocabulary=WORDS, num_anchors=5, strategy=strategy, embeds=embeds, logits=said)
+        assert chosen(strategy=strategy, num_auxiliary=2) == expected
+    with pytest.raises(ValueError, match="the vocabulary offers only 8"):
+        chosen(num_auxiliary=20)
+
+
+# Closed form, labels
+
+
+@pytest.mark.parametrize("solver", ["discriminant", "ridge"])
+def test_class_vectors_over_every_bridge(task, models, sets, solver):
+    weak, strong, teacher = models
+    quiet = {"progress": False}
+    config = ExtractionConfig(solver=solver, shrinkage=3.0, lambdas=(1.0,))
+    adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
+    settings = {"extraction": {"shrinkage": 3, "lambdas": [1.0]}, "transfer": {"zero_shot_weight": 0.25}}
+    bridges = {
+        "bridge from text": Bridge.build(weak, strong, anchors=Anchors((), WORDS)),
+        "bridge from task images": Bridge.build(weak, strong, sets["unlabelled"], **quiet),
+    }
+    prefix, x = "ridge, " if solver == "ridge" else "", task.table(strong, "test").embeds
+    for row, bridge in bridges.items():
+        moved = transfer(adapter, strong, bridge=bridge, config=TransferConfig(zero_shot_weight=0.25), **quiet)
+        with torch.no_grad():
+            same(logits(task, prefix + row, **settings), moved.classify(x))
+        given = replace(task, bridge=bridge)
+        with torch.no_grad():
+            same(logits(given, prefix + "given bridge", **settings), moved.classify(x))
+    config = TransferConfig(refit=True, zero_shot_weight=0.25)
+    moved = transfer(adapter, strong, sets["unlabelled"], config=config, **quiet)
+    with torch.no_grad():
+        same(logits(task, prefix + "refit", **settings), moved.classify(x))
+    assert METHODS[prefix + "given bridge"].possible(task) == "it needs a finished bridge: pass `bridge`"
+
+
+def test_labels_are_matched_by_name(task, models, sets):
+    """`label_tune` takes labels by position, and the labelled images have positions of their own."""
+    few = sets["labelled"].cast_column("label", ClassLabel(names=["car", "cat", "dog"]))
+    few = few.map(lambda row: {"label": NAMES.index(("car", "cat")[row["label"]])})
+    few = few.cast_column("label", ClassLabel(names=list(NAMES)))
+    assert task.labelled_table.labels.tolist() == few["label"] == [2, 0] * 4 + [2]
+    config = LabelTuningConfig(epochs=2)
+    start = METHODS["refit"].run(task, Variant("refit"))
+    tuned = label_tune(start, few, seen_classes=("cat", "car"), config=config, progress=False)
+    with torch.no_grad():
+        expected = tuned.classify(task.table(models[1], "test").embeds)
+    same(logits(task, "TransMiter+ from refit", label_tuning={"epochs": 2}), expected)
+    start = METHODS["TransMiter (gradient)"].run(task, Variant("TransMiter (gradient)"))
+    tuned = label_tune(start, few, seen_classes=("cat", "car"), config=config, progress=False)
+    with torch.no_grad():
+        expected = tuned.classify(task.table(models[1], "test").embeds)
+    same(logits(task, "TransMiter+ from gradient transfer", label_tuning={"epochs": 2}), expected)
+    # Both start from the strong model as it is.
+    for row in ("TransMiter+ from identity", "TransMiter+ from zero-shot"):
+        same(logits(task, row, label_tuning={"epochs": 0}), task.zero_shot_strong)
+        assert (logits(task, row, label_tuning={"epochs": 1}) - task.zero_shot_strong).abs().max() > 1e-4
+
+
+def test_the_strong_model_is_tuned_on_all_labelled_images(task, models, sets):
+    found = METHODS["tuned strong"].run(task, Variant("tuned strong", tuning=QUICK))
+    few = sets["labelled"].map(lambda row: {"label": 1 - row["label"]})
+    few = few.cast_column("label", ClassLabel(names=["cat", "car"]))
+    expected = tune(models[1], few, config=TuningConfig(shots=5, **QUICK), progress=False)
+    x = expected.encoder.embed_images(sets["test"]["image"])
+    with torch.no_grad():
+        same(found.encoder.embed_images(sets["test"]["image"]), x)
+        same(task.answer(found).logits[:, [0, 2]], expected.classify(x))
+    assert found.class_names == NAMES
+    # The comparison's own settings, unless the row wants another method.
+    coop = {"method": "coop", "epochs": 1, "lr": 0.01, "init_phrase": "a photo of a"}
+    own = replace(task, tuning=TuningConfig(**QUICK))
+    (adapter,) = own.tune_strong(Variant("tuned strong", tuning=coop)).encoder.model.peft_config.values()
+    assert adapter.peft_type == "COOP"
+    same(own.answer(own.tune_strong(Variant("tuned strong"))).logits, task.answer(found).logits)
+    # A finished one is taken as it is.
+    given = replace(task, tuned_strong=expected.encoder)
+    answer = METHODS["tuned strong"].run(given, Variant("tuned strong"))
+    same(answer.logits[:, [0, 2]], expected.classify(x).detach())
+    assert answer.size == stored_bytes(expected) == stored_bytes(expected.encoder)
+
+
+# What a task shares
+
+
+def test_what_is_shared_is_made_once_and_charged_to_each(task):
+    fresh, made = replace(task), []
+    variant = Variant("TransMiter (gradient)")
+    costs = []
+    for _ in range(2):
+        with fresh.charged() as cost:
+            made.append(fresh.extract("gradient", variant))
+        costs.append(cost["seconds"])
+    assert made[0] is made[1] and costs[1] >= 0.5 * costs[0]
+    other = fresh.extract("gradient", Variant("TransMiter (gradient)", extraction={"seed": 1}))
+    assert other is not made[0]
+    pack = fresh.extract("discriminant", variant).calibration
+    METHODS["refit without teacher logits"].run(fresh, Variant("refit without teacher logits"))
+    assert pack is not None and fresh.extract("discriminant", variant).calibration is pack
+
+
+def test_sizes_are_those_of_what_is_saved(task, models, tmp_path):
+    for row in ("refit", "TransMiter (gradient)"):
+        made = METHODS[row].run(task, Variant(row))
+        made.save_pretrained(tmp_path / row)
+        size = (tmp_path / row / "adapter_model.safetensors").stat().st_size
+        assert stored_bytes(made) <= size < stored_bytes(made) + 4000  # the header
+    whole = sum(4 * p.numel() for p in models[2].model.parameters())
+    assert stored_bytes(models[2]) == whole and stored_bytes([models[2]] * 2) == 2 * whole
+    assert METHODS["EFT"].run(task, Variant("EFT")).size == whole
+    assert stored_bytes("logits.safetensors") is None
+    assert METHODS["distilled head"].run(task, Variant("distilled head")).size == 4 * 3 * 16
+
+
+def test_an_answer_stays_as_it_is(task):
+    answer = Answer(torch.zeros(1, 3), 0)
+    assert task.answer(answer) is answer
+
+
+def test_strangers_among_the_images_are_named(task, make_dataset):
+    with pytest.raises(ValueError, match="the labelled images: the dataset's class 'ship' is not among"):
+        replace(task, labelled=make_dataset(4, names=("cat", "ship")))
+    with pytest.raises(ValueError, match="the test images: the dataset's class 'ship' is not among"):
+        replace(task, test=make_dataset(4, names=("cat", "ship")))
+    with pytest.raises(ValueError, match="seen_classes holds 'ship', which is not among the 3"):
+        replace(task, seen_classes=("cat", "ship"))
+    assert asdict(METHODS["EFT"].needs)["weak_at_run_time"]
