@@ -15,8 +15,8 @@ from datasets import Dataset
 
 from .anchors import Anchors
 from .backbone import DualEncoder
-from .bench_config import BenchConfig
-from .bench_plan import TUNED, ZERO_SHOT, Cell, digest, needs_ceiling, needs_labelled, slug
+from .bench_config import BenchConfig, digest
+from .bench_plan import TUNED, ZERO_SHOT, Cell, needs_ceiling, needs_labelled, slug
 from .catalog import TEACHER_FILE, load_encoder, load_images, load_teacher, save_teacher
 from .classifier import AnchorClassifier
 from .comparison import compare

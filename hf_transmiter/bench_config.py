@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import yaml
@@ -238,11 +240,21 @@ class BenchConfig:
         return tuple(every.values())
 
     @cached_property
+    def spec_facts(self) -> dict[str, dict]:
+        """By dataset: where it is, and a digest of all that its images and labels depend on."""
+        found = {}
+        for spec in self.specs():
+            facts = {key: value for key, value in asdict(spec).items() if key not in _SAID_ONLY}
+            found[spec.name] = {"source": spec.source, "revision": spec.revision, "digest": digest(facts)}
+        return found
+
+    @cached_property
     def roles(self) -> tuple[str, str]:
         """What the two models of a pair are called."""
         return EXPERIMENTS[self.experiment]
 
 
+_SAID_ONLY = ("name", "title", "counts", "rows", "notes")
 _HINTS = {
     "models": ": list pairs such as {weak: openai/clip-vit-base-patch16, strong: openai/clip-vit-large-patch14}",
     "datasets": ": list names such as dtd, folders or Hub ids",
@@ -252,8 +264,13 @@ _HINTS = {
 
 def ready_configs() -> dict[str, str]:
     """Names and titles of the configurations that come with the package."""
-    paths = sorted(_READY.glob("*.yaml"))
-    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["title"] for path in paths}
+    return {path.stem: _load_yaml(path)["title"] for path in sorted(_READY.glob("*.yaml"))}
+
+
+@lru_cache
+def _load_yaml(path: Path) -> dict:
+    """A file that comes with the package."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def published_table(key: str) -> dict:
@@ -263,10 +280,15 @@ def published_table(key: str) -> dict:
     Raises:
         ValueError: no such table; the message names the nearest.
     """
-    tables = yaml.safe_load(_PUBLISHED.read_text(encoding="utf-8"))
+    tables = _load_yaml(_PUBLISHED)
     if key not in tables:
         raise ValueError(f"there are no published scores {key!r}{nearest(key, tables)}.")
     return tables[key]
+
+
+def digest(facts) -> str:
+    """Twelve hex digits of anything JSON can write."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
 
 def nearest(name: object, known: Collection[str]) -> str:

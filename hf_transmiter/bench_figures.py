@@ -32,19 +32,21 @@ def base_novel_figure(
         raise ValueError("there is no method to draw.")
     for method, pair in scores.items():
         _finite(pair, f"accuracies of {method}")
-    figure = _figure(8.4, max(4.6, 1.2 + 0.21 * len(scores)), title)
+    figure = _figure(8.6, max(4.8, 1.2 + 0.21 * len(scores)), title)
     axes = figure.add_subplot()
     for i, (method, (base, novel)) in enumerate(scores.items()):
-        style = {"color": _COLORS[i % 7], "marker": _MARKERS[(i // 7) % 7], "s": 34}
-        axes.scatter(base, novel, **style, edgecolors="white", linewidths=0.5, zorder=3, label=method)
+        # The later the smaller and the further in front, so that equal scores do not hide each other.
+        size = 110 - 80 * i / max(1, len(scores) - 1)
+        style = {"facecolors": "none", "edgecolors": _COLORS[i % 7], "marker": _MARKERS[(i + i // 7) % 7]}
+        axes.scatter(base, novel, s=size, linewidths=1.5, zorder=3 + i, **style, label=method)
     axes.margins(0.12)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    right, top = min(right, 101), min(top, 101)
-    x, y = np.meshgrid(np.linspace(max(left, 0.1), right, 200), np.linspace(max(bottom, 0.1), top, 200))
-    lines = axes.contour(x, y, 2 * x * y / (x + y), levels=6, colors="#BBBBBB", linewidths=0.8, zorder=1)
+    (left, right), (bottom, top) = (max(left, 0), min(right, 101)), (max(bottom, 0), min(top, 101))
+    x, y = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
+    lines = axes.contour(x, y, 2 * x * y / (x + y + 1e-9), levels=6, colors="#BBBBBB", linewidths=0.8, zorder=1)
     axes.clabel(lines, fmt="%g", fontsize=7)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.set(xlabel="accuracy among base classes (%)", ylabel="accuracy among novel classes (%)")
     axes.set_title("grey: equal harmonic mean", fontsize=8, color="#777777")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7.5)
     return _save(figure, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from .bench_config import BenchConfig, Pair, Tuning
+from .bench_config import BenchConfig, Pair, Tuning, digest
 from .dataset_specs import DatasetSpec
 from .files import replace_file
 from .methods import METHODS, Variant
@@ -56,8 +55,8 @@ class Cell:
             "experiment": config.experiment,
             "protocol": config.protocol,
             "models": [self.pair.weak, self.pair.strong],
-            "test": spec_facts(self.parts.test.spec),
-            "train": spec_facts(self.parts.train.spec),
+            "test": config.spec_facts[self.parts.test.spec.name],
+            "train": config.spec_facts[self.parts.train.spec.name],
             "tuning": asdict(self.settings),
             "allow_fewer": config.allow_fewer,
             "skip_unreadable": config.skip_unreadable,
@@ -101,21 +100,9 @@ def cells(config: BenchConfig) -> Iterator[Cell]:
                         yield Cell(config, pair, spec, tuning, shots, seed)
 
 
-def spec_facts(spec: DatasetSpec) -> dict:
-    """What the images and labels of a dataset depend on."""
-    said_only = ("name", "title", "counts", "rows", "notes")
-    return {key: value for key, value in asdict(spec).items() if key not in said_only}
-
-
 def row_key(variant: Variant) -> str:
     """Digest of a row's settings, whatever it is called."""
     return digest({**asdict(variant), "name": None})
-
-
-def digest(facts) -> str:
-    """Twelve hex digits of anything JSON can write."""
-    text = json.dumps(facts, sort_keys=True, default=dict)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def slug(text: str) -> str:
@@ -179,8 +166,8 @@ class Plan:
         images (`dict[tuple, float | None]`):
             Passes of an image tower by model, dataset and what the images are for; each image counted once per model,
             `None` where the number of images is not known before they are loaded.
-        tunings (`dict[tuple, tuple]`): trainings by model, way to tune and dataset: how many, steps and images in
-            all; `None` for unknown numbers.
+        tunings (`dict[tuple, tuple]`): trainings by model, way to tune and dataset: how many, and in all of them
+            steps, images and class prompts (0 where no prompt learns); `None` for unknown numbers.
         texts (`dict[str, int | None]`): class prompts by model, each counted once.
     """
 
@@ -188,7 +175,7 @@ class Plan:
     done: int
     failed: int
     images: dict[tuple[str, str, str], float | None]
-    tunings: dict[tuple[str, str, str], tuple[int, int | None, int | None]]
+    tunings: dict[tuple[str, str, str], tuple[int, int | None, int | None, int | None]]
     texts: dict[str, int | None]
 
     def to_dict(self) -> dict:
@@ -209,13 +196,14 @@ class Plan:
             of_model = {key: count for key, count in self.images.items() if key[0] == model}
             lines.append(f"{model}: {_number(_sum(of_model.values()))} image passes, {_number(prompts)} prompts")
             lines += [f"  {dataset}, {what}: {_number(count)}" for (_, dataset, what), count in of_model.items()]
-            for (tuned, name, dataset), (runs, steps, images) in self.tunings.items():
+            for (tuned, name, dataset), (runs, *counts) in self.tunings.items():
                 if tuned == model:
+                    steps, images, prompts = map(_number, counts)
                     lines.append(
-                        f"  tuning ({name}) on {dataset}: {runs} runs, {_number(steps)} steps over "
-                        f"{_number(images)} images"
+                        f"  tuning ({name}) on {dataset}: {runs} runs, {steps} steps over {images} images and "
+                        f"{prompts} prompts"
                     )
-        lines.append("Embeddings that are cached already cost nothing.")
+        lines.append("Embeddings that are cached already cost nothing; ? is known once the images are loaded.")
         return "\n".join(lines)
 
 
@@ -295,12 +283,14 @@ def _count(part: Part, cell: Cell) -> int | None:
     return count
 
 
-def _training(cell: Cell) -> tuple[int | None, int | None]:
-    """Steps, and images in all of them."""
+def _training(cell: Cell) -> tuple[int | None, int | None, int | None]:
+    """Steps, and images and class prompts in all of them."""
     examples, settings = _count(cell.parts.train, cell), cell.settings
     if examples is None:
-        return None, None
-    return settings.epochs * math.ceil(examples / settings.batch_size), settings.epochs * examples
+        return None, None, None
+    steps = settings.epochs * math.ceil(examples / settings.batch_size)
+    prompts = 0 if settings.method == "lora" else steps * _classes(cell.parts.train)
+    return steps, settings.epochs * examples, prompts
 
 
 def _prompts(spec: DatasetSpec) -> int | None:
@@ -313,4 +303,4 @@ def _sum(counts) -> int | None:
 
 
 def _number(count: float | None) -> str:
-    return "an unknown number of" if count is None else f"{count:,}"
+    return "?" if count is None else f"{count:,}"

@@ -188,9 +188,9 @@ def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
     if published:
         yield (
             f"Published: {published['title']} ({published['source']}), average of {len(published['datasets'])} "
-            f"datasets. What was measured here goes over {len(group.datasets)} datasets, {len(known)} of them among "
-            "those."
+            f"datasets. What was measured here goes over {len(group.datasets)}, {len(known)} of them among those."
         )
+        yield from published.get("remarks", ())
     reasons = [
         f"{row.name}: {_one_line(text)} ({', '.join(names)})"
         for row in group.rows.values()
@@ -287,7 +287,8 @@ def _draw(group: Group, config: BenchConfig, folder: Path) -> Iterator[Path | No
     main = {name: found[group.main] for name, row in group.rows.items() if (found := row.summary(group.datasets))}
     by_seed = {name: list(found.by_seed.values()) or [found.value] for name, found in main.items()}
     lines = {name: main[name].value for name in ("zero-shot strong", "tuned weak") if name in main}
-    what = f"{_TITLES.get(group.main, group.main)}, mean of {len(group.datasets)} datasets"
+    count = len(group.datasets)
+    what = _TITLES.get(group.main, group.main) + (f", mean of {count} datasets" if count > 1 else "")
     yield figures.bars(by_seed, folder / f"{stem}-methods.png", title=f"{title} ({what})", reference=lines)
     if group.main == "hm":
         points = {name: row.summary(group.datasets) for name, row in group.rows.items() if row.measured}
