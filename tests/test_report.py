@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from hf_transmiter.comparison import Comparison
 from hf_transmiter.evaluation import Score, aggregate
-from hf_transmiter.report import Section, markdown_table, read_scores, write_report, write_scores
+from hf_transmiter.methods import Needs
+from hf_transmiter.report import Section, comparison_table, markdown_table, read_scores, write_report, write_scores
 
 
 SCORES = [
@@ -233,3 +235,53 @@ def test_report_refuses_figures_it_cannot_link(tmp_path):
     with pytest.raises(ValueError, match="draw it under .*figures"):
         write_report(tmp_path / "out", [Section("a", figures=[outside])], title="t")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_says_what_each_method_costs_and_needs():
+    scores = [
+        Score("zero-shot strong", "test", "accuracy", 60.0, seconds=0.01, peak_mb=0.2),
+        Score("zero-shot strong", "test", "ece", 5.0, seconds=0.01, peak_mb=0.2),
+        Score("refit", "test", "accuracy", 70.0, seconds=2.0, peak_mb=30.0),
+        Score("refit", "test", "ece", 9.0, seconds=2.0, peak_mb=30.0),
+        Score("a|probe", "test", "accuracy", 80.0, seconds=140.0, peak_mb=30.0),
+        Score("a|probe", "test", "ece", 3.0, seconds=140.0, peak_mb=30.0),
+    ]
+    probe = Needs(labels=True, backprop=True)
+    needs = {"zero-shot strong": Needs(), "refit": Needs(task_images=True), "a|probe": probe}
+    found = Comparison(
+        scores,
+        dict.fromkeys(needs),
+        None,
+        ("a", "b"),
+        notes={"a|probe": "needs labels"},
+        needs=needs,
+        sizes={"zero-shot strong": 0, "refit": 28_300},
+        skipped={"EFT": "it failed: a | b"},
+    )
+    lines = [line for line in comparison_table(found).splitlines() if line.startswith("|")]
+    assert lines[0] == (
+        "| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop | "
+        "weak model at run time |"
+    )
+    # The highest accuracy and the lowest calibration error of those that need no labels.
+    assert lines[2] == "| zero-shot strong | 60.0 | **5.0** | 0.0 | 0 | 0 | no | no | no | no |"
+    assert lines[3] == "| refit | **70.0** | 9.0 | 2.0 | 30 | 28 kB | no | yes | no | no |"
+    assert lines[4] == "| a\\|probe | 80.0 | 3.0 | 140 | 30 | – | yes | no | yes | no |"
+    assert comparison_table(found).endswith("\nNot in the table:\n\n- EFT: it failed: a \\| b\n")
+    found.sizes["refit"] = 37_700_000
+    assert "| 37.7 MB |" in comparison_table(found)
+    nothing = Comparison([], {}, None, ("a", "b"), skipped={"EFT": "it failed: x"})
+    assert comparison_table(nothing) == "\nNot in the table:\n\n- EFT: it failed: x\n"
+
+
+def test_the_best_of_a_metric_is_not_always_the_highest():
+    values = {"ece": (5.0, 3.0), "calibration gap": (2.0, 8.0), "agreement": (90.0, 80.0), "accuracy": (50.0, 60.0)}
+    scores = [Score(m, "t", metric, pair[i]) for i, m in enumerate("ab") for metric, pair in values.items()]
+    _, rows = cells(markdown_table(scores))
+    assert rows["a"] == {"t ece": "5.0", "t calibration gap": "**2.0**", "t agreement": "90.0", "t accuracy": "50.0"}
+    assert rows["b"] == {
+        "t ece": "**3.0**",
+        "t calibration gap": "8.0",
+        "t agreement": "80.0",
+        "t accuracy": "**60.0**",
+    }
