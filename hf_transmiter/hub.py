@@ -177,6 +177,8 @@ def fetch(
             the cache; or the file arrived damaged.
     """
     name, revision = split_revision(os.fspath(source))
+    if is_open_clip(name):  # a model, whatever `open_clip_model` finds there: nothing else is kept under such a name
+        return None
     if Path(name).is_dir():
         path = Path(name) / (subfolder or "") / file
         return path if path.is_file() else None
