@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -165,7 +166,11 @@ def sum_dataset(
     Args:
         space (`str`): `"embedding"`, or `"logit"` for standardised logits over the anchors.
         **embedding: passed to `embed_dataset`.
+
+    Raises:
+        TypeError: a keyword that `embed_dataset` does not have, without images too.
     """
+    inspect.signature(embed_dataset).bind(weak, dataset, accelerator=accelerator, **embedding)
     texts = None
     if space == "logit" or dataset is None:
         texts = [model.embed_names(anchors.names, anchors.templates).cpu() for model in (weak, strong)]

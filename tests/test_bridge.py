@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from hf_transmiter import sandbox
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
@@ -276,6 +277,22 @@ def test_build_refuses(pair):
         Bridge.build(*pair, space="weights")
     with pytest.raises(ValueError, match="needs images; without them build one in embedding space"):
         Bridge.build(*pair, space="logit")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'vocabulary'"):
+        Bridge.build(*pair, anchors=anchors(20), vocabulary=anchors(40))  # without images too
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batch'"):
+        Bridge.build(*pair, anchors=anchors(20)).measure(*pair, batch=3)
+
+
+def test_a_bridge_from_text_that_is_worth_little(caplog):
+    """Words that the models do not know: a warning with the remedy, which helps."""
+    weak, strong = (DualEncoder.from_pretrained(f"sandbox:{name}") for name in ("weak", "strong"))
+    bridge = Bridge.build(weak, strong)
+    assert bridge.held_out < 0.5
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "hf_transmiter.bridge"]
+    assert f"alignment {bridge.held_out:.2f}" in said and "pass anchors (--anchors)" in said
+    caplog.clear()
+    assert Bridge.build(weak, strong, anchors=Anchors((), tuple(sandbox.vocabulary()))).held_out > 0.8
+    assert not caplog.records
 
 
 def test_of_another_model(pair):
