@@ -232,7 +232,11 @@ class _Run:
     def _score(self, row: Upgraded, classifier: AnchorClassifier) -> list[Score]:
         """Of the upgraded adapter and the strong model without it, on what the weak model's was scored on."""
         path = fetch(row.source, SCORES, **self.hub)
-        old = [score for score in read_scores(path) if score.metric == "accuracy"] if path is not None else []
+        try:
+            old = [score for score in read_scores(path) if score.metric == "accuracy"] if path is not None else []
+        except ValueError as error:
+            row.remark = f"not scored: {SCORES} of the source is damaged ({error})"
+            return []
         noted = next((score for score in old if score.method == THIS and score.dataset), None)
         if noted is None:
             row.remark = "not scored: nothing is noted with it about a dataset"

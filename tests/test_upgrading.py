@@ -226,6 +226,15 @@ def test_a_dataset_that_cannot_be_loaded(models, bridge, folders, tmp_path, make
     assert row.status == "upgraded" and row.remark.startswith("not scored: ") and row.before is not None
 
 
+@pytest.mark.parametrize("content", ["{", "[]x", '[{"value": "high"}]', "\x00"])
+def test_scores_that_cannot_be_read(models, bridge, folders, tmp_path, content):
+    """They do not stop the upgrade; the row says that there is no score, and why."""
+    (Path(folders["pets"]) / "scores.json").write_text(content)
+    (row,) = upgrade([folders["pets"]], models["strong"], tmp_path / "new", bridge=bridge, **QUIET)
+    assert row.status == "upgraded" and row.after is None
+    assert row.remark.startswith("not scored: scores.json of the source is damaged (")
+
+
 def test_refusals(models, bridge, folders, tmp_path):
     with pytest.raises(ValueError, match="two adapters have the same name, pets"):
         upgrade([folders["pets"], folders["pets"]], models["strong"], tmp_path / "new", **QUIET)
