@@ -149,7 +149,6 @@ def extract(
     output.check(run)
     from .catalog import load_encoder, load_teacher, read_names, teacher_facts, teacher_templates
     from .extraction import extract
-    from .hub import public_name
 
     encoder = load_encoder(weak, **models.load(run))
     images = data.load(dataset, UNLABELLED, data.split)
@@ -160,15 +159,12 @@ def extract(
         class_names=read_names(names.class_names),
         templates=teacher_templates(teacher, names.template),
         config=config,
+        dataset_name=dataset,
         checkpoint=output.checkpoint,
         **data.embedding(run),
     )
     facts = adapter.adapter_config.provenance
     facts["teacher"] = teacher_facts(teacher)
-    if images is not None:
-        facts["dataset"] = f"{public_name(dataset)} ({images.split})"
-    if adapter.calibration is not None:
-        adapter.calibration.dataset = facts["dataset"]
     output.write(adapter.save_pretrained, values, run)
     found = {"output_dir": str(output.output_dir), "form": adapter.adapter_config.form, "provenance": facts}
     return Result(found, f"Extracted from {facts['num_images']} images ({config.solver}): {output.output_dir}")

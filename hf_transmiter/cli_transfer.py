@@ -123,7 +123,6 @@ def transfer(
     output.check(run)
     from .bridge import Bridge
     from .catalog import load_classifier, load_encoder, load_teacher, read_names
-    from .hub import public_name
     from .transferring import transfer
 
     options = models.load(run)
@@ -137,11 +136,10 @@ def transfer(
         teacher=None if teacher is None else load_teacher(teacher, source.encoder),
         seen_classes=read_names(seen_classes),
         config=config,
+        dataset_name=dataset,
         **data.embedding(run),
     )
     facts = upgraded.adapter_config.provenance
-    if images is not None:
-        facts["dataset"] = f"{public_name(dataset)} ({images.split})"
     output.write(upgraded.save_pretrained, values, run)
     found = {"output_dir": str(output.output_dir), "form": upgraded.adapter_config.form, "provenance": facts}
     how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"

@@ -21,6 +21,7 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .draws import per_example
 from .features import FeatureTable, embed_dataset
+from .hub import public_name
 from .settings import ExtractionConfig
 from .solvers import discriminant_head, ridge
 from .teachers import Teacher, teacher_class_vectors, teacher_logits
@@ -38,6 +39,7 @@ def extract(
     anchors: Anchors | None = None,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     config: ExtractionConfig | None = None,
+    dataset_name: str | None = None,
     accelerator=None,
     checkpoint=None,
     progress: bool = True,
@@ -58,6 +60,7 @@ def extract(
         anchors (`Anchors`, *optional*): names the published adapter reads; 1,024 with random common nouns if omitted.
         templates (`Sequence[str]`, *optional*): prompts of the anchors made here.
         config (`ExtractionConfig`, *optional*): settings.
+        dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
         progress (`bool`, *optional*, defaults to `True`): show progress bars.
@@ -115,12 +118,21 @@ def extract(
             raise ValueError("the gradient solver needs unlabelled images: pass a dataset.")
         tensors, solved = gradient(table, logits, text, weak, config, accelerator, checkpoint, progress)
         adapter = TransMiterConfig.for_anchors(anchors, form="mlp", width=config.width, seed=config.seed)
-    adapter.provenance = {**facts, **solved}
+    adapter.provenance = {**facts, **solved, **named_dataset(dataset, dataset_name)}
     classifier = AnchorClassifier(weak, anchors, text).add_adapter(adapter, tensors)
     if logits is not None:
         own = torch.cat([weak.logits(x.to(text.device), text[: len(class_names)]).cpu() for x in table.batches(4096)])
-        classifier.calibration = CalibrationPack(logits, class_names, table.dataset_fingerprint, weak_logits=own)
+        about = {"dataset_fingerprint": table.dataset_fingerprint, "dataset": adapter.provenance.get("dataset")}
+        classifier.calibration = CalibrationPack(logits, class_names, **about, weak_logits=own)
     return classifier
+
+
+def named_dataset(dataset, name: str | None) -> dict[str, str]:
+    """What provenance says of images that have a name: ``{"dataset": "mteb/dtd (train)"}``."""
+    if dataset is None or name is None:
+        return {}
+    split = getattr(dataset, "split", None)
+    return {"dataset": public_name(name) + (f" ({split})" if split is not None else "")}
 
 
 def closed_form(

@@ -18,6 +18,7 @@ from .backbone import DualEncoder
 from .bridge import Bridge
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
+from .extraction import named_dataset
 from .features import FeatureTable, embed_dataset
 from .fingerprint import ModelId
 from .settings import TransferConfig
@@ -40,6 +41,7 @@ def transfer(
     teacher: Teacher | None = None,
     seen_classes: Sequence[str] | None = None,
     config: TransferConfig | None = None,
+    dataset_name: str | None = None,
     accelerator=None,
     progress: bool = True,
     **embedding,
@@ -57,6 +59,7 @@ def transfer(
             that belongs to these images; without either, the refit relies on the carried class vectors.
         seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
         config (`TransferConfig`, *optional*): settings.
+        dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         **embedding: passed to `embed_dataset`.
 
     Returns:
@@ -87,6 +90,7 @@ def transfer(
     tensors = {key: tensor.cpu() for key, tensor in adapter.transmiter.tensors(adapter.transmiter.active_name).items()}
     content, tensors = carry(source.to_dict(), tensors, strong, bridge, weak=weak, zero_shot_weight=weight)
     upgraded, facts = TransMiterConfig.from_peft_type(**content), content["provenance"]
+    facts.update(named_dataset(dataset, dataset_name))
     wanted = not unseen if config.refit is None else config.refit
     if source.form == "class_vectors" and dataset is not None and wanted:
         table = embed_dataset(strong, dataset, **options)

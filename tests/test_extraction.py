@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -249,6 +250,18 @@ def test_save_and_load(weak, dataset, table, linear, cache, tmp_path):
         assert torch.equal(back.classify(table.embeds), adapter.classify(table.embeds))
         assert back.adapter_config.provenance["solver"] == config.solver
         assert back.calibration.dataset_fingerprint == dataset._fingerprint
+
+
+def test_what_the_images_are(weak, dataset, linear, cache, tmp_path):
+    """Is said by the adapter, its calibration and the card; of a path no more than the last part."""
+    named = [extract(weak, linear, dataset, dataset_name=name, **cache) for name in ("me/pets", str(tmp_path), None)]
+    said = [each.adapter_config.provenance.get("dataset") for each in named]
+    assert said == ["me/pets", tmp_path.name, None]  # the split is not known
+    assert [each.calibration.dataset for each in named] == said
+    named[0].save_pretrained(tmp_path / "named")
+    assert "me/pets" in (tmp_path / "named" / "README.md").read_text()
+    train = Dataset.from_list(list(dataset), features=dataset.features, split="train")
+    assert extract(weak, linear, train, dataset_name="me/pets", **cache).calibration.dataset == "me/pets (train)"
 
 
 def test_auxiliary_names_are_drawn_when_none_are_given(weak, dataset, linear, cache):

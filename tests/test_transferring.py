@@ -204,6 +204,17 @@ def test_the_refit_has_the_spread_of_its_teacher(strong, dataset, cache):
     assert spread[0] == pytest.approx(spread[1], rel=0.02)
 
 
+def test_what_the_images_are(strong, adapters, dataset, cache, tmp_path):
+    adapter = adapters["class_vectors"]
+    named = transfer(adapter, strong, dataset, dataset_name="me/pets", **cache)
+    assert named.adapter_config.provenance["dataset"] == "me/pets"
+    assert "dataset" not in transfer(adapter, strong, dataset, **cache).adapter_config.provenance
+    bridge = Bridge.build(adapter.encoder, strong, anchors=WORDS)
+    assert "dataset" not in transfer(adapter, strong, bridge=bridge, dataset_name="me/pets").adapter_config.provenance
+    named.save_pretrained(tmp_path)
+    assert "me/pets" in (tmp_path / "README.md").read_text()
+
+
 def test_other_images_than_the_packs(weak, strong, adapters, make_dataset, cache, caplog):
     for other in (make_dataset(60, seed=5), make_dataset(33)):
         caplog.clear()
