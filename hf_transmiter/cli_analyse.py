@@ -50,7 +50,7 @@ def analyse(
     """  # noqa: E501
     output.check(run)
     from .catalog import load_classifier, load_encoder
-    from .hub import SANDBOX, read_json
+    from .hub import SANDBOX, public_name, read_json
     from .knowledge import analyse
     from .knowledge_figures import write_analysis
 
@@ -68,7 +68,7 @@ def analyse(
         teacher=None if teacher is None else _load_teacher(teacher, classifier, options),
         **data.embedding(run),
     )
-    title = f"What the adapter {adapter} changes on {dataset} ({images.split})"
+    title = f"What the adapter {public_name(adapter)} changes on {public_name(dataset)} ({images.split})"
     details = {"title": title, "image_column": data.image_column, "count": rows}
     output.write(lambda folder: write_analysis(folder, found, images, **details), values, run)
     said = {key: value for key, value in found.to_dict().items() if key not in ("classes", "moves", "confusions")}

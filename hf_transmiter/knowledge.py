@@ -19,6 +19,7 @@ from .classifier import AnchorClassifier
 from .evaluation import align_labels
 from .feature_table import FeatureTable
 from .features import embed_dataset
+from .hub import public_name
 from .neighbours import auxiliary_effects, directions, nearest
 from .reliability import expected_calibration_error, fit_temperature
 from .teachers import Teacher, teacher_logits
@@ -89,7 +90,7 @@ class Knowledge:
     """What [`analyse`] found. Before: zero-shot; after: with the adapter.
 
     Args:
-        model (`str` or `None`), form (`str`): the model under the adapter, and the adapter's form.
+        model (`str` or `None`), form (`str`): the model under the adapter (a folder without its path), and its form.
         num_images (`int`): N.
         classes (`list[ClassChange]`): in the order of the columns.
         changed (`int`): images that are predicted otherwise.
@@ -211,7 +212,8 @@ def analyse(
         text = encoder.embed_names(auxiliary, config.templates)
         values = directions(tensors["class_vectors"], tensors["anchors"][: len(names)], text)
     found = compare_logits(logits, names, labels, nearest(values, auxiliary, neighbours))
-    found.model, found.form, found.measure = encoder.name_or_path, config.form, measure
+    found.model = encoder.name_or_path and public_name(encoder.name_or_path)
+    found.form, found.measure = config.form, measure
     found.temperature_note = found.temperature_note or why
     return found
 

@@ -52,6 +52,7 @@ def test_pictures_without_labels(saved):
     assert said["temperature"] > 0 and 0 < said["agreement"] < 100
     text = (target / "analysis.md").read_text()
     assert "fitted to the tuned model's predictions" in text and "better or worse is not known" in text
+    assert str(saved) not in text + json.dumps(written)  # it is made to be shared
     assert {path.name for path in (target / "figures").iterdir()} == {"shifts.png", "neighbours.png", "changed.png"}
     assert "--overwrite" in error(*command)
 
