@@ -30,6 +30,7 @@ AT_RUN_TIME = "needs the weak model and its tuned version for every prediction"
 LABELS = "needs labelled images"
 STRONG = "zero-shot strong"
 _WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
+_WITH_LABELS = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
 # What may go wrong with one method's data or settings; anything else is a fault of the program.
 _FORESEEN = (ValueError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError)
 
@@ -286,7 +287,8 @@ def verdict(found: Comparison) -> str:
     labelled = max((row for row in others if found.needs[row].labels), key=found.value, default=None)
     rival = max((row for row in found.logits if not found.needs[row].labels), key=found.value)
     if labelled is not None and found.value(labelled) > found.value(rival):
-        said += f" With labels, {_against(found, labelled, rival)}: where there are labels, take that."
+        advice = _WITH_LABELS.get(labelled, "take that")
+        said += f" With labels, {_against(found, labelled, rival)}: where there are labels, {advice}."
     return said
 
 

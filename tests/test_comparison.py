@@ -231,12 +231,13 @@ def test_says_so_when_something_else_scored_higher():
     # The labels' turn: against the best that needs none.
     said = verdict(answers(refit=60, EFT=70, linear_probe=65, tuned_strong=90))
     assert said.endswith(
-        " With labels, tuned strong scored higher than EFT (90.0 against 70.0): where there are labels, take that."
+        " With labels, tuned strong scored higher than EFT (90.0 against 70.0): where there are labels, re-tune the "
+        "strong model."
     )
     said = verdict(answers(refit=60, linear_probe=63))
     assert said == (
         " With labels, linear probe scored higher than refit (63.0 against 60.0, which may be chance): where there "
-        "are labels, take that."
+        "are labels, a linear probe on it will do."
     )
 
 
