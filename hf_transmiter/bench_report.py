@@ -142,9 +142,11 @@ def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Pa
         raise FileNotFoundError(f"there is no finished cell of this configuration in {output}: run it first.")
     shutil.rmtree(output / "figures", ignore_errors=True)
     parts = [f"# {config.title}", config.notes.strip(), *_progress(config, output)]
-    for group in groups:
+    for number, group in enumerate(groups, 1):
         parts += [f"## {group.title(config)}", *_tables(group, config)]
-        drawn = [path for path in _draw(group, config, output / "figures") if path is not None]
+        # Numbered, since what sets long titles apart may be at their end.
+        stem = output / "figures" / f"{number}-{slug(group.title(config))}"
+        drawn = [path for path in _draw(group, config, stem) if path is not None]
         parts += [f"![{path.stem}](figures/{path.name})" for path in drawn]
     for path in _draw_over_groups(groups, config, output / "figures"):
         if path is not None:
@@ -279,25 +281,28 @@ def _costs(group: Group, config: BenchConfig) -> Iterator[str]:
     yield table(header, ([_escape(row.name), *(mean(row, name, n) for name, n in digits.items())] for row in rows))
 
 
-def _draw(group: Group, config: BenchConfig, folder: Path) -> Iterator[Path | None]:
-    stem, title = slug(group.title(config)), f"{config.title}: {group.title(config)}"
+def _draw(group: Group, config: BenchConfig, stem: Path) -> Iterator[Path | None]:
+    """The figures of a group; their names begin with `stem`."""
+    title = f"{config.title}: {group.title(config)}"
     if config.experiment == "upgrade":
-        yield _upgrade_bars(group, folder / f"{stem}-upgrade.png", title)
+        yield _upgrade_bars(group, Path(f"{stem}-upgrade.png"), title)
+        if (config.sweep or "").startswith("tuning.") and (series := _over_tunings(group, config)):
+            yield context_length_figure(series, Path(f"{stem}-{slug(config.sweep)}.png"), title=title)
         return
     main = {name: found[group.main] for name, row in group.rows.items() if (found := row.summary(group.datasets))}
     by_seed = {name: list(found.by_seed.values()) or [found.value] for name, found in main.items()}
     lines = {name: main[name].value for name in ("zero-shot strong", "tuned weak") if name in main}
     count = len(group.datasets)
     what = _TITLES.get(group.main, group.main) + (f", mean of {count} datasets" if count > 1 else "")
-    yield figures.bars(by_seed, folder / f"{stem}-methods.png", title=f"{title} ({what})", reference=lines)
+    yield figures.bars(by_seed, Path(f"{stem}-methods.png"), title=f"{title} ({what})", reference=lines)
     if group.main == "hm":
         points = {name: row.summary(group.datasets) for name, row in group.rows.items() if row.measured}
         points = {name: (found["base"].value, found["novel"].value) for name, found in points.items()}
-        yield base_novel_figure(points, folder / f"{stem}-base-novel.png", title=title)
+        yield base_novel_figure(points, Path(f"{stem}-base-novel.png"), title=title)
     if config.sweep and not config.sweep.startswith("tuning."):
         series = _over_variants(group, config, main)
         if series:
-            path, xlabel = folder / f"{stem}-{slug(config.sweep)}.png", config.sweep.split(".")[-1].replace("_", " ")
+            path, xlabel = Path(f"{stem}-{slug(config.sweep)}.png"), config.sweep.split(".")[-1].replace("_", " ")
             yield figures.curves(series, path, title=title, xlabel=xlabel, ylabel=f"{what} (%)", reference=lines)
 
 
@@ -338,24 +343,16 @@ class _Upgraded:
 
 
 def _draw_over_groups(groups: Sequence[Group], config: BenchConfig, folder: Path) -> Iterator[Path | None]:
-    """Curves over the number of shots, and over a setting of the tuning."""
-    for pair in config.models:
-        own = [group for group in groups if group.pair == pair]
-        tuning_names = dict.fromkeys(group.tuning for group in own)
-        for tuning in tuning_names if len(config.shots) > 1 else ():
-            series = _series((g.shots, g) for g in own if g.tuning == tuning)
-            name = ", ".join(filter(None, [str(pair), tuning]))
-            if series:
-                yield figures.curves(
-                    series, folder / f"{slug(name)}-shots.png", title=f"{config.title}: {name}", xlabel="shots"
-                )
-        if (config.sweep or "").startswith("tuning."):
-            for group in own:
-                series = _over_tunings(group, config)
-                title = f"{config.title}: {group.title(config)}"
-                if series:
-                    path = folder / f"{slug(group.title(config))}-{slug(config.sweep)}.png"
-                    yield context_length_figure(series, path, title=title)
+    """Curves over the number of shots."""
+    alike = dict.fromkeys((group.pair, group.tuning) for group in groups)
+    for number, (pair, tuning) in enumerate(alike if len(config.shots) > 1 else (), 1):
+        same = [group for group in groups if (group.pair, group.tuning) == (pair, tuning)]
+        series = _series((group.shots, group) for group in same)
+        if series:
+            title = f"{config.title}: {', '.join(filter(None, [str(pair), tuning]))}"
+            ylabel = f"{_TITLES.get(same[0].main, same[0].main)} (%)"
+            path = folder / f"shots-{number}.png"
+            yield figures.curves(series, path, title=title, xlabel="shots per class", ylabel=ylabel)
 
 
 def _series(groups) -> dict[str, list[tuple[float, float, float]]]:
