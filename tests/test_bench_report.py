@@ -153,7 +153,7 @@ def drawn(found: BenchConfig, output, value) -> set[str]:
 
 
 def halves_by_name(cell, name) -> dict:
-    base = 50.0 + 5 * cell.shots + (int(name.split()[0]) if name[0].isdigit() else 0)
+    base = 50.0 + (int(name.split()[0]) if name[0].isdigit() else 0)
     return {"accuracy": 40.0, "joint": 40.0, "base": base, "novel": 60.0 + cell.seed, "hm": 0.0}
 
 
