@@ -275,6 +275,8 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
                 if run.main_process:
                     print(json.dumps(result.data, indent=2, default=str) if run.json else result.text)
                 if result.failed:
+                    if run.accelerator is not None:  # the first process that ends with an error ends the others
+                        run.accelerator.wait_for_everyone()
                     _fail(result.failed, quiet=not run.main_process)
                 if result.exit_code:
                     raise typer.Exit(result.exit_code)
