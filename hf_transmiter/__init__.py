@@ -2,7 +2,7 @@
 
 Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is asked); `backbone`, `features`,
 `classifier` (who answers); `solvers`, `tuners`, `training`, `answers`, `prompt_tuning`, `teachers`, `extraction`,
-`moments`, `bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`,
+`moments`, `bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `methods`,
 `comparison`, `report` (what it is worth); `drift`, `attaching`, `retraining`, `compatibility`, `upgrade_studies`
 (prompts across an upgrade); `trust`, `hub`, `transfers`, `cards`, `sharing`, `upgrading`, `preparing`,
 `image_classification` (what is shared, and how it is used elsewhere); `sandbox`, `demo`, `catalog`, `app`, `cli`.
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AnchorClassifier": "classifier",
     "Anchors": "anchors",
+    "BenchConfig": "bench_config",
     "Bridge": "bridge",
     "CalibrationPack": "calibration",
     "CoCoOpConfig": "tuners",
@@ -45,6 +46,7 @@ _EXPORTS = {
     "TransferConfig": "transferring",
     "TuningConfig": "prompt_tuning",
     "UpgradeScore": "compatibility",
+    "Variant": "methods",
     "analyse": "knowledge",
     "attach": "attaching",
     "catalogue": "dataset_specs",
@@ -60,6 +62,7 @@ _EXPORTS = {
     "prepare": "preparing",
     "push": "sharing",
     "push_transfer": "transfers",
+    "run_bench": "bench",
     "score_upgrade": "compatibility",
     "set_classes": "tuners",
     "token_map": "attaching",
@@ -70,6 +73,7 @@ _EXPORTS = {
 __all__ = [
     "AnchorClassifier",
     "Anchors",
+    "BenchConfig",
     "Bridge",
     "CalibrationPack",
     "CoCoOpConfig",
@@ -91,6 +95,7 @@ __all__ = [
     "TransferConfig",
     "TuningConfig",
     "UpgradeScore",
+    "Variant",
     "analyse",
     "attach",
     "catalogue",
@@ -106,6 +111,7 @@ __all__ = [
     "prepare",
     "push",
     "push_transfer",
+    "run_bench",
     "score_upgrade",
     "set_classes",
     "token_map",
@@ -131,6 +137,7 @@ if TYPE_CHECKING:
     from .image_classification_config import TransMiterImageClassificationConfig
     from .knowledge import Knowledge, analyse
     from .label_tuning import LabelTuningConfig, label_tune
+    from .methods import Variant
     from .moments import CrossMoment
     from .preparing import prepare
     from .prompt_tuning import TuningConfig, tune
