@@ -149,7 +149,8 @@ def prepare_command(
     from huggingface_hub import constants
 
     from .dataset_specs import catalogue
-    from .preparing import Prepared, cache_folders, in_words, prepare, prepared_table
+    from .download_sizes import in_words
+    from .preparing import Prepared, cache_folders, prepare, prepared_table
 
     names, rows_there = datasets or [], catalogue()
     if subset is not None:
@@ -195,4 +196,4 @@ def _note_missing(rows: list, without_network: list) -> None:
         again = found.get((row.kind, row.name))
         if row.status != "failed" and (again is None or again.status == "failed"):
             row.status = "failed"
-            row.reason = f"without a network: {'not read' if again is None else again.reason}"
+            row.remark = f"without a network: {'not read' if again is None else again.remark}"

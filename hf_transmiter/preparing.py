@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
+from functools import partial
 from pathlib import Path
 
 import datasets.config
-from datasets import DatasetBuilder
+from datasets import Dataset
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -27,8 +26,8 @@ from .bridge_files import WEIGHTS as BRIDGE
 from .calibration import CalibrationPack
 from .catalog import TEACHER_FILE, TeacherFacts, load_encoder
 from .classifier import CALIBRATION
-from .dataset_cache import hub_builder
 from .dataset_specs import DatasetSpec, find_spec, load_split
+from .download_sizes import builder_of, check_room, in_words, listing, on_hub
 from .features import guess_columns
 from .hub import OPEN_CLIP, SANDBOX, fetch, hub_errors, read_json, split_revision
 from .image_sources import list_splits, open_split
@@ -39,7 +38,6 @@ from .tuners import PeftType
 
 logger = logging.getLogger(__name__)
 
-_OF_A_MODEL = (".json", ".txt", ".model", ".jinja")  # beside the weights: configuration, processor, tokenizer
 _OF_AN_ADAPTER = ("README.md", "anchors.json", SCORES, INDEX)  # what is not read below
 
 
@@ -55,7 +53,7 @@ class Prepared:
         revision (`str`, *optional*): commit in the Hub's repository; ``name@revision`` is this version for ever.
         files (`int`), num_bytes (`int`): in the caches; of a dataset both as downloaded and as read (Arrow).
         needed_by (`str`, *optional*): the adapter whose base model it is.
-        reason (`str`, *optional*): why it failed.
+        remark (`str`, *optional*): why it failed, or what to beware of.
     """
 
     kind: str
@@ -66,7 +64,7 @@ class Prepared:
     files: int = 0
     num_bytes: int = 0
     needed_by: str | None = None
-    reason: str | None = None
+    remark: str | None = None
 
 
 def prepare(
@@ -106,28 +104,25 @@ def prepare(
     if config is not None:
         models, general = [*models, *config.encoders()], [config.general] if config.general else []
         datasets = [*datasets, *config.specs(), *general]
-    run = _Run()
-    small = [("adapter", source, _read_adapter) for source in adapters]
-    small += [("bridge", source, _read_bridge) for source in bridges]
-    if not (small or models or datasets):
+    if not (adapters or bridges or models or datasets):
         raise ValueError("there is nothing to prepare: name models, adapters, bridges, datasets or a bench.")
-    bar = tqdm(total=len(small) + len(models) + len(datasets), desc="preparing", disable=not progress)
-    with bar:
-        for kind, source, read in small:
-            run.add(Prepared(kind, source), lambda read=read, source=source: read(source))
-            bar.update()
-        bases = run.add_bases(adapters) if with_base else {}
-        specs = [run.spec(source) for source in datasets]
+    total = len(adapters) + len(bridges) + len(models) + len(datasets)
+    with tqdm(total=total, desc="preparing", disable=not progress) as bar:
+        run = _Run(bar)
+        for source in adapters:
+            run.add(Prepared("adapter", source), _read_adapter)
+        for source in bridges:
+            run.add(Prepared("bridge", source), _read_bridge)
+        bases = run.bases() if with_base else {}
         wanted = list(dict.fromkeys([*bases, *models]))
+        specs = [spec for spec in map(run.spec, datasets) if spec is not None]
         if not constants.HF_HUB_OFFLINE:
-            _check_room(wanted, [spec for spec in specs if spec is not None])
-        bar.total = len(small) + len(wanted) + len(datasets)
+            check_room(wanted, specs)
+        bar.total = len(adapters) + len(bridges) + len(wanted) + len(datasets)
         for source in wanted:
-            run.add(Prepared("model", source, needed_by=bases.get(source)), lambda source=source: _read_model(source))
-            bar.update()
-        for spec in filter(None, specs):
-            run.add(Prepared("dataset", spec.location), lambda spec=spec: _read_dataset(spec))
-            bar.update()
+            run.add(Prepared("model", source, needed_by=bases.get(source)), _read_model)
+        for spec in specs:
+            run.add(Prepared("dataset", spec.location), partial(_read_dataset, spec))
     return run.rows
 
 
@@ -137,7 +132,7 @@ def prepared_table(rows: Sequence[Prepared]) -> str:
     for row in rows:
         said = {"there": "already there"}.get(row.status, row.status)
         said += f" ({row.source})" if row.status != "failed" and row.source != "Hub" else ""
-        said += f": {row.reason}" if row.reason else ""
+        said += f": {row.remark}" if row.remark else ""
         name = row.name + (f" (base of {row.needed_by})" if row.needed_by else "")
         size = in_words(row.num_bytes) if row.files else ""
         cells = [row.kind, name, (row.revision or "")[:12], row.files or "", size, said]
@@ -151,29 +146,23 @@ def cache_folders() -> list[Path]:
     return [Path(place) for place in places if Path(place).is_dir()]
 
 
-def in_words(num_bytes: int) -> str:
-    """``"1.7 GB"``"""
-    size, units = float(num_bytes), ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} {units[0]}" if size >= 10 or units[0] == "bytes" else f"{size:.1f} {units[0]}"
-
-
 class _Run:
     """Rows so far, and the files that the caches held before each."""
 
-    def __init__(self):
+    def __init__(self, bar: tqdm):
         self.rows: list[Prepared] = []
-        self.known = set(_cached("*"))
+        self.known, self.bar = set(_cached("*")), bar
 
-    def add(self, row: Prepared, read: Callable[[], str | None]) -> None:
-        """Reads one thing, fetching it if need be, and says in its row what became of it."""
+    def add(self, row: Prepared, read: Callable[[Prepared], str | None]) -> None:
+        """Reads one thing, fetching it if need be, and says in its row what became of it. `read` returns its commit,
+        `None` for what does not come from the Hub."""
         self.rows.append(row)
+        self.bar.update()
         try:
-            row.revision = read()
+            row.revision = read(row)
         except Exception as error:  # whatever the libraries run into with a stranger's files
             logger.debug("%s %s", row.kind, row.name, exc_info=True)
-            row.reason = " ".join(str(error).split()) or type(error).__name__
+            row.remark = _one_line(error)
             return
         row.status = "there"
         if row.revision is None:
@@ -185,13 +174,13 @@ class _Run:
             row.status = "fetched"
         self.known.update(files)
 
-    def add_bases(self, adapters: Iterable[str]) -> dict[str, str]:
+    def bases(self) -> dict[str, str]:
         """{model: adapter it belongs to} of the adapters that could be read; those that name none fail."""
         found = {}
         for row in [row for row in self.rows if row.kind == "adapter" and row.status != "failed"]:
             bases = _bases(row.name)
             if not bases:
-                row.status, row.reason = "failed", "it does not say which model it belongs to: name that too."
+                row.status, row.remark = "failed", "it does not say which model it belongs to: name that too."
             found |= {base: row.name for base in bases if base not in found}
         return found
 
@@ -203,8 +192,15 @@ class _Run:
             return find_spec(source)
         except (ValueError, OSError, DatasetsError) as error:
             name = source if isinstance(source, str) else str(source.get("name") or source.get("source"))
-            self.rows.append(Prepared("dataset", name, reason=" ".join(str(error).split())))
+            self.rows.append(Prepared("dataset", name, remark=_one_line(error)))
+            self.bar.update()
             return None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, DatasetsError) and error.__cause__ is not None:  # "an error occurred while generating"
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _cached(commit: str) -> dict[Path, int]:
@@ -225,7 +221,8 @@ def _lacks(source: str, file: str) -> str:
     return f"{source!r} has no {file}"
 
 
-def _read_adapter(source: str) -> str | None:
+def _read_adapter(row: Prepared) -> str | None:
+    source = row.name
     config = fetch(source, CONFIG)
     if config is None:
         raise FileNotFoundError(f"{_lacks(source, CONFIG)}: no adapter. A whole model is named with models (--model).")
@@ -234,7 +231,7 @@ def _read_adapter(source: str) -> str | None:
         raise FileNotFoundError(f"{_lacks(source, WEIGHTS)}, and no other weights are read.")
     content = read_json(source, CONFIG)
     if content.get("peft_type") == PeftType.TRANSMITER:
-        content = read_config(source)
+        read_config(source)
     else:
         check_adapter_tensors(weights, content)
     TeacherFacts.read(source)
@@ -257,13 +254,14 @@ def _bases(source: str) -> list[str]:
     return list(dict.fromkeys(f"{name}@{revision}" if revision else name for name, revision in found if name))
 
 
-def _read_bridge(source: str) -> str | None:
+def _read_bridge(row: Prepared) -> str | None:
+    source = row.name
     Bridge.from_pretrained(source)
     return None if source.endswith(".safetensors") else _commit(fetch(source, BRIDGE), source)
 
 
-def _read_model(source: str) -> str | None:
-    name, revision = split_revision(source)
+def _read_model(row: Prepared) -> str | None:
+    source, name = row.name, split_revision(row.name)[0]
     if not (name.startswith((SANDBOX, OPEN_CLIP)) or Path(name).is_dir()):
         # Before the rest: what has arrived is compared with its checksum, which loading does not do.
         if fetch(source, SAFE_WEIGHTS_NAME) is None:
@@ -284,7 +282,7 @@ def _no_weights(source: str) -> str:
     if constants.HF_HUB_OFFLINE:
         return said
     name, revision = split_revision(source)
-    pickles = [file for file in _listing(name, "model", revision)[1] if Path(file).suffix in PICKLES]
+    pickles = [file for file in listing(name, "model", revision)[1] if Path(file).suffix in PICKLES]
     if not pickles:
         return f"{said}: no model."
     said += f", and {pickles[0]} is not read: such files run the code in them."
@@ -297,8 +295,8 @@ def _no_weights(source: str) -> str:
     return f"{said} Ask its owner for {SAFE_WEIGHTS_NAME}, or convert it where that is safe and share the result."
 
 
-def _read_dataset(spec: DatasetSpec) -> str | None:
-    builder = _builder(spec) if _on_hub(spec) else None
+def _read_dataset(spec: DatasetSpec, row: Prepared) -> str | None:
+    builder = builder_of(spec) if on_hub(spec) else None
     if builder is not None:
         builder.download_and_prepare()
         found = builder.as_dataset()
@@ -307,87 +305,17 @@ def _read_dataset(spec: DatasetSpec) -> str | None:
         found = {split: open_split(spec.location, split, subset=spec.subset) for split in splits}
     for pictures in found.values():
         column = guess_columns(pictures, spec.image_column, spec.label_column)[0]
-        for row in {0, len(pictures) - 1} if len(pictures) else ():
-            _ = pictures[row][column]
+        for number in {0, len(pictures) - 1} if len(pictures) else ():
+            _ = pictures[number][column]
+        if builder is not None and len(pictures) and _by_path(pictures, column):
+            row.remark = f"its pictures are files below {constants.HF_HUB_CACHE}: copy that to the same path"
     if spec.label_column is not None:
         for role in spec.splits:
             load_split(spec, role)
     return None if builder is None else builder.hash
 
 
-def _builder(spec: DatasetSpec) -> DatasetBuilder:
-    name, revision = split_revision(spec.location)
-    return hub_builder(name, spec.subset, revision)
-
-
-def _on_hub(spec: DatasetSpec) -> bool:
-    return not (spec.source.startswith(SANDBOX) or glob(spec.source))
-
-
-def _listing(name: str, kind: str, revision: str | None) -> tuple[str, dict[str, int]]:
-    """Commit, and files of a repository with their sizes."""
-    with hub_errors(name):
-        info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
-    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
-
-
-def _check_room(models: Sequence[str], specs: Sequence[DatasetSpec]) -> None:
-    """
-    Raises:
-        OSError: there is less room than what is to be fetched takes; as far as sizes are known.
-    """
-    downloads, arrow = 0, 0
-    for source in models:
-        downloads += _quietly(lambda source=source: _model_bytes(source), 0)
-    for spec in filter(_on_hub, specs):
-        missing, built = _quietly(lambda spec=spec: _dataset_bytes(spec), (0, 0))
-        downloads, arrow = downloads + missing, arrow + built
-    needs: dict[int, tuple[Path, int]] = {}
-    for place, size in ((constants.HF_HUB_CACHE, downloads), (datasets.config.HF_DATASETS_CACHE, arrow)):
-        place = next(path for path in (Path(place), *Path(place).absolute().parents) if path.exists())
-        needs[place.stat().st_dev] = (place, needs.get(place.stat().st_dev, (place, 0))[1] + size)
-    for place, size in needs.values():
-        free = shutil.disk_usage(place).free
-        if size > free:
-            raise OSError(
-                f"{in_words(size)} are to be fetched, and there are {in_words(free)} left in {place}: make room, or "
-                "set HF_HOME to another disk. Nothing was fetched but adapters and bridges."
-            )
-
-
-def _quietly(measure: Callable, unknown):
-    try:
-        return measure()
-    except (OSError, ValueError, DatasetsError):  # reading it will say what is wrong
-        return unknown
-
-
-def _model_bytes(source: str) -> int:
-    """What is missing of a model's repository."""
-    name, revision = split_revision(source)
-    if name.startswith((SANDBOX, OPEN_CLIP)) or Path(name).exists():
-        return 0
-    commit, files = _listing(name, "model", revision)
-    top = {file: size for file, size in files.items() if "/" not in file}
-    single = SAFE_WEIGHTS_NAME in top
-    weights = [file for file in top if file.endswith(".safetensors") and (file == SAFE_WEIGHTS_NAME or not single)]
-    return _missing(
-        name, "model", commit, {file: top[file] for file in top if file in weights or file.endswith(_OF_A_MODEL)}
-    )
-
-
-def _dataset_bytes(spec: DatasetSpec) -> tuple[int, int]:
-    """What is missing of a dataset: in downloads, and in the Arrow files made of them, which are about as large."""
-    builder, name = _builder(spec), split_revision(spec.location)[0]
-    commit, files = _listing(name, "dataset", builder.hash)
-    prefix = f"hf://datasets/{name}@{commit}/"
-    urls = [url for split in (builder.config.data_files or {}).values() for url in split]
-    of_subset = {url.removeprefix(prefix): files.get(url.removeprefix(prefix), 0) for url in urls}
-    if Path(builder.cache_dir).is_dir():
-        return 0, 0
-    return _missing(name, "dataset", commit, of_subset), sum(of_subset.values())
-
-
-def _missing(name: str, kind: str, commit: str, files: Mapping[str, int]) -> int:
-    there = (isinstance(try_to_load_from_cache(name, file, revision=commit, repo_type=kind), str) for file in files)
-    return sum(size for size, found in zip(files.values(), there, strict=True) if not found)
+def _by_path(pictures: Dataset, column: str) -> bool:
+    """Whether the Arrow files name the pictures, by their absolute paths, and do not hold them."""
+    first = pictures.select_columns([column]).with_format("arrow")[:1][column].to_pylist()[0]
+    return isinstance(first, dict) and first.get("bytes") is None

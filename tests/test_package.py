@@ -45,6 +45,7 @@ ORDER = (
         *("protocols", "bench_config", "bench_plan", "bench_cells", "bench_figures", "bench_report", "bench"),
         "sharing",
         "upgrading",
+        "download_sizes",
         "preparing",
         "image_classification_config",
         "image_classification",
