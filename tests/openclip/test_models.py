@@ -70,7 +70,7 @@ def test_the_papers_architectures(architecture, tag, tmp_path, pictures, monkeyp
     import open_clip
 
     gelu = {"force_quick_gelu": architecture == "RN50"}  # what open_clip leaves to its caller
-    reference = open_clip.create_model(architecture, pretrained=None, **gelu).eval()
+    reference = tiny_open_clip.loud(open_clip.create_model(architecture, pretrained=None, **gelu), seed=0)
     save_file({key: value.contiguous() for key, value in reference.state_dict().items()}, tmp_path / WEIGHTS[0])
     repository = open_clip.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/")
     asked = []
