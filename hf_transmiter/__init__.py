@@ -124,6 +124,8 @@ if TYPE_CHECKING:
     from .anchors import Anchors
     from .attaching import attach, token_map
     from .backbone import DualEncoder
+    from .bench import run_bench
+    from .bench_config import BenchConfig
     from .bridge import Bridge
     from .calibration import CalibrationPack
     from .classifier import AnchorClassifier
