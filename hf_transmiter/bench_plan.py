@@ -222,6 +222,8 @@ def make_plan(config: BenchConfig, output_dir: str | os.PathLike) -> Plan:
         for model in _tuned_models(cell):
             key = (model, cell.tuning.name, cell.parts.train.spec.name, digest([cell.settings.shots, cell.seed]))
             tunings[key] = _training(cell)
+        if config.general is not None:  # any images: how many is known once they are loaded
+            images |= {(model, config.general, "general", None): None for model in (cell.pair.weak, cell.pair.strong)}
     failed = sum(read_failure(output_dir, cell) is not None for cell in missing)
     prompts = {model: _sum(map(_prompts, specs.values())) for model, specs in texts.items()}
     by_kind = {key[:3]: _sum(v for k, v in images.items() if k[:3] == key[:3]) for key in images}
