@@ -112,6 +112,15 @@ class Task:
             self.teacher_soft = self.said_by(self.teacher, "unlabelled", self.weak).softmax(1)
 
     def _aligned(self, table: FeatureTable, name: str) -> Tensor:
+        count = len(table.class_names or self.names)
+        if table.labels is not None:
+            outside = (table.labels < 0) | (table.labels >= count)
+            if outside.any():
+                row = int(outside.nonzero()[0])
+                raise ValueError(
+                    f"the {name} images: image {row} has label {int(table.labels[row])}, and there are {count} "
+                    "classes: leave such images out, or the whole column where it holds no labels."
+                )
         try:
             return align_labels(table, self.names)
         except ValueError as error:
@@ -194,7 +203,7 @@ class Task:
         """Names of the published adapter: those of the comparison, or chosen as the row wants them."""
         if not variant.anchors and self.anchors is not None:
             return self.anchors
-        wanted, names = dict(variant.anchors), self.names
+        wanted, names = {key: value for key, value in variant.anchors.items() if value is not None}, self.names
         default = NUM_ANCHORS if self.anchors is None else len(self.anchors)
         auxiliary = wanted.pop("num_auxiliary", None)
         wanted.setdefault("num_anchors", default if auxiliary is None else len(names) + auxiliary)

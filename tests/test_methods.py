@@ -154,7 +154,9 @@ def test_anchors_are_chosen_as_the_row_wants(task):
     def chosen(**settings):
         return task.anchors_for(Variant("TransMiter (gradient)", anchors=settings))
 
-    assert chosen() is task.anchors
+    assert chosen() is task.anchors and chosen(num_anchors=None) == Anchors.build(
+        NAMES, vocabulary=WORDS, num_anchors=6
+    )
     assert chosen(num_auxiliary=0).names == NAMES and chosen(strategy="none").names == NAMES
     assert len(chosen(seed=1)) == len(task.anchors)  # as many as the comparison has
     assert chosen(num_anchors=7, seed=1) == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=7, seed=1)
@@ -285,6 +287,15 @@ def test_strangers_among_the_images_are_named(task, make_dataset):
         replace(task, labelled=make_dataset(4, names=("cat", "ship")))
     with pytest.raises(ValueError, match="the test images: the dataset's class 'ship' is not among"):
         replace(task, test=make_dataset(4, names=("cat", "ship")))
+    for row, label in ((2, -1), (3, 3)):
+        labels = make_dataset(6)["label"]
+        strange = (
+            make_dataset(6).remove_columns("label").add_column("label", [*labels[:row], label, *labels[row + 1 :]])
+        )
+        for name in ("test", "labelled"):
+            said = f"the {name} images: image {row} has label {label}, and there are 3 classes"
+            with pytest.raises(ValueError, match=said):
+                replace(task, **{name: strange})
     with pytest.raises(ValueError, match="seen_classes holds 'ship', which is not among the 3"):
         replace(task, seen_classes=("cat", "ship"))
     assert asdict(METHODS["EFT"].needs)["weak_at_run_time"]
