@@ -37,6 +37,7 @@ from .fingerprint import model_fingerprint, vocabulary_hash
 from .hub import cached_commit, is_open_clip, model_location
 from .open_clip_model import OpenClipModel
 from .open_clip_model import load_processor as load_open_clip_processor
+from .safe_weights import safetensors_only
 
 
 logger = logging.getLogger(__name__)
@@ -147,14 +148,15 @@ class DualEncoder:
             )
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **hub)
         check_family(config.model_type, f"{name!r}")
-        model = AutoModel.from_pretrained(
-            where,
-            revision=revision,
-            dtype=torch.float32 if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **hub,
-        )
+        with safetensors_only(where, revision, token):
+            model = AutoModel.from_pretrained(
+                where,
+                revision=revision,
+                dtype=torch.float32 if dtype is None else dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **hub,
+            )
         model = aligned(model).eval().requires_grad_(False).to(device or "cpu")
         model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
         # The processor comes from the very commit of the weights, also when a branch moved in between.

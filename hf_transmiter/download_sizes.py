@@ -32,7 +32,7 @@ def on_hub(spec: DatasetSpec) -> bool:
     return not (spec.source.startswith(SANDBOX) or glob(spec.source))
 
 
-def listing(name: str, kind: str, revision: str | None) -> tuple[str, dict[str, int]]:
+def _listing(name: str, kind: str, revision: str | None) -> tuple[str, dict[str, int]]:
     """Commit, and files of a repository with their sizes."""
     with hub_errors(name):
         info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
@@ -87,7 +87,7 @@ def _model_bytes(source: str) -> int:
     name, revision = split_revision(source)
     if name.startswith((SANDBOX, OPEN_CLIP)) or Path(name).exists():
         return 0
-    commit, files = listing(name, "model", revision)
+    commit, files = _listing(name, "model", revision)
     top = {file: size for file, size in files.items() if "/" not in file}
     single = SAFE_WEIGHTS_NAME in top
     weights = [file for file in top if file.endswith(".safetensors") and (file == SAFE_WEIGHTS_NAME or not single)]
@@ -99,7 +99,7 @@ def _model_bytes(source: str) -> int:
 def _dataset_bytes(spec: DatasetSpec) -> tuple[int, int]:
     """What is missing of a dataset: in downloads, and in the Arrow files made of them, which are about as large."""
     builder, name = builder_of(spec), split_revision(spec.location)[0]
-    commit, files = listing(name, "dataset", builder.hash)
+    commit, files = _listing(name, "dataset", builder.hash)
     prefix = f"hf://datasets/{name}@{commit}/"
     urls = [url for split in (builder.config.data_files or {}).values() for url in split]
     of_subset = {url.removeprefix(prefix): files.get(url.removeprefix(prefix), 0) for url in urls}

@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets.config
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from huggingface_hub.utils import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -27,12 +27,13 @@ from .calibration import CalibrationPack
 from .catalog import TEACHER_FILE, TeacherFacts, load_encoder
 from .classifier import CALIBRATION
 from .dataset_specs import DatasetSpec, find_spec, load_split
-from .download_sizes import builder_of, check_room, in_words, listing, on_hub
+from .download_sizes import builder_of, check_room, in_words, on_hub
 from .features import guess_columns
-from .hub import OPEN_CLIP, SANDBOX, fetch, hub_errors, read_json, split_revision
+from .hub import OPEN_CLIP, SANDBOX, fetch, read_json, split_revision
 from .image_sources import list_splits, open_split
+from .safe_weights import no_safetensors
 from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, list_transfers, read_config
-from .trust import PICKLES, check_adapter_tensors
+from .trust import check_adapter_tensors
 from .tuners import PeftType
 
 
@@ -267,32 +268,13 @@ def _read_model(row: Prepared) -> str | None:
         if fetch(source, SAFE_WEIGHTS_NAME) is None:
             index = read_json(source, SAFE_WEIGHTS_INDEX_NAME)
             if index is None:
-                raise OSError(_no_weights(source))
+                raise OSError(no_safetensors(*split_revision(source)) or f"{_lacks(source, SAFE_WEIGHTS_NAME)}.")
             for file in sorted(set(index["weight_map"].values())):
                 if fetch(source, file) is None:
                     raise OSError(f"{_lacks(source, file)}, which {SAFE_WEIGHTS_INDEX_NAME} names.")
         for file in (CONFIG, TEACHER_FILE):  # commands ask for them, to tell a model from an adapter
             fetch(source, file)
     return load_encoder(source).revision
-
-
-def _no_weights(source: str) -> str:
-    """Why a model cannot be read, and what may help."""
-    said = _lacks(source, SAFE_WEIGHTS_NAME)
-    if constants.HF_HUB_OFFLINE:
-        return said
-    name, revision = split_revision(source)
-    pickles = [file for file in listing(name, "model", revision)[1] if Path(file).suffix in PICKLES]
-    if not pickles:
-        return f"{said}: no model."
-    said += f", and {pickles[0]} is not read: such files run the code in them."
-    with hub_errors(name):
-        api = HfApi()
-        proposed = api.list_repo_refs(name, include_pull_requests=True).pull_requests or []
-        found = [ref.ref for ref in proposed if api.file_exists(name, SAFE_WEIGHTS_NAME, revision=ref.ref)]
-    if found:
-        return f"{said} There is a pull request with {SAFE_WEIGHTS_NAME}: if you trust it, take {name}@{found[0]}."
-    return f"{said} Ask its owner for {SAFE_WEIGHTS_NAME}, or convert it where that is safe and share the result."
 
 
 def _read_dataset(spec: DatasetSpec, row: Prepared) -> str | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from datasets import config as datasets_config
-from huggingface_hub import HfApi
 from local_hub import dataset_files
 from typer.testing import CliRunner
 
@@ -233,15 +232,6 @@ def test_one_that_fails_does_not_stop_the_others(hub, shared, model_dir):
     assert "did you mean dtd" in remarks["dataset dtdd"]
     assert not any("\n" in remark for remark in remarks.values())
     assert next(row.source for row in rows if row.name == "sandbox:weak") == "this package"
-    # Safetensors that somebody has proposed are named, and taken when they are asked for.
-    weights = hub.files("bob/strong")["model.safetensors"]
-    hub.new_machine(token=hub.token)
-    HfApi().upload_file(
-        path_or_fileobj=weights, path_in_repo="model.safetensors", repo_id="bob/pickled", create_pr=True
-    )
-    (row,) = prepare(["bob/pickled"], progress=False)
-    assert row.remark.endswith("take bob/pickled@refs/pr/1.")
-    assert [row.status for row in prepare(["bob/pickled@refs/pr/1"], progress=False)] == ["fetched"]
 
 
 def test_an_interrupted_download_goes_on(hub, shared, monkeypatch):
@@ -276,7 +266,7 @@ def test_an_incomplete_cache_names_what_is_missing(hub, shared, unplug):
     arrow.unlink()
     unplug()
     remarks = {row.name: row.remark for row in prepare(**EVERYTHING, progress=False) if row.status == "failed"}
-    assert remarks["bob/strong"] == "model.safetensors of 'bob/strong' is not in the cache"
+    assert remarks["bob/strong"] == "model.safetensors of 'bob/strong' is not in the cache."
     assert "adapter_model.safetensors of 'bob/tuned' is not in the cache" in remarks["bob/tuned"]
     assert "toy_pets-train.arrow" in remarks["bob/ToyPets"]
     assert set(remarks) == {"bob/strong", "bob/tuned", "bob/ToyPets"}
