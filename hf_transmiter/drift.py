@@ -23,15 +23,15 @@ from .families import SIGLIP
 # In this order: the first pattern that fits a parameter's name says which part of the text tower it belongs to.
 _PARTS = (
     (r"embeddings\.(token_embedding|word_embeddings)\.", "token table"),
-    (r"embeddings\.position_embeddings?\.", "positions"),
+    (r"embeddings\.position_embeddings?\.|positional_embedding$", "positions"),
     (r"embeddings\.", "embedding norm"),  # of the BERT-likes, with their table of token types
-    (r"encoder\.layers?\.(\d+)\.", "layer"),
-    (r"text_model\.(final_layer_norm|pre_LN)\.", "final norm"),
+    (r"(?:encoder\.layers?|transformer\.resblocks)\.(\d+)\.", "layer"),
+    (r"text_model\.(final_layer_norm|pre_LN|ln_final)\.", "final norm"),
     (r"text_model\.pooler\.", "pooler"),
-    (r"text_projection\.|text_model\.(head|transformation)\.", "projection"),
+    (r"text_projection(\.|$)|text_model\.(head|transformation)\.", "projection"),
 )
 # These pool at their end token, the last one the mask shows; BERT-likes at the first token.
-_POOLS_AT_THE_END = ("clip", "metaclip_2")
+_POOLS_AT_THE_END = ("clip", "metaclip_2", "open_clip")
 _NOTHING = "–"
 
 

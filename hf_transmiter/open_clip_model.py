@@ -101,17 +101,22 @@ class OpenClipTextTower(nn.Module):
         self.text_projection = text.text_projection
         self.register_buffer("attn_mask", text.attn_mask, persistent=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> BaseModelOutputWithPooling:
         """Token ids (B, L), padded on the right, to states (B, L, width) and the end token's state (B, width).
 
         No token sees those behind it, so padding needs no mask.
         """
         length = input_ids.shape[1]
-        hidden = self.embeddings["token_embedding"](input_ids) + self.positional_embedding[:length]
-        hidden = self.ln_final(self.transformer(hidden, attn_mask=self.attn_mask[:length, :length]))
+        states = [self.embeddings["token_embedding"](input_ids) + self.positional_embedding[:length]]
+        for block in self.transformer.resblocks:
+            states.append(block(states[-1], attn_mask=self.attn_mask[:length, :length]))
+        hidden = self.ln_final(states[-1])
         # The end token has the largest id; of those in a row padded with it, the first one counts.
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), input_ids.argmax(1)]
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+        seen = tuple(states) if output_hidden_states else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled, hidden_states=seen)
 
     def project(self, pooled: Tensor) -> Tensor:
         """(B, width) to (B, d)."""
@@ -128,7 +133,7 @@ class OpenClipModel(PreTrainedModel):
         clip (`open_clip.CustomTextCLIP`, *optional*): whose towers it takes over; built with random weights if unset.
 
     Raises:
-        ValueError: open_clip is not installed or cannot build this model.
+        ValueError: open_clip cannot build this model.
     """
 
     config_class = OpenClipConfig
@@ -175,12 +180,7 @@ class OpenClipModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str,
-        *,
-        revision: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        **hub,
+        cls, name: str, *, revision: str | None = None, dtype: torch.dtype | str | None = None, **hub
     ) -> OpenClipModel:
         """Reads a model with its weights.
 
@@ -209,7 +209,7 @@ class OpenClipModel(PreTrainedModel):
         model.name_or_path = config._name_or_path = name
         on_hub = not Path(source.place).is_dir()
         config._commit_hash = path.parent.name if on_hub else None  # the folder of a commit in the cache
-        return model.to(_stored_dtype(path) if dtype == "auto" else torch.float32 if dtype is None else dtype)
+        return model.to(_dtype(path, dtype))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes a folder that ``open_clip:FOLDER`` names, and that open_clip reads (``local-dir:FOLDER``).
@@ -223,7 +223,7 @@ class OpenClipModel(PreTrainedModel):
             return super().save_pretrained(save_directory, **kwargs)
         if getattr(self, "peft_config", None):
             raise ValueError(
-                "there is an adapter inside the model: save that (PeftModel.save_pretrained), or merge it."
+                "there is an adapter inside the model: save it by PeftModel.save_pretrained, or merge it."
             )
         folder, tensors = Path(save_directory), {}
         for key, tensor in self.state_dict().items():
@@ -283,10 +283,8 @@ def _open_clip():
     try:
         import open_clip
     except ImportError as error:
-        raise ValueError(
-            f"names that begin with {OPEN_CLIP!r} need the open_clip library ({error}): "
-            'pip install "hf-transmiter[open-clip]".'
-        ) from error
+        remedy = 'pip install "hf-transmiter[open-clip]"'
+        raise ValueError(f"{OPEN_CLIP!r} models need the open_clip library ({error}): {remedy}.") from error
     return open_clip
 
 
@@ -302,10 +300,8 @@ def _find(name: str, **hub) -> _Source:
         return _Source(content["model_cfg"], content.get("preprocess_cfg") or {}, place, WEIGHTS)
     architecture, _, tag = rest.partition("/")
     if not architecture or not tag or architecture.startswith((".", "~")):
-        raise FileNotFoundError(
-            f"there is no model {name!r}: neither a folder, nor {OPEN_CLIP}ARCHITECTURE/TAG, nor "
-            f"{OPEN_CLIP}{_HUB}user/repo."
-        )
+        forms = f"{OPEN_CLIP}ARCHITECTURE/TAG, nor {OPEN_CLIP}{_HUB}user/repo"
+        raise FileNotFoundError(f"there is no model {name!r}: neither a folder, nor {forms}.")
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
         close = difflib.get_close_matches(architecture, open_clip.list_models(), n=3)
@@ -389,13 +385,15 @@ def _weights(name: str, source: _Source, **hub) -> Path:
             return path
     where = f" in {source.place}" if source.place else ""
     raise OSError(
-        f"{name!r} has no {source.files[0]}{where}, and weights that are pickled (.pt, .bin) are not read: they can "
+        f"{name!r} has no {WEIGHTS[0]}{where}, and weights that are pickled (.pt, .bin) are not read: they can "
         "run code. Where you trust them, load them with open_clip, save the model's state_dict() with "
         f"safetensors.torch.save_file, and pass {OPEN_CLIP}ARCHITECTURE/FILE.safetensors."
     )
 
 
-def _stored_dtype(path: Path) -> torch.dtype:
-    """Of the first tensor of the file that holds fractions, as transformers has it."""
+def _dtype(path: Path, wanted: torch.dtype | str | None) -> torch.dtype:
+    """`"auto"` is that of the first tensor of the file that holds fractions, as transformers has it."""
+    if wanted != "auto":
+        return getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return next(names[dtype] for dtype, _ in read_header(path)[1].values() if dtype in names)

@@ -18,7 +18,9 @@ PUBLIC = ["open_clip:RN50/openai", "open_clip:EVA02-B-16/merged2b_s8b_b131k", "o
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     for read in (DualEncoder.from_pretrained, load_encoder, load_image_processor):
-        with pytest.raises(ValueError, match=r'need the open_clip library.*pip install "hf-transmiter\[open-clip\]"'):
+        with pytest.raises(
+            ValueError, match=r'models need the open_clip library.*pip install "hf-transmiter\[open-clip\]"'
+        ):
             read("open_clip:RN50/openai")
 
 

@@ -169,6 +169,7 @@ def test_stored_precision(folder_of, load, tmp_path):
     name = f"open_clip:{tmp_path}"
     assert DualEncoder.from_pretrained(name, dtype="auto").dtype == torch.float16
     assert DualEncoder.from_pretrained(name).dtype == torch.float32
+    assert DualEncoder.from_pretrained(name, dtype="bfloat16").dtype == torch.bfloat16
     assert DualEncoder.from_pretrained(load("vit").name_or_path, dtype="auto").dtype == torch.float32
 
 
@@ -201,9 +202,9 @@ def test_a_tag_from_the_hub(tiny_tag, hub, load, folder_of, pictures):
         assert pinned.fingerprint == encoder.fingerprint and pinned.revision == tiny_tag
     newest = load_encoder("open_clip:tiny-rn/seen")
     assert newest.revision == moved and newest.fingerprint != encoder.fingerprint
-    hub.close()
+    asked = len(hub.log)
     offline = DualEncoder.from_pretrained("open_clip:tiny-rn/seen", local_files_only=True)
-    assert offline.fingerprint == newest.fingerprint and offline.revision == moved
+    assert offline.fingerprint == newest.fingerprint and offline.revision == moved and len(hub.log) == asked
 
 
 def test_a_repository_of_the_hub(hub, load, folder_of, pictures):
@@ -219,7 +220,7 @@ def test_a_repository_of_the_hub(hub, load, folder_of, pictures):
         load_encoder("open_clip:hf-hub:bob/none")
 
 
-def test_pickled_weights_are_not_read(tiny_tag, hub, folder_of):
+def test_pickled_weights_are_not_read(tiny_tag, hub, folder_of, tmp_path):
     for tag in ("binary", "url"):
         with pytest.raises(OSError, match="pickled .*are not read: they can run code.*safetensors.torch.save_file"):
             load_encoder(f"open_clip:tiny-rn/{tag}")
@@ -228,6 +229,9 @@ def test_pickled_weights_are_not_read(tiny_tag, hub, folder_of):
     with pytest.raises(OSError, match="hf-hub:bob/old' has no open_clip_model.safetensors in bob/old"):
         load_encoder("open_clip:hf-hub:bob/old")
     assert not hub.requests("GET", r"\.bin")
+    (tmp_path / "w.pt").write_bytes(b"pickle")
+    with pytest.raises(OSError, match="pickled"):
+        load_encoder(f"open_clip:RN50/{tmp_path / 'w.pt'}")
 
 
 def test_every_entry_of_the_table_is_readable_or_refused():
