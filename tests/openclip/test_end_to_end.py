@@ -54,7 +54,8 @@ def test_shared_by_name(hub, load, folder_of, tmp_path):
     classifier.add_adapter(TransMiterConfig(class_names=NAMES, form="class_vectors"))
     classifier.push_to_hub("alice/pets")
     card = hub.files("alice/pets")["README.md"].decode()
-    assert "open_clip:hf-hub:bob/eva" in card and "base_model:" not in card
+    assert f"DualEncoder.from_pretrained('open_clip:hf-hub:bob/eva', revision='{commit}')" in card.replace('"', "'")
+    assert "is read by open_clip" in card and "base_model:" not in card
     hub.new_machine()
     found = AnchorClassifier.from_pretrained("alice/pets")
     assert found.encoder.fingerprint == strong.fingerprint and found.encoder.revision == commit
