@@ -8,9 +8,10 @@
 Written are:
 
 - `--output-dir`: the strong model, a `VisionTextDualEncoderModel` with processor and tokenizer;
-- `--grid-dir`: a dataset folder for `hf-transmiter bench --config tests/benchmarks/configs/tiny_photos.yaml`. Its
-  `train` split is the half of the training photographs (30 per class) that the strong model was *not* aligned on, its
-  `test` split all validation photographs.
+- `--grid-dir`: two dataset folders for `hf-transmiter bench --config tests/benchmarks/configs/tiny_photos.yaml`:
+  `photos`, whose `train` split is the half of the training photographs (30 per class) that the strong model was *not*
+  aligned on and whose `test` split is all validation photographs; and `negatives`, the same in inverted colours, which
+  neither model has seen.
 
 What this stands for: no larger CLIP can be downloaded where this runs, and a few minutes of a CPU do not make one. So
 the image tower is EfficientNet-Lite0 (Tan et al., 2020; weights under the Apache License 2.0, in the package above)
@@ -37,6 +38,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from huggingface_hub.utils import tqdm
+from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout, normalize
 from transformers import (
@@ -230,11 +232,18 @@ def zero_shot(encoder: DualEncoder, images: Dataset) -> dict[str, float]:
     return found
 
 
+def inverted(rows: dict[str, list]) -> dict[str, list]:
+    """The photographs of a batch as negatives."""
+    return {"image": [ImageOps.invert(image.convert("RGB")) for image in rows["image"]]}
+
+
 def write_grid(folder: Path, splits: Mapping[str, Dataset]) -> None:
-    """A folder of Parquet files, which `load_dataset` reads as these splits."""
-    folder.mkdir(parents=True)
-    for name, dataset in splits.items():
-        dataset.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    """Two folders of Parquet files, which `load_dataset` reads as these splits: photographs, and their negatives."""
+    for kind in ("photos", "negatives"):
+        (folder / kind).mkdir(parents=True)
+        for name, dataset in splits.items():
+            images = dataset.map(inverted, batched=True) if kind == "negatives" else dataset
+            images.to_parquet(folder / kind / f"{name}-00000-of-00001.parquet")
 
 
 def main() -> None:
