@@ -32,8 +32,11 @@ def hub_builder(name: str, subset: str | None = None, revision: str | None = Non
     """
     builder = None
     if not datasets.config.HF_HUB_OFFLINE:
-        builder = load_dataset_builder(name, subset, revision=revision)
-        if not isinstance(builder, Cache):  # the Hub has answered
+        try:
+            builder = load_dataset_builder(name, subset, revision=revision)
+        except (ConnectionError, LocalEntryNotFoundError):  # nothing of it in the cache
+            pass
+        if builder is not None and not isinstance(builder, Cache):  # the Hub has answered
             return builder
     version = _cached_version(name, subset, revision)
     config_name, number, commit = version.parts[-3:]

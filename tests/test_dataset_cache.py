@@ -88,6 +88,9 @@ def test_a_hub_that_is_down(hub, versions, make_dataset):
     newest = hub.add_dataset("bob/OddPets", dataset_files({"train": make_dataset(9)}))
     for version in versions:
         load_images(f"bob/OddPets@{version}")
+    hub.fault("HEAD", "other", "no answer", times=1000)
+    with pytest.raises(ConnectionError, match="'bob/other' is not in the cache"):
+        load_images("bob/other")
     hub.fault("HEAD", "", 503, times=1000)
     hub.fault("GET", "", 503, times=1000)
     assert len(load_images(f"bob/OddPets@{versions[0]}")) == 4
