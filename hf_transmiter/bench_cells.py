@@ -16,7 +16,7 @@ from datasets import Dataset
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .bench_config import BenchConfig, digest
-from .bench_plan import TUNED, ZERO_SHOT, Cell, needs_ceiling, needs_labelled, slug
+from .bench_plan import TUNED, ZERO_SHOT, Cell, is_ceiling, needs_ceiling, needs_labelled, slug
 from .catalog import TEACHER_FILE, load_encoder, load_images, load_teacher, save_teacher
 from .classifier import AnchorClassifier
 from .comparison import compare
@@ -192,7 +192,13 @@ class Workshop:
         variants = {key: v for v in self.config.variants if (key := cell.rows[v.name]) in rows}
         test, unlabelled = (self.images(part) for part in _scored(cell))
         names, elsewhere = test.features["label"].names, cell.parts.elsewhere
-        ceiling = any(variant.method == "tuned strong" for variant in variants.values())
+        tuned_strong, skipped = None, {}
+        for key in [key for key, variant in variants.items() if is_ceiling(variant)]:
+            try:
+                tuned_strong = self.asked(cell, cell.pair.strong, names)
+            except ValueError as error:  # such as a prompt for a model that takes none: the other rows do not need it
+                skipped[key] = {"skipped": str(error)}
+                del variants[key]
         found = compare(
             self.encoder(cell.pair.weak),
             self.encoder(cell.pair.strong),
@@ -201,7 +207,7 @@ class Workshop:
             unlabelled=unlabelled,
             labelled=None if elsewhere else self.few_shots(cell),
             general=self.general(),
-            tuned_strong=self.asked(cell, cell.pair.strong, names) if ceiling else None,
+            tuned_strong=tuned_strong,
             class_names=names,
             seen_classes=base_names(names) if cell.parts.train.base_only else None,
             templates=cell.parts.test.spec.templates,
@@ -210,7 +216,7 @@ class Workshop:
             **self._names(names, cell.parts.test.spec.templates),
             **self.options,
         )
-        return {key: _row(found, variant.name) for key, variant in variants.items()}
+        return skipped | {key: _row(found, variant.name) for key, variant in variants.items()}
 
     def _names(self, names: Sequence[str], templates: Sequence[str]) -> dict:
         """Arguments of `compare` about auxiliary names."""

@@ -240,8 +240,13 @@ def is_done(content: Mapping | None, cell: Cell) -> bool:
 
 
 def needs_ceiling(config: BenchConfig) -> bool:
-    """Whether the strong (or new) model is tuned, too."""
-    return config.retrain or any(variant.method == "tuned strong" for variant in config.variants)
+    """Whether the strong (or new) model is tuned as the weak one is."""
+    return config.retrain or any(map(is_ceiling, config.variants))
+
+
+def is_ceiling(variant: Variant) -> bool:
+    """Whether a row is the strong model tuned as the weak one was; with settings of its own it makes its own."""
+    return variant.method == "tuned strong" and not variant.tuning
 
 
 def needs_labelled(config: BenchConfig) -> bool:

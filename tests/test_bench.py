@@ -330,3 +330,25 @@ def test_alone():
     alone = Alone("cpu")
     assert (alone.num_processes, alone.process_index, alone.is_main_process) == (1, 0, True)
     assert alone.wait_for_everyone() is None
+
+
+def test_a_strong_model_that_cannot_be_tuned_alike(content, tmp_path):
+    """Its row says why and costs no other; with settings of its own it has a number."""
+    tiny_models.save("vision-text-dual-encoder", tmp_path / "strong", 1)
+    weak = content["models"][0]["weak"]
+    own = {
+        "method": "tuned strong",
+        "name": "head",
+        "tuning": {"method": "lora", "epochs": 1, "target_modules": "visual_projection"},
+    }
+    other = {
+        **content,
+        "models": [{"weak": weak, "strong": str(tmp_path / "strong")}],
+        "seeds": [1],
+        "variants": ["zero-shot strong", "tuned strong", own],
+    }
+    assert run(other, tmp_path / "out").failed == {}
+    cell = next(cells(BenchConfig.from_dict(other)))
+    rows = {name: read_cell(tmp_path / "out", cell)["rows"][key] for name, key in cell.rows.items()}
+    assert "prompt learning" in rows["tuned strong"]["skipped"]
+    assert rows["head"]["metrics"]["base"] >= 0 and rows["zero-shot strong"]["metrics"]["base"] >= 0
