@@ -11,7 +11,9 @@ from datasets import DatasetBuilder, load_dataset_builder
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def hub_builder(name: str, subset: str | None = None, revision: str | None = None) -> DatasetBuilder:
@@ -36,6 +38,9 @@ def hub_builder(name: str, subset: str | None = None, revision: str | None = Non
             builder = load_dataset_builder(name, subset, revision=revision)
         except (ConnectionError, LocalEntryNotFoundError):  # nothing of it in the cache
             pass
+        except HTTPError as error:  # of the HTTP client: a broken connection, or an answer of the Hub
+            if isinstance(error, HfHubHTTPError):
+                raise
         if builder is not None and not isinstance(builder, Cache):  # the Hub has answered
             return builder
     version = _cached_version(name, subset, revision)
@@ -50,9 +55,9 @@ def _cached_version(name: str, subset: str | None, revision: str | None) -> Path
     """Its folder in the cache of `datasets`, ``.../SUBSET/VERSION/COMMIT``."""
     *owner, short = name.split("/")
     root = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(short)])
-    finished = sorted(
-        (path.parent for path in root.glob("*/*/*/dataset_info.json")), key=lambda path: path.stat().st_mtime
-    )
+    found = (path.parent for path in root.glob("*/*/*/dataset_info.json"))
+    # A folder of this machine lies under its name there, too; only what is of the Hub has a commit.
+    finished = sorted((path for path in found if _COMMIT.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
     of_subset = [path for path in finished if subset in (None, path.parts[-3])]
     commit = _commit(name, revision)
     found = [path for path in of_subset if path.name == commit] if commit is not None or revision else of_subset[-1:]
@@ -72,7 +77,7 @@ def _cached_version(name: str, subset: str | None, revision: str | None) -> Path
 
 def _commit(name: str, revision: str | None) -> str | None:
     """The commit that the cache of huggingface_hub knows for a branch or tag; `None` where it knows none."""
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+    if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     options = {"repo_type": "dataset", "revision": revision, "local_files_only": True, "allow_patterns": []}
     try:
