@@ -88,7 +88,8 @@ class BenchConfig:
             Take all images of a class that has fewer than `shots`; without it such a dataset fails.
         skip_unreadable (`bool`, *optional*, defaults to `False`): leave out pictures that cannot be read.
         variants (`list[Variant]`, *optional*):
-            Rows of a transfer: in YAML names of `METHODS` or fields of [`Variant`]; every method when omitted.
+            Rows of a transfer: in YAML names of `METHODS` or fields of [`Variant`]; when omitted, what a comparison
+            runs without being asked.
         general (`str`, *optional*): any images, not the task's, for the bridge from general images.
         vocabulary (`str`, *optional*):
             Where auxiliary names and those of the bridge from text come from: what [`load_vocabulary`] takes, or
@@ -206,7 +207,7 @@ class BenchConfig:
             values["train_on"] = find_spec(values["train_on"])
         values["tunings"] = tuple(map(_tuning, values["tunings"]))
         if experiment == "transfer":
-            values["variants"] = tuple(map(Variant.of, values.get("variants") or METHODS))
+            values["variants"] = tuple(map(Variant.of, values.get("variants") or _USUAL))
         elif values.get("variants"):
             raise ValueError("variants are rows of a transfer; an upgrade has one row per tuning.")
         values["shots"], values["seeds"] = (tuple(values.get(k, getattr(cls, k))) for k in ("shots", "seeds"))
@@ -254,6 +255,7 @@ class BenchConfig:
         return EXPERIMENTS[self.experiment]
 
 
+_USUAL = tuple(name for name, method in METHODS.items() if method.default and "given" not in name)
 _SAID_ONLY = ("name", "title", "counts", "rows", "notes")
 _HINTS = {
     "models": ": list pairs such as {weak: openai/clip-vit-base-patch16, strong: openai/clip-vit-large-patch14}",

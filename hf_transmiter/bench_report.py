@@ -31,6 +31,7 @@ _NEEDS = {
 }
 _COLUMNS = ("base", "novel", "hm", "joint", "accuracy", "ece", "old", "upgraded", "h", "retrained")
 _TITLES = {"hm": "HM", "h": "H (old, upgraded)", "ece": "ECE"}
+_PARTIAL = "†"
 _LOWER = ("ece",)
 """Metrics of which less is better."""
 _MAIN = ("hm", "h", "accuracy")
@@ -208,12 +209,14 @@ def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
 
 def _averages(group: Group, config: BenchConfig, published: Mapping) -> str:
     stated = published.get("average", {})
-    names = list(dict.fromkeys([*group.rows, *stated]))
+    names = list(dict.fromkeys([*(name for name, row in group.rows.items() if row.measured), *stated]))
     metrics = group.metrics
     told = [metric for metric in metrics if any(metric in values for values in stated.values())]
     summaries = {name: group.rows[name].summary(group.datasets) if name in group.rows else {} for name in names}
     header = ["method", *(_TITLES.get(m, m) for m in metrics), *(f"published {_TITLES.get(m, m)}" for m in told)]
-    columns = [[_escape(name) for name in names]]
+    partial = [row for row in group.rows.values() if 0 < len(row.measured) < len(group.datasets)]
+    marks = {row.name: f" {_PARTIAL}" for row in partial}
+    columns = [[_escape(name) + marks.get(name, "") for name in names]]
     for metric in metrics:
         columns.append(_column({name: summaries[name].get(metric) for name in names}, group, metric))
     for metric in told:
@@ -221,12 +224,10 @@ def _averages(group: Group, config: BenchConfig, published: Mapping) -> str:
     if config.experiment == "transfer":
         header.append("needs")
         columns.append([group.rows[name].needs if name in group.rows else "" for name in names])
-    partial = [
-        f"{name} ({len(row.measured)} of {len(group.datasets)} datasets)"
-        for name, row in group.rows.items()
-        if 0 < len(row.measured) < len(group.datasets)
-    ]
-    note = f"\n\nAveraged over fewer datasets: {', '.join(partial)}." if partial else ""
+    shares = ", ".join(f"{row.name}: {len(row.measured)} of {len(group.datasets)}" for row in partial)
+    note = f"\n\n{_PARTIAL} Averaged over fewer datasets, not to be compared with the others ({shares})." * bool(
+        partial
+    )
     return table(header, zip(*columns, strict=True)) + note
 
 
@@ -289,14 +290,15 @@ def _draw(group: Group, config: BenchConfig, stem: Path) -> Iterator[Path | None
         if (config.sweep or "").startswith("tuning.") and (series := _over_tunings(group, config)):
             yield context_length_figure(series, Path(f"{stem}-{slug(config.sweep)}.png"), title=title)
         return
-    main = {name: found[group.main] for name, row in group.rows.items() if (found := row.summary(group.datasets))}
+    whole = {name: row for name, row in group.rows.items() if len(row.measured) == len(group.datasets)}
+    main = {name: row.summary(group.datasets)[group.main] for name, row in whole.items()}
     by_seed = {name: list(found.by_seed.values()) or [found.value] for name, found in main.items()}
     lines = {name: main[name].value for name in ("zero-shot strong", "tuned weak") if name in main}
     count = len(group.datasets)
     what = _TITLES.get(group.main, group.main) + (f", mean of {count} datasets" if count > 1 else "")
     yield figures.bars(by_seed, Path(f"{stem}-methods.png"), title=f"{title} ({what})", reference=lines)
     if group.main == "hm":
-        points = {name: row.summary(group.datasets) for name, row in group.rows.items() if row.measured}
+        points = {name: row.summary(group.datasets) for name, row in whole.items()}
         points = {name: (found["base"].value, found["novel"].value) for name, found in points.items()}
         yield base_novel_figure(points, Path(f"{stem}-base-novel.png"), title=title)
     if config.sweep and not config.sweep.startswith("tuning."):
