@@ -232,22 +232,24 @@ def _prompt_transfer(task: Task, variant: Variant) -> AnchorClassifier:
     )
 
 
-def _linear_head(name: str) -> Callable[[Task, Variant], Answer]:
-    """Class vectors trained on one of the sets of images."""
+def _head(task: Task, name: str, target: Tensor, learnt: Tensor | slice = slice(None)) -> Answer:
+    """Class vectors trained on one of the sets of images; those of the other classes stay zero-shot."""
+    strong, vectors = task.strong, task.text[task.strong].clone()
+    x, scale, progress = task.table(strong, name).embeds, float(strong.logit_scale), task.options.get("progress", True)
+    vectors[learnt] = baselines.linear_head(x, target, vectors[learnt], scale, progress=progress)
+    return Answer(strong.logits(task.table(strong, "test").embeds, vectors), 4 * vectors.numel())
 
-    def run(task: Task, variant: Variant) -> Answer:
-        strong = task.strong
-        target = task.teacher_soft if name == "unlabelled" else task.labelled_table.labels
-        table, progress = task.table(strong, name), task.options.get("progress", True)
-        scale = float(strong.logit_scale)
-        vectors = baselines.linear_head(table.embeds, target, task.text[strong], scale, progress=progress)
-        return Answer(strong.logits(task.table(strong, "test").embeds, vectors), 4 * vectors.numel())
 
-    return run
+def _linear_probe(task: Task, variant: Variant) -> Answer:
+    """Among the labelled classes only, as all that is tuned here: others would be pushed away as never right."""
+    labelled, target = task.labelled_table.labels.unique(return_inverse=True)
+    return _head(task, "labelled", target, labelled)
 
 
 def _tuned_strong(task: Task, variant: Variant) -> AnchorClassifier | Answer:
     if task.tuned_strong is None or variant.tuning:
+        if task.labelled is None:
+            raise ValueError(f"with settings of its own {task.missing('labelled')}.")
         return task.tune_strong(variant)
     return Answer(task.said_by(task.tuned_strong, "test", task.strong), stored_bytes(task.tuned_strong))
 
@@ -341,8 +343,10 @@ METHODS: dict[str, Method] = {
     ),
     "re-attached prompt": Method(_reattached, possible=_reattachable),
     "prompt transfer": Method(_prompt_transfer, _FITTED, _having("unlabelled", _context_transferable)),
-    "distilled head": Method(_linear_head("unlabelled"), _FITTED, _having("unlabelled")),
-    "linear probe": Method(_linear_head("labelled"), _LABELS, _having("labelled")),
+    "distilled head": Method(
+        lambda task, _: _head(task, "unlabelled", task.teacher_soft), _FITTED, _having("unlabelled")
+    ),
+    "linear probe": Method(_linear_probe, _LABELS, _having("labelled")),
     # The published adapter.
     "TransMiter (gradient)": Method(_published, _FITTED, _having("unlabelled"), _GRADIENT),
     "TransMiter (gradient), general bridge": Method(

@@ -10,6 +10,7 @@ from datasets import ClassLabel
 
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.baselines import linear_head
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison_task import Answer, Task, stored_bytes
@@ -243,6 +244,26 @@ def test_the_strong_model_is_tuned_on_all_labelled_images(task, models, sets):
     answer = METHODS["tuned strong"].run(given, Variant("tuned strong"))
     same(answer.logits[:, [0, 2]], expected.classify(x).detach())
     assert answer.size == stored_bytes(expected) == stored_bytes(expected.encoder)
+
+
+def test_settings_of_its_own_need_labelled_images(task, models):
+    """A finished ceiling is there, but the row wants another one."""
+    given = replace(task, labelled=None, tuned_strong=models[1])
+    assert METHODS["tuned strong"].possible(given) is None
+    with pytest.raises(ValueError, match="with settings of its own it needs labelled images"):
+        METHODS["tuned strong"].run(given, Variant("tuned strong", tuning=QUICK))
+
+
+def test_a_linear_probe_leaves_classes_without_labels_alone(task, models):
+    """As label tuning and the ceiling do: "dog" has no labelled image, so it is no wrong answer either."""
+    found, before = logits(task, "linear probe"), task.zero_shot_strong
+    assert task.labelled_table.labels.unique().tolist() == [0, 2]
+    same(found[:, 1], before[:, 1])
+    assert (found - before)[:, [0, 2]].abs().amax(0).min() > 1e-3
+    table = task.labelled_table
+    text, scale = task.text[models[1]][[0, 2]], float(models[1].logit_scale)
+    vectors = linear_head(table.embeds, table.labels // 2, text, scale, progress=False)
+    same(found[:, [0, 2]], models[1].logits(task.table(models[1], "test").embeds, vectors))
 
 
 # What a task shares
