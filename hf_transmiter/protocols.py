@@ -70,7 +70,8 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
             (those of domain generalisation).
 
     Raises:
-        ValueError: an unknown protocol, no dataset to tune on, or a target without a test split.
+        ValueError: an unknown protocol, no dataset to tune on, a target without a test split, or without a train split
+            of its own in base-to-novel.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
@@ -83,6 +84,8 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
             who = f"{tuned_on.name!r} has no train split"
         raise ValueError(f"{who}: name a dataset that has one with train_on.")
     base_only = protocol == "base-to-novel"
+    if base_only and tuned_on is not target:
+        raise ValueError(f"{target.name!r} has no train split, so that its base classes cannot be tuned on.")
     unlabelled = target if target.train is not None else tuned_on
     return Parts(Part(tuned_on, "train", base_only), Part(unlabelled, "unlabelled", base_only), Part(target, "test"))
 

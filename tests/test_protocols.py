@@ -50,6 +50,7 @@ def test_domain_generalisation_has_the_images_of_what_was_tuned_on():
         ("cross-dataset", FULL, None, "cross-dataset tunes on another dataset: name a dataset that has one with"),
         ("base-to-base", TEST_ONLY, None, "'shifted' has no train split: name a dataset that has one with train_on"),
         ("cross-dataset", FULL, TEST_ONLY, "'shifted' has no train split"),
+        ("base-to-novel", TEST_ONLY, FULL, "'shifted' has no train split, so that its base classes cannot be tuned"),
         ("few-shot", DatasetSpec("x", "X", "some/x", train="train"), None, "'x' has no test split"),
     ],
 )
