@@ -112,15 +112,6 @@ class Task:
             self.teacher_soft = self.said_by(self.teacher, "unlabelled", self.weak).softmax(1)
 
     def _aligned(self, table: FeatureTable, name: str) -> Tensor:
-        count = len(table.class_names or self.names)
-        if table.labels is not None:
-            outside = (table.labels < 0) | (table.labels >= count)
-            if outside.any():
-                row = int(outside.nonzero()[0])
-                raise ValueError(
-                    f"the {name} images: image {row} has label {int(table.labels[row])}, and there are {count} "
-                    "classes: leave such images out, or the whole column where it holds no labels."
-                )
         try:
             return align_labels(table, self.names)
         except ValueError as error:

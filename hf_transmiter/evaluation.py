@@ -150,10 +150,18 @@ def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
     """Labels (N,) of a table as positions in `class_names`, matched by name.
 
     Raises:
-        ValueError: no labels, or a class of the table that `class_names` lacks.
+        ValueError: no labels, labels that are no class (-1, say), or a class of the table that `class_names` lacks.
     """
     if table.labels is None:
         raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=...).")
+    count = len(table.class_names or class_names)
+    outside = ((table.labels < 0) | (table.labels >= count)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"image {row} has label {int(table.labels[row])}, and there are {count} classes: leave such images out, "
+            "or the whole column where it holds no labels."
+        )
     if table.class_names is None or list(table.class_names) == list(class_names):
         return table.labels
     lookup = {name: i for i, name in enumerate(class_names)}

@@ -49,6 +49,16 @@ def test_labels_are_matched_by_name():
         align_labels(FeatureTable(torch.eye(3)), ["cat"])
 
 
+@pytest.mark.parametrize("known", [["dog", "cat"], ["cat", "dog"]])
+def test_a_label_that_is_no_class(known):
+    """-1, as test splits without labels have, is not the last class."""
+    table = FeatureTable(torch.eye(3), [0, 1, -1], ["dog", "cat"])
+    with pytest.raises(ValueError, match="image 2 has label -1, and there are 2 classes"):
+        align_labels(table, known)
+    with pytest.raises(ValueError, match="image 1 has label 2, and there are 2 classes"):
+        align_labels(FeatureTable(torch.eye(3), [0, 2, 1]), known)
+
+
 def test_evaluate_equals_counting_predictions(encoder, make_dataset):
     dataset, names = make_dataset(15), ("cat", "dog", "car")
     classifier = AnchorClassifier(encoder, Anchors(names, ("tree",)))
