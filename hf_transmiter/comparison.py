@@ -164,7 +164,8 @@ def compare(
         **embedding: passed to `embed_dataset`.
 
     Returns:
-        [`Comparison`]: a row that is not possible, or fails for a foreseen reason, is among its `skipped`.
+        [`Comparison`]: a row that is not possible, or fails for a foreseen reason, is among its `skipped`. What a
+        given `tuned_strong` cost is not known, so its scores have neither seconds nor memory.
 
     Raises:
         ValueError: no class names, the teacher only has stored logits or does not know a class, labelled images of
@@ -205,8 +206,18 @@ def compare(
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
     )
-    found.reason += verdict(found)
+    found.reason += verdict(found) + _seen(task)
     return found
+
+
+def _seen(task: Task) -> str:
+    """What methods have seen of the test images, as a sentence that begins with a space; empty for nothing."""
+    if task.seen_in_test:
+        return (
+            f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
+            "rows that need labels are scored on what they learnt."
+        )
+    return ""
 
 
 def _rows(variants: Sequence[Variant | str | Mapping] | None) -> list[Variant]:
@@ -236,6 +247,7 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
         found.skipped[row] = reason
         return
     _note(found, task, variant, answer)
+    cost = {} if answer.given else cost
     metrics = _agreement(answer.logits, task.tuned) if task.labels is None else _accuracy(answer.logits, task, base)
     found.scores += [Score(row, split, metric, value, **cost) for metric, value in metrics.items()]
 

@@ -31,6 +31,7 @@ from .vocabulary import NUM_ANCHORS
 if TYPE_CHECKING:
     from .methods import Variant
 
+SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
 SPREAD_IMAGES = 2048  # so many tell which names spread most; their logits over a whole vocabulary stay in memory
 _MISSING = {
     "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
@@ -49,11 +50,13 @@ class Answer:
         logits (`Tensor`): (N, C) on the test images.
         size (`int`, *optional*): bytes to be stored for it beside the pre-trained models, see [`stored_bytes`].
         classifier (`AnchorClassifier`, *optional*): what gives those logits, where that is one model.
+        given (`bool`, *optional*, defaults to `False`): made before the comparison, at a cost that nobody saw here.
     """
 
     logits: Tensor
     size: int | None
     classifier: AnchorClassifier | None = None
+    given: bool = False
 
 
 @dataclass(eq=False)
@@ -161,6 +164,16 @@ class Task:
         """Why a method that needs one of the sets of images (or `"given"`, a bridge) is not possible."""
         there = self.bridge if name == "given" else self.sets[name]
         return _MISSING[name] if there is None else None
+
+    @cached_property
+    def seen_in_test(self) -> int:
+        """Labelled images that are among the test images: what learns from them is scored on what it saw."""
+        if self.labelled is None:
+            return 0
+        test, nearest = self.table(self.strong, "test").embeds, []
+        for x in self.labelled_table.batches(256):
+            nearest.append((x @ test.T).amax(1))
+        return int((torch.cat(nearest) > 1 - SAME).sum())
 
     def why_no_vectors(self) -> str | None:
         """Why there are no class vectors that a bridge could carry."""

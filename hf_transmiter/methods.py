@@ -251,7 +251,8 @@ def _tuned_strong(task: Task, variant: Variant) -> AnchorClassifier | Answer:
         if task.labelled is None:
             raise ValueError(f"with settings of its own {task.missing('labelled')}.")
         return task.tune_strong(variant)
-    return Answer(task.said_by(task.tuned_strong, "test", task.strong), stored_bytes(task.tuned_strong))
+    said = task.said_by(task.tuned_strong, "test", task.strong)
+    return Answer(said, stored_bytes(task.tuned_strong), given=True)
 
 
 def _tunable(task: Task) -> str | None:
