@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
@@ -14,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from .dataset_specs import DatasetSpec, find_spec
+from .hub import public_name
 from .methods import METHODS, Variant
 from .protocols import ELSEWHERE, PROTOCOLS, parts
 from .settings import TuningConfig, check_choice
@@ -33,7 +35,7 @@ class Pair:
     strong: str
 
     def __str__(self) -> str:
-        return f"{self.weak} → {self.strong}"
+        return f"{public_name(self.weak)} → {public_name(self.strong)}"
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,19 @@ class BenchConfig:
         for name in ("models", "datasets", "tunings", "shots", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one.")
+        for name, kind in _KINDS.items():
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+                wanted = "true or false" if kind is bool else "a text"
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+        if self.sweep is not None and not re.fullmatch(rf"({'|'.join(_SWEPT)})\.\w+", self.sweep):
+            raise ValueError(f"sweep must be PART.SETTING with one of {', '.join(_SWEPT)}, got {self.sweep!r}.")
         for name in ("shots", "seeds"):
             _check_numbers(name, getattr(self, name), least=name == "shots")
         for name in ("max_images", "num_anchors"):
             if getattr(self, name) is not None:
                 _check_numbers(name, (getattr(self, name),), least=1)
         for name, values in {
-            "models": [str(pair) for pair in self.models],
+            "models": [f"{pair.weak} → {pair.strong}" for pair in self.models],
             "datasets": [spec.name for spec in self.datasets],
             "tunings": [tuning.name for tuning in self.tunings],
             "variants": [variant.name for variant in self.variants],
@@ -191,7 +199,7 @@ class BenchConfig:
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"a configuration holds 'key: value' lines, not a {type(content).__name__}.")
-        values = dict(content)
+        values = {key: value for key, value in content.items() if value is not None}  # a key with nothing behind it
         _check_names(values, [item.name for item in fields(cls)], "key")
         for item in fields(cls):
             if item.default is MISSING and not values.get(item.name):
@@ -256,6 +264,9 @@ class BenchConfig:
 
 
 _USUAL = tuple(name for name, method in METHODS.items() if method.default and "given" not in name)
+_KINDS = dict.fromkeys(("allow_fewer", "skip_unreadable", "retrain"), bool)
+_KINDS |= dict.fromkeys(("title", "notes", "general", "vocabulary", "sweep"), str)
+_SWEPT = ("tuning", "extraction", "transfer", "anchors", "label_tuning")
 _SAID_ONLY = ("name", "title", "counts", "rows", "notes")
 _HINTS = {
     "models": ": list pairs such as {weak: openai/clip-vit-base-patch16, strong: openai/clip-vit-large-patch14}",
@@ -276,8 +287,8 @@ def _load_yaml(path: Path) -> dict:
 
 
 def published_table(key: str) -> dict:
-    """Published scores, in percent: `title`, `source`, `datasets`, `average` (by row and metric) and, where they are
-    known, `per_dataset`.
+    """Published scores, in percent: `title`, `source`, `datasets`, `shots`, `average` (by row and metric) and, where
+    they are known, `per_dataset`.
 
     Raises:
         ValueError: no such table; the message names the nearest.

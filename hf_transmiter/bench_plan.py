@@ -15,6 +15,7 @@ from pathlib import Path
 from .bench_config import BenchConfig, Pair, Tuning, digest
 from .dataset_specs import DatasetSpec
 from .files import replace_file
+from .hub import public_name
 from .methods import METHODS, Variant
 from .protocols import Part, Parts, parts
 from .settings import TuningConfig
@@ -86,7 +87,7 @@ class Cell:
         return {variant.name: row_key(variant) for variant in self.config.variants}
 
     def __str__(self) -> str:
-        what = f"{self.spec.name}, {self.tuning.name}, {self.shots} shots, seed {self.seed}"
+        what = f"{public_name(self.spec.name)}, {self.tuning.name}, {self.shots} shots, seed {self.seed}"
         return f"{what}, {self.pair}" if len(self.config.models) > 1 else what
 
 

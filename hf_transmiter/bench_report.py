@@ -18,6 +18,7 @@ from .bench_config import BenchConfig, Pair, published_table
 from .bench_figures import base_novel_figure
 from .bench_plan import Cell, cells, read_cell, read_failure, slug
 from .files import replace_file
+from .hub import public_name
 from .protocols import Measured, Summary, summarise
 from .report import NOTHING
 from .upgrade_figures import compatibility_figure, context_length_figure
@@ -125,7 +126,7 @@ def _add(row: Row, found: Mapping, cell: Cell) -> None:
         return
     row.measured.setdefault(cell.spec.name, {})[cell.seed] = found["metrics"]
     row.needs = ", ".join(text for need, text in _NEEDS.items() if (found.get("needs") or {}).get(need))
-    if found.get("seconds") is not None:
+    if "seconds" in found:  # a finished model's are not known
         row.costs.append({name: found.get(name) for name in ("seconds", "peak_mb", "bytes")})
 
 
@@ -186,6 +187,9 @@ def _progress(config: BenchConfig, output: Path) -> Iterator[str]:
 
 def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
     published = published_table(config.published) if config.published else {}
+    if published and published["shots"] != group.shots:
+        yield f"Published scores are of {published['shots']} shots, and left out here."
+        published = {}
     yield _averages(group, config, published)
     known = [name for name in published.get("datasets", ()) if name in group.datasets]
     if published:
@@ -195,7 +199,7 @@ def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
         )
         yield from published.get("remarks", ())
     reasons = [
-        f"{row.name}: {_one_line(text)} ({', '.join(names)})"
+        f"{row.name}: {_one_line(text)} ({', '.join(map(public_name, names))})"
         for row in group.rows.values()
         for text, names in row.reasons.items()
     ]
@@ -258,7 +262,7 @@ def _by_dataset(group: Group, metric: str, published: Mapping) -> str:
         column = {row.name: row.summary((dataset,)).get(metric) for row in every}
         texts = _column(column, replace(group, datasets=(dataset,)), metric)
         columns.append(texts + [_plain(own.get(dataset)) for own in stated.values() if own])
-    return table(["method", *group.datasets], zip(*columns, strict=True))
+    return table(["method", *map(public_name, group.datasets)], zip(*columns, strict=True))
 
 
 def table(header: Sequence[str], rows) -> str:

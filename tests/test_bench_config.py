@@ -140,12 +140,21 @@ def test_reading_a_file(tmp_path, monkeypatch):
         ({"variants": ["ETF"]}, "there is no method 'ETF'; did you mean 'EFT'"),
         ({"variants": ["EFT", {"method": "refit", "name": "EFT"}]}, "variants has 'EFT' twice"),
         ({"variants": [{"method": "refit", "betta": 1}]}, "'betta'"),
+        ({"allow_fewer": "no"}, "allow_fewer must be true or false, got 'no'"),
+        ({"title": 5}, "title must be a text, got 5"),
+        ({"general": ["a"]}, "general must be a text"),
+        ({"sweep": "beta"}, "sweep must be PART.SETTING with one of tuning, extraction, transfer"),
         ({"published": "base-to-novel-promptscr"}, "no published scores .*did you mean 'base-to-novel-promptsrc'"),
     ],
 )
 def test_what_is_wrong_is_said(changes, message):
     with pytest.raises(ValueError, match=message if "{" not in message else re.escape(message)):
         config(**changes)
+
+
+def test_a_key_with_nothing_behind_it_is_not_given():
+    found = config(notes=None, seeds=None, sweep=None, variants=None)
+    assert (found.notes, found.seeds, found.sweep) == ("", (1, 2, 3), None)
 
 
 def test_an_upgrade_has_no_variants():

@@ -99,10 +99,35 @@ def test_published_scores_stand_beside(tmp_path, no_figures):
     assert line(by_dataset, "TransMiter (reference notebook), published")[1:] == ["75.33", "88.98"]
 
 
+def test_published_scores_are_of_their_own_number_of_shots(tmp_path, no_figures):
+    found = config(published="base-to-base-b16-l14-promptsrc", shots=[4, 16])
+    fill(found, tmp_path, accuracies)
+    few, usual = write_bench_report(found, tmp_path).read_text().split("\n## ")[1:]
+    assert "16 shots" in usual and line(usual, "zero-shot strong")[3] == "72.54"
+    assert "Published scores are of 16 shots, and left out here." in few
+    assert "72.54" not in few and "TransMiter" not in few
+
+
+def test_reports_hold_no_path_of_the_machine(tmp_path, no_figures):
+    pictures, model = tmp_path / "pictures", tmp_path / "model"
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (pictures / part / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(pictures / part / name / "1.png")
+    pair = {"weak": str(model), "strong": "sandbox:strong"}
+    found = config(models=[pair], datasets=[str(pictures), "dtd"], seeds=[1, 2])
+    fill(found, tmp_path / "out", accuracies, skip=[("dtd", 2)])
+    missing = next(cell for cell in cells(found) if (cell.spec.name, cell.seed) == ("dtd", 2))
+    write_failure(tmp_path / "out", missing, "nothing", "Traceback")
+    report = write_bench_report(found, tmp_path / "out").read_text()
+    assert "## model → sandbox:strong" in report and "| method | pictures | dtd |" in report
+    assert str(tmp_path) not in report + (tmp_path / "out" / "costs.md").read_text()
+
+
 def test_every_published_number_has_its_source():
     for key in ("base-to-base-rn50-b16-coop", "base-to-novel-promptsrc", "transmiter-plus-maple", "ablation-weak"):
         published = published_table(key)
-        assert "2508.08604" in published["source"] and len(published["datasets"]) == 11
+        assert "2508.08604" in published["source"] and published["shots"] == 16 and len(published["datasets"]) == 11
 
 
 def test_what_is_missing_or_failed_is_said(tmp_path, no_figures):
