@@ -172,9 +172,34 @@ def _names() -> dict[str, DatasetSpec]:
 
 
 def find_row(source: str) -> DatasetSpec | None:
-    """The row of the catalogue that has this name or title, however it is spelt; a folder of that name goes first."""
+    """The row of the catalogue that has this name or title, however it is spelt; a folder of that name goes first.
+
+    Returns:
+        [`DatasetSpec`]: or `None` for a path, a Hub id or ``sandbox:DOMAIN``.
+
+    Raises:
+        ValueError: a bare word that is no row, and nothing here has that name; the nearest rows are given.
+    """
+    # Anything else ("./dtd", "me/dtd") is a place, never a row.
+    if os.path.exists(source) or not re.fullmatch(r"[\w. -]+", source):
+        return None
     rows = {simplified(name): row for name, row in _names().items()}
-    return None if os.path.exists(source) else rows.get(simplified(source))
+    row = rows.get(simplified(source))
+    if row is None:
+        # A bare word is no id of the Hub, and asking it takes long where there is no network.
+        near = dict.fromkeys(_names()[name].name for name in nearest(source, list(_names())))
+        meant = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(_rows())}."
+        raise ValueError(
+            f"there is no dataset {source!r}, neither a row of the catalogue nor a folder or file (Hub ids are "
+            f"user/name): {meant}"
+        )
+    return row
+
+
+def usual_templates(source: str | None) -> tuple[str, ...]:
+    """Prompts for pictures from there: the published ones of a row of the catalogue, the default for any others."""
+    row = None if source is None else find_row(source)
+    return DEFAULT_TEMPLATES if row is None else row.templates
 
 
 def find_spec(source: str | Mapping) -> DatasetSpec:
@@ -193,18 +218,7 @@ def find_spec(source: str | Mapping) -> DatasetSpec:
     """
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    row = find_row(source)
-    if row is not None:
-        return row
-    # A bare word is no id of the Hub, and asking it takes long where there is no network.
-    if re.fullmatch(r"[\w. -]+", source) and not os.path.exists(source):
-        near = dict.fromkeys(find_row(name).name for name in nearest(source, list(_names())))
-        meant = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(_rows())}."
-        raise ValueError(
-            f"there is no dataset {source!r}, neither a row of the catalogue nor a folder (Hub ids are user/name): "
-            f"{meant}"
-        )
-    return _with_splits(DatasetSpec(name=source, title=source, source=source))
+    return find_row(source) or _with_splits(DatasetSpec(name=source, title=source, source=source))
 
 
 def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
@@ -290,8 +304,6 @@ def load_split(
     split = spec.split_of(role)
     dataset = open_split(spec.location, split, subset=spec.subset)
     where = f"dataset {spec.name!r}, split {split!r}"
-    if not len(dataset):
-        raise ValueError(f"{where}: there are no pictures.")
     try:
         image, label = guess_columns(dataset, spec.image_column, spec.label_column)
         rows = _middle_frames(dataset, spec) if spec.frame_column else None

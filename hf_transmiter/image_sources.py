@@ -28,6 +28,7 @@ from .readable import readable
 
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
+_NO_ROWS = "corresponds to no data"  # what `datasets` says of a split or slice without rows
 _SPLITS = re.compile(r"(?:^|\+)([^\[+]+)")  # the names in a slice ("train[:100]") or a sum ("train+test")
 
 
@@ -64,7 +65,8 @@ def load_images(
 
     Raises:
         FileNotFoundError: no such folder, file or Hub data set.
-        ValueError: an unknown split or column, several that could be meant, or files that cannot be read.
+        ValueError: an unknown split or column, several that could be meant, a split without pictures, or files that
+            cannot be read.
     """
     dataset = open_split(source, split, prefer=prefer, subset=subset)
     image, label = guess_columns(dataset, image_column, label_column)
@@ -95,7 +97,16 @@ def open_split(
     """The rows of one split as they are stored; the arguments and errors are those of [`load_images`]."""
     with _dataset_errors(source):
         splits, load = _locate(source, subset)
-        return load(_choose(splits, split, prefer, source))
+        split = _choose(splits, split, prefer, source)
+        try:
+            rows = load(split)
+        except ValueError as error:
+            if _NO_ROWS not in str(error):
+                raise
+            rows = ()
+        if not len(rows):
+            raise ValueError(f"{source!r}, split {split!r}: there are no pictures.")
+        return rows
 
 
 def list_splits(source: str, subset: str | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """The rows of the catalogue against tiny copies of their datasets, rows of one's own, and what goes wrong."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ from dataset_copies import class_of, classes_in, picture, spelt, write_copy
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from local_hub import dataset_files
 
+from hf_transmiter.catalog import load_images
 from hf_transmiter.dataset_checks import check_spec
-from hf_transmiter.dataset_specs import DatasetSpec, catalogue, find_spec, load_split
+from hf_transmiter.dataset_specs import DatasetSpec, catalogue, find_row, find_spec, load_split, usual_templates
 from hf_transmiter.splits import base_novel
 
 
@@ -295,6 +297,34 @@ def test_datasets_that_do_not_exist():
         find_spec("zzz")
     with pytest.raises(FileNotFoundError, match="./nowhere"):
         find_spec("./nowhere")
+
+
+def test_a_path_is_no_row(tmp_path, monkeypatch):
+    """A folder that is not there must not become the dataset of the Hub that has its name."""
+    for place in ("./dtd", "../dtd", "/dtd", "~/dtd", "me/dtd", "dtd@main", "sandbox:print"):
+        assert find_row(place) is None
+    with pytest.raises(FileNotFoundError, match="./dtd"):
+        find_spec("./dtd")
+    assert find_row("DTD") is ROWS["dtd"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dtd").mkdir()
+    assert find_row("dtd") is None
+    with pytest.raises(ValueError, match="no dataset 'none.parquet'.*nor a folder or file"):
+        find_row("none.parquet")
+
+
+def test_prompts_of_a_source():
+    assert usual_templates("dtd") == usual_templates("DTD") == ("{} texture.",)
+    assert usual_templates("sandbox:print") == usual_templates("me/dtd") == usual_templates(None)
+    assert usual_templates(None) == ("a photo of a {}.",)
+
+
+def test_splits_without_pictures(tmp_path, on_disk):
+    path = str(tmp_path / "empty.parquet")
+    Dataset.from_dict({"image": []}, features=Features(image=Image())).to_parquet(path)
+    for source, split in ((path, "train"), (on_disk([0], Value("int64")), "train[:0]")):
+        with pytest.raises(ValueError, match=rf"split {re.escape(repr(split))}: there are no pictures"):
+            load_images(source, split)
 
 
 # The check
