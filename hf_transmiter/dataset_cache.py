@@ -13,6 +13,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
+
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 

@@ -66,6 +66,16 @@ def test_what_is_not_in_the_cache_is_an_error_that_names_it(versions, unplug):
     assert len(load_images("bob/OddPets")) == 4
 
 
+def test_a_folder_of_that_name_is_not_of_the_hub(make_dataset, tmp_path, unplug):
+    """`datasets` keeps what it read from the folder pets under its bare name."""
+    (tmp_path / "pets").mkdir()
+    make_dataset(4).to_parquet(tmp_path / "pets" / "train.parquet")
+    assert len(load_images(str(tmp_path / "pets"))) == 4
+    unplug()
+    with pytest.raises(ConnectionError, match="'pets' is not in the cache"):
+        load_images("pets")
+
+
 def test_subsets(hub, make_dataset, unplug):
     files = {}
     cards = {name: dataset_files({"train": make_dataset(count)}, name) for name, count in {"a": 3, "b": 5}.items()}
