@@ -256,8 +256,13 @@ def teacher_facts(source: str) -> dict | None:
     return None if facts is None else {key: facts.settings.get(key) for key in ("method", "shots", "seed")}
 
 
-def teacher_templates(source: str, given: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Prompts of the weak model's class vectors: those given, or those the teacher's tuning started from."""
+def teacher_templates(
+    source: str, given: Sequence[str] | None = None, usual: Sequence[str] = DEFAULT_TEMPLATES
+) -> tuple[str, ...]:
+    """Prompts of the weak model's class vectors: those given, or those the teacher's tuning started from, or the usual
+    ones."""
+    if given:
+        return read_templates(given)
     local = source.startswith(SANDBOX) or source.endswith(".safetensors")
-    facts = None if given or local else TeacherFacts.read(source)
-    return read_templates(given) if facts is None else tuple(facts.zero_shot_templates)
+    facts = None if local else TeacherFacts.read(source)
+    return tuple(usual if facts is None else facts.zero_shot_templates)

@@ -108,10 +108,12 @@ def tune(
     elif output.overwrite:
         raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
     from .catalog import load_encoder, read_names, read_templates, save_teacher
+    from .dataset_specs import usual_templates
     from .prompt_tuning import starting_templates, tune
 
     encoder, images = load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
-    templates = read_templates(names.template) if names.template else starting_templates(config.method)
+    usual = starting_templates(config.method, usual_templates(dataset))
+    templates = read_templates(names.template) if names.template else usual
     columns = {"image_column": data.image_column, "label_column": data.label_column}
     options = {"class_names": read_names(names.class_names), "templates": templates, **columns}
     options |= {"accelerator": run.accelerator, "progress": run.progress, "cache_dir": data.cache_dir}
@@ -148,6 +150,7 @@ def extract(
     """  # noqa: E501
     output.check(run)
     from .catalog import load_encoder, load_teacher, read_names, teacher_facts, teacher_templates
+    from .dataset_specs import usual_templates
     from .extraction import extract
 
     encoder = load_encoder(weak, **models.load(run))
@@ -157,7 +160,7 @@ def extract(
         load_teacher(teacher, encoder),
         images,
         class_names=read_names(names.class_names),
-        templates=teacher_templates(teacher, names.template),
+        templates=teacher_templates(teacher, names.template, usual_templates(dataset)),
         config=config,
         dataset_name=dataset,
         checkpoint=output.checkpoint,
@@ -198,6 +201,7 @@ def evaluate(
     if record and not (Path(model) / "adapter_config.json").is_file():
         raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
     from .catalog import load_classifier, load_encoder, read_names, read_templates
+    from .dataset_specs import usual_templates
     from .evaluation import evaluate
     from .features import guess_columns
     from .report import markdown_table
@@ -209,7 +213,7 @@ def evaluate(
         model,
         load_encoder(base_model, **options) if base_model else None,
         class_names=read_names(names.class_names) or getattr(images.features.get(label), "names", None),
-        templates=read_templates(names.template),
+        templates=read_templates(names.template) if names.template else usual_templates(dataset),
         **options,
     )
     seen = read_names(seen_classes)

@@ -85,6 +85,7 @@ def compare(
     from .bridge import Bridge
     from .catalog import load_encoder, load_teacher, read_names, teacher_templates
     from .comparison import compare
+    from .dataset_specs import usual_templates
     from .report import comparison_table
     from .retraining import SavedTuning
 
@@ -111,7 +112,7 @@ def compare(
         bridge=None if bridge is None else Bridge.from_pretrained(bridge),
         class_names=read_names(names.class_names),
         seen_classes=read_names(seen_classes),
-        templates=teacher_templates(teacher, names.template),
+        templates=teacher_templates(teacher, names.template, usual_templates(dataset)),
         variants=rows,
         vocabulary=vocabulary,
         split=str(test.split),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_arguments import MODEL
+from .cli_arguments import MODEL, TEST
 from .cli_options import DataOptions, HubOptions, ModelOptions, Result, RunOptions, command
 
 
@@ -106,16 +106,12 @@ def upgrade_command(
     [bold]Example:[/bold] hf-transmiter upgrade --repos me/dtd-b16 --repos me/pets-b16 --to openai/clip-vit-large-patch14 --output-dir out/l14 --dry-run
     """  # noqa: E501
     from .bridge import Bridge
-    from .catalog import load_encoder, load_images
+    from .catalog import load_encoder
     from .files import replace_file
     from .upgrading import upgrade, upgrade_table
 
     if hub.commit_message is not None:
         raise ValueError("--commit-message is not for upgrade, which makes several commits with titles of their own.")
-
-    def images(dataset: str, split: str):
-        columns = {"image_column": data.image_column, "label_column": data.label_column}
-        return load_images(dataset, split, subset=data.subset, max_images=data.max_images, **columns)
 
     rows = upgrade(
         repos,
@@ -127,7 +123,7 @@ def upgrade_command(
         private=hub.private,
         create_pr=hub.create_pr,
         token=hub.token,
-        images=images,
+        images=lambda dataset, split: data.load(dataset, TEST, split),
         **data.embedding(run),
     )
     table = upgrade_table(rows)

@@ -156,7 +156,7 @@ class NameOptions:
     """What pictures are asked about."""
 
     class_names: list[str] = _several("Class names in label order: repeated, 'a,b,c', or a file with one per line.")
-    template: list[str] = _several("Prompt with {} for the name, or the name of shipped ones; may be repeated.")
+    template: list[str] = _several("Prompts with {}, or names of shipped ones; the teacher's or dataset's if unset.")
 
 
 @dataclass

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_arguments import IMAGES, MODEL
+from .cli_arguments import IMAGES, LABELLED, MODEL, TEST
 from .cli_options import (
     DataOptions,
     ModelOptions,
@@ -72,19 +72,19 @@ def compat(
     """  # noqa: E501
     if run.main_process:
         check_new(output_dir / "compat.json", overwrite)
-    from .catalog import load_encoder, load_images, read_names
+    from .catalog import load_encoder, read_names
     from .compatibility import score_upgrade, upgrade_table
 
     folders = _adapter_folders(adapters)
     before, after = (load_encoder(model, **models.load(run)) for model in (old, new))
-    test = data.load(dataset, ("test", "validation"), data.split)
-    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    test = data.load(dataset, TEST, data.split)
+    whole = replace(data, max_images=None)  # the tunings' own draws are to be repeated
     rows = score_upgrade(
         folders,
         before,
         after,
         test,
-        train=None if train is None else load_images(train, subset=data.subset, **columns),
+        train=whole.load(train, LABELLED),
         class_names=read_names(class_names),
         seen_classes=read_names(seen_classes),
         mapped=map_tokens,

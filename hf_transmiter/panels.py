@@ -14,6 +14,7 @@ from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder
 from .catalog import TeacherFacts, load_classifier, load_encoder, load_images
 from .classifier import AnchorClassifier
+from .dataset_specs import find_row, load_split
 from .features import guess_columns
 from .hub import SANDBOX, read_json, split_revision
 from .transferring import transfer
@@ -229,10 +230,14 @@ def example_pictures(source: str, count: int = NUM_EXAMPLES) -> list[tuple[Image
     """Some pictures of a data set, always the same ones, with their class names where they have labels.
 
     Args:
-        source (`str`): as in `catalog.load_images`; test pictures if there are such.
+        source (`str`): as in `catalog.load_images`, or a row of the catalogue; test pictures if there are such.
         count (`int`, *optional*, defaults to 8): how many.
     """
-    images = load_images(source, prefer=("test", "validation", "train"), max_images=count)
+    row = find_row(source)
+    if row is None:
+        images = load_images(source, prefer=("test", "validation", "train"), max_images=count)
+    else:
+        images = load_split(row, "test", max_images=count)
     image, label = guess_columns(images)
     names = getattr(images.features.get(label), "names", None)
     return [(row[image], names[row[label]] if names and row[label] >= 0 else None) for row in images]

@@ -155,9 +155,10 @@ def tune(
     return AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
 
 
-def starting_templates(method: str) -> tuple[str, ...]:
-    """Prompts of the zero-shot class vectors a method is pulled back to, where nobody chose others."""
-    return TEMPLATES["promptsrc"] if method == "promptsrc" else DEFAULT_TEMPLATES
+def starting_templates(method: str, usual: Sequence[str] = DEFAULT_TEMPLATES) -> tuple[str, ...]:
+    """Prompts of the zero-shot class vectors a method is pulled back to, where nobody chose others: PromptSRC's 60, or
+    the usual ones of the pictures."""
+    return TEMPLATES["promptsrc"] if method == "promptsrc" else tuple(usual)
 
 
 def _zero_shot(weak: DualEncoder, anchors: Anchors, config: TuningConfig) -> Tensor:

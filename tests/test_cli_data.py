@@ -1,10 +1,16 @@
 """`hf-transmiter datasets`, and datasets as the options of other commands name them."""
 
 import json
+import shutil
 
+import pytest
 from test_cli import error, run
 
-from hf_transmiter.dataset_specs import catalogue
+from hf_transmiter import catalog, dataset_specs
+from hf_transmiter.catalog import teacher_templates
+from hf_transmiter.dataset_specs import DatasetSpec, catalogue
+from hf_transmiter.panels import example_pictures
+from hf_transmiter.prompt_tuning import starting_templates
 
 
 def test_the_list():
@@ -51,6 +57,54 @@ def test_names_that_mean_nothing():
 def test_rows_are_datasets_of_every_command():
     said = error("evaluate", "sandbox:weak", "--dataset", "ImageNet-R")
     assert "axiong/imagenet-r@762a23f169e080bef0be7c9d96bf73a126cbb660" in said
+
+
+def test_a_typing_mistake_is_answered_at_once():
+    for command in (("evaluate", "sandbox:weak"), ("extract", "--weak", "sandbox:weak", "--teacher", "sandbox:weak")):
+        place = ("--output-dir", "nowhere") if command[0] == "extract" else ()
+        assert "there is no dataset 'dttd'" in error(*command, "--dataset", "dttd", *place)
+
+
+@pytest.fixture
+def pets(monkeypatch, make_dataset, tmp_path):
+    """A row of the catalogue, ``pets``, with a prompt of its own, which is returned."""
+    make_dataset(36).save_to_disk(tmp_path / "pictures")
+    source = {"source": str(tmp_path / "pictures"), "train": "train", "test": "train"}
+    row = DatasetSpec("pets", "Pets", **source, templates=("a {}, a type of pet.",))
+    monkeypatch.setattr(dataset_specs, "_rows", lambda: {"pets": row})
+    return row.templates[0]
+
+
+def test_prompts_of_a_row(pets, model_dir, tmp_path, monkeypatch):
+    """A row's own where nobody asks for others; PromptSRC's 60, and what a teacher was tuned with, go first."""
+    shared = ("--dataset", "pets", "--cache-dir", tmp_path / "cache")
+    asked, load = [], catalog.load_classifier
+    monkeypatch.setattr(
+        catalog,
+        "load_classifier",
+        lambda *args, **options: asked.append(options["templates"]) or load(*args, **options),
+    )
+    for options in ((), ("--template", "default")):
+        run("evaluate", model_dir("clip"), *shared, *options)
+    assert asked == [(pets,), ("a photo of a {}.",)]
+    tuned, bare = tmp_path / "tuned", tmp_path / "bare"
+    run("tune", "--weak", model_dir("clip"), *shared, "--method", "lora", "--epochs", "1", "--output-dir", tuned)
+    assert json.loads((tuned / "teacher.json").read_text())["zero_shot_templates"] == [pets]
+    shutil.copytree(tuned, bare)
+    (bare / "teacher.json").unlink()  # a PEFT adapter from elsewhere
+    for teacher, options, expected in ((tuned, ("--template", "{}"), ["{}"]), (bare, (), [pets])):
+        folder = tmp_path / f"adapter-{teacher.name}"
+        models = ("--weak", model_dir("clip"), "--teacher", teacher)
+        run("extract", *models, *shared, "--class-names", "cat,dog,car", "--output-dir", folder, *options)
+        assert json.loads((folder / "adapter_config.json").read_text())["templates"] == expected
+    assert teacher_templates(str(tuned), None, ("other {}",)) == (pets,)
+    assert teacher_templates(str(bare), None, ("other {}",)) == ("other {}",)
+    assert starting_templates("lora", (pets,)) == (pets,) and len(starting_templates("promptsrc", (pets,))) == 60
+
+
+def test_rows_are_examples_of_the_app(pets):
+    pictures = example_pictures("pets", 3)
+    assert len(pictures) == 3 and all(label in ("cat", "dog", "car") for _, label in pictures)
 
 
 def test_pictures_that_cannot_be_read(tmp_path, make_images):
