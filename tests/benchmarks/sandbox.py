@@ -25,7 +25,7 @@ def report(runs: list[Comparison], metric: str) -> list[dict]:
             gaps = [value - run.value(other, metric) for value, run in zip(values, runs, strict=True)]
             row[f"vs {other}"] = (statistics.fmean(gaps), _std(gaps))
         costs = [score.seconds for run in runs for score in run.scores if score.method == method]
-        row["seconds"] = statistics.fmean(costs)
+        row["seconds"] = None if None in costs else statistics.fmean(costs)  # what was given cost nothing here
         rows.append(row)
     return rows
 
@@ -62,7 +62,7 @@ def main() -> None:
             print(
                 f"{row['method']:40s} {row['metric']:9s} {row['mean']:6.1f} ± {row['std']:4.1f}"
                 f"   vs zero-shot strong {strong[0]:+6.1f} ± {strong[1]:4.1f}   vs tuned weak {tuned[0]:+6.1f}"
-                f" ± {tuned[1]:4.1f}   {row['seconds']:6.2f} s",
+                f" ± {tuned[1]:4.1f}   " + ("" if row["seconds"] is None else f"{row['seconds']:6.2f} s"),
                 flush=True,
             )
     if arguments.json:

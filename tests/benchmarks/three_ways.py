@@ -117,7 +117,8 @@ def table(found: dict[tuple, dict], upgrade: str, arguments) -> tuple[str, list[
             values = [run[method]["accuracy"] for run in runs]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             mean = statistics.fmean(values)
-            seconds = statistics.fmean(run[method]["seconds"] for run in runs)
+            costs = [run[method]["seconds"] for run in runs]
+            seconds = None if None in costs else statistics.fmean(costs)
             facts = dict(zip(("task", "teacher"), column, strict=True)) | {"upgrade": upgrade, "method": method}
             rows.append({**facts, "mean": mean, "std": spread, "seconds": seconds, "values": values})
             line.append(f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}")
