@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from .fingerprint import model_fingerprint, vocabulary_hash
 from .hub import cached_commit, is_open_clip, model_location
 from .open_clip_model import OpenClipModel
 from .open_clip_model import load_processor as load_open_clip_processor
-from .safe_weights import safetensors_only
+from .safe_weights import load_safetensors
 
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,9 @@ class DualEncoder:
             name_or_path (`str` or `os.PathLike`):
                 Folder, Hub id, ``sandbox:weak``, or a model of the open_clip library, such as
                 ``open_clip:RN50/openai`` (see [`OpenClipModel`]). Weights must be safetensors.
-            revision (`str`, *optional*): branch, tag or commit.
+            revision (`str`, *optional*):
+                Branch, tag or commit. When omitted: the main branch or, where that has only pickles, the safetensors
+                that the Hub's own converter proposes in a pull request (with a warning).
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
                 What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
                 even for checkpoints stored in half precision; `"auto"` keeps the stored type.
@@ -148,15 +150,10 @@ class DualEncoder:
             )
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **hub)
         check_family(config.model_type, f"{name!r}")
-        with safetensors_only(where, revision, token):
-            model = AutoModel.from_pretrained(
-                where,
-                revision=revision,
-                dtype=torch.float32 if dtype is None else dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                **hub,
-            )
+        dtype = torch.float32 if dtype is None else dtype
+        fixed = {"dtype": dtype, "use_safetensors": True, **hub}
+        load = partial(AutoModel.from_pretrained, where, trust_remote_code=False, **fixed)
+        model, revision = load_safetensors(load, where, revision, **hub)
         model = aligned(model).eval().requires_grad_(False).to(device or "cpu")
         model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
         # The processor comes from the very commit of the weights, also when a branch moved in between.

@@ -31,7 +31,7 @@ from .download_sizes import builder_of, check_room, in_words, on_hub
 from .features import guess_columns
 from .hub import OPEN_CLIP, SANDBOX, fetch, read_json, split_revision
 from .image_sources import list_splits, open_split
-from .safe_weights import no_safetensors
+from .safe_weights import converted_revision, no_safetensors
 from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, list_transfers, read_config
 from .trust import check_adapter_tensors
 from .tuners import PeftType
@@ -262,19 +262,29 @@ def _read_bridge(row: Prepared) -> str | None:
 
 
 def _read_model(row: Prepared) -> str | None:
-    source, name = row.name, split_revision(row.name)[0]
+    source, (name, revision) = row.name, split_revision(row.name)
     if not (name.startswith((SANDBOX, OPEN_CLIP)) or Path(name).is_dir()):
         # Before the rest: what has arrived is compared with its checksum, which loading does not do.
-        if fetch(source, SAFE_WEIGHTS_NAME) is None:
-            index = read_json(source, SAFE_WEIGHTS_INDEX_NAME)
-            if index is None:
-                raise OSError(no_safetensors(*split_revision(source)) or f"{_lacks(source, SAFE_WEIGHTS_NAME)}.")
-            for file in sorted(set(index["weight_map"].values())):
-                if fetch(source, file) is None:
-                    raise OSError(f"{_lacks(source, file)}, which {SAFE_WEIGHTS_INDEX_NAME} names.")
+        if not _fetch_weights(source):
+            converted = None if revision else converted_revision(name)
+            if converted is None or not _fetch_weights(f"{name}@{converted}"):
+                raise OSError(no_safetensors(name, revision) or f"{_lacks(source, SAFE_WEIGHTS_NAME)}.")
         for file in (CONFIG, TEACHER_FILE):  # commands ask for them, to tell a model from an adapter
             fetch(source, file)
     return load_encoder(source).revision
+
+
+def _fetch_weights(source: str) -> bool:
+    """Whether there are safetensors, in one file or in those that an index names."""
+    if fetch(source, SAFE_WEIGHTS_NAME) is not None:
+        return True
+    index = read_json(source, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return False
+    for file in sorted(set(index["weight_map"].values())):
+        if fetch(source, file) is None:
+            raise OSError(f"{_lacks(source, file)}, which {SAFE_WEIGHTS_INDEX_NAME} names.")
+    return True
 
 
 def _read_dataset(spec: DatasetSpec, row: Prepared) -> str | None:

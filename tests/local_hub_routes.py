@@ -3,93 +3,24 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
 import socket
 import struct
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from local_hub_storage import LFS_FILES, File, Refusal, Repository, folder_entry, sha256
 
 
 if TYPE_CHECKING:
     from local_hub import LocalHub
 
 NOW = "2026-01-01T00:00:00.000Z"
-LFS_FILES = (".safetensors", ".bin", ".pt", ".pkl", ".png", ".jpg", ".parquet", ".arrow")
 FRONT_MATTER = re.compile(r"^---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-class Refusal(Exception):
-    """An answer that is an error: status, the Hub's error code and its message."""
-
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(status, message, code)
-
-
-@dataclass
-class File:
-    data: bytes
-    lfs: bool
-
-    @property
-    def oid(self) -> str:
-        """Git's name of the content; of an LFS file, of the pointer that stands for it."""
-        data = f"oid sha256:{sha256(self.data)}\nsize {len(self.data)}".encode() if self.lfs else self.data
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return sha256(self.data) if self.lfs else self.oid
-
-    def entry(self, path: str) -> dict:
-        lfs = {"lfs": {"oid": self.etag, "size": len(self.data), "pointerSize": 134}} if self.lfs else {}
-        return {"type": "file", "path": path, "size": len(self.data), "oid": self.oid, **lfs}
-
-
-def folder_entry(path: str) -> dict:
-    return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-
-
-@dataclass
-class Repository:
-    private: bool
-    refs: dict[str, str] = field(default_factory=dict)  # branch, tag or refs/pr/N -> commit
-    commits: dict[str, tuple[str, str | None, dict[str, File]]] = field(default_factory=dict)  # title, parent, files
-    tags: set[str] = field(default_factory=set)
-
-    def commit(self, ref: str, title: str, files: dict[str, File], parent: str | None) -> str:
-        content = [(path, file.oid) for path, file in sorted(files.items())]
-        name = hashlib.sha1(f"{parent} {title} {content} {len(self.commits)}".encode()).hexdigest()
-        self.commits[name] = (title, parent, files)
-        self.refs[ref] = name
-        return name
-
-    def find(self, revision: str) -> str:
-        commit = self.refs.get(revision, revision)
-        if commit not in self.commits:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit
-
-    def files(self, revision: str) -> dict[str, File]:
-        return self.commits[self.find(revision)][2]
-
-    def titles(self, revision: str) -> list[str]:
-        """Of the commits, from the newest to the oldest."""
-        commit, found = self.find(revision), []
-        while commit:
-            title, commit, _ = self.commits[commit]
-            found.append(title)
-        return found
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -299,6 +230,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(400, f"This Hub does not know {kind!r}.")
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
         new = repo.commit(f"refs/pr/{number}" if as_pr else rev, title, files, parent)
+        if as_pr:
+            repo.proposals[number] = (user, title)
         pr = {"pullRequestUrl": f"{self.hub.url}/{id}/discussions/{number}"} if as_pr else {}
         url = f"{self.hub.url}/{id}/commit/{new}"
         return {"success": True, "commitOid": new, "commitUrl": url, "hookOutput": "", "author": user, **pr}
@@ -340,6 +273,17 @@ class Handler(BaseHTTPRequestHandler):
             ref = {"tags": f"refs/tags/{name}", "pullRequests": name, "branches": f"refs/heads/{name}"}[kind]
             found[kind].append({"name": name, "ref": ref, "targetCommit": commit})
         return found
+
+    def discussions(self, _, id):
+        """Pull requests only, the newest first, all on one page."""
+        kind, name = ("dataset", id.removeprefix("datasets/")) if id.startswith("datasets/") else ("model", id)
+        same = {"createdAt": NOW, "status": "open", "repo": {"name": name, "type": kind}, "isPullRequest": True}
+        found = [
+            {"title": title, "num": number, "author": {"name": author}, **same}
+            for number, (author, title) in reversed(self.repo(id).proposals.items())
+            if self.query.get("author", author) == author and self.query.get("type") != "discussion"
+        ]
+        return {"discussions": found, "count": len(found), "start": 0}
 
     def tree(self, _, id, rev, folder=""):
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
@@ -393,6 +337,7 @@ ROUTES = (
     ("GET", API, Handler.info),
     ("GET", f"{API}/revision/{REV}", Handler.info),
     ("GET", f"{API}/refs", Handler.refs),
+    ("GET", f"{API}/discussions", Handler.discussions),
     ("GET", f"{API}/tree/{REV}(?:/(?P<folder>.*))?", Handler.tree),
     ("POST", f"{API}/paths-info/{REV}", Handler.paths_info),
     ("GET", f"{REPO}/resolve/{REV}/(?P<path>.+)", Handler.resolve),
