@@ -164,7 +164,7 @@ def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: i
             "the labelled pictures are the test pictures: what learns from them would be scored on what it saw. Pass "
             "others, or a dataset with a train and a test split."
         )
-    labels = images[label]
+    labels = images[label][:]  # at once: one by one takes a minute for a million
     drawn = few_shot(labels, shots, seed, allow_fewer=True)
     names = getattr(images.features[label], "names", None)
     counts = Counter(labels[row] for row in drawn)

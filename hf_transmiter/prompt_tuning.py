@@ -218,7 +218,7 @@ def _class_names(dataset: Dataset, label_column: str | None, given: Sequence[str
 
 def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config: TuningConfig):
     """Rows of the drawn examples, and their labels (N,)."""
-    values = list(dataset[label_column])
+    values = dataset[label_column][:]  # at once: one by one takes a minute for a million
     odd = next((value for value in values if not isinstance(value, int)), None)
     if odd is not None:
         raise ValueError(

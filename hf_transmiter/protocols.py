@@ -109,7 +109,7 @@ def only_base(images: Dataset) -> Dataset:
         ValueError: no image of a base class.
     """
     base = base_names(images.features["label"].names)
-    rows = [row for row, label in enumerate(images["label"]) if 0 <= label < len(base)]
+    rows = [row for row, label in enumerate(images["label"][:]) if 0 <= label < len(base)]
     if not rows:
         raise ValueError("there is no image of a base class.")
     return images.select(rows).cast_column("label", ClassLabel(names=list(base)))
@@ -126,7 +126,7 @@ def draw(images: Dataset, shots: int, seed: int, *, allow_fewer: bool = False) -
     """
     names = images.features["label"].names
     try:
-        return images.select(few_shot(images["label"], shots, seed, len(names), allow_fewer=allow_fewer))
+        return images.select(few_shot(images["label"][:], shots, seed, len(names), allow_fewer=allow_fewer))
     except ValueError as error:
         raise ValueError(str(error).replace("allow_fewer=True", "allow_fewer: true")) from error
 

@@ -151,7 +151,7 @@ def _of_classes(images: Dataset, column: str, names: Sequence[str]) -> Dataset:
     if missing:
         raise ValueError(f"the training images have no class {missing[0]!r}, which the adapter was tuned on.")
     new = {feature.names.index(name): label for label, name in enumerate(names)}
-    rows = [row for row, label in enumerate(images[column]) if label in new]
-    labels = [new[label] for label in images.select(rows)[column]]
+    rows = [row for row, label in enumerate(images[column][:]) if label in new]
+    labels = [new[label] for label in images.select(rows)[column][:]]
     images = images.select(rows).remove_columns(column)
     return images.add_column(column, labels, feature=ClassLabel(names=list(names)))
