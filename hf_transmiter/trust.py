@@ -37,6 +37,7 @@ SCHEMA_OF = {
     "teacher.json": "teacher",
     "transfers/index.json": "transfers",
     "config.json": "model_config",
+    "open_clip_config.json": "open_clip_config",
 }
 
 _SHORT = reprlib.Repr()
