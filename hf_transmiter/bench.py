@@ -163,10 +163,13 @@ def _make(cell: Cell, rows: Sequence[str], shop: Workshop, output: Path) -> None
     """Makes a cell's missing rows and writes it with those it had, or notes why not."""
     try:
         found = shop.make(cell, rows)
+        lost = found.pop("lost")
         before = read_cell(output, cell)
         if before is not None and before.get("made_from") == found["made_from"]:
             found["rows"] = {**before["rows"], **found["rows"]}
         write_cell(output, cell, found)
+        if lost:  # they stay missing, so that the next run tries them again
+            raise OSError("; ".join(lost))
     except Exception as error:  # whatever it is, it is this cell's: the others go on
         _note(output, cell, error)
 

@@ -175,7 +175,8 @@ class Workshop:
         return AnchorClassifier(tuned.encoder, Anchors(tuple(names), (), templates))
 
     def make(self, cell: Cell, rows: Sequence[str]) -> dict:
-        """Scores of the rows (by digest) of a cell, and from what they were made.
+        """Scores of the rows (by digest) of a cell, from what they were made, and which rows were lost to a lack of
+        memory or the like, and may be had another time.
 
         Raises:
             ValueError, OSError: anything that is wrong with its models, images or settings.
@@ -185,7 +186,8 @@ class Workshop:
         return {
             "made_from": json.loads(json.dumps(self.made_from(cell))),
             "num_images": len(self.images(cell.parts.test)),
-            "rows": found,
+            "rows": {key: row for key, row in found.items() if "failed" not in row},
+            "lost": [row["failed"] for row in found.values() if "failed" in row],
         }
 
     def _transfer(self, cell: Cell, rows: Sequence[str]) -> dict[str, dict]:
@@ -270,6 +272,8 @@ def _seeded(variant: Variant, seed: int) -> Variant:
 
 def _row(found, name: str) -> dict:
     """One row of a [`Comparison`], as it is kept."""
+    if not isinstance(found.failed.get(name, ValueError()), ValueError):
+        return {"failed": f"{name}: {found.skipped[name]}"}
     if name in found.skipped:
         return {"skipped": found.skipped[name]}
     own = [score for score in found.scores if score.method == name]

@@ -51,6 +51,7 @@ class Comparison:
         needs (`dict[str, Needs]`): what each row asks for.
         sizes (`dict[str, int]`): bytes to be stored for a row beside the pre-trained models, where that is known.
         skipped (`dict[str, str]`): rows that could not be had, and why.
+        failed (`dict[str, Exception]`): what those of them raised that were possible.
     """
 
     scores: list[Score]
@@ -65,6 +66,7 @@ class Comparison:
     needs: dict[str, Needs] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
 
     def value(self, method: str, metric: str = "accuracy") -> float:
         """One score. Raises `KeyError` for a method that was not run."""
@@ -241,7 +243,7 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
                 made = method.run(task, variant)
             answer = task.answer(made)
         except _FORESEEN as error:
-            reason = f"it failed: {error}"
+            reason, found.failed[row] = f"it failed: {error}", error
             logger.warning("%s failed and is left out: %s", row, error)
     if reason is not None:
         found.skipped[row] = reason

@@ -3,6 +3,7 @@ import os
 import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import bench_folder
@@ -18,6 +19,7 @@ from hf_transmiter.bench_config import BenchConfig
 from hf_transmiter.bench_plan import cells, make_plan, read_cell
 from hf_transmiter.catalog import TEACHER_FILE
 from hf_transmiter.features import embed_dataset
+from hf_transmiter.methods import METHODS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -250,6 +252,20 @@ def test_an_error_nobody_foresaw_is_noted(content, finished, tmp_path, monkeypat
     assert list(found.failed.values()) == ["ZeroDivisionError('oh')"]
     note = json.loads(next((tmp_path / "out" / "failed").iterdir()).read_text())
     assert any("ZeroDivisionError: oh" in line for line in note["traceback"])
+
+
+def test_a_row_that_ran_out_of_memory_is_tried_again(content, tmp_path, monkeypatch):
+    """The others are kept."""
+    one = {**content, "seeds": [1]}
+    with monkeypatch.context() as patch:
+        method = replace(METHODS["EFT"], run=lambda task, variant: (_ for _ in ()).throw(OSError("no room")))
+        patch.setitem(METHODS, "EFT", method)
+        found = run(one, tmp_path / "out")
+    assert list(found.failed.values()) == ["EFT: it failed: no room"] and found.done == 0
+    cell = next(cells(BenchConfig.from_dict(one)))
+    assert set(cell.rows.values()) - set(read_cell(tmp_path / "out", cell)["rows"]) == {cell.rows["EFT"]}
+    assert run(one, tmp_path / "out").failed == {}
+    assert "metrics" in read_cell(tmp_path / "out", cell)["rows"][cell.rows["EFT"]]
 
 
 def test_tuned_elsewhere(content, tmp_path, make_dataset):

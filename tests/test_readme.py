@@ -39,7 +39,7 @@ REPLACED = {
     "--shots 16": "--shots 4 --epochs 2 --batch-size 8",
     "--epochs 20": "--epochs 1 --shots 1",
     "--train sandbox:jargon": "--max-images 100",  # without training again
-    "--unlabelled my_photos --labelled my_photos": "--methods refit --unlabelled my_photos",  # not the published solver
+    "--unlabelled my_photos --labelled my_photos": "--methods refit --unlabelled my_photos",  # not the slow ones
 }
 NOT_RUN = {
     "python -m venv": "what CI does before it runs the tests; the demo has a test of its own",
