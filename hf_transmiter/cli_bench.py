@@ -30,9 +30,7 @@ def bench_command(
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="These seeds instead; may be repeated.")] = None,
     shots: Annotated[list[int] | None, typer.Option(help="These numbers of shots instead; may be repeated.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what is to be done and what it takes.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is to be done and what it takes.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Only write the report of finished cells.")] = False,
     list_ready: Annotated[bool, typer.Option("--list", help="Only list the ready configurations.")] = False,
     embed_batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 64,
