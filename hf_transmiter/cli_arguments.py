@@ -11,8 +11,8 @@ UNLABELLED = ("unlabelled", "unlabeled", "train")
 LABELLED = ("train",)
 TEST = ("test", "validation")
 
-MODEL = "Hub id (id@revision), folder, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
-IMAGES = "Hub id (id@revision), folder, .parquet or .arrow files, or sandbox:DOMAIN."
+MODEL = "Hub id (id@revision), folder, open_clip:NAME/TAG, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
+IMAGES = "Hub id (id@revision), row of `datasets`, folder, .parquet or .arrow files, or sandbox:DOMAIN."
 
 Weak = Annotated[str, typer.Option(help=f"The weak model: {MODEL}")]
 Strong = Annotated[str, typer.Option(help=f"The strong model: {MODEL}")]

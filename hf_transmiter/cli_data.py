@@ -126,9 +126,7 @@ def prepare_command(
         bool, typer.Option("--with-base", help="Also the models that the adapters belong to.")
     ] = False,
     bridges: Annotated[list[str] | None, typer.Option("--bridge", help="Hub id of a bridge. Repeated.")] = None,
-    datasets: Annotated[
-        list[str] | None, typer.Option("--dataset", help=f"{IMAGES} Or a row of `datasets`. Repeated.")
-    ] = None,
+    datasets: Annotated[list[str] | None, typer.Option("--dataset", help=f"{IMAGES} Repeated.")] = None,
     subset: Annotated[
         str | None, typer.Option(help="Configuration of the Hub datasets that are named here by their id.")
     ] = None,

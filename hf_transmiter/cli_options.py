@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import shutil
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +19,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from .cli_reporting import fail, reporting
 from .settings import FitConfig
 
 
@@ -261,7 +258,7 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
 
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
-            with _reporting(run):
+            with reporting(run):
                 arguments = {name: value for name, value in values.items() if name in taken}
                 for name, kind in groups.items():
                     arguments[name] = _instance(kind, values)
@@ -277,7 +274,7 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
                 if result.failed:
                     if run.accelerator is not None:  # the first process that ends with an error ends the others
                         run.accelerator.wait_for_everyone()
-                    _fail(result.failed, quiet=not run.main_process)
+                    fail(result.failed, quiet=not run.main_process)
                 if result.exit_code:
                     raise typer.Exit(result.exit_code)
 
@@ -340,16 +337,16 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        _fail(f"cannot read the config {str(path)!r}: {error.strerror}.")
+        fail(f"cannot read the config {str(path)!r}: {error.strerror}.")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        _fail(f"{path} is not valid YAML: {error}")
+        fail(f"{path} is not valid YAML: {error}")
     if not isinstance(content, dict):
-        _fail(f"{path} must hold 'option: value' lines, not a {type(content).__name__}.")
+        fail(f"{path} must hold 'option: value' lines, not a {type(content).__name__}.")
     content = {str(key).replace("-", "_"): value for key, value in content.items()}
     known = [parameter.name for parameter in context.command.params if parameter.name not in ("config", "help")]
     unknown = [key for key in content if key not in known]
     if unknown:
-        _fail(f"{path} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
+        fail(f"{path} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
     context.default_map = {**(context.default_map or {}), **content}
 
 
@@ -366,54 +363,3 @@ _CONFIG = inspect.Parameter(
         ),
     ],
 )
-
-
-def _fail(message: str, quiet: bool = False) -> None:
-    if not quiet:
-        print(f"Error: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-@contextmanager
-def _reporting(run: RunOptions) -> Iterator[None]:
-    """Remarks go to stderr; foreseen errors become one line there and exit code 1."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger = logging.getLogger(__package__)
-    before = logger.level
-    logger.addHandler(handler)
-    quiet = run.quiet or not run.main_process
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
-    try:
-        with _silence() if quiet else nullcontext():
-            yield
-    except (ValueError, OSError) as error:
-        if run.debug or isinstance(error, BrokenPipeError):  # `| head` closed the pipe: typer leaves quietly
-            raise
-        _fail(str(error) or type(error).__name__)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No bars and remarks of the libraries either: they read these variables when a command imports them."""
-    variables = {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-    }
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -54,6 +54,7 @@ ORDER = (
         "panels",
         "app",
         "space",
+        "cli_reporting",
         "cli_options",
         "cli_arguments",
         "cli_bench",
