@@ -10,8 +10,8 @@ Written are:
 - `--output-dir`: the strong model, a `VisionTextDualEncoderModel` with processor and tokenizer;
 - `--grid-dir`: two dataset folders for `hf-transmiter bench --config tests/benchmarks/configs/tiny_photos.yaml`:
   `photos`, whose `train` split is the half of the training photographs (30 per class) that the strong model was *not*
-  aligned on and whose `test` split is all validation photographs; and `negatives`, the same in inverted colours, which
-  neither model has seen.
+  aligned on and whose `test` split is all validation photographs; and `negatives`, the same in inverted colours, of
+  which the weak model knows next to nothing before it is tuned.
 
 What this stands for: no larger CLIP can be downloaded where this runs, and a few minutes of a CPU do not make one. So
 the image tower is EfficientNet-Lite0 (Tan et al., 2020; weights under the Apache License 2.0, in the package above)
@@ -23,7 +23,7 @@ image features and the text tower learn captions of the other half of the traini
 What to keep in mind when reading accuracies: ImageNet-1k, on which the image tower was trained, contains the classes
 of these photographs and probably the photographs themselves, as the pre-training of the weak model contains the
 training ones; so the strong model's accuracy is none on a new kind of pictures, and "novel" classes are novel to the
-tuning, not to the models. The alignment never sees a picture that is used for tuning, transfer or testing. The two
+tuning, not to the models. Augmentation may have shown it inverted pictures, too. The alignment never sees a picture that is used for tuning, transfer or testing. The two
 text towers are relatives, which favours bridges from text.
 
 Deterministic with one thread. Prints zero-shot accuracy of both models on the test split, in percent: among all
