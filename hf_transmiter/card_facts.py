@@ -34,10 +34,11 @@ METHOD_NAMES = {
     **{"prograd": "a ProGrad prompt", "cocoop": "a CoCoOp prompt", "contcoop": "a ContCoOp prompt"},
     **{"ivlp": "IVLP prompts", "maple": "MaPLe prompts", "promptsrc": "PromptSRC prompts"},
 }
-METRIC_NAMES = {
+ACCURACIES = {
     **{"accuracy": "accuracy, %", "base": "accuracy on base classes, %", "novel": "accuracy on novel classes, %"},
     **{"hm": "harmonic mean of base and novel accuracy, %", "joint": "accuracy over all classes, %"},
 }
+METRIC_NAMES = {**ACCURACIES, "ece": "expected calibration error, %"}
 _MAX_STEPS = 8
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_facts import (
+    ACCURACIES,
     METRIC_NAMES,
     THIS,
     Measured,
@@ -95,7 +96,7 @@ class Card:
                     dataset_name=data.name,
                     dataset_split=one_line(score.split),
                     dataset_revision=data.revision,
-                    metric_type="accuracy" if score.metric in METRIC_NAMES else one_line(score.metric),
+                    metric_type="accuracy" if score.metric in ACCURACIES else one_line(score.metric),
                     metric_name=METRIC_NAMES.get(score.metric, one_line(score.metric)),
                     metric_value=round(score.value, 2),
                     metric_args={key: value for key, value in arguments.items() if value is not None},

@@ -100,7 +100,7 @@ def markdown_table(
     body = [[_escape(method) + (" " + marks[notes[method]] if method in notes else "") for method in methods]]
     for split, metric in columns:
         body.append(_column({m: cells.get((m, split, metric)) for m in methods}, baseline, notes, metric))
-    header = ["method", *(_escape(f"{split} {metric}") for split, metric in columns)]
+    header = ["method", *(_escape(f"{split} {_title(metric)}") for split, metric in columns)]
     for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
         costs = [_cost(scores, method, name) for method in methods]
         if set(costs) != {NOTHING}:
@@ -124,7 +124,7 @@ def comparison_table(found: Comparison) -> str:
     methods, header, body = list(found.logits), ["method"], [[_escape(method) for method in found.logits]]
     cells = {(score.method, score.metric): score for score in found.scores}
     for metric in dict.fromkeys(score.metric for score in found.scores):
-        header.append(_escape(metric.upper() if metric == "ece" else metric))
+        header.append(_escape(_title(metric)))
         body.append(_column({m: cells.get((m, metric)) for m in methods}, None, found.notes, metric))
     header += ["seconds", "peak MB", "size", *_NEEDS.values()]
     body += [[_cost(found.scores, method, name) for method in methods] for name in ("seconds", "peak_mb")]
@@ -212,6 +212,10 @@ def _legend(scores: Sequence[Score], baseline: str | None, marks: Mapping[str, s
         text += f"; in brackets, points above or below {baseline}"
     text += "; bold: best of the methods without a mark." if marks else "; bold: best of its column."
     return text + "\n" + "".join(f"\n{mark} {note}\n" for note, mark in marks.items())
+
+
+def _title(metric: str) -> str:
+    return "ECE" if metric == "ece" else metric
 
 
 def _escape(text: str) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
-from hf_transmiter.card_facts import NamedDataset, NamedModel, is_hub_id
+from hf_transmiter.card_facts import METRIC_NAMES, NamedDataset, NamedModel, is_hub_id
 from hf_transmiter.card_metadata import MARKER
 from hf_transmiter.card_text import argument, escape, literal, one_line
 from hf_transmiter.cards import AdapterCard, BridgeCard, TunedCard, library_versions, read_card, write_card
@@ -549,7 +549,7 @@ def test_any_text_from_a_repository_is_only_text(tmp_path_factory, ordinary, tex
     card = card_full_of(text, tmp_path_factory.mktemp("card"))
     assert "could not be written" not in card.text
     assert card.data.license == one_line(text) and one_line(text) in card.data.tags
-    assert card.data.eval_results[0].metric_name == one_line(text)
+    assert card.data.eval_results[0].metric_name == METRIC_NAMES.get(text, one_line(text))
     seen = Seen(card)
     assert set(seen.tags) <= {*ordinary.tags, "code"}
     for tag in ("a", "h1", "h2", "h3", "tr", "td", "li", "p", "pre", "blockquote"):

@@ -278,9 +278,9 @@ def test_the_best_of_a_metric_is_not_always_the_highest():
     values = {"ece": (5.0, 3.0), "calibration gap": (2.0, 8.0), "agreement": (90.0, 80.0), "accuracy": (50.0, 60.0)}
     scores = [Score(m, "t", metric, pair[i]) for i, m in enumerate("ab") for metric, pair in values.items()]
     _, rows = cells(markdown_table(scores))
-    assert rows["a"] == {"t ece": "5.0", "t calibration gap": "**2.0**", "t agreement": "90.0", "t accuracy": "50.0"}
+    assert rows["a"] == {"t ECE": "5.0", "t calibration gap": "**2.0**", "t agreement": "90.0", "t accuracy": "50.0"}
     assert rows["b"] == {
-        "t ece": "**3.0**",
+        "t ECE": "**3.0**",
         "t calibration gap": "8.0",
         "t agreement": "80.0",
         "t accuracy": "**60.0**",
