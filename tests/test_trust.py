@@ -479,3 +479,19 @@ def test_orthogonal_maps(rows, columns, rank, dtype, seed):
 def test_the_check_of_a_map_takes_no_more_memory_than_the_map(shape):
     """The larger Gram matrix would have 40,000,000,000 entries."""
     check_semi_orthogonal(torch.nn.functional.normalize(torch.ones(shape).flatten(), dim=0).reshape(shape), "it")
+
+
+@pytest.mark.parametrize(
+    ("model_cfg", "said"),
+    [
+        ({"embed_dim": 512, "vision_cfg": 3, "text_cfg": {}}, "model_cfg.vision_cfg must be an object, found 3"),
+        ({"embed_dim": 10**9, "vision_cfg": {}, "text_cfg": {}}, "embed_dim must be a whole number of 1 to 16,384"),
+        ({"vision_cfg": {"layers": [9] * 99}}, "layers must be a whole number of 1 to 1,000, or a list of at most 16"),
+    ],
+)
+def test_models_of_open_clip_are_not_built_from_anything(model_cfg, said):
+    with pytest.raises(ValueError, match=said):
+        check_json({"model_cfg": model_cfg}, "open_clip_config", "here")
+    resnet = {"width": 64, "layers": [3, 4, 6, 3], "patch_size": None, "image_size": 224}
+    good = {"embed_dim": 1024, "vision_cfg": resnet, "text_cfg": {"width": 512, "heads": 8, "layers": 12}}
+    check_json({"model_cfg": good}, "open_clip_config", "here")
