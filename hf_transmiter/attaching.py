@@ -21,6 +21,7 @@ from .backbone import DualEncoder
 from .baselines import TOKEN_RIDGE
 from .hub import fetch, read_json
 from .tuners import CoOpConfig
+from .tuners.injection import inject
 from .tuners.prompts import PromptConfig, set_classes
 from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
@@ -56,7 +57,8 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder, *, token_map: Tenso
             have another width.
 
     Returns:
-        [`DualEncoder`]: prompts of it are ``"{}."``. Saved as any adapter: ``.model.save_pretrained(folder)``.
+        [`DualEncoder`]: prompts of it are ``"{}."``. Saved by
+        ``AnchorClassifier(attached, anchors).save_pretrained(folder)``, as any tuned model.
 
     Raises:
         Incompatible: not a prompt adapter; another width, depth or vocabulary of the text tower, of the image tower
@@ -88,7 +90,7 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder, *, token_map: Tenso
     config.base, config.revision = {**facts, "vocabulary": None}, encoder.revision
     model = copy.deepcopy(encoder.model).eval().requires_grad_(False)
     try:
-        model.add_adapter(config)
+        inject(model, config)
     except ValueError as error:  # too few layers, or no room for the context
         raise Incompatible(source, str(error).rstrip(".")) from error
     model.peft_config["default"].base = facts

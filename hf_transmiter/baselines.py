@@ -16,6 +16,7 @@ from .fingerprint import vocabulary_hash
 from .solvers import check_finite, token_map
 from .training import FitConfig, fit
 from .tuners import CoOpConfig
+from .tuners.injection import inject
 from .tuners.prompts import PromptLayer, class_inputs, class_vectors, phrase_token_ids, prompt_layer
 from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
@@ -159,7 +160,7 @@ def prompt_transfer(
 
     Returns:
         `DualEncoder`: the strong model with its context; prompts of it are ``"{}."``. Saved and loaded as any PEFT
-        adapter: ``.model.save_pretrained(folder)``.
+        adapter: ``save_adapter(found.model, folder)``.
 
     Raises:
         ValueError: another kind of adapter, or a model that cannot take it; embeddings, probabilities and names that
@@ -257,8 +258,7 @@ def _prompts(tuned: DualEncoder) -> PromptLayer | None:
 def _with_prompts(strong: DualEncoder, config: PeftConfig, state: dict[str, Tensor] | None = None) -> DualEncoder:
     """A frozen copy of the strong model with an adapter."""
     model = copy.deepcopy(strong.model).eval()
-    # transformers' own way to attach an adapter, so that the model saves it without its PeftModel at hand.
-    model.add_adapter(config)
+    inject(model, config)
     if state is not None:
         set_peft_model_state_dict(model, state)
     return DualEncoder(model.requires_grad_(False), strong.processor, strong.name_or_path, strong.revision)

@@ -17,7 +17,7 @@ from .anchors import Anchors
 from .backbone import DualEncoder
 from .bench_config import BenchConfig, digest
 from .bench_plan import TUNED, ZERO_SHOT, Cell, is_ceiling, needs_ceiling, needs_labelled, slug
-from .catalog import TEACHER_FILE, load_encoder, load_images, load_teacher, save_teacher
+from .catalog import load_encoder, load_images, load_teacher
 from .classifier import AnchorClassifier
 from .comparison import compare
 from .compatibility import score_upgrade
@@ -28,6 +28,7 @@ from .methods import METHODS, Variant
 from .prompt_tuning import PROMPTED, starting_templates, tune
 from .protocols import Part, base_names, draw, harmonic_mean, only_base
 from .settings import ExtractionConfig
+from .transfers import TEACHER_FILE
 from .vocabulary import NUM_ANCHORS, load_vocabulary
 
 
@@ -164,7 +165,7 @@ class Workshop:
             key: value for key, value in self.options.items() if key in ("accelerator", "progress", "cache_dir")
         }
         tuned = tune(encoder, train, config=config, templates=templates, checkpoint=checkpoint, **options)
-        new_folder(folder, lambda made: save_teacher(made, tuned, encoder, templates, config))
+        new_folder(folder, tuned.save_pretrained)
         return folder
 
     def asked(self, cell: Cell, model: str, names: Sequence[str]) -> AnchorClassifier:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors.torch import save_file
 
 from .anchors import DEFAULT_TEMPLATES, Anchors, load_templates
 from .backbone import DualEncoder
@@ -22,15 +17,13 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .hub import SANDBOX, check_hub_id, fetch, is_open_clip, read_json, split_revision
 from .image_sources import list_splits, load_images, open_split  # noqa: F401 - they are looked for here
-from .settings import TuningConfig
 from .teachers import Teacher, as_classifier
+from .transfers import TeacherFacts
 from .trust import check_adapter_tensors, refuse_pickles
 from .tuners import PeftType
 
 
 logger = logging.getLogger(__name__)
-
-TEACHER_FILE = "teacher.json"
 
 
 def load_encoder(
@@ -55,68 +48,6 @@ def load_encoder(
         return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
     except OSError as error:
         raise OSError(f"cannot load the model {source!r}: {error}") from error
-
-
-@dataclass
-class TeacherFacts:
-    """What `teacher.json` beside a tuned model's adapter says, so that the teacher can be put together again.
-
-    Args:
-        weak (`str`), revision (`str` or `None`), fingerprint (`str`): the model that was tuned.
-        class_names (`list[str]`): C names in label order.
-        templates (`list[str]`): prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
-        zero_shot_templates (`list[str]`): prompts of the weak model's class vectors it started from.
-        settings (`dict`): the [`TuningConfig`].
-    """
-
-    weak: str
-    revision: str | None
-    fingerprint: str
-    class_names: list[str]
-    templates: list[str]
-    zero_shot_templates: list[str]
-    settings: dict
-
-    @classmethod
-    def read(cls, source: str) -> TeacherFacts | None:
-        """From a folder or Hub repository; `None` where there is no such file."""
-        content = read_json(source, TEACHER_FILE)
-        if content is None:
-            return None
-        return cls(**content)
-
-
-def save_teacher(
-    folder: str | os.PathLike,
-    tuned: AnchorClassifier,
-    weak: DualEncoder,
-    templates: Sequence[str],
-    config: TuningConfig,
-) -> None:
-    """Writes what `tune(weak, ..., config, templates=templates)` returned: an ordinary PEFT adapter,
-    `teacher.json` ([`TeacherFacts`]) and the card."""
-    anchors = tuned.anchors.to_dict()
-    model = {"weak": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
-    names = {"class_names": anchors["task"], "templates": anchors["templates"]}
-    facts = TeacherFacts(**model, **names, zero_shot_templates=list(templates), settings=asdict(config))
-    _write_adapter(Path(folder), tuned.model)
-    (Path(folder) / TEACHER_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
-    from .cards import write_card  # not at the top: it comes later in the order of the package
-
-    write_card(folder)
-
-
-def _write_adapter(folder: Path, model) -> None:
-    """What `model.save_pretrained` writes of an adapter; of several processes that lets the first one write only, and
-    each of them may have tuned a model of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        # PEFT looks for the config of a Hub model, to see whether the vocabulary grew. It did not.
-        warnings.filterwarnings("ignore", message="Could not find a config file")
-        state = model.get_adapter_state_dict()
-    tensors = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config[model.active_adapters()[0]].save_pretrained(os.fspath(folder))
 
 
 def load_teacher(source: str, weak: DualEncoder) -> Teacher:

@@ -21,7 +21,7 @@ from .anchors import Anchors
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .hub import fetch, split_revision
-from .transfers import ANCHORS, write_adapter
+from .transfers import ANCHORS, TeacherFacts, write_adapter
 
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class AnchorClassifier(nn.Module):
         self.model = encoder.model
         self.name_or_path = encoder.name_or_path  # PEFT notes it as base_model_name_or_path
         self._calibration: CalibrationPack | None = None
+        self.facts: TeacherFacts | None = None  # of a model that was tuned: what it was made of
         self._saved: tuple[str, dict] | None = None  # the repository an adapter was loaded from
         self._peft: list[PeftModel] = []  # a list hides it from nn.Module: the PeftModel contains this module
         if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
@@ -217,6 +218,9 @@ class AnchorClassifier(nn.Module):
         (`anchors.json`), `calibration.safetensors` when there is a calibration pack, and the card (`README.md`). Each
         file is replaced in one step; others in the folder stay.
 
+        Of a tuned model (what [`tune`] or [`attach`] made) the adapter inside it is written, and `teacher.json`
+        ([`TeacherFacts`]) where `tune` made it.
+
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): `torch.float16` halves the weights.
@@ -228,6 +232,16 @@ class AnchorClassifier(nn.Module):
             FileExistsError: the folder holds another adapter with scores or transfers of its own.
             ValueError: there is no adapter to save, or another `dtype`.
         """
+        from .cards import write_card  # not at the top: it comes later in the order of the package
+
+        if self.adapter_config is None and getattr(self.model, "peft_config", None):
+            from .tuners.injection import save_adapter  # not at the top: tuners come later
+
+            save_adapter(self.model, save_directory)
+            if self.facts is not None:
+                self.facts.write(save_directory)
+            write_card(save_directory)
+            return
         config, tensors = self.adapter_tensors()
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
             raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype}.")
@@ -245,8 +259,6 @@ class AnchorClassifier(nn.Module):
             self.calibration.save(target / CALIBRATION)
         else:  # one that is there belongs to the adapter that was there
             (target / CALIBRATION).unlink(missing_ok=True)
-        from .cards import write_card
-
         write_card(target)
 
     def push_to_hub(

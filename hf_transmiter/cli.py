@@ -107,7 +107,7 @@ def tune(
         output.check(run)
     elif output.overwrite:
         raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
-    from .catalog import load_encoder, read_names, read_templates, save_teacher
+    from .catalog import load_encoder, read_names, read_templates
     from .dataset_specs import usual_templates
     from .prompt_tuning import starting_templates, tune
 
@@ -123,7 +123,7 @@ def tune(
         folders = [str(folder) for folder in tune_seeds(encoder, images, config, seeds, output.output_dir, **options)]
         return Result({"output_dirs": folders, "method": config.method}, "Tuned: " + ", ".join(folders))
     tuned = tune(encoder, images, config=config, checkpoint=output.checkpoint, **options)
-    output.write(lambda folder: save_teacher(folder, tuned, encoder, templates, config), values, run)
+    output.write(tuned.save_pretrained, values, run)
     count = len(tuned.class_names)
     found = {"output_dir": str(output.output_dir), "method": config.method, "num_classes": count}
     return Result(found, f"Tuned {weak} ({config.method}) on {count} classes: {output.output_dir}")

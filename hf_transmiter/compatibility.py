@@ -95,7 +95,7 @@ def score_upgrade(
     row, with the reason. Images are embedded once per image tower.
 
     Args:
-        adapters (`Sequence`): folders of `hf-transmiter tune` (or of [`save_teacher`]), or Hub ids.
+        adapters (`Sequence`): folders of `hf-transmiter tune` (or what `tune(...).save_pretrained` wrote), or Hub ids.
         old ([`DualEncoder`]): the model they were learnt on.
         new ([`DualEncoder`]): its upgrade.
         dataset (`datasets.Dataset`): labelled test images.

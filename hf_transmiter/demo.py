@@ -16,11 +16,11 @@ from peft import PeftModel
 from transformers import CLIPModel
 
 from . import figures, methods, report, sandbox
-from .anchors import DEFAULT_TEMPLATES, Anchors
+from .anchors import Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
 from .card_facts import THIS
-from .catalog import save_teacher, teacher_facts
+from .catalog import teacher_facts
 from .classifier import AnchorClassifier
 from .comparison import Comparison, compare
 from .evaluation import Score, aggregate, evaluate
@@ -219,7 +219,7 @@ def _run_task(domain: str, seeds: tuple[int, ...], folder: Path, ceiling: bool, 
             by_seed.setdefault(method, []).append(found.value(method))
         if seed == seeds[0]:
             first, first_teacher = found, teacher
-    _save(task, first, first_teacher, seeds[0], folder / domain, progress)
+    _save(task, first, first_teacher, folder / domain, progress)
     scores = aggregate(runs)
     drawn = _figures(task, first, first_teacher, by_seed, folder / "figures", progress)
     text = f"Recommended: **{first.recommended}**, since {first.reason}"
@@ -233,11 +233,9 @@ def _of_task(score: Score, domain: str) -> Score:
     return Score(**{**score.__dict__, "split": domain})
 
 
-def _save(task: Task, found: Comparison, teacher: AnchorClassifier, seed: int, folder: Path, progress: bool) -> None:
+def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path, progress: bool) -> None:
     """Tuned model, adapter, bridge and strong adapter; then PEFT reads the last one and must answer alike."""
-    config = TuningConfig(method=METHODS[task.domain], seed=seed, **SANDBOX_TUNING)
-    (folder / "tuned").mkdir(parents=True)
-    save_teacher(folder / "tuned", teacher, task.weak, DEFAULT_TEMPLATES, config)
+    teacher.save_pretrained(folder / "tuned")
     adapter = extract(task.weak, teacher, task.images("unlabelled"), progress=progress)
     adapter.adapter_config.provenance["teacher"] = teacher_facts(str(folder / "tuned"))
     adapter.save_pretrained(folder / "adapter")

@@ -8,10 +8,10 @@ from pathlib import Path
 from .anchors import Anchors
 from .bridge_files import WEIGHTS as BRIDGE_FILE
 from .calibration import SHAPES
-from .catalog import TEACHER_FILE, load_anchors
+from .catalog import load_anchors
 from .files import read_metadata_json
 from .hub import fetch, model_location, read_json
-from .transfers import list_transfers
+from .transfers import TEACHER_FILE, list_transfers
 from .trust import check_adapter_tensors, check_json, check_tensors, read_header
 from .tuners import PeftType
 

@@ -214,16 +214,12 @@ class OpenClipModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes a folder that ``open_clip:FOLDER`` names, and that open_clip reads (``local-dir:FOLDER``).
 
-        A model that an adapter was put on by `add_adapter` saves the adapter, as all models of transformers do.
-
         Raises:
             ValueError: PEFT has put an adapter inside.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            return super().save_pretrained(save_directory, **kwargs)
         if getattr(self, "peft_config", None):
             raise ValueError(
-                "there is an adapter inside the model: save it by PeftModel.save_pretrained, or merge it."
+                "there is an adapter inside the model: save that by hf_transmiter.tuners.save_adapter, or merge it."
             )
         folder, tensors = Path(save_directory), {}
         for key, tensor in self.state_dict().items():

@@ -12,13 +12,13 @@ from PIL import Image, ImageOps
 
 from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder
-from .catalog import TeacherFacts, load_classifier, load_encoder, load_images
+from .catalog import load_classifier, load_encoder, load_images
 from .classifier import AnchorClassifier
 from .dataset_specs import find_row, load_split
 from .features import guess_columns
 from .hub import SANDBOX, read_json, split_revision
 from .transferring import transfer
-from .transfers import list_transfers
+from .transfers import TeacherFacts, list_transfers
 from .tuners import PeftType
 
 

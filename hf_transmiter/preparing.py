@@ -24,7 +24,7 @@ from .bench_config import BenchConfig
 from .bridge import Bridge
 from .bridge_files import WEIGHTS as BRIDGE
 from .calibration import CalibrationPack
-from .catalog import TEACHER_FILE, TeacherFacts, load_encoder
+from .catalog import load_encoder
 from .classifier import CALIBRATION
 from .dataset_specs import DatasetSpec, find_spec, load_split
 from .download_sizes import builder_of, check_room, in_words, on_hub
@@ -32,7 +32,7 @@ from .features import guess_columns
 from .hub import OPEN_CLIP, SANDBOX, fetch, read_json, split_revision
 from .image_sources import list_splits, open_split
 from .safe_weights import converted_revision, no_safetensors
-from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, list_transfers, read_config
+from .transfers import CONFIG, INDEX, SCORES, TEACHER_FILE, WEIGHTS, TeacherFacts, list_transfers, read_config
 from .trust import check_adapter_tensors
 from .tuners import PeftType
 

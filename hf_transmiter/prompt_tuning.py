@@ -1,6 +1,6 @@
 """[`tune`]: labelled images to a tuned weak model, by a prompt learner or by LoRA in the image tower.
 
-What comes out is an ordinary model with an ordinary adapter in it: ``tune(...).model.save_pretrained(folder)`` writes
+What comes out is an ordinary model with an ordinary adapter in it: ``tune(...).save_pretrained(folder)`` writes
 ``adapter_config.json`` and ``adapter_model.safetensors``, and ``PeftModel.from_pretrained(model, folder)`` reads them.
 """
 
@@ -27,6 +27,7 @@ from .features import embed_dataset, guess_columns
 from .settings import TuningConfig
 from .splits import few_shot
 from .training import fit, gaussian_epoch_weights, project_gradient
+from .transfers import TeacherFacts
 from .tuners import (
     CoCoOpConfig,
     ContCoOpConfig,
@@ -36,6 +37,7 @@ from .tuners import (
     MaPLeConfig,
     PromptSRCConfig,
 )
+from .tuners.injection import inject
 from .tuners.prompts import layers, phrase_token_ids, prompt_layer
 from .tuners.prompts.objectives import losses
 
@@ -102,7 +104,7 @@ def tune(
     ```python
     >>> weak = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
     >>> tuned = tune(weak, load_dataset("mteb/dtd", split="train"), config=TuningConfig(method="contcoop"))
-    >>> tuned.model.save_pretrained("dtd-contcoop")
+    >>> tuned.save_pretrained("dtd-contcoop")
     ```
     """
     config = config or TuningConfig()
@@ -152,7 +154,17 @@ def tune(
     _note(tuned, len(rows), dataset, config)
     tuned.model.requires_grad_(False)
     templates = anchors.templates if config.method == "lora" else PROMPTED
-    return AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
+    classifier = AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
+    classifier.facts = TeacherFacts(
+        weak=weak.name_or_path,
+        revision=weak.revision,
+        fingerprint=weak.fingerprint,
+        class_names=list(anchors.task),
+        templates=list(templates),
+        zero_shot_templates=list(anchors.templates),
+        settings=asdict(config),
+    )
+    return classifier
 
 
 def starting_templates(method: str, usual: Sequence[str] = DEFAULT_TEMPLATES) -> tuple[str, ...]:
@@ -242,10 +254,9 @@ def _with_adapter(weak: DualEncoder, names: Sequence[str], config: TuningConfig)
         raise ValueError("the weak model has adapters already: merge or unload them before tuning.")
     adapter = _adapter_config(weak, names, config)
     model = copy.deepcopy(weak.model).eval().requires_grad_(False)
-    # transformers' own way to attach an adapter, so that the model saves it without its PeftModel at hand.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # LoRA draws its start from the global generator
-        model.add_adapter(adapter)
+        inject(model, adapter)
     return DualEncoder(model, weak.processor, weak.name_or_path, weak.revision)
 
 

@@ -13,12 +13,12 @@ from datasets import ClassLabel, Dataset
 
 from .attaching import attach
 from .backbone import DualEncoder
-from .catalog import TEACHER_FILE, TeacherFacts, save_teacher
 from .features import guess_columns
 from .files import new_folder
 from .hub import read_json
 from .prompt_tuning import starting_templates, tune
 from .settings import TuningConfig
+from .transfers import TEACHER_FILE, TeacherFacts
 
 
 _TUNING = ("accelerator", "progress", "cache_dir", "image_column", "label_column")  # of the options to embed with
@@ -128,7 +128,7 @@ class Retraining:
         images = _of_classes(self.train, column, saved.class_names)
         tuned = tune(self.new, images, saved.class_names, config, templates=saved.templates, **options)
         if folder is not None and (accelerator is None or accelerator.is_main_process):
-            new_folder(folder, lambda made: save_teacher(made, tuned, self.new, saved.templates, config))
+            new_folder(folder, tuned.save_pretrained)
         return tuned.encoder
 
     def _name(self, saved: SavedTuning) -> str:

@@ -49,8 +49,43 @@ ANCHORS = "anchors.json"
 SCORES = "scores.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+TEACHER_FILE = "teacher.json"
 _FORMAT = "hf_transmiter.transfer"
 _ATTEMPTS = 3  # when somebody else commits to the repository at the same moment
+
+
+@dataclass
+class TeacherFacts:
+    """What `teacher.json` beside a tuned model's adapter says, so that the teacher can be put together again.
+
+    Args:
+        weak (`str`), revision (`str` or `None`), fingerprint (`str`): the model that was tuned.
+        class_names (`list[str]`): C names in label order.
+        templates (`list[str]`): prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
+        zero_shot_templates (`list[str]`): prompts of the weak model's class vectors it started from.
+        settings (`dict`): the [`TuningConfig`].
+    """
+
+    weak: str
+    revision: str | None
+    fingerprint: str
+    class_names: list[str]
+    templates: list[str]
+    zero_shot_templates: list[str]
+    settings: dict
+
+    @classmethod
+    def read(cls, source: str) -> TeacherFacts | None:
+        """From a folder or Hub repository; `None` where there is no such file."""
+        content = read_json(source, TEACHER_FILE)
+        if content is None:
+            return None
+        return cls(**content)
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Into a folder, beside the adapter."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        replace_file(Path(folder) / TEACHER_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)

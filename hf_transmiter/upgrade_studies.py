@@ -19,7 +19,6 @@ from datasets import Dataset
 from .anchors import Anchors
 from .attaching import attach, read_config
 from .backbone import DualEncoder
-from .catalog import TEACHER_FILE, TeacherFacts, save_teacher
 from .classifier import AnchorClassifier
 from .compatibility import UpgradeScore, score_upgrade
 from .evaluation import evaluate
@@ -27,7 +26,9 @@ from .features import guess_columns
 from .files import new_folder
 from .prompt_tuning import PROMPTED, starting_templates, tune
 from .settings import TuningConfig
+from .transfers import TEACHER_FILE, TeacherFacts
 from .tuners import CoOpConfig
+from .tuners.injection import inject
 from .tuners.prompts import class_contexts, layers, phrase_token_ids, prompt_layer, set_classes
 
 
@@ -67,7 +68,7 @@ def tune_seeds(
         if kept is None:
             tuned, accelerator = tune(old, train, config=seeded, **options), options.get("accelerator")
             if accelerator is None or accelerator.is_main_process:
-                new_folder(folder, lambda path: save_teacher(path, tuned, old, templates, seeded))  # noqa: B023
+                new_folder(folder, tuned.save_pretrained)
             if accelerator is not None:
                 accelerator.wait_for_everyone()
         else:
@@ -190,7 +191,7 @@ def freeze_contexts(
     words = read_config(os.fspath(adapter)).init_token_ids
     config = CoOpConfig(n_ctx=contexts.shape[1], init_token_ids=words, class_specific=True, class_names=list(names))
     model = copy.deepcopy(new.model)
-    model.add_adapter(config)
+    inject(model, config)
     set_classes(model, names, new.processor.tokenizer)
     layer = prompt_layer(model)
     layer.part("ctx", layer.active_name).data.copy_(contexts)

@@ -24,10 +24,13 @@ import datasets  # noqa: E402
 import huggingface_hub.constants  # noqa: E402
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
+import peft  # noqa: E402
 import pytest  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+import transformers.integrations.peft  # noqa: E402
+from packaging import version  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from hf_transmiter.backbone import DualEncoder  # noqa: E402
@@ -55,6 +58,25 @@ def pytest_collection_modifyitems(config, items):
 def pytest_unconfigure():
     _HUB.close()
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+TRANSFORMERS_ASKS = transformers.integrations.peft.MIN_PEFT_VERSION
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _without_transformers_adapters():
+    """transformers' own methods for adapters demand a PEFT that is not out yet, as they do after some releases."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "999")
+        yield
+
+
+@pytest.fixture
+def transformers_adapters(monkeypatch):
+    """For tests of transformers' own methods for adapters: as they are, where they take the PEFT that is installed."""
+    if version.parse(peft.__version__) < version.parse(TRANSFORMERS_ASKS):
+        pytest.skip(f"the adapter methods of transformers {transformers.__version__} want peft >= {TRANSFORMERS_ASKS}")
+    monkeypatch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", TRANSFORMERS_ASKS)
 
 
 @pytest.fixture(autouse=True)

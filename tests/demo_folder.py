@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_transmiter.catalog import load_encoder, save_teacher
+from hf_transmiter.catalog import load_encoder
 from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.extraction import extract
 from hf_transmiter.prompt_tuning import starting_templates, tune
@@ -24,5 +24,5 @@ def make(folder: Path, tuned: bool = True) -> Path:
     adapter.save_pretrained(task / "adapter")
     transfer(adapter, strong, progress=False).save_pretrained(task / "strong_adapter")
     if tuned:
-        save_teacher(task / "tuned", teacher, weak, templates, config)
+        teacher.save_pretrained(task / "tuned")
     return folder

@@ -26,6 +26,8 @@ from hf_transmiter.tuners import (
     MaPLeConfig,
     PromptSRCConfig,
     TransMiterConfig,
+    inject,
+    save_adapter,
 )
 from hf_transmiter.tuners.prompts import prompt_layer, set_classes
 
@@ -57,14 +59,14 @@ def saved(model_dir, tmp_path_factory):
     def get(kind: str):
         if kind not in made:
             encoder = DualEncoder.from_pretrained(model_dir("clip"))
-            encoder.model.add_adapter(CONFIGS[kind]())
+            inject(encoder.model, CONFIGS[kind]())
             generator = torch.Generator().manual_seed(5)
             layer = prompt_layer(encoder.model)
             for store in layer.adapter_layer_names:
                 for parameter in getattr(layer, store).parameters():
                     parameter.data.normal_(std=0.5, generator=generator)
             folder = tmp_path_factory.mktemp(kind) / "adapter"
-            encoder.model.save_pretrained(folder)
+            save_adapter(encoder.model, folder)
             made[kind] = folder, encoder
         return made[kind]
 
@@ -116,7 +118,7 @@ def test_on_its_own_model_it_answers_as_before(saved, model_dir, make_images, tm
     assert not torch.allclose(logits(attached, images), plain, atol=1e-2)
     assert encoder.fingerprint == fingerprint and torch.equal(logits(encoder, images), plain)
     assert not any(parameter.requires_grad for parameter in attached.model.parameters())
-    attached.model.save_pretrained(tmp_path / "again")
+    save_adapter(attached.model, tmp_path / "again")
     assert torch.equal(logits(attach(tmp_path / "again", encoder), images), logits(attached, images))
 
 
@@ -209,8 +211,8 @@ def test_other_families(saved):
 
 def test_adapters_that_are_no_prompts(encoder, saved, tmp_path):
     model = copy.deepcopy(encoder.model)
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "lora")
+    inject(model, LoraConfig(target_modules=["q_proj"]))
+    save_adapter(model, tmp_path / "lora")
     with pytest.raises(Incompatible, match="it is a LORA adapter, not a prompt learner's"):
         attach(tmp_path / "lora", encoder)
     classifier = AnchorClassifier(encoder, Anchors(NAMES))

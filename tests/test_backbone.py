@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from datasets import Image as ImageFeature
+from peft.functional import delete_adapter
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
@@ -305,9 +306,9 @@ def test_each_new_adapter_of_one_name_has_its_own_fingerprint(model_dir):
     encoder, seen = DualEncoder(model), set()
     for seed in range(5):
         torch.manual_seed(seed)
-        model.add_adapter(peft.LoraConfig(**LORA), adapter_name="a")
+        peft.inject_adapter_in_model(peft.LoraConfig(**LORA), model, "a")
         seen.add(encoder.fingerprint)
-        model.delete_adapter("a")
+        delete_adapter(model, "a", "lora_")
     assert len(seen) == 5
 
 

@@ -36,6 +36,8 @@ from hf_transmiter.tuners import (
     KgCoOpConfig,
     MaPLeConfig,
     PromptSRCConfig,
+    inject,
+    save_adapter,
 )
 from hf_transmiter.tuners.prompts import phrase_token_ids, prompt_layer
 
@@ -59,7 +61,7 @@ CONTEXTS = ("coop", "middle", "specific", "kgcoop")
 def prompted(folder: str, config, seed: int = 0) -> DualEncoder:
     """A tiny model with random prompts."""
     encoder = DualEncoder.from_pretrained(folder)
-    encoder.model.add_adapter(copy.deepcopy(config))
+    inject(encoder.model, copy.deepcopy(config))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in encoder.model.named_parameters():
         if ".default" in name:
@@ -230,7 +232,7 @@ def test_what_cannot_be_carried(model_dir):
         with pytest.raises(ValueError, match="no prompt transfer: it is for contexts of CoOp or KgCoOp"):
             carry_context(tuned, plain)
     lora = DualEncoder.from_pretrained(model_dir("clip"))
-    lora.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject(lora.model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert "no prompt learner" in why_no_prompt_transfer(lora, plain)
     tuned = prompted(model_dir("clip"), LEARNERS["coop"])
     assert "adapters already" in why_no_prompt_transfer(tuned, lora)
@@ -265,7 +267,7 @@ def test_prompt_transfer_learns_the_context_and_nothing_else(model_dir, wide, le
         assert torch.equal(wide.model.state_dict()[name], value)
         assert torch.equal(after[name.replace(table, table + "base_layer.")], value)
     assert not any(parameter.requires_grad for parameter in found[0].model.parameters())
-    found[0].model.save_pretrained(tmp_path)
+    save_adapter(found[0].model, tmp_path)
     loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(wide.name_or_path), tmp_path)
     loaded = DualEncoder(loaded, wide.processor)
     assert torch.allclose(loaded.embed_names(NAMES, ("{}.",)), found[0].embed_names(NAMES, ("{}.",)), atol=1e-6)

@@ -17,9 +17,9 @@ from hf_transmiter.bench import deal, run_bench
 from hf_transmiter.bench_cells import Alone, Workshop
 from hf_transmiter.bench_config import BenchConfig
 from hf_transmiter.bench_plan import cells, make_plan, read_cell
-from hf_transmiter.catalog import TEACHER_FILE
 from hf_transmiter.features import embed_dataset
 from hf_transmiter.methods import METHODS
+from hf_transmiter.transfers import TEACHER_FILE
 
 
 @pytest.fixture(autouse=True, scope="module")

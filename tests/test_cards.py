@@ -27,7 +27,6 @@ from hf_transmiter.card_facts import METRIC_NAMES, NamedDataset, NamedModel, is_
 from hf_transmiter.card_metadata import MARKER
 from hf_transmiter.card_text import argument, escape, literal, one_line
 from hf_transmiter.cards import AdapterCard, BridgeCard, TunedCard, library_versions, read_card, write_card
-from hf_transmiter.catalog import save_teacher
 from hf_transmiter.evaluation import Score
 from hf_transmiter.extraction import extract
 from hf_transmiter.fingerprint import ModelId
@@ -320,7 +319,7 @@ def tuned_folder(encoder, make_dataset, tmp_path):
         config = TuningConfig(method=method, shots=2, epochs=1, batch_size=4, seed=5)
         encoder.name_or_path = "me/tiny"
         tuned = tune(encoder, make_dataset(), config=config, progress=False)
-        save_teacher(tmp_path / name, tuned, encoder, ["a photo of a {}."], config)
+        tuned.save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return make

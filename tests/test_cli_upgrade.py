@@ -11,8 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_transmiter.anchors import DEFAULT_TEMPLATES
-from hf_transmiter.catalog import load_encoder, save_teacher
+from hf_transmiter.catalog import load_encoder
 from hf_transmiter.cli import app
 from hf_transmiter.compatibility import score_upgrade, upgrade_table
 from hf_transmiter.drift import drift_table, feature_drift, parameter_drift
@@ -126,7 +125,7 @@ def prompts(tmp_path_factory):
         options = {"method": "coop", "optimizer": "adamw", "lr": 1e-2, "epochs": 1, "batch_size": 36, "shots": 1}
         config = TuningConfig(**{**options, **settings})
         tuned = tune(weak, train, config=config, progress=False, cache_dir=folder / "cache")
-        save_teacher(folder / name, tuned, weak, DEFAULT_TEMPLATES, config)
+        tuned.save_pretrained(folder / name)
     return folder
 
 

@@ -20,7 +20,7 @@ from hf_transmiter.methods import METHODS, Needs, Variant
 from hf_transmiter.reliability import expected_calibration_error
 from hf_transmiter.report import comparison_table
 from hf_transmiter.transferring import TransferConfig, transfer
-from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLeConfig, TransMiterConfig
+from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLeConfig, TransMiterConfig, inject
 
 
 NAMES = ("cat", "dog", "car")
@@ -154,7 +154,7 @@ def compared(model_dir, make_dataset):
     def run(config, strong_dir: str, wrap=lambda teacher: teacher, **options):
         weak, strong = DualEncoder.from_pretrained(model_dir("clip")), DualEncoder.from_pretrained(strong_dir)
         tuned = DualEncoder.from_pretrained(model_dir("clip"))
-        tuned.model.add_adapter(config)
+        inject(tuned.model, config)
         torch.manual_seed(3)
         for name, parameter in tuned.model.named_parameters():
             if ".default" in name:

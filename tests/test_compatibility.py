@@ -17,12 +17,12 @@ from hf_transmiter import retraining
 from hf_transmiter.anchors import DEFAULT_TEMPLATES, TEMPLATES, Anchors
 from hf_transmiter.attaching import attach, map_fit, token_map
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.catalog import save_teacher
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.compatibility import UpgradeScore, score_upgrade, upgrade_table
 from hf_transmiter.evaluation import evaluate
 from hf_transmiter.prompt_tuning import TuningConfig, tune
 from hf_transmiter.sandbox import load_dataset, model_path
+from hf_transmiter.tuners import inject, save_adapter
 from hf_transmiter.tuners.prompts import set_classes
 
 
@@ -46,7 +46,7 @@ def task(tmp_path_factory):
     for name, settings in TUNINGS.items():
         config = TuningConfig(**{**ADAMW, **settings})
         adapters[name] = str(folder / name)
-        save_teacher(adapters[name], tune(old, train, config=config, **options), old, DEFAULT_TEMPLATES, config)
+        tune(old, train, config=config, templates=DEFAULT_TEMPLATES, **options).save_pretrained(adapters[name])
     shutil.rmtree(options["cache_dir"])
     given = {"train": train, "mapped": True, "output_dir": folder / "out", **options}
     rows = score_upgrade(list(adapters.values()), old, new, test, **given)
@@ -199,9 +199,7 @@ def half(task, tmp_path):
     names = task.names[::2][::-1]
     images = retraining._of_classes(task.train, "label", names)
     config = TuningConfig(method="coop", **ADAMW)
-    save_teacher(
-        tmp_path / "half", tune(task.old, images, config=config, **task.options), task.old, ("a {}.",), config
-    )
+    tune(task.old, images, config=config, templates=("a {}.",), **task.options).save_pretrained(tmp_path / "half")
     return SimpleNamespace(source=str(tmp_path / "half"), names=names, images=images, config=config)
 
 
@@ -226,7 +224,7 @@ def test_settings_set_rows_apart(task, score, tmp_path):
     for name, settings in {"a": {}, "b": {"n_ctx": 6}, "c": {"adapter": ("layer=1",)}}.items():
         config = TuningConfig(method="coop", **{**ADAMW, "epochs": 1, **settings})
         tuned = tune(task.old, task.train, config=config, **task.options)
-        save_teacher(tmp_path / name, tuned, task.old, DEFAULT_TEMPLATES, config)
+        tuned.save_pretrained(tmp_path / name)
         sources.append(str(tmp_path / name))
     rows = score(*sources, mapped=True)
     assert list(rows) == ["zero-shot", "coop, n_ctx=None", "coop, n_ctx=None, mapped", "coop, n_ctx=6",
@@ -242,7 +240,7 @@ def test_cocoop_is_scored_image_by_image(model_dir, make_dataset, tmp_path):
     dataset, options = make_dataset(30), {"progress": False, "cache_dir": tmp_path / "features"}
     config = TuningConfig(method="cocoop", **{**ADAMW, "shots": 8, "epochs": 10})
     tuned = tune(old, dataset, config=config, **options)
-    save_teacher(tmp_path / "cocoop", tuned, old, DEFAULT_TEMPLATES, config)
+    tuned.save_pretrained(tmp_path / "cocoop")
     _, row = score_upgrade([tmp_path / "cocoop"], old, new, make_dataset(60, seed=7), **options)
     for accuracies, model in ((row.old, old), (row.upgraded, new)):
         attached = attach(tmp_path / "cocoop", model)
@@ -257,8 +255,8 @@ def test_adapters_that_cannot_be_read_stay_rows(task, score, tmp_path):
     tensors = load_file(damaged / "adapter_model.safetensors")
     save_file({key: tensor * torch.inf for key, tensor in tensors.items()}, damaged / "adapter_model.safetensors")
     lora = DualEncoder.from_pretrained(model_path("weak")).model
-    lora.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    lora.save_pretrained(tmp_path / "lora")
+    inject(lora, LoraConfig(target_modules=["q_proj"]))
+    save_adapter(lora, tmp_path / "lora")
     rows = score("coop-0", damaged, tmp_path / "lora", train=task.train)
     assert list(rows) == ["zero-shot", "coop", "coop, seed 1", "lora"]
     assert rows["coop"].seeds == (0,) and rows["coop"].old == task.rows["coop"].old[:1]
@@ -299,9 +297,7 @@ def test_what_cannot_be_retrained_says_why(task, score, tmp_path):
 
 def test_class_specific_contexts(task, score, tmp_path):
     config = TuningConfig(method="coop", **{**ADAMW, "epochs": 1}, adapter=("class_specific=true",))
-    save_teacher(
-        tmp_path / "own", tune(task.old, task.train, config=config, **task.options), task.old, ("a {}.",), config
-    )
+    tune(task.old, task.train, config=config, templates=("a {}.",), **task.options).save_pretrained(tmp_path / "own")
     row = score(tmp_path / "own")["coop"]
     assert row.upgraded == (pytest.approx(by_hand(task, attach(tmp_path / "own", task.new))),)
     row = score(tmp_path / "own", class_names=[*task.names, "unicorn"])["coop"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_transmiter import Anchors, Bridge, DualEncoder, TuningConfig, extract, tune
 from hf_transmiter.bench_config import BenchConfig
-from hf_transmiter.catalog import load_images, save_teacher
+from hf_transmiter.catalog import load_images
 from hf_transmiter.cli import app
 from hf_transmiter.preparing import cache_folders, prepare, prepared_table
 
@@ -47,7 +47,7 @@ def folders(model_dir, make_dataset, tmp_path_factory):
     strong.name_or_path = "bob/strong"
     data, config = make_dataset(12), TuningConfig(method="coop", shots=1, epochs=1, n_ctx=4)
     tuned = tune(weak, data, config=config, progress=False)
-    save_teacher(made / "tuned", tuned, weak, ("{}.",), config)
+    tuned.save_pretrained(made / "tuned")
     teacher = DualEncoder.from_pretrained(model_dir("clip", 2))
     extract(weak, teacher, data, class_names=NAMES, progress=False).save_pretrained(made / "adapter")
     words = Anchors((), tuple(f"{a} {b}" for a in NAMES for b in ("red", "blue", "big", "old")))

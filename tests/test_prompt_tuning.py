@@ -22,6 +22,7 @@ from hf_transmiter.prompt_tuning import TuningConfig, tune
 from hf_transmiter.sandbox import load_dataset, model_path
 from hf_transmiter.settings import METHODS
 from hf_transmiter.teachers import teacher_class_vectors
+from hf_transmiter.tuners import inject, save_adapter
 
 
 NAMES = ["cat", "dog", "car"]
@@ -131,7 +132,7 @@ def test_options_of_the_adapter(encoder, make_dataset, run):
 def test_the_saved_adapter_knows_its_classes(encoder, make_dataset, run, tmp_path, make_images, method):
     dataset = make_dataset(12)
     tuned = run(encoder, dataset, quick(method, epochs=1))
-    tuned.model.save_pretrained(tmp_path / "adapter")
+    save_adapter(tuned.model, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder.name_or_path), str(tmp_path / "adapter"))
     pixels = encoder.preprocess(make_images(3))
     expected = AnchorClassifier(tuned, Anchors(tuple(NAMES), (), ("{}.",)))(pixels).logits_per_image
@@ -191,7 +192,7 @@ def test_bfloat16_towers(encoder, make_dataset, run, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_as_any_adapter(encoder, make_dataset, run, tmp_path, make_images, method):
     tuned = run(encoder, make_dataset(12), quick(method))
-    tuned.model.save_pretrained(tmp_path / "adapter")
+    save_adapter(tuned.model, tmp_path / "adapter")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -347,7 +348,7 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
         run(encoder, words, quick(), class_names=NAMES)
     with pytest.raises(ValueError, match=r"'the old big red car and ship and tree\.' has 16 tokens.* room for 12"):
         run(encoder, dataset, quick("coop"), class_names=["cat", "the_old_big_red_car_and_ship_and_tree", "dog"])
-    encoder.model.add_adapter(prompt_tuning._adapter_config(encoder, NAMES, quick()))
+    inject(encoder.model, prompt_tuning._adapter_config(encoder, NAMES, quick()))
     with pytest.raises(ValueError, match="has adapters already"):
         run(encoder, dataset, quick())
 

@@ -13,7 +13,6 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from hf_transmiter import Bridge, DualEncoder, TuningConfig, extract, push, sandbox, transfer, tune
-from hf_transmiter.catalog import save_teacher
 from hf_transmiter.hub import model_location
 
 
@@ -51,7 +50,7 @@ def shared(hub, tmp_path):
     data = sandbox.load_dataset("print", "validation")
     config = TuningConfig(method="lora", shots=2, epochs=2, batch_size=24, lr=1e-3)
     tuned = tune(weak, data, config=config, progress=False)
-    save_teacher(tmp_path / "tuned", tuned, weak, ("a photo of a {}.",), config)
+    tuned.save_pretrained(tmp_path / "tuned")
     push(tmp_path / "tuned", "alice/tuned")
     adapter = extract(weak, tuned, data.select(range(100)), progress=False)
     adapter.push_to_hub("alice/adapter")

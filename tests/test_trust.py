@@ -33,7 +33,7 @@ from hf_transmiter.trust import (
     read_header,
     refuse_pickles,
 )
-from hf_transmiter.tuners import TransMiterConfig
+from hf_transmiter.tuners import TransMiterConfig, inject, save_adapter
 from hf_transmiter.tuners.transmiter.config import FORMS
 
 
@@ -344,8 +344,8 @@ def test_an_adapter_that_claims_to_be_huge(saved, encoder, tmp_path, changes):
 
 
 def tuned(encoder: DualEncoder, config, folder: Path) -> Path:
-    encoder.model.add_adapter(config)
-    encoder.model.save_pretrained(folder)
+    inject(encoder.model, config)
+    save_adapter(encoder.model, folder)
     return folder
 
 

@@ -22,13 +22,12 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.card_facts import THIS, library_versions
 from hf_transmiter.cards import write_card
-from hf_transmiter.catalog import save_teacher
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.evaluation import Score, evaluate
 from hf_transmiter.extraction import extract
 from hf_transmiter.files import new_folder
 from hf_transmiter.hub import SANDBOX
-from hf_transmiter.prompt_tuning import TuningConfig, starting_templates, tune
+from hf_transmiter.prompt_tuning import TuningConfig, tune
 from hf_transmiter.report import write_scores
 from hf_transmiter.sandbox.data import load_dataset
 from hf_transmiter.sandbox.words import vocabulary
@@ -92,7 +91,7 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
         [zero_strong, taught, bare, score(upgraded)],
     )
     savers = (
-        partial(save_teacher, tuned=tuned, weak=weak, templates=starting_templates(METHOD), config=config),
+        tuned.save_pretrained,
         bridge.save_pretrained,
         partial(_save_adapter, adapter=adapter, crossed=crossed),
         upgraded.save_pretrained,

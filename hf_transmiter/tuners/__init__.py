@@ -1,5 +1,6 @@
 """Adapters as PEFT methods. Importing this package registers them."""
 
+from .injection import inject, save_adapter
 from .prompts import (
     CoCoOpConfig,
     ContCoOpConfig,
@@ -26,6 +27,8 @@ __all__ = [
     "TransMiterConfig",
     "TransMiterLayer",
     "TransMiterModel",
+    "inject",
     "register",
+    "save_adapter",
     "set_classes",
 ]

@@ -2,8 +2,35 @@
 
 import enum
 
+import peft
 from peft import PeftConfig, mapping
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
+
+
+TESTED = "peft 0.21.0 with transformers 5.0.0, peft 0.21.2 with transformers 5.23.0 and 5.24.0"
+"""Pairs that the whole test suite has passed with."""
+
+_INTERNALS = (
+    (mapping, ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")),
+    (
+        tuners_utils.BaseTuner,
+        (
+            "_check_new_adapter_config",
+            "_prepare_adapter_config",
+            "_create_and_replace",
+            "_replace_module",
+            "_post_injection_hook",
+            "_remap_adapter_state_dict_for_load",
+            "_unload_and_optionally_merge",
+        ),
+    ),
+    (
+        tuners_utils.BaseTunerLayer,
+        ("set_adapter", "active_adapters", "disable_adapters", "_move_adapter_to_device_of_base_layer"),
+    ),
+)
+"""What a method from outside needs of PEFT beyond its documented functions."""
 
 
 class PeftType(str, enum.Enum):
@@ -19,6 +46,20 @@ class PeftType(str, enum.Enum):
     PROMPTSRC = "PROMPTSRC"
 
 
+def check_peft() -> None:
+    """Whether the PEFT that is installed still has what registration from outside needs.
+
+    Raises:
+        ImportError: something is missing.
+    """
+    missing = [f"{owner.__name__}.{name}" for owner, names in _INTERNALS for name in names if not hasattr(owner, name)]
+    if missing:
+        raise ImportError(
+            f"hf_transmiter cannot register its adapters with peft {peft.__version__}, which has no "
+            f"{', '.join(missing)}: install a pair that was tested ({TESTED})."
+        )
+
+
 def register(peft_type: PeftType, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
     """Enters a method into PEFT's mappings; doing it twice is harmless.
 
@@ -31,3 +72,6 @@ def register(peft_type: PeftType, config_cls: type[PeftConfig], tuner_cls: type[
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
+
+
+check_peft()  # before any method is registered: one sentence now instead of an AttributeError in the middle of a call

@@ -24,7 +24,7 @@ from hf_transmiter import prompt_tuning, sandbox
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.evaluation import measured
 from hf_transmiter.prompt_tuning import TuningConfig, tune
-from hf_transmiter.tuners import CoOpConfig
+from hf_transmiter.tuners import CoOpConfig, inject
 from hf_transmiter.tuners.prompts import class_vectors, phrase_token_ids, prompt_layer
 
 
@@ -38,7 +38,7 @@ def prompted(**text) -> DualEncoder:
         model = CLIPModel(config).eval().requires_grad_(False)
         weak.processor.tokenizer.model_max_length = config.text_config.max_position_embeddings
     ids = phrase_token_ids(weak.processor.tokenizer, "a photo of a")
-    model.add_adapter(CoOpConfig(init_token_ids=ids))
+    inject(model, CoOpConfig(init_token_ids=ids))
     return DualEncoder(model, weak.processor, weak.name_or_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from contract import ask, matrix, raw, same, stir
 from peft import (
@@ -15,9 +16,7 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_transmiter.tuners import (
-    PeftType,
-)
+from hf_transmiter.tuners import PeftType, inject, save_adapter
 
 
 @matrix
@@ -55,7 +54,7 @@ def test_auto_peft_model(method, root, inputs, tuned, model_dir):
 
 
 @raw
-def test_transformers_own_adapters(method, root, new, inputs, tuned, tmp_path):
+def test_transformers_own_adapters(method, root, new, inputs, tuned, tmp_path, transformers_adapters):
     _, answer, folder = tuned(method, root)
     model = new(root)
     plain = ask(model, method, inputs(root), True)
@@ -76,6 +75,29 @@ def test_transformers_own_adapters(method, root, new, inputs, tuned, tmp_path):
     stir(fresh, method)
     same(ask(fresh, method, inputs(root)), answer)
     same(ask(AutoModel.from_pretrained(folder), method, inputs(root)), answer)
+
+
+@raw
+def test_injected_and_saved_by_ourselves(method, root, new, inputs, tuned, tmp_path):
+    _, answer, folder = tuned(method, root)
+    model = new(root)
+    inject(model, method.make())
+    ask(model, method, inputs(root))
+    stir(model, method)
+    same(ask(model, method, inputs(root)), answer)
+    save_adapter(model, tmp_path / "saved")
+    tensors, expected = (load_file(f"{place}/adapter_model.safetensors") for place in (tmp_path / "saved", folder))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], value) for key, value in expected.items())
+    same(ask(PeftModel.from_pretrained(new(root), str(tmp_path / "saved")), method, inputs(root)), answer)
+    with pytest.raises(ValueError, match="has adapters already: merge or unload them"):
+        inject(model, method.make())
+
+
+def test_nothing_to_save(new, tmp_path):
+    with pytest.raises(ValueError, match="no adapter to save: tune the model, or attach an adapter to it"):
+        save_adapter(new("clip"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @matrix

@@ -110,7 +110,7 @@ def test_save_and_load(encoder, tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn if "embedding" in str(warning.message)]
 
 
-def test_transformers_own_adapters(encoder, tmp_path):
+def test_transformers_own_adapters(encoder, tmp_path, transformers_adapters):
     model = encoder.model
     model.add_adapter(CoOpConfig(init_phrase=PHRASE))
     model.get_parameter(KEY.removeprefix("base_model.model.") + ".default").data.normal_()

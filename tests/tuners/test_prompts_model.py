@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from prompting import NAMES, PHRASE, close, features, stir
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -313,9 +313,9 @@ def test_a_learner_that_reads_names_needs_the_period(variant, encoders):
 @pytest.mark.parametrize("second", [ContCoOpConfig, KgCoOpConfig, IVLPConfig])
 def test_two_methods_on_one_token_table(fresh, second):
     model = fresh().model
-    model.add_adapter(CoOpConfig(init_phrase=PHRASE), "first")
+    inject_adapter_in_model(CoOpConfig(init_phrase=PHRASE), model, "first")
     with pytest.raises(ValueError, match="has a coop adapter already"):
-        model.add_adapter(second(), "second")
+        inject_adapter_in_model(second(), model, "second")
 
 
 def test_families_it_knows():

@@ -343,9 +343,8 @@ def test_edited_names(saved):
 def test_a_model_of_another_width(saved, tmp_path):
     folder, _ = saved
     wide = AutoModel.from_pretrained(tiny_models.save("clip", tmp_path / "wide", width=24))
-    for load in (lambda: PeftModel.from_pretrained(wide, str(folder)), lambda: wide.load_adapter(str(folder))):
-        with pytest.raises(ValueError, match="width 16, this model has 24: .* or carry the adapter over with"):
-            load()
+    with pytest.raises(ValueError, match="width 16, this model has 24: .* or carry the adapter over with"):
+        PeftModel.from_pretrained(wide, str(folder))
 
 
 # Configurations

@@ -1,0 +1,63 @@
+"""Adapters put into a model and saved from it, by PEFT's public functions alone.
+
+transformers has methods for both (`add_adapter`, `save_pretrained` of a model with adapters inside), but raises the
+version of PEFT they demand with nearly every release, at times above the newest there is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def inject(model: nn.Module, config: PeftConfig, name: str = "default") -> None:
+    """Puts an adapter into a model, in place, and makes it the one that answers; every other parameter is frozen.
+
+    Raises:
+        ValueError: there are adapters inside already, or the model is none that the method fits.
+    """
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model has adapters already: merge or unload them before adding one.")
+    config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    inject_adapter_in_model(config, model, name)
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Name of the adapter inside a model that answers, the first one where there are several.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = (name for layer in model.modules() if isinstance(layer, BaseTunerLayer) for name in layer.active_adapters)
+    name = next(names, None)
+    if name is None:
+        raise ValueError("there is no adapter to save: tune the model, or attach an adapter to it.")
+    return name
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the adapter that answers, by the keys that PEFT's loaders read; what was learnt and nothing else.
+
+    Args:
+        model (`nn.Module`): the model with the adapter inside, without a `PeftModel` around it.
+    """
+    # Not "auto": PEFT would ask the Hub whether the vocabulary grew. Adapters here never resize it.
+    state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
+    return {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Writes the adapter that answers in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
+
+    Raises:
+        ValueError: there is no adapter in the model.
+    """
+    folder, state = Path(folder), adapter_state(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config[active_adapter(model)].save_pretrained(os.fspath(folder))
