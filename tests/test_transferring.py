@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import tiny_models
@@ -249,7 +250,7 @@ def test_across_families(model_dir, adapters, dataset, cache, family, form, tmp_
     back = AnchorClassifier.from_pretrained(tmp_path)
     assert torch.allclose(back(pixels).logits_per_image, logits[:4], atol=1e-4)
     assert back.adapter_config.provenance == moved.adapter_config.provenance
-    assert moved.adapter_config.provenance["versions"]["torch"] == torch.__version__
+    assert moved.adapter_config.provenance["versions"]["torch"] == metadata.version("torch")
     # And back from there.
     again = transfer(back, adapters[form].encoder, dataset, **cache)
     assert again.encoder is adapters[form].encoder and again.class_names == NAMES

@@ -96,7 +96,7 @@ def test_plain_json_is_read():
         ("NaN", "NaN is not a number of JSON"),
         ("[-Infinity]", "-Infinity is not a number of JSON"),
         ("1e999", "1e999 is not a number of JSON"),
-        ("9" * 5_000, "it is not valid JSON: .*4300 digits"),
+        ("9" * 5_000, "it is not valid JSON: .*4300"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
         ('"\\ud800"', "it is not valid JSON: .*surrogates not allowed"),
         ('{"\\udfff": 1}', "surrogates not allowed"),

@@ -12,7 +12,9 @@ from contract import METHODS, PLAIN, RAW, ask, call, hooks, matrix, raw, same, s
 from peft import (
     LoraConfig,
     get_peft_model,
+    inject_adapter_in_model,
 )
+from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -163,19 +165,19 @@ def test_beside_a_lora(method, root, new, inputs):
     model = new(root)
     given = inputs(root)
     plain = ask(model, method, given, texts=True)
-    model.add_adapter(LoraConfig(target_modules=PLAIN, init_lora_weights=False), adapter_name="lora")
+    inject_adapter_in_model(LoraConfig(target_modules=PLAIN, init_lora_weights=False), model, "lora")
     lora = ask(model, method, given, texts=True)
-    model.add_adapter(method.make(), adapter_name="own")
-    model.set_adapter("own")
+    inject_adapter_in_model(method.make(), model, "own")
+    set_adapter(model, "own")
     ask(model, method, given)
     stir(model, method, "own")
     own = ask(model, method, given)
-    model.set_adapter(["own", "lora"])
+    set_adapter(model, ["own", "lora"])
     both = ask(model, method, given)
     assert (both - own).abs().max() > 1e-4
-    model.set_adapter("lora")
+    set_adapter(model, "lora")
     assert torch.equal(ask(model, method, given, texts=True), lora) and not torch.equal(lora, plain)
-    model.set_adapter("own")
+    set_adapter(model, "own")
     assert torch.equal(ask(model, method, given), own)
 
 
