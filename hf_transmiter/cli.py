@@ -27,7 +27,6 @@ from .cli_arguments import (
 )
 from .cli_bench import add_commands as add_bench_command
 from .cli_compare import add_commands as add_compare_commands
-from .cli_data import add_commands as add_data_commands
 from .cli_hub import add_commands as add_hub_commands
 from .cli_options import (
     DataOptions,
@@ -232,37 +231,7 @@ add_compare_commands(app)
 add_analyse_command(app)
 
 
-@command(app)
-def inspect(
-    path: Annotated[str, typer.Argument(help="Adapter folder, bridge or calibration file, model; or a Hub id.")],
-    run: RunOptions,
-) -> Result:
-    """What an adapter, bridge, calibration pack or model is. Loads no model.
-
-    [bold]Example:[/bold] hf-transmiter inspect out/adapter
-    """
-    from .inspection import describe
-
-    found = describe(path)
-    return Result(found, "\n".join(_lines(found)))
-
-
 add_commands(app)
-add_data_commands(app)
 add_hub_commands(app)
 add_app_command(app)
 add_bench_command(app)
-
-
-def _lines(facts: dict, indent: str = "") -> list[str]:
-    """Nested facts as indented `key: value` lines; long lists are cut."""
-    lines = []
-    for key, value in facts.items():
-        if isinstance(value, dict) and value:
-            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], str):
-            more = f", and {len(value) - 5} more" if len(value) > 5 else ""
-            lines.append(f"{indent}{key}: {', '.join(value[:5])}{more}")
-        else:
-            lines.append(f"{indent}{key}: {value}")
-    return lines

@@ -8,10 +8,8 @@ import pytest
 import yaml
 from dataset_copies import class_of, classes_in, picture, spelt, write_copy
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from local_hub import dataset_files
 
 from hf_transmiter.catalog import load_images
-from hf_transmiter.dataset_checks import check_spec
 from hf_transmiter.dataset_specs import DatasetSpec, catalogue, find_row, find_spec, load_split, usual_templates
 from hf_transmiter.splits import base_novel
 
@@ -102,23 +100,6 @@ def test_a_copy_of_each_dataset(name, copy_of):
     # Of a thousand classes nobody needs to see every picture.
     shown = range(0, len(rows), 1 + len(rows) // 120)
     assert [class_of(rows[i]["image"]) for i in shown] == [labels[i] for i in shown]
-
-
-@every_row
-def test_the_check_of_each_copy(name, copy_of):
-    row = copy_of(name)
-    found = {one.what: one for one in check_spec(row)}
-    assert not [one for one in found.values() if one.status == "differs"]
-    assert f"column {row.label_column}" in found and found[f"rows of test ({row.test})"].found != "not known"
-    if name in ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_r"):  # numbers, or words that are no labels
-        assert found["classes"].status == "unknown"
-        return
-    assert found["classes"].status == "ok"
-    position = {i: name for name, i in spelt(ROWS[name]).items()}
-    ends = ("first base class", "last base class", "first novel class", "last novel class")
-    assert tuple(found[end].expected for end in ends) == FACTS[name][2:]
-    places = (0, FACTS[name][0] - 1, FACTS[name][0], len(row.class_names) - 1)
-    assert [found[end].found for end in ends] == [position[place] for place in places]
 
 
 # The traps
@@ -325,37 +306,6 @@ def test_splits_without_pictures(tmp_path, on_disk):
     for source, split in ((path, "train"), (on_disk([0], Value("int64")), "train[:0]")):
         with pytest.raises(ValueError, match=rf"split {re.escape(repr(split))}: there are no pictures"):
             load_images(source, split)
-
-
-# The check
-
-
-def test_the_check_against_a_hub(hub, copy_of):
-    """The row of DTD at a Hub that has it: as it should be, at another commit, and with less in it."""
-    rows = load_split(copy_of("dtd"), "test")
-    files = dataset_files({"train": rows, "test": rows})
-    card = yaml.safe_load(files["README.md"].split(b"---")[1])
-    card["dataset_info"]["splits"] = [{"name": name, "num_bytes": 1, "num_examples": 47} for name in ("train", "test")]
-    commit = hub.add_dataset("alice/dtd", {**files, "README.md": f"---\n{yaml.safe_dump(card)}---\n".encode()})
-    row = replace(ROWS["dtd"], source="alice/dtd", revision=commit, rows={"train": 47, "test": 46})
-    found = {one.what: one for one in check_spec(row)}
-    assert found["commit"].status == found["rows of train (train)"].status == found["classes"].status == "ok"
-    assert found["rows of test (test)"].status == "differs" and found["rows of test (test)"].found == "47"
-    assert found["last base class"].found == "marbled"
-    wrong = replace(row, revision=None, label_column="variant", test="dev", rows={})
-    found = {one.what: (one.status, one.found) for one in check_spec(wrong)}
-    assert found["commit"] == ("unknown", commit)  # what could be pinned
-    assert found["column variant"] == ("differs", "there are image, label")
-    assert found["split for test"][0] == "differs" and "rows of train (train)" in found
-    (gone,) = check_spec(replace(row, source="alice/nothing"))
-    assert gone.status == "differs" and "no repository 'alice/nothing'" in gone.found
-    (gone,) = check_spec(replace(row, revision="0" * 40))
-    assert gone.status == "differs" and "no such branch, tag or commit" in gone.found
-
-
-def test_the_check_without_a_hub():
-    (found,) = check_spec(ROWS["dtd"])
-    assert (found.what, found.status) == ("Hub", "unknown") and found.found.startswith("it cannot be reached: ")
 
 
 def test_the_file_of_rows_is_plain_yaml():
