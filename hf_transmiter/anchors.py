@@ -26,6 +26,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     name: tuple(row["templates"]) for name, row in json.loads(_TEMPLATES_FILE.read_text(encoding="utf-8")).items()
 }
 DEFAULT_TEMPLATES = TEMPLATES["default"]
+PROMPTED = ("{}.",)  # template of class vectors whose context is learnt
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,13 @@ def load_templates(name: str) -> tuple[str, ...]:
     if name not in TEMPLATES:
         raise ValueError(f"No templates named {name!r}; choose one of {', '.join(TEMPLATES)}, or pass your own list.")
     return TEMPLATES[name]
+
+
+def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Prompts as people write them: phrases with ``{}``, or names of shipped templates; the default for none."""
+    if not values:
+        return DEFAULT_TEMPLATES
+    return tuple(phrase for value in values for phrase in ([value] if "{" in value else load_templates(value)))
 
 
 def _listed(values: Iterable[str], limit: int = 8) -> str:

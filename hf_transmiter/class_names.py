@@ -42,6 +42,23 @@ def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str,
     return tuple(names), aliases
 
 
+def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Class names as people write them: several values, one value with commas, or a text file with a name per line."""
+    if not values:
+        return None
+    if len(values) > 1:
+        return tuple(values)
+    try:
+        listed = Path(values[0]).is_file()
+    except OSError:  # a long list of names is no file name
+        listed = False
+    if listed:
+        lines = Path(values[0]).read_text(encoding="utf-8").splitlines()
+    else:
+        lines = values[0].split(",")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
 def check_names(names: Sequence[str], where: str) -> None:
     """
     Raises:

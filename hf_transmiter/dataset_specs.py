@@ -1,7 +1,7 @@
 """Datasets as rows of data: where they are, their columns and splits, their class names in the published order.
 
 The rows of the two papers' datasets are in ``assets/datasets/datasets.yaml``; any other source of
-[`catalog.load_images`] works without one.
+[`load_images`] works without one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import numpy as np
 import yaml
 from datasets import ClassLabel, Dataset
 
-from .anchors import DEFAULT_TEMPLATES
-from .catalog import read_templates
+from .anchors import DEFAULT_TEMPLATES, read_templates
 from .class_names import check_names, match_names, nearest, read_class_file, simplified
-from .features import guess_columns
-from .image_sources import draw, list_splits, open_split
+from .image_sources import draw, guess_columns, list_splits, open_split
 
 
 ROLES = ("train", "validation", "test", "unlabelled")
@@ -42,7 +40,7 @@ class DatasetSpec:
     Args:
         name (`str`): key of the row.
         title (`str`): as people write it.
-        source (`str`): Hub id, folder, files or ``sandbox:DOMAIN``, as in [`catalog.load_images`].
+        source (`str`): Hub id, folder, files or ``sandbox:DOMAIN``, as in [`load_images`].
         revision (`str`, *optional*): full commit of the Hub repository.
         subset (`str`, *optional*): configuration of a Hub dataset that has several.
         image_column, label_column (`str`, *optional*): guessed when omitted.
@@ -110,7 +108,7 @@ class DatasetSpec:
 
     @property
     def location(self) -> str:
-        """The source with its revision, as [`catalog.load_images`] takes it."""
+        """The source with its revision, as [`load_images`] takes it."""
         return self.source if self.revision is None else f"{self.source}@{self.revision}"
 
     @property
@@ -207,7 +205,7 @@ def find_spec(source: str | Mapping) -> DatasetSpec:
 
     Args:
         source (`str` or `Mapping`):
-            A row's name or title (``"dtd"``, ``"ImageNet-V2"``); any source of [`catalog.load_images`], whose splits
+            A row's name or title (``"dtd"``, ``"ImageNet-V2"``); any source of [`load_images`], whose splits
             are then looked up; or the fields of a [`DatasetSpec`] by name, where ``row: dtd`` stands for the fields
             of that row (a copy on disk, say), ``$VARIABLES`` in `source` are filled in, `class_names` may be a text
             file, and `templates` names of shipped ones.
@@ -282,7 +280,6 @@ def load_split(
     *,
     max_images: int | None = None,
     skip_unreadable: bool = False,
-    skipped: list[str] | None = None,
 ) -> Dataset:
     """The pictures of one role, with labels over the row's names in their order, matched by name.
 
@@ -290,8 +287,7 @@ def load_split(
         spec ([`DatasetSpec`]): the row.
         role (`str`): ``"train"``, ``"validation"``, ``"test"`` or ``"unlabelled"``.
         max_images (`int`, *optional*): take that many, drawn at random, always the same ones.
-        skip_unreadable (`bool`, *optional*, defaults to `False`), skipped (`list[str]`, *optional*):
-            As in [`catalog.load_images`].
+        skip_unreadable (`bool`, *optional*, defaults to `False`): as in [`load_images`].
 
     Returns:
         `datasets.Dataset`: columns `image` and `label` (`ClassLabel` over C names); without `label` where unlabelled
@@ -319,7 +315,7 @@ def load_split(
         if not len(rows):
             raise ValueError(f"{where}: no picture is of one of the {len(names)} classes.")
         pictures = pictures.select(rows)
-    return draw(pictures, "image", max_images, skip_unreadable, skipped)
+    return draw(pictures, "image", max_images, skip_unreadable)
 
 
 def _values(dataset: Dataset, column: str) -> list:

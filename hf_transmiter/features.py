@@ -28,6 +28,7 @@ from torch import Tensor
 from .backbone import DualEncoder
 from .feature_table import FeatureTable, write_table
 from .files import replace_file
+from .image_sources import guess_columns
 
 
 logger = logging.getLogger(__name__)
@@ -103,50 +104,6 @@ def embed_dataset(
         shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
     state.wait_for_everyone()
     return job.on_disk(path, content)
-
-
-def guess_columns(
-    dataset: Dataset | IterableDataset, image_column: str | None = None, label_column: str | None = None
-) -> tuple[str, str | None]:
-    """Names of the image and the label column; a name that is given is only checked.
-
-    The image column is the one of type `Image`, or else one with a usual name; the label column is the one with a
-    usual name, or else the only `ClassLabel`. A dataset may have no label column.
-
-    Raises:
-        ValueError: a given column is missing, no image column is found, or several columns could be meant.
-    """
-    features = dataset.features
-    names = list(features) if features else list(dataset.column_names or next(iter(dataset), {}))
-    if not names:
-        raise ValueError("the dataset is empty: it has no columns.")
-    for given in (image_column, label_column):
-        if given is not None and given not in names:
-            raise ValueError(f"there is no column {given!r}; the columns are {', '.join(names)}.")
-    types = {name: features[name] if features else None for name in names}
-    if image_column is None:
-        typed = [name for name in names if isinstance(types[name], Image)]
-        image_column = _only(
-            "image_column", _usual(typed, _IMAGE_NAMES) or typed or _usual(names, _IMAGE_NAMES), names
-        )
-        if image_column is None:
-            raise ValueError(f"no image column found among {', '.join(names)}: pass image_column=.")
-    if label_column is None:
-        typed = [name for name in names if isinstance(types[name], ClassLabel)]
-        label_column = _only("label_column", _usual(names, _LABEL_NAMES) or typed, names)
-    return image_column, label_column
-
-
-def _usual(names: list[str], usual: tuple[str, ...]) -> list[str]:
-    return [name for name in names if name.lower() in usual]
-
-
-def _only(argument: str, candidates: list[str], names: list[str]) -> str | None:
-    if len(candidates) > 1:
-        raise ValueError(
-            f"{argument} could be {' or '.join(candidates)} (columns: {', '.join(names)}): pass {argument}=."
-        )
-    return candidates[0] if candidates else None
 
 
 class _Embedding:

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from hf_transmiter.bridge import Bridge
-from hf_transmiter.catalog import load_images
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.cli import app
+from hf_transmiter.image_sources import load_images
 
 
 COMMANDS = ("demo", "tune", "extract", "bridge", "transfer", "evaluate", "compare")

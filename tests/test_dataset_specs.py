@@ -9,8 +9,8 @@ import yaml
 from dataset_copies import class_of, classes_in, picture, spelt, write_copy
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from hf_transmiter.catalog import load_images
 from hf_transmiter.dataset_specs import DatasetSpec, catalogue, find_row, find_spec, load_split, usual_templates
+from hf_transmiter.image_sources import load_images
 from hf_transmiter.splits import base_novel
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_transmiter import features
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.features import FeatureTable, embed_dataset, guess_columns
+from hf_transmiter.features import FeatureTable, embed_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -269,58 +269,6 @@ def test_two_runs_of_the_same_job_do_not_harm_each_other(encoder, make_dataset, 
 
     encoder.model.vision_model.register_forward_pre_hook(finish_first, with_kwargs=True)
     same(embed_dataset(encoder, dataset, cache_dir=tmp_path), tables[0])
-
-
-# Columns
-
-
-FIELDS = {"i": datasets.Image(), "c": datasets.ClassLabel(names=["x"]), "n": datasets.Value("int64")}
-
-
-@pytest.mark.parametrize(
-    ("columns", "expected"),
-    [
-        ("image:i label:c", ("image", "label")),
-        ("img:i fine_label:c", ("img", "fine_label")),
-        ("jpg:i cls:n extra:n", ("jpg", "cls")),
-        ("photo:i labels:n", ("photo", "labels")),
-        ("image:i mask:i variant:c", ("image", "variant")),
-        ("image:n label:n", ("image", "label")),
-        ("IMG:i", ("IMG", None)),
-        ("image:i family:n", ("image", None)),
-    ],
-)
-def test_guessed_columns(columns, expected):
-    assert guess_columns(_dataset(columns)) == expected
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ("a:i b:i", r"image_column could be a or b \(columns: a, b\): pass image_column="),
-        ("image:i img:i", "image_column could be image or img"),
-        ("text:n label:c", "no image column found among text, label: pass image_column="),
-        ("image:i label:c fine_label:c", "label_column could be label or fine_label"),
-        ("image:i family:c variant:c", "label_column could be family or variant"),
-        ("", "dataset is empty"),
-    ],
-)
-def test_columns_that_cannot_be_guessed(columns, message):
-    with pytest.raises(ValueError, match=message):
-        guess_columns(_dataset(columns))
-
-
-def test_given_columns_are_checked():
-    dataset = _dataset("a:i b:i family:c variant:c")
-    assert guess_columns(dataset, "b", "variant") == ("b", "variant")
-    with pytest.raises(ValueError, match="no column 'z'; the columns are a, b, family, variant"):
-        guess_columns(dataset, "z", "variant")
-
-
-def _dataset(columns: str) -> datasets.Dataset:
-    fields = dict(column.split(":") for column in columns.split())
-    types = datasets.Features({name: FIELDS[kind] for name, kind in fields.items()})
-    return datasets.Dataset.from_dict({name: [] for name in fields}, features=types)
 
 
 # Errors

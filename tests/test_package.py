@@ -13,7 +13,18 @@ import hf_transmiter
 ROOT = Path(hf_transmiter.__file__).parent
 # A module may import those before it. Inside functions anything goes: that is where a cycle is broken on purpose.
 ORDER = (
-    *("settings", "trust", "files", "hub", "splits", "vocabulary", "anchors", "families"),
+    *(
+        "settings",
+        "trust",
+        "files",
+        "hub",
+        "image_sources",
+        "splits",
+        "class_names",
+        "vocabulary",
+        "anchors",
+        "families",
+    ),
     *("open_clip_model", "fingerprint", "backbone"),
     *("feature_table", "solvers", "calibration", "transfers", "classifier", "features", "draws", "augmentation"),
     *("tuners", "training", "answers", "prompt_tuning"),
@@ -21,12 +32,8 @@ ORDER = (
     *("evaluation", "reliability", "comparison_task", "methods", "comparison"),
     *("neighbours", "knowledge"),
     "drift",
-    "dataset_cache",
     *(
-        "readable",
-        "image_sources",
         "catalog",
-        "class_names",
         "dataset_specs",
         "figures",
         "upgrade_figures",
