@@ -13,20 +13,9 @@ import hf_transmiter
 ROOT = Path(hf_transmiter.__file__).parent
 # A module may import those before it. Inside functions anything goes: that is where a cycle is broken on purpose.
 ORDER = (
-    *(
-        "settings",
-        "trust",
-        "files",
-        "hub",
-        "image_sources",
-        "splits",
-        "class_names",
-        "vocabulary",
-        "anchors",
-        "families",
-    ),
-    *("open_clip_model", "fingerprint", "backbone"),
-    *("feature_table", "solvers", "calibration", "transfers", "classifier", "features", "draws", "augmentation"),
+    *("settings", "trust", "files", "hub", "image_sources", "class_names", "splits", "vocabulary", "anchors"),
+    *("families", "open_clip_model", "fingerprint", "backbone"),
+    *("solvers", "calibration", "transfers", "classifier", "features", "draws", "augmentation"),
     *("tuners", "training", "answers", "prompt_tuning"),
     *("teachers", "extraction", "moments", "bridge_files", "bridge", "transferring", "label_tuning", "baselines"),
     *("evaluation", "reliability", "comparison_task", "methods", "comparison"),
