@@ -1,6 +1,7 @@
 """Builds the class-name files of the datasets: names in the order of the published base and novel halves.
 
-The lists come from wheels that are only read as files, never imported; see NOTICE beside the files. What no wheel holds stands below.
+The lists come from wheels that are only read as files, never imported; see NOTICE beside the files. What no wheel
+holds stands below.
 
     pip download --no-deps --dest wheels timm==1.0.31 open_clip_torch==3.3.0 tensorflow-datasets==4.9.10
     python tests/making/class_names.py wheels
@@ -19,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 
+HEADER = "# Built by tests/making/class_names.py; origin and licences in NOTICE."
 FOLDER = Path(__file__).parents[2] / "hf_transmiter" / "assets" / "datasets"
 # variants.txt of FGVC-Aircraft 2013b, unchanged.
 AIRCRAFT = """
@@ -157,9 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     for dataset, rows in files(Wheels(options.wheels)).items():
         path = FOLDER / f"{dataset}.txt"
-        text = (
-            "# Built by tests/making/class_names.py; origin and licences in NOTICE.\n" + "\n".join(needed(rows)) + "\n"
-        )
+        text = "\n".join([HEADER, *needed(rows)]) + "\n"
         if path.exists() and path.read_text(encoding="utf-8") == text:
             print(f"{path.name}: unchanged, {len(rows)} names")
             continue

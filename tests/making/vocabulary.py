@@ -35,7 +35,7 @@ SIZE = 4000
 OUTPUT = Path(__file__).parents[2] / "hf_transmiter" / "assets" / "vocabulary" / "common-nouns.txt"
 HEADER = """\
 # {count} common visual nouns, one a line, in alphabetical order.
-# Built by tests/making/vocabulary.py from the WordNet 3.0 labels of ImageNet-21k in timm; origin and licences in NOTICE.
+# Built by tests/making/vocabulary.py from the WordNet 3.0 labels of ImageNet-21k in timm; licences in NOTICE.
 """
 # First and one-past-last synset number of WordNet's noun.animal, noun.artifact, noun.food, noun.object, noun.plant.
 CATEGORIES = ((1310000, 2660000), (2660000, 4620000), (7550000, 7990000), (9180000, 9500000), (11540000, 13150000))
