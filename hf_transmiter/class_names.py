@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -82,7 +82,14 @@ def simplified(name: str) -> str:
 def nearest(name: str, known: Sequence[str], count: int = 3) -> list[str]:
     """Those of `known` that look most like `name`, best first; perhaps none."""
     spellings = {simplified(other): other for other in known}
-    return [spellings[found] for found in difflib.get_close_matches(simplified(name), spellings, count)]
+    return [spellings[found] for found in difflib.get_close_matches(simplified(name), spellings, count, 0.5)]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error's sentence: ``"did you mean 'cat' or 'car'?"``, or all there are."""
+    known = list(known)
+    near = nearest(name, known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}."
 
 
 def match_names(

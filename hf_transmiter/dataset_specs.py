@@ -18,7 +18,7 @@ import yaml
 from datasets import ClassLabel, Dataset
 
 from .anchors import DEFAULT_TEMPLATES, read_templates
-from .class_names import check_names, match_names, nearest, read_class_file, simplified
+from .class_names import check_names, did_you_mean, match_names, read_class_file, simplified
 from .image_sources import draw, guess_columns, list_splits, open_split
 
 
@@ -50,7 +50,6 @@ class DatasetSpec:
             C names in the order of the published base and novel halves; those of the data, in their order, if omitted.
         templates (`tuple[str, ...]`, *optional*): prompts, each with ``{}`` for the name.
         counts (`Mapping[str, int]`, *optional*): pictures that [`load_split`] gives for a role, where known.
-        rows (`Mapping[str, int]`, *optional*): rows that the source has for a role, where known.
         aliases (`Mapping[str, str]`, *optional*): {a class as the data spell it: the name it has here}.
         label_names (`tuple[str, ...]`, *optional*):
             How the data would spell the classes 0, 1, ... if their label column, which holds numbers only, named them;
@@ -78,7 +77,6 @@ class DatasetSpec:
     class_names: tuple[str, ...] | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     counts: Mapping[str, int] = field(default_factory=dict)
-    rows: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -99,10 +97,9 @@ class DatasetSpec:
         odd = [prompt for prompt in self.templates if prompt.count("{}") != 1]
         if odd or not self.templates:
             raise ValueError(f"{where}: templates are prompts with one {{}} for the name, got {list(self.templates)}.")
-        for kind in ("counts", "rows"):
-            odd = {role: number for role, number in getattr(self, kind).items() if role not in ROLES or number < 1}
-            if odd:
-                raise ValueError(f"{where}: {kind} gives pictures per role ({', '.join(ROLES)}), got {odd}.")
+        odd = {role: number for role, number in self.counts.items() if role not in ROLES or number < 1}
+        if odd:
+            raise ValueError(f"{where}: counts gives pictures per role ({', '.join(ROLES)}), got {odd}.")
         if bool(self.clip_columns) != bool(self.frame_column):
             raise ValueError(f"{where}: clip_columns and frame_column belong together.")
 
@@ -165,10 +162,6 @@ def catalogue() -> dict[str, DatasetSpec]:
     return dict(_rows())
 
 
-def _names() -> dict[str, DatasetSpec]:
-    return {name: row for row in _rows().values() for name in (row.title, row.name)}
-
-
 def find_row(source: str) -> DatasetSpec | None:
     """The row of the catalogue that has this name or title, however it is spelt; a folder of that name goes first.
 
@@ -181,17 +174,14 @@ def find_row(source: str) -> DatasetSpec | None:
     # Anything else ("./dtd", "me/dtd") is a place, never a row.
     if os.path.exists(source) or not re.fullmatch(r"[\w. -]+", source):
         return None
-    rows = {simplified(name): row for name, row in _names().items()}
-    row = rows.get(simplified(source))
-    if row is None:
-        # A bare word is no id of the Hub, and asking it takes long where there is no network.
-        near = dict.fromkeys(_names()[name].name for name in nearest(source, list(_names())))
-        meant = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(_rows())}."
-        raise ValueError(
-            f"there is no dataset {source!r}, neither a row of the catalogue nor a folder or file (Hub ids are "
-            f"user/name): {meant}"
-        )
-    return row
+    for row in _rows().values():
+        if simplified(source) in (simplified(row.name), simplified(row.title)):
+            return row
+    # A bare word is no id of the Hub, and asking it takes long where there is no network.
+    raise ValueError(
+        f"there is no dataset {source!r}, neither a row of the catalogue nor a folder or file (Hub ids are "
+        f"user/name); {did_you_mean(source, _rows())}"
+    )
 
 
 def usual_templates(source: str | None) -> tuple[str, ...]:
@@ -223,11 +213,10 @@ def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
     """A row from what a YAML file says; file names are relative to `folder`."""
     values = dict(values)
     label = values.get("name") or values.get("source") or values.get("row")
-    names = [item.name for item in fields(DatasetSpec)]
-    unknown = [key for key in values if key not in (*names, "row")]
+    names = ["row", *(item.name for item in fields(DatasetSpec))]
+    unknown = [str(key) for key in values if key not in names]
     if unknown:
-        near = [f"{key} (nearest: {', '.join(nearest(str(key), names, 1)) or 'none'})" for key in unknown]
-        raise ValueError(f"dataset {label!r} has unknown fields {', '.join(near)}; there are row, {', '.join(names)}.")
+        raise ValueError(f"dataset {label!r} has no field {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
     row = values.pop("row", None)
     if isinstance(values.get("source"), str):
         values["source"] = _expanded(values["source"])
@@ -244,13 +233,12 @@ def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
     if row is not None:
         spec = find_spec(row)
         if values.get("source", spec.source) != spec.source:
-            values = {"revision": None, "rows": {}, "counts": {}, **values}  # nothing is known of another place
+            values = {"revision": None, "counts": {}, **values}  # nothing is known of another place
         return replace(spec, **values)
     if "source" not in values:
         raise ValueError(f"dataset {label!r} needs a source (Hub id, folder, files), or the row it is a copy of.")
     values.setdefault("name", str(values["source"]))
     values.setdefault("title", values["name"])
-    values.setdefault("counts", values.get("rows", {}))
     spec = DatasetSpec(**values)
     return spec if spec.splits else _with_splits(spec)
 
