@@ -4,8 +4,8 @@ Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is as
 `classifier` (who answers); `solvers`, `tuners`, `training`, `answers`, `prompt_tuning`, `teachers`, `extraction`,
 `moments`, `bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `methods`,
 `comparison`, `report` (what it is worth); `drift`, `attaching`, `retraining`, `compatibility`, `upgrade_studies`
-(prompts across an upgrade); `trust`, `hub`, `transfers`, `cards`, `sharing`, `upgrading`, `preparing`,
-`image_classification` (what is shared, and how it is used elsewhere); `sandbox`, `demo`, `catalog`, `app`, `cli`.
+(prompts across an upgrade); `trust`, `hub`, `transfers`, `cards`, `sharing`, `upgrading`, `image_classification` (what
+is shared, and how it is used elsewhere); `sandbox`, `demo`, `catalog`, `app`, `cli`.
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
 image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class
@@ -59,7 +59,6 @@ _EXPORTS = {
     "fit_temperature": "reliability",
     "label_tune": "label_tuning",
     "load_split": "dataset_specs",
-    "prepare": "preparing",
     "push": "sharing",
     "push_transfer": "transfers",
     "run_bench": "bench",
@@ -108,7 +107,6 @@ __all__ = [
     "fit_temperature",
     "label_tune",
     "load_split",
-    "prepare",
     "push",
     "push_transfer",
     "run_bench",
@@ -141,7 +139,6 @@ if TYPE_CHECKING:
     from .label_tuning import LabelTuningConfig, label_tune
     from .methods import Variant
     from .moments import CrossMoment
-    from .preparing import prepare
     from .prompt_tuning import TuningConfig, tune
     from .reliability import expected_calibration_error, fit_temperature
     from .sharing import push

@@ -26,6 +26,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     name: tuple(row["templates"]) for name, row in json.loads(_TEMPLATES_FILE.read_text(encoding="utf-8")).items()
 }
 DEFAULT_TEMPLATES = TEMPLATES["default"]
+PROMPTED = ("{}.",)  # template of class vectors whose context is learnt
 
 
 @dataclass(frozen=True)
@@ -237,16 +238,22 @@ class Anchors:
         return cls((), universal_vocabulary(size, seed), templates)
 
 
-def load_templates(name: str) -> tuple[str, ...]:
-    """Templates by name: `"default"`, `"tip-adapter-ensemble"` (seven phrases), or a data set's single phrase
-    (`"oxford_pets"`, `"dtd"`, ...). `TEMPLATES` holds them all, `assets/templates.json` says where each comes from.
+def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Prompts as people write them: phrases with ``{}``, or names of shipped templates: `"default"` (for none, too),
+    `"tip-adapter-ensemble"` (seven phrases), or a data set's single phrase (`"oxford_pets"`, `"dtd"`, ...).
+    `TEMPLATES` holds them all, `assets/templates.json` says where each comes from.
 
     Raises:
         ValueError: there are no templates of that name.
     """
-    if name not in TEMPLATES:
-        raise ValueError(f"No templates named {name!r}; choose one of {', '.join(TEMPLATES)}, or pass your own list.")
-    return TEMPLATES[name]
+    phrases = []
+    for value in values or ("default",):
+        if "{" not in value and value not in TEMPLATES:
+            raise ValueError(
+                f"No templates named {value!r}; choose one of {', '.join(TEMPLATES)}, or write a phrase with {{}}."
+            )
+        phrases += [value] if "{" in value else TEMPLATES[value]
+    return tuple(phrases)
 
 
 def _listed(values: Iterable[str], limit: int = 8) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, BaseImageProcessor
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    has_file,
+)
 
 from .families import (
     EMBEDDING_PARTS,
@@ -34,10 +41,9 @@ from .families import (
     unwrap,
 )
 from .fingerprint import model_fingerprint, vocabulary_hash
-from .hub import cached_commit, is_open_clip, model_location
+from .hub import cached_commit, hub_errors, is_open_clip, model_location
 from .open_clip_model import OpenClipModel
 from .open_clip_model import load_processor as load_open_clip_processor
-from .safe_weights import load_safetensors
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +57,18 @@ __all__ = [
     "logit_scale_and_bias",
     "unwrap",
 ]
+
+
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+
+
+def _has_only_pickles(where: str, **hub) -> bool:
+    with hub_errors(where):
+        safe, pickled = (
+            any(has_file(where, file, **hub) for file in files)
+            for files in (_WEIGHTS, (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+        )
+    return pickled and not safe
 
 
 @contextmanager
@@ -150,14 +168,22 @@ class DualEncoder:
             )
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **hub)
         check_family(config.model_type, f"{name!r}")
-        dtype = torch.float32 if dtype is None else dtype
-        fixed = {"dtype": dtype, "use_safetensors": True, **hub}
-        load = partial(AutoModel.from_pretrained, where, trust_remote_code=False, **fixed)
-        model, revision = load_safetensors(load, where, revision, **hub)
+        options = {"dtype": torch.float32 if dtype is None else dtype, "use_safetensors": True, **hub}
+        try:
+            model = AutoModel.from_pretrained(where, revision=revision, trust_remote_code=False, **options)
+        except OSError as error:
+            if not _has_only_pickles(where, revision=revision, **hub):
+                raise
+            raise OSError(
+                f"{name!r} has no {SAFE_WEIGHTS_NAME}, and pickles such as {WEIGHTS_NAME} are not read because they "
+                "run the code in them: take a revision that has one, such as that of a pull request which you trust "
+                "(revision='refs/pr/N'), or ask the owner for it."
+            ) from error
         model = aligned(model).eval().requires_grad_(False).to(device or "cpu")
         model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
-        # The processor comes from the very commit of the weights, also when a branch moved in between.
-        commit = cached_commit(where, revision, cache_dir) or revision
+        # The processor comes from the very commit of the weights, also when a branch moved in between. Weights that
+        # transformers took from the pull request of the Hub's converter are in no commit of the branch.
+        commit = cached_commit(where, _WEIGHTS, revision, cache_dir) or revision
         return cls(model, load_processor(name, revision=commit, **hub), name, commit)
 
     @property

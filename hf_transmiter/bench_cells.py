@@ -13,19 +13,20 @@ from typing import TypeVar
 import torch
 from datasets import Dataset
 
-from .anchors import Anchors
+from .anchors import PROMPTED, Anchors
 from .backbone import DualEncoder
 from .bench_config import BenchConfig, digest
 from .bench_plan import TUNED, ZERO_SHOT, Cell, is_ceiling, needs_ceiling, needs_labelled, slug
-from .catalog import load_encoder, load_images, load_teacher
+from .catalog import load_encoder, load_teacher
 from .classifier import AnchorClassifier
 from .comparison import compare
 from .compatibility import score_upgrade
 from .dataset_specs import load_split
 from .features import embed_dataset
 from .files import new_folder
+from .image_sources import load_images
 from .methods import METHODS, Variant
-from .prompt_tuning import PROMPTED, starting_templates, tune
+from .prompt_tuning import starting_templates, tune
 from .protocols import Part, base_names, draw, harmonic_mean, only_base
 from .settings import ExtractionConfig
 from .transfers import TEACHER_FILE

@@ -1,4 +1,4 @@
-"""Where images, models and tuned models come from: a Hub id, a folder, a file, or ``sandbox:NAME``."""
+"""Where models and tuned models come from: a Hub id, a folder, a file, or ``sandbox:NAME``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from .anchors import DEFAULT_TEMPLATES, Anchors, load_templates
+from .anchors import DEFAULT_TEMPLATES, Anchors, read_templates
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .hub import SANDBOX, check_hub_id, fetch, is_open_clip, read_json, split_revision
-from .image_sources import list_splits, load_images, open_split  # noqa: F401 - they are looked for here
 from .teachers import Teacher, as_classifier
 from .transfers import TeacherFacts
 from .trust import check_adapter_tensors, refuse_pickles
@@ -154,30 +153,6 @@ def load_anchors(source: str) -> Anchors:
     if adapter.get("peft_type") != PeftType.TRANSMITER:
         raise ValueError(f"{source!r} is not a TransMiter adapter; pass one, or a .json file of Anchors.save.")
     return Anchors(adapter["class_names"], adapter.get("auxiliary_names") or (), adapter["templates"])
-
-
-def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Class names as people write them: several values, one value with commas, or a text file with a name per line."""
-    if not values:
-        return None
-    if len(values) > 1:
-        return tuple(values)
-    try:
-        listed = Path(values[0]).is_file()
-    except OSError:  # a long list of names is no file name
-        listed = False
-    if listed:
-        lines = Path(values[0]).read_text(encoding="utf-8").splitlines()
-    else:
-        lines = values[0].split(",")
-    return tuple(line.strip() for line in lines if line.strip())
-
-
-def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:
-    """Prompts as people write them: phrases with ``{}``, or names of shipped templates; the default for none."""
-    if not values:
-        return DEFAULT_TEMPLATES
-    return tuple(phrase for value in values for phrase in ([value] if "{" in value else load_templates(value)))
 
 
 def teacher_facts(source: str) -> dict | None:

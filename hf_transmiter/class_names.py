@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -42,6 +42,23 @@ def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str,
     return tuple(names), aliases
 
 
+def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Class names as people write them: several values, one value with commas, or a text file with a name per line."""
+    if not values:
+        return None
+    if len(values) > 1:
+        return tuple(values)
+    try:
+        listed = Path(values[0]).is_file()
+    except OSError:  # a long list of names is no file name
+        listed = False
+    if listed:
+        lines = Path(values[0]).read_text(encoding="utf-8").splitlines()
+    else:
+        lines = values[0].split(",")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
 def check_names(names: Sequence[str], where: str) -> None:
     """
     Raises:
@@ -65,7 +82,14 @@ def simplified(name: str) -> str:
 def nearest(name: str, known: Sequence[str], count: int = 3) -> list[str]:
     """Those of `known` that look most like `name`, best first; perhaps none."""
     spellings = {simplified(other): other for other in known}
-    return [spellings[found] for found in difflib.get_close_matches(simplified(name), spellings, count)]
+    return [spellings[found] for found in difflib.get_close_matches(simplified(name), spellings, count, 0.5)]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error's sentence: ``"did you mean 'cat' or 'car'?"``, or all there are."""
+    known = list(known)
+    near = nearest(name, known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}."
 
 
 def match_names(

@@ -27,7 +27,6 @@ from .cli_arguments import (
 )
 from .cli_bench import add_commands as add_bench_command
 from .cli_compare import add_commands as add_compare_commands
-from .cli_data import add_commands as add_data_commands
 from .cli_hub import add_commands as add_hub_commands
 from .cli_options import (
     DataOptions,
@@ -107,7 +106,9 @@ def tune(
         output.check(run)
     elif output.overwrite:
         raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
-    from .catalog import load_encoder, read_names, read_templates
+    from .anchors import read_templates
+    from .catalog import load_encoder
+    from .class_names import read_names
     from .dataset_specs import usual_templates
     from .prompt_tuning import starting_templates, tune
 
@@ -149,7 +150,8 @@ def extract(
     [bold]Example:[/bold] hf-transmiter extract --weak openai/clip-vit-base-patch16 --teacher out/tuned --dataset mteb/dtd --output-dir out/adapter
     """  # noqa: E501
     output.check(run)
-    from .catalog import load_encoder, load_teacher, read_names, teacher_facts, teacher_templates
+    from .catalog import load_encoder, load_teacher, teacher_facts, teacher_templates
+    from .class_names import read_names
     from .dataset_specs import usual_templates
     from .extraction import extract
 
@@ -200,10 +202,12 @@ def evaluate(
     """
     if record and not (Path(model) / "adapter_config.json").is_file():
         raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
-    from .catalog import load_classifier, load_encoder, read_names, read_templates
+    from .anchors import read_templates
+    from .catalog import load_classifier, load_encoder
+    from .class_names import read_names
     from .dataset_specs import usual_templates
     from .evaluation import evaluate
-    from .features import guess_columns
+    from .image_sources import guess_columns
     from .report import markdown_table
 
     options = models.load(run)
@@ -232,37 +236,7 @@ add_compare_commands(app)
 add_analyse_command(app)
 
 
-@command(app)
-def inspect(
-    path: Annotated[str, typer.Argument(help="Adapter folder, bridge or calibration file, model; or a Hub id.")],
-    run: RunOptions,
-) -> Result:
-    """What an adapter, bridge, calibration pack or model is. Loads no model.
-
-    [bold]Example:[/bold] hf-transmiter inspect out/adapter
-    """
-    from .inspection import describe
-
-    found = describe(path)
-    return Result(found, "\n".join(_lines(found)))
-
-
 add_commands(app)
-add_data_commands(app)
 add_hub_commands(app)
 add_app_command(app)
 add_bench_command(app)
-
-
-def _lines(facts: dict, indent: str = "") -> list[str]:
-    """Nested facts as indented `key: value` lines; long lists are cut."""
-    lines = []
-    for key, value in facts.items():
-        if isinstance(value, dict) and value:
-            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], str):
-            more = f", and {len(value) - 5} more" if len(value) > 5 else ""
-            lines.append(f"{indent}{key}: {', '.join(value[:5])}{more}")
-        else:
-            lines.append(f"{indent}{key}: {value}")
-    return lines

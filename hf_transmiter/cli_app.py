@@ -55,8 +55,9 @@ def app_command(
     """
     if run.accelerator is not None:
         raise ValueError("the app runs in one process: start it without accelerate launch.")
+    from .anchors import read_templates
     from .app import build_app, launch
-    from .catalog import read_names, read_templates
+    from .class_names import read_names
     from .panels import demo_sources, example_pictures, load_panels
     from .space import export_space
 

@@ -12,7 +12,7 @@ LABELLED = ("train",)
 TEST = ("test", "validation")
 
 MODEL = "Hub id (id@revision), folder, open_clip:NAME/TAG, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
-IMAGES = "Hub id (id@revision), row of `datasets`, folder, .parquet or .arrow files, or sandbox:DOMAIN."
+IMAGES = "Hub id (id@revision), name in the catalogue, folder, .parquet or .arrow files, or sandbox:DOMAIN."
 
 Weak = Annotated[str, typer.Option(help=f"The weak model: {MODEL}")]
 Strong = Annotated[str, typer.Option(help=f"The strong model: {MODEL}")]

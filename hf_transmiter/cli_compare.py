@@ -83,7 +83,8 @@ def compare(
     if gate is not None and min_gain is None:
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
     from .bridge import Bridge
-    from .catalog import load_encoder, load_teacher, read_names, teacher_templates
+    from .catalog import load_encoder, load_teacher, teacher_templates
+    from .class_names import read_names
     from .comparison import compare
     from .dataset_specs import usual_templates
     from .report import comparison_table
@@ -145,7 +146,7 @@ def _rows(methods: Sequence[str] | None, min_gain: float | None, gate: str | Non
 
 
 def _label_column(images: Dataset, data: DataOptions) -> str | None:
-    from .features import guess_columns
+    from .image_sources import guess_columns
 
     return guess_columns(images, data.image_column, data.label_column)[1]
 

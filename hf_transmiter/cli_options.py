@@ -111,30 +111,20 @@ class DataOptions:
     embed_batch_size: int = _option("Pictures per forward pass.", 64)
     cache_dir: str | None = _option("Where embeddings are kept; a folder in the Hugging Face cache if unset.")
 
-    def __post_init__(self):
-        self.skipped: list[str] = []
-
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
         """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
         catalogue it is the one for the role that `prefer` begins with."""
-        from .catalog import load_images
         from .dataset_specs import find_row, load_split
+        from .image_sources import load_images
 
         if source is None:
             return None
-        options = {"max_images": self.max_images, "skip_unreadable": self.skip_unreadable, "skipped": self.skipped}
+        options = {"max_images": self.max_images, "skip_unreadable": self.skip_unreadable}
         spec = find_row(source)
         if spec is not None:
             return load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
         columns = {"image_column": self.image_column, "label_column": self.label_column}
         return load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
-
-    def report(self, result: Result) -> None:
-        """Adds the pictures that were left out to what a command says."""
-        if self.skip_unreadable:
-            result.data["skipped_images"] = self.skipped
-            if self.skipped:
-                result.text += f"\nPictures that could not be read and were left out: {len(self.skipped)}."
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
@@ -266,9 +256,6 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
                 if "values" in taken:
                     arguments["values"] = _plain({k: v for k, v in values.items() if k not in _NOT_SAVED})
                 result = function(**arguments)
-                for group in arguments.values():
-                    if isinstance(group, DataOptions):
-                        group.report(result)
                 if run.main_process:
                     print(json.dumps(result.data, indent=2, default=str) if run.json else result.text)
                 if result.failed:

@@ -122,7 +122,8 @@ def transfer(
     """  # noqa: E501
     output.check(run)
     from .bridge import Bridge
-    from .catalog import load_classifier, load_encoder, load_teacher, read_names
+    from .catalog import load_classifier, load_encoder, load_teacher
+    from .class_names import read_names
     from .transferring import transfer
 
     options = models.load(run)

@@ -72,7 +72,8 @@ def compat(
     """  # noqa: E501
     if run.main_process:
         check_new(output_dir / "compat.json", overwrite)
-    from .catalog import load_encoder, read_names
+    from .catalog import load_encoder
+    from .class_names import read_names
     from .compatibility import score_upgrade, upgrade_table
 
     folders = _adapter_folders(adapters)
@@ -148,7 +149,9 @@ def drift(
     [bold]Example:[/bold] hf-transmiter drift --old sandbox:weak --new sandbox:weak-upgraded --output-dir out/drift
     """
     output.check(run)
-    from .catalog import load_encoder, read_names, read_templates
+    from .anchors import read_templates
+    from .catalog import load_encoder
+    from .class_names import read_names
     from .drift import feature_drift, parameter_drift
     from .vocabulary import universal_vocabulary
 

@@ -14,14 +14,15 @@ from datasets import ClassLabel, Dataset
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from .anchors import DEFAULT_TEMPLATES, Anchors
+from .anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
 from .classifier import AnchorClassifier
 from .evaluation import align_labels, measured
 from .extraction import extract
-from .features import FeatureTable, embed_dataset, guess_columns
-from .prompt_tuning import PROMPTED, starting_templates, tune
+from .features import FeatureTable, embed_dataset
+from .image_sources import guess_columns
+from .prompt_tuning import starting_templates, tune
 from .settings import ExtractionConfig, TuningConfig
 from .teachers import Teacher, as_classifier, teacher_class_vectors, teacher_logits
 from .tuners.prompts import prompt_layer

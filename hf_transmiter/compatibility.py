@@ -22,13 +22,12 @@ from datasets import Dataset
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from .anchors import Anchors
+from .anchors import PROMPTED, Anchors
 from .attaching import Incompatible, attach, map_fit, read_config, token_map, why_not_mapped
 from .backbone import DualEncoder
 from .classifier import AnchorClassifier
 from .evaluation import Score, align_labels, score_logits
 from .features import embed_dataset
-from .prompt_tuning import PROMPTED
 from .report import markdown_table
 from .retraining import Retraining, SavedTuning
 from .teachers import same_image_tower

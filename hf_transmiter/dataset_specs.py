@@ -1,7 +1,7 @@
 """Datasets as rows of data: where they are, their columns and splits, their class names in the published order.
 
 The rows of the two papers' datasets are in ``assets/datasets/datasets.yaml``; any other source of
-[`catalog.load_images`] works without one.
+[`load_images`] works without one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import numpy as np
 import yaml
 from datasets import ClassLabel, Dataset
 
-from .anchors import DEFAULT_TEMPLATES
-from .catalog import read_templates
-from .class_names import check_names, match_names, nearest, read_class_file, simplified
-from .features import guess_columns
-from .image_sources import draw, list_splits, open_split
+from .anchors import DEFAULT_TEMPLATES, read_templates
+from .class_names import check_names, did_you_mean, match_names, read_class_file, simplified
+from .image_sources import draw, guess_columns, list_splits, open_split
 
 
 ROLES = ("train", "validation", "test", "unlabelled")
@@ -42,7 +40,7 @@ class DatasetSpec:
     Args:
         name (`str`): key of the row.
         title (`str`): as people write it.
-        source (`str`): Hub id, folder, files or ``sandbox:DOMAIN``, as in [`catalog.load_images`].
+        source (`str`): Hub id, folder, files or ``sandbox:DOMAIN``, as in [`load_images`].
         revision (`str`, *optional*): full commit of the Hub repository.
         subset (`str`, *optional*): configuration of a Hub dataset that has several.
         image_column, label_column (`str`, *optional*): guessed when omitted.
@@ -52,7 +50,6 @@ class DatasetSpec:
             C names in the order of the published base and novel halves; those of the data, in their order, if omitted.
         templates (`tuple[str, ...]`, *optional*): prompts, each with ``{}`` for the name.
         counts (`Mapping[str, int]`, *optional*): pictures that [`load_split`] gives for a role, where known.
-        rows (`Mapping[str, int]`, *optional*): rows that the source has for a role, where known.
         aliases (`Mapping[str, str]`, *optional*): {a class as the data spell it: the name it has here}.
         label_names (`tuple[str, ...]`, *optional*):
             How the data would spell the classes 0, 1, ... if their label column, which holds numbers only, named them;
@@ -80,7 +77,6 @@ class DatasetSpec:
     class_names: tuple[str, ...] | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     counts: Mapping[str, int] = field(default_factory=dict)
-    rows: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -101,16 +97,15 @@ class DatasetSpec:
         odd = [prompt for prompt in self.templates if prompt.count("{}") != 1]
         if odd or not self.templates:
             raise ValueError(f"{where}: templates are prompts with one {{}} for the name, got {list(self.templates)}.")
-        for kind in ("counts", "rows"):
-            odd = {role: number for role, number in getattr(self, kind).items() if role not in ROLES or number < 1}
-            if odd:
-                raise ValueError(f"{where}: {kind} gives pictures per role ({', '.join(ROLES)}), got {odd}.")
+        odd = {role: number for role, number in self.counts.items() if role not in ROLES or number < 1}
+        if odd:
+            raise ValueError(f"{where}: counts gives pictures per role ({', '.join(ROLES)}), got {odd}.")
         if bool(self.clip_columns) != bool(self.frame_column):
             raise ValueError(f"{where}: clip_columns and frame_column belong together.")
 
     @property
     def location(self) -> str:
-        """The source with its revision, as [`catalog.load_images`] takes it."""
+        """The source with its revision, as [`load_images`] takes it."""
         return self.source if self.revision is None else f"{self.source}@{self.revision}"
 
     @property
@@ -167,10 +162,6 @@ def catalogue() -> dict[str, DatasetSpec]:
     return dict(_rows())
 
 
-def _names() -> dict[str, DatasetSpec]:
-    return {name: row for row in _rows().values() for name in (row.title, row.name)}
-
-
 def find_row(source: str) -> DatasetSpec | None:
     """The row of the catalogue that has this name or title, however it is spelt; a folder of that name goes first.
 
@@ -183,17 +174,14 @@ def find_row(source: str) -> DatasetSpec | None:
     # Anything else ("./dtd", "me/dtd") is a place, never a row.
     if os.path.exists(source) or not re.fullmatch(r"[\w. -]+", source):
         return None
-    rows = {simplified(name): row for name, row in _names().items()}
-    row = rows.get(simplified(source))
-    if row is None:
-        # A bare word is no id of the Hub, and asking it takes long where there is no network.
-        near = dict.fromkeys(_names()[name].name for name in nearest(source, list(_names())))
-        meant = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(_rows())}."
-        raise ValueError(
-            f"there is no dataset {source!r}, neither a row of the catalogue nor a folder or file (Hub ids are "
-            f"user/name): {meant}"
-        )
-    return row
+    for row in _rows().values():
+        if simplified(source) in (simplified(row.name), simplified(row.title)):
+            return row
+    # A bare word is no id of the Hub, and asking it takes long where there is no network.
+    raise ValueError(
+        f"there is no dataset {source!r}, neither a row of the catalogue nor a folder or file (Hub ids are "
+        f"user/name); {did_you_mean(source, _rows())}"
+    )
 
 
 def usual_templates(source: str | None) -> tuple[str, ...]:
@@ -207,7 +195,7 @@ def find_spec(source: str | Mapping) -> DatasetSpec:
 
     Args:
         source (`str` or `Mapping`):
-            A row's name or title (``"dtd"``, ``"ImageNet-V2"``); any source of [`catalog.load_images`], whose splits
+            A row's name or title (``"dtd"``, ``"ImageNet-V2"``); any source of [`load_images`], whose splits
             are then looked up; or the fields of a [`DatasetSpec`] by name, where ``row: dtd`` stands for the fields
             of that row (a copy on disk, say), ``$VARIABLES`` in `source` are filled in, `class_names` may be a text
             file, and `templates` names of shipped ones.
@@ -225,11 +213,10 @@ def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
     """A row from what a YAML file says; file names are relative to `folder`."""
     values = dict(values)
     label = values.get("name") or values.get("source") or values.get("row")
-    names = [item.name for item in fields(DatasetSpec)]
-    unknown = [key for key in values if key not in (*names, "row")]
+    names = ["row", *(item.name for item in fields(DatasetSpec))]
+    unknown = [str(key) for key in values if key not in names]
     if unknown:
-        near = [f"{key} (nearest: {', '.join(nearest(str(key), names, 1)) or 'none'})" for key in unknown]
-        raise ValueError(f"dataset {label!r} has unknown fields {', '.join(near)}; there are row, {', '.join(names)}.")
+        raise ValueError(f"dataset {label!r} has no field {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
     row = values.pop("row", None)
     if isinstance(values.get("source"), str):
         values["source"] = _expanded(values["source"])
@@ -246,13 +233,12 @@ def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
     if row is not None:
         spec = find_spec(row)
         if values.get("source", spec.source) != spec.source:
-            values = {"revision": None, "rows": {}, "counts": {}, **values}  # nothing is known of another place
+            values = {"revision": None, "counts": {}, **values}  # nothing is known of another place
         return replace(spec, **values)
     if "source" not in values:
         raise ValueError(f"dataset {label!r} needs a source (Hub id, folder, files), or the row it is a copy of.")
     values.setdefault("name", str(values["source"]))
     values.setdefault("title", values["name"])
-    values.setdefault("counts", values.get("rows", {}))
     spec = DatasetSpec(**values)
     return spec if spec.splits else _with_splits(spec)
 
@@ -282,7 +268,6 @@ def load_split(
     *,
     max_images: int | None = None,
     skip_unreadable: bool = False,
-    skipped: list[str] | None = None,
 ) -> Dataset:
     """The pictures of one role, with labels over the row's names in their order, matched by name.
 
@@ -290,8 +275,7 @@ def load_split(
         spec ([`DatasetSpec`]): the row.
         role (`str`): ``"train"``, ``"validation"``, ``"test"`` or ``"unlabelled"``.
         max_images (`int`, *optional*): take that many, drawn at random, always the same ones.
-        skip_unreadable (`bool`, *optional*, defaults to `False`), skipped (`list[str]`, *optional*):
-            As in [`catalog.load_images`].
+        skip_unreadable (`bool`, *optional*, defaults to `False`): as in [`load_images`].
 
     Returns:
         `datasets.Dataset`: columns `image` and `label` (`ClassLabel` over C names); without `label` where unlabelled
@@ -319,7 +303,7 @@ def load_split(
         if not len(rows):
             raise ValueError(f"{where}: no picture is of one of the {len(names)} classes.")
         pictures = pictures.select(rows)
-    return draw(pictures, "image", max_images, skip_unreadable, skipped)
+    return draw(pictures, "image", max_images, skip_unreadable)
 
 
 def _values(dataset: Dataset, column: str) -> list:

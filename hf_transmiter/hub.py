@@ -235,12 +235,15 @@ def _check_content(path: Path, what: str) -> None:
     raise OSError(f"{what} arrived damaged and was taken out of the cache: try again.")
 
 
-def cached_commit(name: str, revision: str | None = None, cache_dir: str | os.PathLike | None = None) -> str | None:
-    """The commit that a downloaded model is in the cache as; `None` for a folder. transformers 5 no longer says it."""
+def cached_commit(
+    name: str, files: Sequence[str], revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> str | None:
+    """The commit whose copy of one of these files is in the cache; `None` for a folder. transformers 5 no longer says
+    it."""
     if Path(name).is_dir():
         return None
-    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    found = (try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision) for file in files)
+    return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
 
 
 def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetBuilder,
     DatasetDict,
+    Image,
     ReadInstruction,
     Value,
     concatenate_datasets,
@@ -20,16 +23,19 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from .dataset_cache import hub_builder
-from .features import guess_columns
-from .hub import SANDBOX, check_hub_id, split_revision
-from .readable import readable
+from .hub import SANDBOX, check_hub_id, hub_errors, split_revision
 
+
+logger = logging.getLogger(__name__)
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 _NO_ROWS = "corresponds to no data"  # what `datasets` says of a split or slice without rows
 _SPLITS = re.compile(r"(?:^|\+)([^\[+]+)")  # the names in a slice ("train[:100]") or a sum ("train+test")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels")
+_LABEL_NAMES = ("label", "labels", "cls", "fine_label", "class", "target")
 
 
 def load_images(
@@ -42,7 +48,6 @@ def load_images(
     label_column: str | None = None,
     max_images: int | None = None,
     skip_unreadable: bool = False,
-    skipped: list[str] | None = None,
 ) -> Dataset:
     """One split of pictures from anywhere.
 
@@ -59,36 +64,109 @@ def load_images(
             `ClassLabel` with the words in alphabetical order.
         max_images (`int`, *optional*): take that many pictures, drawn at random, always the same ones.
         skip_unreadable (`bool`, *optional*, defaults to `False`):
-            Decode every picture first and leave out those that cannot be read (of `max_images`, so many fewer remain).
-            Otherwise such a picture is an error when it is embedded.
-        skipped (`list[str]`, *optional*): the names of those left out are added to it.
+            Decode every picture first and leave out those that cannot be read (of `max_images`, so many fewer remain);
+            they are listed in the log. Otherwise such a picture is an error when it is embedded.
 
     Raises:
         FileNotFoundError: no such folder, file or Hub data set.
         ValueError: an unknown split or column, several that could be meant, a split without pictures, or files that
             cannot be read.
+        ConnectionError: a Hub data set that is not in the cache while the Hub cannot be reached.
     """
     dataset = open_split(source, split, prefer=prefer, subset=subset)
     image, label = guess_columns(dataset, image_column, label_column)
     if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
         dataset = dataset.class_encode_column(label)
-    return draw(dataset, image, max_images, skip_unreadable, skipped)
+    return draw(dataset, image, max_images, skip_unreadable)
 
 
-def draw(
-    dataset: Dataset, image_column: str, max_images: int | None, skip_unreadable: bool, skipped: list[str] | None
-) -> Dataset:
+def draw(dataset: Dataset, image_column: str, max_images: int | None, skip_unreadable: bool) -> Dataset:
     """The last steps of [`load_images`]: fewer pictures, and only those that can be read."""
     if max_images is not None:
         if max_images < 1:
             raise ValueError(f"max_images must be at least 1, got {max_images}.")
         # Data from the Hub are often sorted by class.
         dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
-    if skip_unreadable:
-        dataset, names = readable(dataset, image_column)
-        if skipped is not None:
-            skipped += names
-    return dataset
+    return _readable(dataset, image_column) if skip_unreadable else dataset
+
+
+def _readable(dataset: Dataset, image_column: str) -> Dataset:
+    """The rows whose picture can be decoded; the others are listed in the log.
+
+    `datasets` caches the outcome with data from files, so a second look costs nothing.
+    """
+    # In the default format nothing but the stored bytes and paths is read.
+    stored = dataset.with_format(None).select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    faults = stored.map(
+        _fault, input_columns=[image_column], remove_columns=[image_column], desc="Decoding every picture"
+    )["fault"][:]
+    bad = [row for row, fault in enumerate(faults) if fault is not None]
+    if not bad:
+        return dataset
+    names = [f"row {row}{_file_name(stored[row][image_column])}: {faults[row]}" for row in bad]
+    if len(bad) == len(dataset):
+        raise ValueError(f"none of the {len(bad)} pictures can be read: {names[0]}")
+    listed = "\n  ".join(names)
+    logger.warning("%d of %d pictures cannot be read and are left out:\n  %s", len(bad), len(dataset), listed)
+    return dataset.select([row for row, fault in enumerate(faults) if fault is None])
+
+
+def _fault(picture: dict | None) -> dict[str, str | None]:
+    """What decoding says, `None` if it succeeds."""
+    if picture is None:
+        return {"fault": "there is no picture"}
+    try:
+        Image().decode_example(picture).convert("RGB")
+    except Exception as error:  # decoders raise whatever they like
+        return {"fault": " ".join(str(error).split()) or type(error).__name__}
+    return {"fault": None}
+
+
+def _file_name(picture: dict | None) -> str:
+    """The last parts of the file's path, if it has one: enough to find it, and nothing of this machine."""
+    path = (picture or {}).get("path")
+    return f" ({'/'.join(PurePath(path).parts[-2:])})" if path else ""
+
+
+def guess_columns(
+    dataset: Dataset, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str | None]:
+    """Names of the image and the label column; a name that is given is only checked.
+
+    The image column is the one of type `Image`, or else one with a usual name; the label column is the one with a
+    usual name, or else the only `ClassLabel`. A dataset may have no label column.
+
+    Raises:
+        ValueError: a given column is missing, no image column is found, or several columns could be meant.
+    """
+    names, types = dataset.column_names, dataset.features
+    if not names:
+        raise ValueError("the dataset is empty: it has no columns.")
+    for given in (image_column, label_column):
+        if given is not None and given not in names:
+            raise ValueError(f"there is no column {given!r}; the columns are {', '.join(names)}.")
+    if image_column is None:
+        typed = [name for name in names if isinstance(types[name], Image)]
+        candidates = _usual(typed, _IMAGE_NAMES) or typed or _usual(names, _IMAGE_NAMES)
+        image_column = _only("image_column", candidates, names)
+        if image_column is None:
+            raise ValueError(f"no image column found among {', '.join(names)}: pass image_column=.")
+    if label_column is None:
+        typed = [name for name in names if isinstance(types[name], ClassLabel)]
+        label_column = _only("label_column", _usual(names, _LABEL_NAMES) or typed, names)
+    return image_column, label_column
+
+
+def _usual(names: list[str], usual: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name.lower() in usual]
+
+
+def _only(argument: str, candidates: list[str], names: list[str]) -> str | None:
+    if len(candidates) > 1:
+        raise ValueError(
+            f"{argument} could be {' or '.join(candidates)} (columns: {', '.join(names)}): pass {argument}=."
+        )
+    return candidates[0] if candidates else None
 
 
 def open_split(
@@ -137,9 +215,24 @@ def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[s
         saved = saved if isinstance(saved, DatasetDict) else {re.split(r"\W", str(saved.split or "train"))[0]: saved}
         return list(saved), partial(_sliced, saved.__getitem__)
     where = _files(name) or ({"path": name, "name": subset} if Path(name).is_dir() else None)
-    builder = hub_builder(name, subset, revision) if where is None else load_dataset_builder(**where)
+    builder = _hub_builder(name, subset, revision) if where is None else load_dataset_builder(**where)
     splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
     return splits, partial(_read, builder)
+
+
+def _hub_builder(name: str, subset: str | None, revision: str | None) -> DatasetBuilder:
+    try:
+        with hub_errors(name):
+            builder = load_dataset_builder(name, subset, revision=revision)
+    except (ConnectionError, LocalEntryNotFoundError):
+        builder = None
+    # Without a network `datasets` takes whatever version the cache got last.
+    if builder is None or (revision and _COMMIT.fullmatch(revision) and builder.hash != revision):
+        source = f"{name}@{revision}" if revision else name
+        raise ConnectionError(
+            f"the dataset {source!r} is not in the cache, and the Hub cannot be reached: load it once where it can be."
+        )
+    return builder
 
 
 def _read(builder: DatasetBuilder, split: str) -> Dataset:

@@ -17,8 +17,7 @@ from torch.nn.functional import one_hot
 
 from .classifier import AnchorClassifier
 from .evaluation import align_labels
-from .feature_table import FeatureTable
-from .features import embed_dataset
+from .features import FeatureTable, embed_dataset
 from .hub import public_name
 from .neighbours import auxiliary_effects, directions, nearest
 from .reliability import expected_calibration_error, fit_temperature

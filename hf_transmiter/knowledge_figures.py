@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from .features import guess_columns
 from .figures import (
     _COLORS,
     _DASHES,
@@ -27,6 +26,7 @@ from .figures import (
     picture_grid,
 )
 from .files import replace_file
+from .image_sources import guess_columns
 from .knowledge import AFTER, BEFORE, COSINE, EFFECT, Knowledge
 from .knowledge_text import markdown
 from .reliability import Reliability, reliability_bins

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .backbone import DualEncoder
-from .feature_table import FeatureTable
+from .features import FeatureTable
 from .solvers import standardise
 
 

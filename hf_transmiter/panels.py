@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 
 from .anchors import DEFAULT_TEMPLATES, Anchors
 from .backbone import DualEncoder
-from .catalog import load_classifier, load_encoder, load_images
+from .catalog import load_classifier, load_encoder
 from .classifier import AnchorClassifier
 from .dataset_specs import find_row, load_split
-from .features import guess_columns
 from .hub import SANDBOX, read_json, split_revision
+from .image_sources import guess_columns, load_images
 from .transferring import transfer
 from .transfers import TeacherFacts, list_transfers
 from .tuners import PeftType
@@ -230,7 +230,7 @@ def example_pictures(source: str, count: int = NUM_EXAMPLES) -> list[tuple[Image
     """Some pictures of a data set, always the same ones, with their class names where they have labels.
 
     Args:
-        source (`str`): as in `catalog.load_images`, or a row of the catalogue; test pictures if there are such.
+        source (`str`): as in `load_images`, or a row of the catalogue; test pictures if there are such.
         count (`int`, *optional*, defaults to 8): how many.
     """
     row = find_row(source)

@@ -19,11 +19,12 @@ from peft import LoraConfig, PeftConfig
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .anchors import DEFAULT_TEMPLATES, TEMPLATES, Anchors
+from .anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
 from .answers import Pixels, forward_pass, frozen_images, trained_images
 from .backbone import DualEncoder
 from .classifier import AnchorClassifier
-from .features import embed_dataset, guess_columns
+from .features import embed_dataset
+from .image_sources import guess_columns
 from .settings import TuningConfig
 from .splits import few_shot
 from .training import fit, gaussian_epoch_weights, project_gradient
@@ -44,7 +45,6 @@ from .tuners.prompts.objectives import losses
 
 logger = logging.getLogger(__name__)
 
-PROMPTED = ("{}.",)  # template of class vectors whose context is learnt
 CONFIGS = {
     "coop": CoOpConfig,
     "kgcoop": KgCoOpConfig,

@@ -13,9 +13,9 @@ from datasets import ClassLabel, Dataset
 
 from .attaching import attach
 from .backbone import DualEncoder
-from .features import guess_columns
 from .files import new_folder
 from .hub import read_json
+from .image_sources import guess_columns
 from .prompt_tuning import starting_templates, tune
 from .settings import TuningConfig
 from .transfers import TEACHER_FILE, TeacherFacts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 
 def few_shot(
@@ -31,9 +31,17 @@ def few_shot(
     if shots < 1:
         raise ValueError(f"shots must be at least 1, got {shots}.")
     members = _by_class(labels, num_classes)
-    if not allow_fewer:
-        _check_enough(members, shots, "use fewer shots or allow_fewer=True")
-    return [i for label, indices in members.items() for i in _shuffled(indices, seed, label)[:shots]]
+    short = [f"class {label} has {len(indices)}" for label, indices in members.items() if len(indices) < shots]
+    if short and not allow_fewer:
+        more = f" and {len(short) - 8} more classes" if len(short) > 8 else ""
+        raise ValueError(
+            f"{shots} images per class are wanted, but {', '.join(short[:8])}{more}; use fewer shots or "
+            "allow_fewer=True."
+        )
+    for label, indices in members.items():
+        # Seeding with a string goes through SHA-512, so neighbouring seeds and classes give unrelated streams.
+        random.Random(f"{seed}/{label}").shuffle(indices)
+    return [i for indices in members.values() for i in indices[:shots]]
 
 
 def base_novel(names: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -48,40 +56,6 @@ def base_novel(names: Sequence[str]) -> tuple[list[int], list[int]]:
         raise ValueError(f"A base/novel split needs at least 2 classes, got {len(names)}.")
     half = (len(names) + 1) // 2
     return list(range(half)), list(range(half, len(names)))
-
-
-def per_class_split(labels: Sequence[int], counts: Mapping[str, int], seed: int) -> dict[str, list[int]]:
-    """Disjoint random parts with a fixed number of images of each class, such as labelled / unlabelled / test.
-
-    ```python
-    >>> per_class_split([0, 0, 0, 1, 1, 1], {"labelled": 1, "test": 2}, seed=0)
-    {'labelled': [0, 3], 'test': [2, 1, 4, 5]}
-    ```
-
-    Args:
-        labels (`Sequence[int]`): Label of each of the N images.
-        counts (`Mapping[str, int]`): Images per class of each part. Images beyond the sum are in no part.
-        seed (`int`): Names the draw.
-
-    Returns:
-        `dict[str, list[int]]`: for each part its image indices, class by class.
-
-    Raises:
-        ValueError: no part, a negative count, or classes with fewer images than the counts add up to (listed).
-    """
-    if not counts:
-        raise ValueError("counts is empty; name at least one part, such as {'labelled': 16, 'test': 20}.")
-    for part, count in counts.items():
-        if count < 0:
-            raise ValueError(f"The count of part {part!r} must not be negative, got {count}.")
-    members = _by_class(labels, None)
-    _check_enough(members, sum(counts.values()), "lower the counts")
-    parts: dict[str, list[int]] = {part: [] for part in counts}
-    for label, indices in members.items():
-        drawn = iter(_shuffled(indices, seed, label))
-        for part, count in counts.items():
-            parts[part] += [next(drawn) for _ in range(count)]
-    return parts
 
 
 def _by_class(labels: Sequence[int], num_classes: int | None) -> dict[int, list[int]]:
@@ -100,17 +74,3 @@ def _by_class(labels: Sequence[int], num_classes: int | None) -> dict[int, list[
     for i, label in enumerate(labels):
         members[label].append(i)
     return members
-
-
-def _check_enough(members: Mapping[int, list[int]], wanted: int, remedy: str) -> None:
-    short = [f"class {label} has {len(indices)}" for label, indices in members.items() if len(indices) < wanted]
-    if short:
-        more = f" and {len(short) - 8} more classes" if len(short) > 8 else ""
-        raise ValueError(f"{wanted} images per class are wanted, but {', '.join(short[:8])}{more}; {remedy}.")
-
-
-def _shuffled(indices: list[int], seed: int, label: int) -> list[int]:
-    shuffled = list(indices)
-    # Seeding with a string goes through SHA-512, so neighbouring seeds and classes give unrelated streams.
-    random.Random(f"{seed}/{label}").shuffle(shuffled)
-    return shuffled

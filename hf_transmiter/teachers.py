@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .anchors import DEFAULT_TEMPLATES, Anchors
+from .anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
 from .backbone import DualEncoder, is_dual_encoder, unwrap
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
-from .prompt_tuning import PROMPTED
 from .solvers import check_finite
 from .tuners.prompts import image_conditioned, prompt_layer
 

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .anchors import Anchors
+from .anchors import PROMPTED, Anchors
 from .attaching import attach, read_config
 from .backbone import DualEncoder
 from .classifier import AnchorClassifier
 from .compatibility import UpgradeScore, score_upgrade
 from .evaluation import evaluate
-from .features import guess_columns
 from .files import new_folder
-from .prompt_tuning import PROMPTED, starting_templates, tune
+from .image_sources import guess_columns
+from .prompt_tuning import starting_templates, tune
 from .settings import TuningConfig
 from .transfers import TEACHER_FILE, TeacherFacts
 from .tuners import CoOpConfig

@@ -24,11 +24,11 @@ from .anchors import Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
 from .card_facts import THIS, is_hub_id
-from .catalog import load_images
 from .classifier import AnchorClassifier
 from .evaluation import Score, evaluate
 from .files import new_folder, replace_file
 from .hub import SANDBOX, fetch, hub_errors, split_revision
+from .image_sources import load_images
 from .report import read_scores, write_scores
 from .sharing import ZERO_SHOT, name_successor, push
 from .transferring import carry, check_bridge
@@ -121,7 +121,7 @@ def upgrade(
             Propose the change of the source's card, where that is somebody else's.
         token (`str` or `bool`, *optional*): Hub token, for reading too; the stored one when omitted.
         images (`Callable[[str, str], Dataset]`, *optional*):
-            Dataset of a name and split, for scores; `catalog.load_images` when omitted.
+            Dataset of a name and split, for scores; `load_images` when omitted.
         **embedding: passed to `embed_dataset`.
 
     Returns:

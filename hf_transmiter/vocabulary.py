@@ -1,28 +1,25 @@
 """Name lists from which auxiliary anchors are drawn (arXiv 2508.08604 pads its logits with such names).
 
-A vocabulary is a plain list of names. `"common-nouns"` is shipped with the library, `"imagenet-21k"` is read from an
-installed timm, and any text file or Python list will do as well.
+A vocabulary is a plain list of names. `"common-nouns"` is shipped with the library; any text file or Python list will
+do as well.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
 
 
-VOCABULARY_DIR = Path(__file__).parent / "assets" / "vocabulary"
-SHIPPED_VOCABULARIES = ("common-nouns",)
-TIMM_VOCABULARY = "imagenet-21k"
+COMMON_NOUNS = "common-nouns"
 STRATEGIES = ("random", "farthest-point", "highest-spread", "spread-then-farthest", "all", "none")
 NUM_ANCHORS = 1024
-_TIMM_LEMMAS = Path("data", "_info", "imagenet_synset_to_lemma.txt")
+_SHIPPED = Path(__file__).parent / "assets" / "vocabulary" / f"{COMMON_NOUNS}.txt"
 
 
 def name_key(name: str) -> str:
@@ -41,87 +38,48 @@ def load_vocabulary(source: str | os.PathLike | Sequence[str]) -> list[str]:
 
     Args:
         source (`str`, `os.PathLike` or `Sequence[str]`):
-            `"common-nouns"` (shipped), `"imagenet-21k"` (the first WordNet lemma of each synset, read from an
-            installed timm without importing it), the path of a UTF-8 text file (one name per line; blank lines and
-            lines starting with `#` are skipped), or the names themselves.
+            `"common-nouns"` (shipped), the path of a UTF-8 text file (one name per line; blank lines and lines
+            starting with `#` are skipped), or the names themselves.
 
     Returns:
         `list[str]`: the names, stripped of surrounding white space.
 
     Raises:
-        FileNotFoundError: `source` is neither a known name nor a file, or timm is not installed.
+        FileNotFoundError: `source` is neither the shipped list nor a file.
         ValueError: no name is left.
         TypeError: a name is not a string.
     """
     if isinstance(source, (str, os.PathLike)):
-        path = _vocabulary_path(source)
+        path = _SHIPPED if str(source) == COMMON_NOUNS else Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'No vocabulary "{source}": it is neither "{COMMON_NOUNS}" nor a text file; pass that, the path of a '
+                "file with one name per line, or a list of names."
+            )
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        if str(source) == TIMM_VOCABULARY:
-            lines = [_first_lemma(line) for line in lines]
         names, where = [line for line in lines if not line.lstrip().startswith("#")], f"vocabulary file {path}"
     else:
         names, where = list(source), "vocabulary list"
-    names = _distinct(names)
-    if not names:
-        raise ValueError(f"The {where} holds no name; give it at least one name (one per line in a file).")
-    return names
-
-
-def _vocabulary_path(source: str | os.PathLike) -> Path:
-    if str(source) in SHIPPED_VOCABULARIES:
-        return VOCABULARY_DIR / f"{source}.txt"
-    if str(source) == TIMM_VOCABULARY:
-        return _timm_lemma_path()
-    path = Path(source)
-    if not path.is_file():
-        known = ", ".join(f'"{name}"' for name in (*SHIPPED_VOCABULARIES, TIMM_VOCABULARY))
-        raise FileNotFoundError(
-            f'No vocabulary "{source}": it is neither a known name ({known}) nor a text file. '
-            "Pass one of these, the path of a file with one name per line, or a list of names."
-        )
-    return path
-
-
-def _timm_lemma_path() -> Path:
-    # `find_spec` locates a top-level package without running it: timm imports torchvision, which is not needed here.
-    spec = importlib.util.find_spec("timm")
-    for location in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(location) / _TIMM_LEMMAS
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f'The vocabulary "{TIMM_VOCABULARY}" is read from timm, which '
-        + ("is not installed. " if spec is None else f"is installed but lacks {_TIMM_LEMMAS.as_posix()}. ")
-        + 'Run `pip install -U timm` (`--no-deps` is enough), or use vocabulary="common-nouns".'
-    )
-
-
-def _first_lemma(line: str) -> str:
-    _, _, lemmas = line.partition("\t")
-    return lemmas.split(",")[0]
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
     kept = {}
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"Vocabulary names must be strings, got {name!r} ({type(name).__name__}).")
         if name.strip():
             kept.setdefault(name_key(name), name.strip())
+    if not kept:
+        raise ValueError(f"The {where} holds no name; give it at least one name (one per line in a file).")
     return list(kept.values())
 
 
-def universal_vocabulary(
-    size: int = NUM_ANCHORS, seed: int = 0, vocabulary: str | os.PathLike | Sequence[str] = "common-nouns"
-) -> tuple[str, ...]:
-    """`size` names in an order that depends on nothing but the seed and the names themselves.
+def universal_vocabulary(size: int = NUM_ANCHORS, seed: int = 0) -> tuple[str, ...]:
+    """`size` common nouns in an order that depends on nothing but the seed and the names themselves.
 
     A smaller universal vocabulary is the beginning of a larger one. The order is the same on every platform.
 
     Raises:
-        ValueError: the vocabulary holds fewer than `size` names.
+        ValueError: there are fewer than `size` common nouns.
     """
-    candidates = load_vocabulary(vocabulary)
+    candidates = load_vocabulary(COMMON_NOUNS)
     return tuple(candidates[i] for i in choose_auxiliary(candidates, size, "random", seed=seed))
 
 
@@ -174,15 +132,20 @@ def choose_auxiliary(
     if count > len(candidates):
         raise ValueError(
             f"{count} auxiliary names are wanted but the vocabulary offers only {len(candidates)}. Use a larger "
-            "vocabulary (such as 'imagenet-21k' or your own file), fewer anchors, or strategy='all'."
+            "vocabulary (a file of your own), fewer anchors, or strategy='all'."
         )
     if strategy == "random":
-        return _random_order(candidates, seed)[:count]
+        ranks = [hashlib.sha256(f"{seed}\n{name}".encode()).digest() for name in candidates]
+        return sorted(range(len(candidates)), key=ranks.__getitem__)[:count]
 
     n = len(candidates)
     pool = torch.arange(n)
     if strategy != "farthest-point":
-        pool = _by_spread(_matrix(logits, "logits", strategy, (None, n)))
+        logits = _matrix(logits, "logits", strategy, (None, n))
+        if len(logits) < 2:
+            raise ValueError(f"The spread of logits needs at least 2 images, got {len(logits)}.")
+        # A stable sort keeps candidates of equal spread in vocabulary order.
+        pool = logits.std(dim=0).sort(descending=True, stable=True).indices
     if strategy == "highest-spread":
         return pool[:count].tolist()
     if strategy == "spread-then-farthest":
@@ -191,20 +154,6 @@ def choose_auxiliary(
     if task_embeds is not None:
         task_embeds = normalize(_matrix(task_embeds, "task_embeds", strategy, (None, text_embeds.shape[1])), dim=-1)
     return pool[_farthest_points(text_embeds[pool], task_embeds, count)].tolist()
-
-
-def _by_spread(logits: torch.Tensor) -> torch.Tensor:
-    if len(logits) < 2:
-        raise ValueError(f"The spread of logits needs at least 2 images, got {len(logits)}.")
-    # A stable sort keeps candidates of equal spread in vocabulary order.
-    return logits.std(dim=0).sort(descending=True, stable=True).indices
-
-
-def _random_order(names: Sequence[str], seed: int) -> list[int]:
-    def rank(i: int) -> bytes:
-        return hashlib.sha256(f"{seed}\n{names[i]}".encode()).digest()
-
-    return sorted(range(len(names)), key=rank)
 
 
 def _farthest_points(points: torch.Tensor, started: torch.Tensor | None, count: int) -> list[int]:

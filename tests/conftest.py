@@ -18,6 +18,7 @@ os.environ["HF_ENDPOINT"] = _HUB.url
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # of transformers: it asks a Space to convert pickles
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import datasets  # noqa: E402

@@ -3,6 +3,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -10,11 +11,13 @@ import pytest
 import tiny_models
 import torch
 from datasets import Image as ImageFeature
+from huggingface_hub import HfApi
 from peft.functional import delete_adapter
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
 from transformers import BertConfig, CLIPForImageClassification
+from transformers.utils import cached_file
 
 from hf_transmiter.backbone import (
     DualEncoder,
@@ -393,8 +396,42 @@ def test_pickled_weights_are_refused(model_dir, tmp_path):
     encoder.model.config.save_pretrained(tmp_path)
     encoder.processor.save_pretrained(tmp_path)
     torch.save(encoder.model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(OSError, match="no model.safetensors, and pickles such as pytorch_model.bin are not read"):
         DualEncoder.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def pickled(hub, model_dir):
+    """A model of the Hub with pickles only, and the pull request in which somebody proposes safetensors."""
+    files = {path.name: path.read_bytes() for path in Path(model_dir("clip")).iterdir()}
+    weights = files.pop("model.safetensors")
+    hub.write("bob/old", {**files, "pytorch_model.bin": b"pickled"})
+    proposal = {"path_in_repo": "model.safetensors", "repo_id": "bob/old", "create_pr": True}
+    return HfApi(token=hub.other_token).upload_file(path_or_fileobj=weights, **proposal).pr_revision
+
+
+def test_pickles_of_the_hub_are_refused(hub, pickled):
+    with pytest.raises(OSError, match="'bob/old' has no model.safetensors.*(revision='refs/pr/N')"):
+        DualEncoder.from_pretrained("bob/old")
+    assert not hub.requests("GET", "pytorch_model.bin")
+    assert DualEncoder.from_pretrained("bob/old", revision=pickled).revision == hub.repos["bob/old"].find(pickled)
+    hub.write("bob/empty", {"config.json": hub.files("bob/old")["config.json"]})
+    with pytest.raises(OSError, match="bob/empty does not appear to have a file named model.safetensors") as caught:
+        DualEncoder.from_pretrained("bob/empty")
+    assert "pickles" not in str(caught.value)
+
+
+def test_weights_of_the_hubs_converter(hub, pickled, monkeypatch):
+    """transformers finds them; they are no commit of the main branch, so none is noted."""
+
+    def auto_conversion(name, **options):
+        return cached_file(name, "model.safetensors", revision=pickled), pickled, False
+
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION")
+    monkeypatch.setattr("transformers.modeling_utils.auto_conversion", auto_conversion)
+    encoder = DualEncoder.from_pretrained("bob/old")
+    assert encoder.revision is None
+    assert encoder.fingerprint == DualEncoder.from_pretrained("bob/old", revision=pickled).fingerprint
 
 
 def test_missing_folder(tmp_path):

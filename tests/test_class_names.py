@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_transmiter.class_names import match_names, nearest, read_class_file, simplified
+from hf_transmiter.class_names import did_you_mean, match_names, nearest, read_class_file, simplified
 
 
 NAMES = ("apply eye makeup", "indoor church", "707-320", "C", "C++", "猫")
@@ -42,6 +42,8 @@ def test_what_matches_nothing_is_named_with_what_is_near():
     with pytest.raises(ValueError, match="'unheard of 4' and 3 more"):
         match_names(many, NAMES)
     assert nearest("stanford cars", ["stanford_cars", "dtd"]) == ["stanford_cars"] and nearest("zzz", ["dtd"]) == []
+    assert did_you_mean("carr", ["cat", "car"]) == "did you mean 'car' or 'cat'?"
+    assert did_you_mean("zzz", {"cat": 1, "car": 2}) == "there are cat, car."
 
 
 def test_files_of_names(tmp_path):

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from hf_transmiter.bridge import Bridge
-from hf_transmiter.catalog import load_images
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.cli import app
+from hf_transmiter.image_sources import load_images
 
 
-COMMANDS = ("demo", "tune", "extract", "bridge", "transfer", "evaluate", "compare", "inspect")
+COMMANDS = ("demo", "tune", "extract", "bridge", "transfer", "evaluate", "compare")
 PRINT = ("--dataset", "sandbox:print", "--split", "validation")
 
 
@@ -146,26 +146,6 @@ def test_evaluate(chain, out):
     result = run("evaluate", out / "strong", *test, "--seen-classes", out / "seen.txt")
     assert all(f"validation {metric}" in result.stdout for metric in ("accuracy", "base", "novel", "hm", "joint"))
     assert f"{scores[out / 'strong']:.1f}" in result.stdout
-
-
-def test_inspect(chain, out):
-    def facts(path):
-        return json.loads(run("inspect", path, "--json").stdout)
-
-    adapter = facts(out / "adapter")
-    assert (adapter["kind"], adapter["form"], adapter["num_classes"]) == ("TransMiter adapter", "class_vectors", 36)
-    assert adapter["calibration"]["num_images"] == 500
-    assert adapter["calibration"]["dataset"] == "sandbox:print (validation)"
-    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert adapter["anchors_fingerprint"] == config["anchors_fingerprint"]
-    bridge = facts(out / "bridge.safetensors")
-    assert bridge["kind"] == "bridge" and bridge["alignment"] == chain["bridge"]["alignment"]
-    assert bridge["bytes"] == (out / "bridge.safetensors").stat().st_size
-    assert facts(out / "tuned")["kind"] == "tuned model" and facts(out / "tuned")["settings"]["shots"] == 6
-    assert facts(out / "adapter" / "calibration.safetensors")["kind"] == "calibration pack"
-    assert facts("sandbox:weak")["model_type"] == "clip"
-    assert "striped red disc" in run("inspect", out / "adapter").stdout
-    assert "header" in error("inspect", out / "tune.yaml")
 
 
 def test_an_adapter_from_stored_logits_needs_no_tuned_model(chain, out):

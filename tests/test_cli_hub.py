@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, transfer
 from hf_transmiter.cli import app
-from hf_transmiter.transfers import list_transfers, save_transfer
+from hf_transmiter.transfers import list_transfers
 
 
 NAMES = ("cat", "dog", "car")
@@ -79,15 +79,6 @@ def test_push_as_a_transfer(hub, shared):
     assert [entry.kind for entry in list_transfers("alice/pets")] == ["bridge"]
     assert len(hub.files("alice/pets")) == 7  # not the replaced one
     AnchorClassifier.from_pretrained("alice/pets", strong)
-
-
-def test_inspecting(shared):
-    adapter, folder = shared
-    bridge = Bridge.build(adapter.encoder, DualEncoder.from_pretrained("alice/strong"))
-    bridge.save_pretrained(folder / "bridge")
-    assert json.loads(run("inspect", folder / "bridge", "--json").stdout)["kind"] == "bridge"
-    save_transfer(folder / "adapter", bridge)
-    assert "transfers: bridge for alice/strong" in run("inspect", folder / "adapter").stdout
 
 
 @pytest.mark.parametrize("name", ["push", "card", "upgrade"])

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
-from hf_transmiter.inspection import describe
+from hf_transmiter.hub import read_json
 from hf_transmiter.report import read_scores
 from hf_transmiter.transfers import TeacherFacts, list_transfers
 from hf_transmiter.trust import KEY_PREFIX, adapter_shapes
@@ -481,21 +481,8 @@ def test_facts_of_tuned_models(folder):
         assert Anchors(facts.class_names, (), facts.templates).num_task
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_describing_an_adapter(folder, name):
-    data = json_bytes(CONFIG) if name.endswith("json") else tensor_data(folder / name)
-    for facts in run(folder, name, data, 25, lambda path: describe(str(path.parent))):
-        assert json.dumps(facts)
-
-
-@pytest.mark.parametrize(("name", "inner"), [("bridge", "bridge"), ("calibration", "class_names")])
-def test_describing_a_file(folder, name, inner):
-    path = folder / f"{name}.safetensors"
-    for facts in run(folder, path.name, tensor_data(path, inner), 15, lambda path: describe(str(path))):
-        assert json.dumps(facts)
-
-
-def test_describing_a_model(tmp_path):
+def test_configurations_of_models(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    for facts in run(tmp_path, "config.json", json_bytes(MODEL_CONFIG), 20, lambda path: describe(str(path.parent))):
-        assert facts["kind"] == "model"
+    data = json_bytes(MODEL_CONFIG)
+    for content in run(tmp_path, "config.json", data, 20, lambda path: read_json(path.parent, path.name)):
+        assert isinstance(content, dict)

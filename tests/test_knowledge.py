@@ -14,8 +14,7 @@ from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.feature_table import FeatureTable
-from hf_transmiter.features import embed_dataset
+from hf_transmiter.features import FeatureTable, embed_dataset
 from hf_transmiter.knowledge import AFTER, BEFORE, TUNED, analyse, compare_logits
 from hf_transmiter.neighbours import auxiliary_effects, directions, nearest
 from hf_transmiter.reliability import expected_calibration_error, fit_temperature

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_transmiter.splits import base_novel, few_shot, per_class_split
+from hf_transmiter.splits import base_novel, few_shot
 
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=60)
@@ -88,39 +88,3 @@ def test_base_novel_sizes_of_the_published_protocol(classes, halves):
 def test_base_novel_needs_two_classes():
     with pytest.raises(ValueError, match="at least 2 classes, got 1"):
         base_novel(["cat"])
-
-
-@settings(deadline=None)
-@given(labels=LABELS, counts=st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), min_size=1), seed=SEEDS)
-def test_per_class_split_parts_are_disjoint_and_sized(labels, counts, seed):
-    sizes = Counter(labels)
-    if min(sizes.values()) < sum(counts.values()):
-        with pytest.raises(ValueError, match="lower the counts"):
-            per_class_split(labels, counts, seed)
-        return
-    parts = per_class_split(labels, counts, seed)
-    assert list(parts) == list(counts)
-    drawn = [i for part in parts.values() for i in part]
-    assert len(set(drawn)) == len(drawn)
-    for name, indices in parts.items():
-        assert [labels[i] for i in indices] == [label for label in sorted(sizes) for _ in range(counts[name])]
-    assert parts == per_class_split(torch.tensor(labels), counts, seed)
-
-
-def test_per_class_split_depends_on_the_seed():
-    labels = [0] * 20 + [1] * 20
-    splits = [per_class_split(labels, {"labelled": 4, "test": 10}, seed) for seed in range(10)]
-    assert len({tuple(split["labelled"]) for split in splits}) == 10
-    assert per_class_split([0, 0, 0, 1, 1, 1], {"labelled": 1, "test": 2}, seed=0) == {
-        "labelled": [0, 3],
-        "test": [2, 1, 4, 5],
-    }
-
-
-def test_per_class_split_errors():
-    with pytest.raises(ValueError, match="counts is empty"):
-        per_class_split([0], {}, 0)
-    with pytest.raises(ValueError, match="part 'test' must not be negative"):
-        per_class_split([0], {"test": -1}, 0)
-    with pytest.raises(ValueError, match="3 images per class are wanted, but class 1 has 1; lower the counts"):
-        per_class_split([0, 0, 0, 1], {"labelled": 1, "test": 2}, 0)

@@ -10,12 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_transmiter.vocabulary import VOCABULARY_DIR, load_vocabulary, name_key
+import hf_transmiter
+from hf_transmiter.vocabulary import load_vocabulary, name_key
+
+
+FOLDER = Path(hf_transmiter.__file__).parent / "assets" / "vocabulary"
+BUILD = Path(__file__).parent / "making" / "vocabulary.py"
 
 
 def test_common_nouns_are_clean():
     names = load_vocabulary("common-nouns")
-    lines = [line for line in (VOCABULARY_DIR / "common-nouns.txt").read_text().splitlines() if line[0] != "#"]
+    lines = [line for line in (FOLDER / "common-nouns.txt").read_text().splitlines() if line[0] != "#"]
     assert names == lines == sorted(lines) and len(names) == 4000
     assert all(re.fullmatch(r"[a-z]+('s|s')?( [a-z]+)?", name) for name in names)
     assert {"golden retriever", "teapot", "mushroom", "airplane", "pizza", "volcano"} <= set(names)
@@ -23,7 +28,7 @@ def test_common_nouns_are_clean():
 
 
 def test_licences_travel_with_the_names():
-    notice = (VOCABULARY_DIR / "NOTICE").read_text()
+    notice = (FOLDER / "NOTICE").read_text()
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in notice
     assert "Copyright 2019 Ross Wightman, Apache License 2.0" in " ".join(notice.split())
 
@@ -48,7 +53,7 @@ def test_duplicates_go_and_order_stays(names):
 
 
 def test_bad_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match='No vocabulary "nouns".*"common-nouns", "imagenet-21k"'):
+    with pytest.raises(FileNotFoundError, match='No vocabulary "nouns".*"common-nouns"'):
         load_vocabulary("nouns")
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n\n")
@@ -58,26 +63,6 @@ def test_bad_sources(tmp_path):
         load_vocabulary([])
     with pytest.raises(TypeError, match="must be strings, got 3"):
         load_vocabulary(["a", 3])
-
-
-LEMMAS = "n1\tice cream, icecream\nn2\tpug, pug-dog\nn3\tIce_Cream\n"
-
-
-def test_imagenet_21k_is_read_without_importing_timm(tmp_path, monkeypatch):
-    package = tmp_path / "timm"
-    (package / "data" / "_info").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise AssertionError('timm was imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(FileNotFoundError, match="lacks data/_info/imagenet_synset_to_lemma.txt.*pip install -U timm"):
-        load_vocabulary("imagenet-21k")
-    (package / "data" / "_info" / "imagenet_synset_to_lemma.txt").write_text(LEMMAS)
-    assert load_vocabulary("imagenet-21k") == ["ice cream", "pug"]
-
-
-def test_imagenet_21k_without_timm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(FileNotFoundError, match="timm, which is not installed.*pip install -U timm"):
-        load_vocabulary("imagenet-21k")
 
 
 @pytest.fixture
@@ -96,7 +81,7 @@ def packages(tmp_path):
         "n10000001": ("dog", "outside the categories"),
         "n03000006": ("pot dog", "a pair of words"),
     }
-    build = runpy.run_path(str(VOCABULARY_DIR / "build.py"))
+    build = runpy.run_path(str(BUILD))
     # Every name excluded by hand must be a candidate.
     for i, name in enumerate([*build["UNCLEAR"].split(), *build["HURTFUL"].split(", ")]):
         rows[f"n04{i:06d}"] = (name, "to be excluded")
@@ -118,7 +103,7 @@ def packages(tmp_path):
 
 
 def run_build(*arguments):
-    command = [sys.executable, str(VOCABULARY_DIR / "build.py"), *map(str, arguments)]
+    command = [sys.executable, str(BUILD), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -143,8 +128,8 @@ def test_build_without_its_inputs(tmp_path):
 
 
 def test_build_help_shows_a_command():
-    assert "python build.py wheels/" in run_build("--help").stdout
+    assert "python tests/making/vocabulary.py wheels/" in run_build("--help").stdout
 
 
-def test_build_lives_beside_what_it_writes():
-    assert runpy.run_path(str(VOCABULARY_DIR / "build.py"))["OUTPUT"] == Path(VOCABULARY_DIR, "common-nouns.txt")
+def test_build_writes_what_is_shipped():
+    assert runpy.run_path(str(BUILD))["OUTPUT"] == FOLDER / "common-nouns.txt"

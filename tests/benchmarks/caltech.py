@@ -30,7 +30,7 @@ from hf_transmiter.extraction import ExtractionConfig, gradient
 from hf_transmiter.features import FeatureTable
 from hf_transmiter.fingerprint import ModelId
 from hf_transmiter.moments import CrossMoment, image_moment
-from hf_transmiter.splits import per_class_split
+from hf_transmiter.splits import few_shot
 from hf_transmiter.training import FitConfig
 from hf_transmiter.transferring import TransferConfig, interpolate, refit
 from hf_transmiter.tuners.transmiter.layer import refine
@@ -84,8 +84,10 @@ class Run:
     def __init__(self, data: dict[str, Tensor], seed: int):
         self.labels = data["labels"].long()
         self.weak, self.strong = Recorded(data["rn50_image_embeds"]), Recorded(data["vitb_image_embeds"])
-        split = per_class_split(self.labels, SPLIT, seed)
-        self.rows = {name: torch.tensor(rows) for name, rows in split.items()}
+        each = sum(SPLIT.values())
+        drawn = torch.tensor(few_shot(self.labels, each, seed)).view(-1, each)
+        parts = drawn.split(list(SPLIT.values()), dim=1)
+        self.rows = {name: rows.flatten() for name, rows in zip(SPLIT, parts, strict=True)}
         order = self.rows["task"][self.labels[self.rows["task"]].argsort()]
         self.text = {model: model.x[order] for model in (self.weak, self.strong)}
         self.seed = seed

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
@@ -90,9 +91,9 @@ def memory() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tables = []
             for number, model in enumerate((weak, strong)):
-                path = Path(folder, f"{number}.safetensors")
-                FeatureTable(normalize(torch.randn(images, model.embed_dim), dim=-1)).save(path)
-                tables.append(FeatureTable.load(path))
+                path = Path(folder, f"{number}.npy")
+                np.save(path, normalize(torch.randn(images, model.embed_dim), dim=-1))
+                tables.append(FeatureTable(torch.from_numpy(np.load(path, mmap_mode="c"))))
             vectors = normalize(torch.randn(100, 768), dim=-1)
             with measured() as cost:
                 image_moment(weak, strong, tables, None)

@@ -56,7 +56,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.features import embed_dataset
-from hf_transmiter.splits import base_novel, per_class_split
+from hf_transmiter.splits import base_novel, few_shot
 
 
 SIDE, FEATURES, WIDTH = 64, 1280, 192
@@ -262,9 +262,9 @@ def main() -> None:
     torch.manual_seed(0)
     files = {name: str(options.data / f"{name}-*.parquet") for name in ("train", "validation")}
     data = load_dataset("parquet", data_files=files)
-    halves = per_class_split(data["train"]["label"], {"strong": 30, "grid": 30}, seed=0)
-    seen, test = data["train"].select(halves["strong"]), data["validation"]
-    write_grid(options.grid_dir, {"train": data["train"].select(halves["grid"]), "test": test})
+    for_strong, for_grid = torch.tensor(few_shot(data["train"]["label"], 60, seed=0)).view(-1, 60).split(30, dim=1)
+    seen, test = data["train"].select(for_strong.flatten()), data["validation"]
+    write_grid(options.grid_dir, {"train": data["train"].select(for_grid.flatten()), "test": test})
     weak, processor = CLIPModel.from_pretrained(options.weak), CLIPProcessor.from_pretrained(options.weak)
     tower = load_image_tower()
     alignment = Alignment(weak, processor, seen.features["label"].names)

@@ -94,4 +94,5 @@ def test_commands(load, make_dataset, tmp_path):
     table = run("compare", *teacher, "--strong", names[1], *pictures, "--unlabelled", tmp_path / "data", *chosen)
     accuracy = {score["method"]: score["value"] for score in table["scores"] if score["metric"] == "accuracy"}
     assert accuracy["zero-shot strong"] == before["value"] and accuracy["refit"] > before["value"] + 20
-    assert run("inspect", tmp_path / "strong", "--json")["base_model"] == names[1]
+    config = json.loads((tmp_path / "strong" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == names[1]

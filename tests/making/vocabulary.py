@@ -4,7 +4,8 @@ The names come from the WordNet labels of ImageNet-21k inside timm; CLIP's token
 which words are common. Both packages are only read as files, never imported; only the names are kept.
 
     pip download --no-deps --dest wheels timm==1.0.31 open_clip_torch==3.3.0
-    python build.py wheels/timm-1.0.31-py3-none-any.whl wheels/open_clip_torch-3.3.0-py3-none-any.whl
+    python tests/making/vocabulary.py wheels/timm-1.0.31-py3-none-any.whl \
+        wheels/open_clip_torch-3.3.0-py3-none-any.whl
 
 A name is kept if
 1. its synset is one of ImageNet-1k, or of ImageNet-12k and of the cleaned ImageNet-21k-P (at least 500 good images);
@@ -31,10 +32,10 @@ from pathlib import Path
 
 
 SIZE = 4000
-OUTPUT = Path(__file__).with_name("common-nouns.txt")
+OUTPUT = Path(__file__).parents[2] / "hf_transmiter" / "assets" / "vocabulary" / "common-nouns.txt"
 HEADER = """\
 # {count} common visual nouns, one a line, in alphabetical order.
-# Built by build.py from the WordNet 3.0 labels of ImageNet-21k in timm; origin and licences in NOTICE.
+# Built by tests/making/vocabulary.py from the WordNet 3.0 labels of ImageNet-21k in timm; licences in NOTICE.
 """
 # First and one-past-last synset number of WordNet's noun.animal, noun.artifact, noun.food, noun.object, noun.plant.
 CATEGORIES = ((1310000, 2660000), (2660000, 4620000), (7550000, 7990000), (9180000, 9500000), (11540000, 13150000))
@@ -137,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("timm", type=Path, help="timm's wheel, or the site-packages folder it is installed in")
     parser.add_argument("open_clip", type=Path, help="open_clip_torch's wheel, or such a folder")
     parser.add_argument("--size", type=int, default=SIZE, help="number of names (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (default: beside this script)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (default: the shipped one)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it differs")
     options = parser.parse_args(arguments)
     try:

@@ -1,9 +1,10 @@
 """Builds the class-name files of the datasets: names in the order of the published base and novel halves.
 
-The lists come from wheels that are only read as files, never imported; see NOTICE. What no wheel holds stands below.
+The lists come from wheels that are only read as files, never imported; see NOTICE beside the files. What no wheel
+holds stands below.
 
     pip download --no-deps --dest wheels timm==1.0.31 open_clip_torch==3.3.0 tensorflow-datasets==4.9.10
-    python build.py wheels
+    python tests/making/class_names.py wheels
 
 A line is the name, and after tabs how datasets spell the same class. Spellings that differ only in case, spaces and
 signs need no mention. Existing files are only replaced with --overwrite.
@@ -19,7 +20,8 @@ import zipfile
 from pathlib import Path
 
 
-FOLDER = Path(__file__).parent
+HEADER = "# Built by tests/making/class_names.py; origin and licences in NOTICE."
+FOLDER = Path(__file__).parents[2] / "hf_transmiter" / "assets" / "datasets"
 # variants.txt of FGVC-Aircraft 2013b, unchanged.
 AIRCRAFT = """
 707-320, 727-200, 737-200, 737-300, 737-400, 737-500, 737-600, 737-700, 737-800, 737-900, 747-100, 747-200, 747-300,
@@ -157,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     for dataset, rows in files(Wheels(options.wheels)).items():
         path = FOLDER / f"{dataset}.txt"
-        text = "# Built by build.py; origin and licences in NOTICE.\n" + "\n".join(needed(rows)) + "\n"
+        text = "\n".join([HEADER, *needed(rows)]) + "\n"
         if path.exists() and path.read_text(encoding="utf-8") == text:
             print(f"{path.name}: unchanged, {len(rows)} names")
             continue
