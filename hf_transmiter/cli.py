@@ -204,7 +204,7 @@ def evaluate(
     from .dataset_specs import usual_templates
     from .evaluation import evaluate
     from .features import guess_columns
-    from .report import markdown_table
+    from .scores import markdown_table
 
     options = models.load(run)
     images = data.load(dataset, TEST, data.split)

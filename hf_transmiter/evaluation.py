@@ -1,4 +1,4 @@
-"""[`evaluate`]: accuracy of one classifier; [`Score`] rows, and their mean and spread over seeds.
+"""[`evaluate`]: accuracy of one classifier.
 
 Protocols: all classes at once; base-to-novel (accuracy among the classes the tuning saw, among the others, their
 harmonic mean, and the *joint* accuracy over all classes, without which the two halves flatter).
@@ -6,12 +6,10 @@ harmonic mean, and the *joint* accuracy over all classes, without which the two 
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -19,24 +17,7 @@ from torch import Tensor
 
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number. `value` in percent; `std` over seeds (0 with one); `seconds` and `peak_mb` (resident memory on top
-    of what was there, or GPU memory) of making the method, without embedding the images, which all methods share;
-    `dataset` (Hub id, ``id@revision`` too, or ``sandbox:NAME``) and `num_images` say what it was scored on."""
-
-    method: str
-    split: str
-    metric: str
-    value: float
-    std: float = 0.0
-    seconds: float | None = None
-    peak_mb: float | None = None
-    seeds: int = 1
-    dataset: str | None = None
-    num_images: int | None = None
+from .scores import Score
 
 
 def score_logits(logits: Tensor, labels: Tensor, base: Sequence[int] | None = None) -> dict[str, float]:
@@ -202,27 +183,3 @@ def measured() -> Iterable[dict[str, float]]:
         watcher.join()
         peak = torch.cuda.max_memory_allocated() if cuda else max(peak, resident())
         found["peak_mb"] = max(0.0, (peak - start) / 2**20)
-
-
-def aggregate(runs: Sequence[Sequence[Score]]) -> list[Score]:
-    """Mean and sample standard deviation over seeds, row by row in the order of first appearance."""
-    rows: dict[tuple, list[Score]] = {}
-    for scores in runs:
-        for score in scores:
-            rows.setdefault((score.method, score.split, score.metric), []).append(score)
-
-    def mean(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
-
-    return [
-        replace(
-            same[0],
-            value=statistics.fmean(s.value for s in same),
-            std=statistics.stdev([s.value for s in same]) if len(same) > 1 else 0.0,
-            seconds=mean(s.seconds for s in same),
-            peak_mb=mean(s.peak_mb for s in same),
-            seeds=len(same),
-        )
-        for same in rows.values()
-    ]

@@ -22,6 +22,7 @@ from .classifier import AnchorClassifier
 from .draws import per_example
 from .features import FeatureTable, embed_dataset
 from .hub import public_name
+from .provenance import library_versions
 from .settings import ExtractionConfig
 from .solvers import discriminant_head, ridge
 from .teachers import Teacher, teacher_class_vectors, teacher_logits
@@ -73,8 +74,6 @@ def extract(
         ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
             begin with the class names, or logits that are not finite.
     """
-    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
-
     config = config or ExtractionConfig()
     class_names = _class_names(class_names, anchors, teacher, dataset)
     if anchors is None:

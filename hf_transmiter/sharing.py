@@ -16,13 +16,13 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from .anchors import Anchors
 from .bridge import Bridge
 from .bridge_files import WEIGHTS as BRIDGE
-from .card_facts import THIS, is_hub_id
+from .card_facts import is_hub_id
 from .card_metadata import by_people, given_metadata
 from .cards import write_card
 from .classifier import AnchorClassifier
-from .evaluation import Score, evaluate
+from .evaluation import evaluate
 from .hub import SANDBOX, fetch, hub_errors, is_public_open_clip, public_name, push_folder, split_revision
-from .report import read_scores, write_scores
+from .scores import THIS, Score, read_scores, write_scores
 from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, without_paths
 from .trust import load_json
 

@@ -21,6 +21,7 @@ from .classifier import AnchorClassifier
 from .extraction import named_dataset
 from .features import FeatureTable, embed_dataset
 from .fingerprint import ModelId
+from .provenance import library_versions
 from .settings import TransferConfig
 from .solvers import discriminant_head
 from .teachers import Teacher, teacher_logits
@@ -163,8 +164,6 @@ def carry(
     Raises:
         ValueError: as [`check_bridge`], or a bridge of other anchors.
     """
-    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
-
     source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
     check_bridge(source, strong, bridge, weak)
     text = strong.embed_names(source.anchors.names, source.templates).cpu()

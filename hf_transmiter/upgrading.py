@@ -23,13 +23,13 @@ from huggingface_hub.utils import tqdm
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
-from .card_facts import THIS, is_hub_id
+from .card_facts import is_hub_id
 from .catalog import load_images
 from .classifier import AnchorClassifier
-from .evaluation import Score, evaluate
+from .evaluation import evaluate
 from .files import new_folder, replace_file
 from .hub import SANDBOX, fetch, hub_errors, split_revision
-from .report import read_scores, write_scores
+from .scores import THIS, Score, read_scores, write_scores
 from .sharing import ZERO_SHOT, name_successor, push
 from .transferring import carry, check_bridge
 from .transfers import CONFIG, SCORES, WEIGHTS, read_adapter, read_config

@@ -26,12 +26,12 @@ from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.card_facts import METRIC_NAMES, NamedDataset, NamedModel, is_hub_id
 from hf_transmiter.card_metadata import MARKER
 from hf_transmiter.card_text import argument, escape, literal, one_line
-from hf_transmiter.cards import AdapterCard, BridgeCard, TunedCard, library_versions, read_card, write_card
-from hf_transmiter.evaluation import Score
+from hf_transmiter.cards import AdapterCard, BridgeCard, TunedCard, read_card, write_card
 from hf_transmiter.extraction import extract
 from hf_transmiter.fingerprint import ModelId
 from hf_transmiter.prompt_tuning import TuningConfig, tune
-from hf_transmiter.report import write_scores
+from hf_transmiter.provenance import library_versions
+from hf_transmiter.scores import Score, write_scores
 from hf_transmiter.transfers import save_transfer
 
 

@@ -6,7 +6,7 @@ import torch
 
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.evaluation import Score, aggregate, align_labels, evaluate, measured, score_logits
+from hf_transmiter.evaluation import align_labels, evaluate, measured, score_logits
 from hf_transmiter.features import FeatureTable, embed_dataset
 
 
@@ -72,15 +72,6 @@ def test_evaluate_equals_counting_predictions(encoder, make_dataset):
     metrics = [s.metric for s in scores]
     assert metrics == ["accuracy", "base", "novel", "hm", "joint"]
     assert len(embed_dataset(encoder, dataset, progress=False)) == 15
-
-
-def test_aggregate_takes_mean_and_sample_deviation_over_seeds():
-    runs = [[Score("a", "test", "accuracy", v, seconds=s), Score("b", "test", "accuracy", 1.0)] for v, s in
-            ((10.0, 1.0), (20.0, 3.0), (30.0, None))]  # fmt: skip
-    first, second = aggregate(runs)
-    assert (first.value, first.std, first.seconds, first.seeds) == (20.0, 10.0, 2.0, 3)
-    assert (second.value, second.std, second.seconds, second.seeds) == (1.0, 0.0, None, 3)
-    assert aggregate(runs[:1])[0].std == 0.0
 
 
 def test_measured_sees_time_and_memory():

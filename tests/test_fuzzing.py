@@ -25,7 +25,7 @@ from hf_transmiter.anchors import Anchors
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.inspection import describe
-from hf_transmiter.report import read_scores
+from hf_transmiter.scores import read_scores
 from hf_transmiter.transfers import TeacherFacts, list_transfers
 from hf_transmiter.trust import KEY_PREFIX, adapter_shapes
 from hf_transmiter.tuners import TransMiterConfig, TransMiterLayer

@@ -20,7 +20,7 @@ from hf_transmiter import (
     evaluate,
     transfer,
 )
-from hf_transmiter.report import read_scores, write_scores
+from hf_transmiter.scores import read_scores, write_scores
 from hf_transmiter.sharing import name_successor, push, record_scores
 from hf_transmiter.transfers import push_transfer, save_transfer
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_transmiter.upgrading
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, evaluate, transfer
-from hf_transmiter.evaluation import Score
-from hf_transmiter.report import read_scores, write_scores
+from hf_transmiter.scores import Score, read_scores, write_scores
 from hf_transmiter.sharing import push, record_scores
 from hf_transmiter.transferring import carry
 from hf_transmiter.transfers import read_adapter

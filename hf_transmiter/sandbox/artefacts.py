@@ -20,17 +20,17 @@ from pathlib import Path
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
-from hf_transmiter.card_facts import THIS, library_versions
 from hf_transmiter.cards import write_card
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.evaluation import Score, evaluate
+from hf_transmiter.evaluation import evaluate
 from hf_transmiter.extraction import extract
 from hf_transmiter.files import new_folder
 from hf_transmiter.hub import SANDBOX
 from hf_transmiter.prompt_tuning import TuningConfig, tune
-from hf_transmiter.report import write_scores
+from hf_transmiter.provenance import library_versions
 from hf_transmiter.sandbox.data import load_dataset
 from hf_transmiter.sandbox.words import vocabulary
+from hf_transmiter.scores import THIS, Score, write_scores
 from hf_transmiter.transferring import transfer
 from hf_transmiter.transfers import save_transfer
 

@@ -1,0 +1,17 @@
+"""What is noted about how something was made."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what an adapter says, to be noted when it is made."""
+    versions = {"python": platform.python_version()}
+    for library in ("hf-transmiter", "torch", "transformers", "peft", "datasets", "safetensors"):
+        try:
+            versions[library.replace("-", "_")] = version(library)
+        except PackageNotFoundError:  # installed without its metadata
+            continue
+    return versions
