@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 from .anchors import Anchors
-from .bridge_files import WEIGHTS as BRIDGE_FILE
 from .calibration import SHAPES
 from .catalog import load_anchors
 from .files import read_metadata_json
 from .hub import fetch, model_location, read_json
-from .transfers import TEACHER_FILE, list_transfers
+from .transfers import BRIDGE as BRIDGE_FILE
+from .transfers import TEACHER_FILE
 from .trust import check_adapter_tensors, check_json, check_tensors, read_header
 from .tuners import PeftType
 
@@ -59,7 +59,6 @@ def _adapter(source: str, config: dict) -> dict:
         anchors = load_anchors(source)
         facts = {key: config.get(key) for key in ("form", "embed_dim", "provenance")}
         facts["calibration"] = None if pack is None else _file(pack)
-        facts["transfers"] = [f"{entry.kind} for {entry}" for entry in list_transfers(source)]
         size = {}
         if weights is not None:
             check_adapter_tensors(weights, config)

@@ -18,7 +18,7 @@ from .dataset_specs import find_row, load_split
 from .features import guess_columns
 from .hub import SANDBOX, read_json, split_revision
 from .transferring import transfer
-from .transfers import TeacherFacts, list_transfers
+from .transfers import TeacherFacts
 from .tuners import PeftType
 
 
@@ -149,8 +149,6 @@ class _Loader:
     def carried(self, adapter: str, weak: str, strong: str) -> Panel:
         """The weak model's adapter on the strong model."""
         encoder = self.encoder(strong)
-        if any(entry.model.is_of(encoder) for entry in list_transfers(adapter)):
-            return Panel(self.adapted(adapter, strong), _with(adapter, strong))
         made = transfer(self.adapted(adapter, weak), encoder, progress=False)
         return Panel(made, f"{_with(adapter, strong)}, over a bridge from text alone")
 

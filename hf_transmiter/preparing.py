@@ -22,24 +22,22 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .bench_config import BenchConfig
 from .bridge import Bridge
-from .bridge_files import WEIGHTS as BRIDGE
 from .calibration import CalibrationPack
 from .catalog import load_encoder
-from .classifier import CALIBRATION
 from .dataset_specs import DatasetSpec, find_spec, load_split
 from .download_sizes import builder_of, check_room, in_words, on_hub
 from .features import guess_columns
 from .hub import OPEN_CLIP, SANDBOX, fetch, read_json, split_revision
 from .image_sources import list_splits, open_split
 from .safe_weights import converted_revision, no_safetensors
-from .transfers import CONFIG, INDEX, SCORES, TEACHER_FILE, WEIGHTS, TeacherFacts, list_transfers, read_config
+from .transfers import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, TeacherFacts, read_config
 from .trust import check_adapter_tensors
 from .tuners import PeftType
 
 
 logger = logging.getLogger(__name__)
 
-_OF_AN_ADAPTER = ("README.md", "anchors.json", SCORES, INDEX)  # what is not read below
+_OF_AN_ADAPTER = ("README.md", SCORES)  # what is not read below
 
 
 @dataclass
@@ -238,9 +236,6 @@ def _read_adapter(row: Prepared) -> str | None:
     TeacherFacts.read(source)
     for file in _OF_AN_ADAPTER:
         fetch(source, file)
-    for finished in list_transfers(source):
-        if fetch(source, finished.file) is None:
-            raise FileNotFoundError(f"{_lacks(source, finished.file)}, which its index names.")
     calibration = fetch(source, CALIBRATION)
     if calibration is not None:
         CalibrationPack.load(calibration)
