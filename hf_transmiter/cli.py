@@ -221,7 +221,7 @@ def evaluate(
     options = {"seen_classes": seen, "split": split, "dataset_name": dataset, **data.embedding(run)}
     scores = evaluate(classifier, images, method=model, **options)
     if record and run.main_process:
-        from .sharing import record_scores
+        from .evaluation import record_scores
 
         record_scores(model, classifier, images, scores, **options)
     found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}

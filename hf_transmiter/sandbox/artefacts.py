@@ -32,7 +32,6 @@ from hf_transmiter.sandbox.data import load_dataset
 from hf_transmiter.sandbox.words import vocabulary
 from hf_transmiter.scores import THIS, Score, write_scores
 from hf_transmiter.transferring import transfer
-from hf_transmiter.transfers import save_transfer
 
 
 DOMAIN, METHOD = "jargon", "coop"
@@ -93,18 +92,12 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
     savers = (
         tuned.save_pretrained,
         bridge.save_pretrained,
-        partial(_save_adapter, adapter=adapter, crossed=crossed),
+        adapter.save_pretrained,
         upgraded.save_pretrained,
     )
     for folder, save, scores in zip(folders, savers, rows, strict=True):
         new_folder(folder, partial(_save, save=save, scores=scores, name=folder.name))
     return folders
-
-
-def _save_adapter(folder: Path, *, adapter: AnchorClassifier, crossed: AnchorClassifier) -> None:
-    """With what it becomes on strong without an image: loaded on strong, the adapter is that."""
-    adapter.save_pretrained(folder)
-    save_transfer(folder, crossed)
 
 
 def _save(folder: Path, *, save: Callable[[Path], object], scores: Sequence[Score], name: str) -> None:
