@@ -21,8 +21,7 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .draws import per_example
 from .features import FeatureTable, embed_dataset
-from .hub import public_name
-from .provenance import library_versions
+from .provenance import library_versions, named_dataset
 from .settings import ExtractionConfig
 from .solvers import discriminant_head, ridge
 from .teachers import Teacher, teacher_class_vectors, teacher_logits
@@ -124,14 +123,6 @@ def extract(
         about = {"dataset_fingerprint": table.dataset_fingerprint, "dataset": adapter.provenance.get("dataset")}
         classifier.calibration = CalibrationPack(logits, class_names, **about, weak_logits=own)
     return classifier
-
-
-def named_dataset(dataset, name: str | None) -> dict[str, str]:
-    """What provenance says of images that have a name: ``{"dataset": "mteb/dtd (train)"}``."""
-    if dataset is None or name is None:
-        return {}
-    split = getattr(dataset, "split", None)
-    return {"dataset": public_name(name) + (f" ({split})" if split is not None else "")}
 
 
 def closed_form(

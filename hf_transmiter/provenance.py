@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from .hub import public_name
+
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what an adapter says, to be noted when it is made."""
@@ -15,3 +17,11 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:  # installed without its metadata
             continue
     return versions
+
+
+def named_dataset(dataset, name: str | None) -> dict[str, str]:
+    """What provenance says of images that have a name: ``{"dataset": "mteb/dtd (train)"}``."""
+    if dataset is None or name is None:
+        return {}
+    split = getattr(dataset, "split", None)
+    return {"dataset": public_name(name) + (f" ({split})" if split is not None else "")}

@@ -9,8 +9,9 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter.anchors import Anchors
+from hf_transmiter.attaching import reattach_prompt
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.baselines import prompt_transfer, reattach_prompt
+from hf_transmiter.baselines import prompt_transfer
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, compare, recommend, verdict
 from hf_transmiter.extraction import ExtractionConfig, extract
