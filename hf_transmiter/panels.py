@@ -62,8 +62,8 @@ def load_panels(
         strong (`str`, *optional*): the strong model; the one `upgraded` was made for when omitted.
         adapter (`str`, *optional*): TransMiter adapter of the weak model.
         upgraded (`str`, *optional*):
-            Adapter of the strong model. When omitted, `adapter` is carried over to `strong`: by a finished transfer in
-            its repository, else over a bridge from text alone.
+            Adapter of the strong model. When omitted, `adapter` is carried over to `strong` over a bridge from text
+            alone.
         class_names (`Sequence[str]`, *optional*): needed where no source has them saved with it.
         templates (`Sequence[str]`, *optional*): prompts of zero-shot class vectors; those the tuning started from
             when omitted.
