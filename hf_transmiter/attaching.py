@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from dataclasses import replace
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -16,13 +17,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import solvers
 from .backbone import DualEncoder
-from .baselines import TOKEN_RIDGE
 from .hub import fetch, read_json
+from .solvers import check_finite
 from .tuners import CoOpConfig
 from .tuners.injection import inject
-from .tuners.prompts import PromptConfig, set_classes
+from .tuners.prompts import PromptConfig, PromptLayer, prompt_layer, set_classes
 from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
 
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every key PEFT saves
+# λ of the token map: on the sandbox it tells more of unrelated models' held-out tokens than 0, and hardly less of an
+# upgrade's.
+TOKEN_RIDGE = 0.1
 
 
 class Incompatible(ValueError):
@@ -143,7 +146,7 @@ def token_map(old: DualEncoder, new: DualEncoder) -> Tensor:
     Raises:
         ValueError: other tokens, or a family without a token table that is known.
     """
-    mapping = solvers.token_map(*_tables(old, new), TOKEN_RIDGE)
+    mapping = solve_token_map(*_tables(old, new), TOKEN_RIDGE)
     logger.info("token map from %s to %s: R² = %.3f", old.name_or_path, new.name_or_path, map_fit(old, new, mapping))
     return mapping
 
@@ -155,6 +158,92 @@ def map_fit(old: DualEncoder, new: DualEncoder, mapping: Tensor) -> float:
     """
     before, after = _tables(old, new)
     return 1 - float((before @ mapping - after).square().sum() / (after - after.mean(0)).square().sum())
+
+
+def solve_token_map(old: Tensor, new: Tensor, ridge: float = 0.0) -> Tensor:
+    """The linear map between two token tables of one vocabulary, for what lives among an old model's token embeddings.
+
+    ``argmin_M ‖E_old M - E_new‖² + λ·ē·‖M‖²`` with ē the mean eigenvalue of ``E_oldᵀ E_old``; of several minima, the
+    smallest. A context ``v`` (M, d_old) becomes ``v @ solve_token_map(...)`` (M, d_new).
+
+    Args:
+        old (`Tensor`): E_old (V, d_old), row i the embedding of token i.
+        new (`Tensor`): E_new (V, d_new), of the same tokens.
+        ridge (`float`, *optional*, defaults to 0.0): λ.
+
+    Returns:
+        `Tensor`: (d_old, d_new), float32.
+
+    Raises:
+        ValueError: tables of different lengths, a negative λ, or a value that is not finite.
+    """
+    if old.ndim != 2 or new.ndim != 2 or len(old) != len(new):
+        raise ValueError(
+            f"token tables must have a row for each token of one vocabulary, got {tuple(old.shape)} and "
+            f"{tuple(new.shape)}."
+        )
+    if ridge < 0:
+        raise ValueError(f"ridge must not be negative, got {ridge}.")
+    x, y = (check_finite(table.detach().cpu(), "the token embeddings").double() for table in (old, new))
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return (torch.linalg.pinv(gram, hermitian=True) @ (x.T @ y)).float()
+
+
+def why_not_reattached(tuned: DualEncoder, strong: DualEncoder) -> str | None:
+    """Why the learnt prompts of one model cannot be put into another one as they are, `None` where they can."""
+    layer = active_prompts(tuned)
+    if layer is None:
+        return "the tuned model has no prompt learner on it"
+    old = base_facts(tuned.model, tuned.processor.tokenizer)
+    return why_closed(strong) or misfit(
+        replace(layer.active_config, base=old), base_facts(strong.model, strong.processor.tokenizer)
+    )
+
+
+def reattach_prompt(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
+    """A copy of the strong model with the tuned model's learnt prompts in it, unchanged: no image, no training.
+
+    Args:
+        tuned (`DualEncoder`): with a prompt learner of any kind on it.
+        strong (`DualEncoder`): of the widths and the vocabulary the prompts were learnt with; stays untouched.
+
+    Returns:
+        `DualEncoder`: prompts of it are ``"{}."``, as of `tuned`.
+
+    Raises:
+        ValueError: no prompts, or they do not fit; the message says why.
+    """
+    reason = why_not_reattached(tuned, strong)
+    if reason is not None:
+        raise ValueError(f"the prompts cannot be re-attached: {reason}.")
+    layer = active_prompts(tuned)
+    state = get_peft_model_state_dict(tuned.model, adapter_name=layer.active_name)
+    return with_prompts(strong, copy.deepcopy(layer.active_config), state)
+
+
+def why_closed(strong: DualEncoder) -> str | None:
+    """Why a model takes no prompts at all."""
+    if strong.family not in TOKEN_TABLES:
+        return f"prompt learning does not know the family {strong.family!r}"
+    if getattr(strong.model, "peft_config", None):
+        return "the strong model has adapters already: unload them first"
+    return None
+
+
+def active_prompts(tuned: DualEncoder) -> PromptLayer | None:
+    """The prompt learner that answers, if there is one."""
+    layer = prompt_layer(tuned.model)
+    return None if layer is None or layer.active_name is None else layer
+
+
+def with_prompts(strong: DualEncoder, config: PeftConfig, state: dict[str, Tensor] | None = None) -> DualEncoder:
+    """A frozen copy of the strong model with an adapter."""
+    model = copy.deepcopy(strong.model).eval()
+    inject(model, config)
+    if state is not None:
+        set_peft_model_state_dict(model, state)
+    return DualEncoder(model.requires_grad_(False), strong.processor, strong.name_or_path, strong.revision)
 
 
 def _facts(encoder: DualEncoder) -> dict:
@@ -181,7 +270,7 @@ def _tables(old: DualEncoder, new: DualEncoder) -> tuple[Tensor, Tensor]:
 def _check_map(mapping: Tensor, shape: tuple[int | None, int]) -> None:
     if mapping.ndim != 2 or mapping.shape[1] != shape[1] or shape[0] not in (None, mapping.shape[0]):
         raise ValueError(f"the token map must be {shape}, from the old to the new width; got {tuple(mapping.shape)}.")
-    solvers.check_finite(mapping, "the token map")
+    check_finite(mapping, "the token map")
 
 
 def _read_weights(source: str, model: nn.Module, mapping: Tensor | None) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from .families import (
     unwrap,
 )
 from .fingerprint import model_fingerprint, vocabulary_hash
-from .hub import cached_commit, hub_errors, is_open_clip, model_location
+from .hub import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
 from .open_clip_model import OpenClipModel
 from .open_clip_model import load_processor as load_open_clip_processor
 
@@ -246,9 +247,13 @@ class DualEncoder:
 
         Modules added to the root beside the two towers (a head on the logits) do not count.
         """
+        return self.fingerprint_in(None)
+
+    def fingerprint_in(self, dtype: torch.dtype | None) -> str:
+        """The [`fingerprint`] that the model would have in another floating-point type."""
         # Only what differs from transformers' defaults: a later version that adds an entry changes nothing.
         settings = [self.model.config.to_diff_dict(), self._processor_facts]
-        return model_fingerprint(self.model, EMBEDDING_PARTS, settings)
+        return model_fingerprint(self.model, EMBEDDING_PARTS, settings, dtype)
 
     def preprocess(self, images) -> Tensor:
         """Pictures to normalised pixels.
@@ -379,6 +384,30 @@ class DualEncoder:
                 "%d text(s) are longer than the %d tokens %s reads and were cut; the first is %r.",
                 len(cut), self.context_length, self.name_or_path or "the model", cut[0],
             )  # fmt: skip
+
+
+def load_encoder(
+    source: str,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> DualEncoder:
+    """A frozen dual encoder: a Hub id (``id@revision`` too), a folder, ``sandbox:weak|strong|weak-upgraded``, or a
+    model of open_clip (``open_clip:RN50/openai``).
+
+    Raises:
+        FileNotFoundError: neither a folder nor a possible Hub id.
+        OSError: the Hub has no such model, or cannot be reached.
+        ValueError: a family that is not supported, or an unknown sandbox model.
+    """
+    name, suffix = split_revision(source)
+    revision = revision or suffix
+    if not (name.startswith(SANDBOX) or is_open_clip(name) or Path(name).is_dir()):
+        check_hub_id(name, "model")
+    try:
+        return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
+    except OSError as error:
+        raise OSError(f"cannot load the model {source!r}: {error}") from error
 
 
 def load_processor(name: str, *, revision: str | None = None, **hub):

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, normalize
 
+from .attaching import TOKEN_RIDGE, active_prompts, solve_token_map, why_closed, with_prompts
 from .backbone import DualEncoder
 from .fingerprint import vocabulary_hash
-from .solvers import check_finite, token_map
+from .solvers import check_finite
 from .training import FitConfig, fit
 from .tuners import CoOpConfig
-from .tuners.injection import inject
-from .tuners.prompts import PromptLayer, class_inputs, class_vectors, phrase_token_ids, prompt_layer
-from .tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
-
-
-# λ of the token map: on the sandbox it tells more of unrelated models' held-out tokens than 0, and hardly less of an
-# upgrade's.
-TOKEN_RIDGE = 0.1
+from .tuners.prompts import class_inputs, class_vectors, phrase_token_ids, prompt_layer
+from .tuners.prompts.model import base_facts
 
 
 def emulated_fine_tuning(strong: Tensor, tuned: Tensor, weak: Tensor, alpha: float = 1.0) -> Tensor:
@@ -69,54 +62,22 @@ def linear_head(
     return normalize(vectors.detach(), dim=-1)
 
 
-def why_not_reattached(tuned: DualEncoder, strong: DualEncoder) -> str | None:
-    """Why the learnt prompts of one model cannot be put into another one as they are, `None` where they can."""
-    layer = _prompts(tuned)
-    if layer is None:
-        return "the tuned model has no prompt learner on it"
-    old = base_facts(tuned.model, tuned.processor.tokenizer)
-    return _closed(strong) or misfit(
-        replace(layer.active_config, base=old), base_facts(strong.model, strong.processor.tokenizer)
-    )
-
-
-def reattach_prompt(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
-    """A copy of the strong model with the tuned model's learnt prompts in it, unchanged: no image, no training.
-
-    Args:
-        tuned (`DualEncoder`): with a prompt learner of any kind on it.
-        strong (`DualEncoder`): of the widths and the vocabulary the prompts were learnt with; stays untouched.
-
-    Returns:
-        `DualEncoder`: prompts of it are ``"{}."``, as of `tuned`.
-
-    Raises:
-        ValueError: no prompts, or they do not fit; the message says why.
-    """
-    reason = why_not_reattached(tuned, strong)
-    if reason is not None:
-        raise ValueError(f"the prompts cannot be re-attached: {reason}.")
-    layer = _prompts(tuned)
-    state = get_peft_model_state_dict(tuned.model, adapter_name=layer.active_name)
-    return _with_prompts(strong, copy.deepcopy(layer.active_config), state)
-
-
 def why_no_prompt_transfer(tuned: DualEncoder, strong: DualEncoder) -> str | None:
     """Why [`prompt_transfer`] is not possible between two models, `None` where it is."""
-    layer = _prompts(tuned)
+    layer = active_prompts(tuned)
     if layer is None or not isinstance(layer.active_config, CoOpConfig):
         kind = "no prompt learner" if layer is None else f"a {layer.active_config.peft_type.value} adapter"
         return f"it is for contexts of CoOp or KgCoOp, and the tuned model has {kind}"
     if layer.active_config.layer:
         return "a context at a deeper layer is none among token embeddings"
-    return _closed(strong)
+    return why_closed(strong)
 
 
 def carry_context(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
     """A copy of the strong model with the tuned model's context mapped to its token space: Prompt Transfer's start.
 
     With one vocabulary ``v @ M``, v (M, width) the context and M the map between the two token tables
-    (`solvers.token_map`); with two, the strong model's own embeddings of the phrase the context started from.
+    (`attaching.solve_token_map`); with two, the strong model's own embeddings of the phrase the context started from.
 
     Args:
         tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
@@ -208,7 +169,7 @@ def _starts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncoder]:
     reason = why_no_prompt_transfer(tuned, strong)
     if reason is not None:
         raise ValueError(f"no prompt transfer: {reason}.")
-    layer = _prompts(tuned)
+    layer = active_prompts(tuned)
     old, tokenizer = layer.active_config, strong.processor.tokenizer
     shared = vocabulary_hash(tuned.processor.tokenizer) == vocabulary_hash(tokenizer)
     ids, count = old.init_token_ids if shared else None, old.n_ctx
@@ -228,37 +189,15 @@ def _starts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncoder]:
         provenance={"step": "prompt transfer", "before": old.provenance},
         revision=strong.revision,
     )
-    written = _with_prompts(strong, copy.deepcopy(config))
+    written = with_prompts(strong, copy.deepcopy(config))
     if not shared:
         return [written]
-    mapped = _with_prompts(strong, config)
+    mapped = with_prompts(strong, config)
     new = prompt_layer(mapped.model)
     tables = [found.get_base_layer().weight for found in (layer, new)]
     rows = min(map(len, tables))  # some tables are padded
     context = layer.part("ctx", layer.active_name).detach().cpu().float()
-    new.part("ctx", new.active_name).data.copy_(context @ token_map(*(table[:rows] for table in tables), TOKEN_RIDGE))
+    new.part("ctx", new.active_name).data.copy_(
+        context @ solve_token_map(*(table[:rows] for table in tables), TOKEN_RIDGE)
+    )
     return [mapped, written]
-
-
-def _closed(strong: DualEncoder) -> str | None:
-    """Why a model takes no prompts at all."""
-    if strong.family not in TOKEN_TABLES:
-        return f"prompt learning does not know the family {strong.family!r}"
-    if getattr(strong.model, "peft_config", None):
-        return "the strong model has adapters already: unload them first"
-    return None
-
-
-def _prompts(tuned: DualEncoder) -> PromptLayer | None:
-    """The prompt learner that answers, if there is one."""
-    layer = prompt_layer(tuned.model)
-    return None if layer is None or layer.active_name is None else layer
-
-
-def _with_prompts(strong: DualEncoder, config: PeftConfig, state: dict[str, Tensor] | None = None) -> DualEncoder:
-    """A frozen copy of the strong model with an adapter."""
-    model = copy.deepcopy(strong.model).eval()
-    inject(model, config)
-    if state is not None:
-        set_peft_model_state_dict(model, state)
-    return DualEncoder(model.requires_grad_(False), strong.processor, strong.name_or_path, strong.revision)

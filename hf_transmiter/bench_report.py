@@ -20,7 +20,7 @@ from .bench_plan import Cell, cells, read_cell, read_failure, slug
 from .files import replace_file
 from .hub import public_name
 from .protocols import Measured, Summary, summarise
-from .report import NOTHING
+from .scores import NOTHING
 from .upgrade_figures import compatibility_figure, context_length_figure
 
 

@@ -22,6 +22,7 @@ from .backbone import DualEncoder
 from .bridge_files import BridgeFiles
 from .fingerprint import ModelId
 from .moments import CrossMoment, sum_dataset
+from .provenance import library_versions
 from .settings import BETA
 
 
@@ -122,8 +123,6 @@ class Bridge(BridgeFiles):
         anchors = anchors or Anchors.universal()
         options = {"accelerator": accelerator, "progress": progress, **embedding}
         moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **options)
-        from .card_facts import library_versions  # not at the top: it comes later in the order of the package
-
         made = cls.from_moment(
             moment,
             ModelId.of(weak),

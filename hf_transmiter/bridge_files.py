@@ -14,17 +14,19 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from .anchors import Anchors
+from .cards import write_card
 from .files import read_metadata_json, read_tensors, replace_file
 from .fingerprint import ModelId
 from .hub import fetch, public_name
-from .solvers import check_finite
-from .trust import ORTHOGONALITY, check_json, check_semi_orthogonal
+from .sharing import push
+from .solvers import ORTHOGONALITY, check_finite, check_semi_orthogonal
+from .transfers import BRIDGE
+from .trust import check_json
 
 
 if TYPE_CHECKING:
     from .bridge import Bridge
 
-WEIGHTS = "bridge.safetensors"
 _FORMAT = "hf_transmiter.bridge"
 _SHAPES = {"matrix": ("m", "k"), "mean_strong": ("m",), "mean_weak": ("k",)}
 _FACTS = (
@@ -94,9 +96,7 @@ class BridgeFiles:
         Raises:
             FileExistsError: there is a bridge already and `overwrite` is `False`.
         """
-        self.save(Path(folder) / WEIGHTS, overwrite=overwrite)
-        from .cards import write_card  # not at the top: it comes later in the order of the package
-
+        self.save(Path(folder) / BRIDGE, overwrite=overwrite)
         write_card(folder)
 
     @classmethod
@@ -125,9 +125,9 @@ class BridgeFiles:
         if name.endswith(".safetensors"):
             return cls.load(name)
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        path = fetch(name, WEIGHTS, subfolder=subfolder, **hub)
+        path = fetch(name, BRIDGE, subfolder=subfolder, **hub)
         if path is None:
-            raise FileNotFoundError(f"there is no {WEIGHTS} in {name!r}; write one with Bridge.save_pretrained.")
+            raise FileNotFoundError(f"there is no {BRIDGE} in {name!r}; write one with Bridge.save_pretrained.")
         return cls.load(path)
 
     def push_to_hub(
@@ -148,11 +148,9 @@ class BridgeFiles:
             create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
             token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
         """
-        from .sharing import push
-
         options = {"private": private, "commit_message": commit_message, "create_pr": create_pr, "token": token}
         with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / WEIGHTS)
+            self.save(Path(folder) / BRIDGE)
             return push(folder, repo_id, **options)
 
     def without_paths(self) -> Bridge:

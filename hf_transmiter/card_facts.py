@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .card_text import Raw, escape, one_line, span
-from .evaluation import Score
 from .hub import OPEN_CLIP, SANDBOX, is_public_open_clip, split_revision
-from .report import markdown_table
+from .scores import Score, markdown_table
 from .trust import load_json, read_header
 
 
 logger = logging.getLogger(__name__)
 
-THIS = "this model"
-"""Method of the rows in ``scores.json`` that are about the artefact itself; the others are what it is compared to."""
 METHOD_NAMES = {
     **{"lora": "LoRA in the image tower", "coop": "a CoOp prompt", "kgcoop": "a KgCoOp prompt"},
     **{"prograd": "a ProGrad prompt", "cocoop": "a CoCoOp prompt", "contcoop": "a ContCoOp prompt"},
@@ -40,19 +35,6 @@ ACCURACIES = {
 }
 METRIC_NAMES = {**ACCURACIES, "ece": "expected calibration error, %"}
 _MAX_STEPS = 8
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide what an adapter says, to be noted when it is made."""
-    from . import __version__  # the package is no module of its own order
-
-    versions = {"python": platform.python_version(), "hf_transmiter": __version__}
-    for library in ("torch", "transformers", "peft", "datasets", "safetensors"):
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:  # installed without its metadata
-            continue
-    return versions
 
 
 def is_hub_id(name: object) -> bool:

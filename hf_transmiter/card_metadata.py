@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .card_facts import (
     ACCURACIES,
     METRIC_NAMES,
-    THIS,
     Measured,
     NamedDataset,
     NamedModel,
@@ -20,7 +19,7 @@ from .card_facts import (
     measured,
 )
 from .card_text import fill, one_line
-from .evaluation import Score
+from .scores import THIS, Score
 
 
 MARKER = "<!-- hf_transmiter writes this card again with every save; delete this line to write it yourself. -->"

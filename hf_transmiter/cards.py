@@ -20,7 +20,6 @@ from .card_facts import (
     Step,
     Weights,
     history,
-    library_versions,
     number,
     optional,
     required,
@@ -31,12 +30,12 @@ from .card_facts import (
 from .card_metadata import KEPT, MARKER, Card, by_people, completed, given_metadata
 from .card_text import fill
 from .files import replace_file
-from .report import read_scores
+from .scores import read_scores
 from .settings import TuningConfig
 from .trust import check_json, load_json, parse_json, read_header
 
 
-__all__ = ["AdapterCard", "BridgeCard", "TunedCard", "library_versions", "read_card", "write_card"]
+__all__ = ["AdapterCard", "BridgeCard", "TunedCard", "read_card", "write_card"]
 
 logger = logging.getLogger(__name__)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .anchors import DEFAULT_TEMPLATES, Anchors, read_templates
-from .backbone import DualEncoder
+from .backbone import DualEncoder, load_encoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
-from .hub import SANDBOX, check_hub_id, fetch, is_open_clip, read_json, split_revision
+from .hub import SANDBOX, fetch, read_json, split_revision
+from .image_sources import list_splits, load_images, open_split  # noqa: F401 - they are looked for here
 from .teachers import Teacher, as_classifier
 from .transfers import TeacherFacts
 from .trust import check_adapter_tensors, refuse_pickles
@@ -23,30 +23,6 @@ from .tuners import PeftType
 
 
 logger = logging.getLogger(__name__)
-
-
-def load_encoder(
-    source: str,
-    revision: str | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> DualEncoder:
-    """A frozen dual encoder: a Hub id (``id@revision`` too), a folder, ``sandbox:weak|strong|weak-upgraded``, or a
-    model of open_clip (``open_clip:RN50/openai``).
-
-    Raises:
-        FileNotFoundError: neither a folder nor a possible Hub id.
-        OSError: the Hub has no such model, or cannot be reached.
-        ValueError: a family that is not supported, or an unknown sandbox model.
-    """
-    name, suffix = split_revision(source)
-    revision = revision or suffix
-    if not (name.startswith(SANDBOX) or is_open_clip(name) or Path(name).is_dir()):
-        check_hub_id(name, "model")
-    try:
-        return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
-    except OSError as error:
-        raise OSError(f"cannot load the model {source!r}: {error}") from error
 
 
 def load_teacher(source: str, weak: DualEncoder) -> Teacher:

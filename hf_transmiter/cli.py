@@ -207,8 +207,10 @@ def evaluate(
     from .class_names import read_names
     from .dataset_specs import usual_templates
     from .evaluation import evaluate
+    from .features import guess_columns
     from .image_sources import guess_columns
     from .report import markdown_table
+    from .scores import markdown_table
 
     options = models.load(run)
     images = data.load(dataset, TEST, data.split)
@@ -225,7 +227,7 @@ def evaluate(
     options = {"seen_classes": seen, "split": split, "dataset_name": dataset, **data.embedding(run)}
     scores = evaluate(classifier, images, method=model, **options)
     if record and run.main_process:
-        from .sharing import record_scores
+        from .evaluation import record_scores
 
         record_scores(model, classifier, images, scores, **options)
     found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}

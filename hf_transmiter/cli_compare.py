@@ -214,7 +214,8 @@ def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str)
     from .comparison import STRONG
     from .hub import public_name
     from .knowledge_figures import reliability_figure
-    from .report import Section, comparison_table, write_report, write_scores
+    from .report import Section, comparison_table, write_report
+    from .scores import write_scores
 
     metric = "agreement" if found.labels is None else "accuracy"
     label = "agreement with the tuned weak model (%)" if found.labels is None else "accuracy (%)"

@@ -165,6 +165,13 @@ class OutputOptions:
             raise FileExistsError(f"{folder} exists and was not written by this command: choose another folder.")
         check_new(folder, self.overwrite)
 
+    def saved(self) -> dict | None:
+        """The settings of an earlier run that filled the folder, `None` where there was none."""
+        import yaml
+
+        path = self.output_dir / SETTINGS_FILE
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     @property
     def checkpoint(self) -> Path:
         """Where an interrupted training goes on."""

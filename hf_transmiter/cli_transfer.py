@@ -100,7 +100,10 @@ def _derived(compose: list[str], invert: str | None) -> Bridge:
 
 
 def transfer(
-    adapter: Annotated[str, typer.Argument(help="Adapter of the weak model: folder or Hub id.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="Adapter of the weak model: folder or Hub id; several with a --bridge and no pictures."),
+    ],
     strong: Strong,
     output: OutputOptions,
     data: DataOptions,
@@ -118,30 +121,73 @@ def transfer(
 ) -> Result:
     """An adapter of the weak model becomes one of the strong model, from unlabelled pictures, a bridge, or text alone.
 
+    Of several adapters each becomes a folder of --output-dir; those that are finished are kept, so that an interrupted
+    run goes on.
+
     [bold]Example:[/bold] hf-transmiter transfer out/adapter --strong openai/clip-vit-large-patch14 --dataset mteb/dtd --output-dir out/strong
     """  # noqa: E501
-    output.check(run)
+    several = len(adapters) > 1
+    if several and (bridge is None or dataset or teacher or seen_classes):
+        raise ValueError(
+            "several adapters cross one bridge, without pictures: pass --bridge, and neither --dataset, --teacher nor "
+            "--seen-classes."
+        )
+    left = dict.fromkeys(adapters, output) if not several else _unfinished(adapters, output, values, run)
+    if not several:
+        output.check(run)
     from .bridge import Bridge
     from .catalog import load_classifier, load_encoder, load_teacher
     from .class_names import read_names
     from .transferring import transfer
 
     options = models.load(run)
-    source = load_classifier(adapter, load_encoder(weak, **options) if weak else None, **options)
-    images = data.load(dataset, UNLABELLED, data.split)
-    upgraded = transfer(
-        source,
-        load_encoder(strong, **options),
-        images,
-        bridge=None if bridge is None else Bridge.from_pretrained(bridge),
-        teacher=None if teacher is None else load_teacher(teacher, source.encoder),
-        seen_classes=read_names(seen_classes),
-        config=config,
-        dataset_name=dataset,
-        **data.embedding(run),
-    )
-    facts = upgraded.adapter_config.provenance
-    output.write(upgraded.save_pretrained, values, run)
-    found = {"output_dir": str(output.output_dir), "form": upgraded.adapter_config.form, "provenance": facts}
+    weak_model = load_encoder(weak, **options) if weak else None
+    strong_model = load_encoder(strong, **options) if left else None
+    crossed = None if bridge is None else Bridge.from_pretrained(bridge)
+    images, made = data.load(dataset, UNLABELLED, data.split), []
+    for adapter, place in left.items():
+        source = load_classifier(adapter, weak_model, **options)
+        weak_model = source.encoder
+        upgraded = transfer(
+            source,
+            strong_model,
+            images,
+            bridge=crossed,
+            teacher=None if teacher is None else load_teacher(teacher, source.encoder),
+            seen_classes=read_names(seen_classes),
+            config=config,
+            dataset_name=dataset,
+            **data.embedding(run),
+        )
+        place.write(upgraded.save_pretrained, {**values, "adapters": [adapter]}, run)
+        facts = upgraded.adapter_config
+        made.append({"output_dir": str(place.output_dir), "form": facts.form, "provenance": facts.provenance})
+    if several:
+        kept = len(adapters) - len(made)
+        said = f"Transferred to {strong}: {len(made)} adapters, {kept} were finished already: {output.output_dir}"
+        return Result({"transferred": made, "kept": kept}, said)
+    facts = made[0]["provenance"]
     how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"
-    return Result(found, f"Transferred to {strong} ({how}): {output.output_dir}")
+    return Result(made[0], f"Transferred to {strong} ({how}): {output.output_dir}")
+
+
+def _unfinished(adapters: list[str], output: OutputOptions, values: dict, run: RunOptions) -> dict[str, OutputOptions]:
+    """Where each adapter goes, without those that an earlier run of the same command has finished.
+
+    Raises:
+        FileExistsError: one of the folders holds something else.
+        ValueError: two adapters would go to one folder.
+    """
+    from .hub import split_revision
+
+    left, taken = {}, set()
+    for adapter in adapters:
+        name = Path(adapter).resolve().name if Path(adapter).is_dir() else split_revision(adapter)[0].split("/")[-1]
+        if name in taken:
+            raise ValueError(f"two adapters are called {name!r}: carry them over in separate runs.")
+        taken.add(name)
+        place = OutputOptions(output.output_dir / name, output.overwrite)
+        if place.saved() != {**values, "adapters": [adapter]} or output.overwrite:
+            place.check(run)
+            left[adapter] = place
+    return left

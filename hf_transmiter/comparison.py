@@ -17,9 +17,11 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .comparison_task import Answer, Task
 from .evaluation import Score, score_logits
+from .features import guess_columns
 from .image_sources import guess_columns
 from .methods import METHODS, Needs, Variant
 from .reliability import expected_calibration_error
+from .scores import Score
 from .settings import ExtractionConfig, TuningConfig
 from .teachers import Teacher
 

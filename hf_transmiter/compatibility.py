@@ -26,10 +26,12 @@ from .anchors import PROMPTED, Anchors
 from .attaching import Incompatible, attach, map_fit, read_config, token_map, why_not_mapped
 from .backbone import DualEncoder
 from .classifier import AnchorClassifier
-from .evaluation import Score, align_labels, score_logits
+from .evaluation import align_labels, score_logits
 from .features import embed_dataset
+from .prompt_tuning import PROMPTED
 from .report import markdown_table
 from .retraining import Retraining, SavedTuning
+from .scores import Score, markdown_table
 from .teachers import same_image_tower
 from .tuners.prompts import PromptConfig
 

@@ -19,17 +19,17 @@ from . import figures, methods, report, sandbox
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
-from .card_facts import THIS
 from .catalog import teacher_facts
 from .classifier import AnchorClassifier
 from .comparison import Comparison, compare
-from .evaluation import Score, aggregate, evaluate
+from .evaluation import evaluate
 from .extraction import ExtractionConfig, extract
 from .features import embed_dataset
 from .fingerprint import ModelId
 from .hub import model_location
 from .moments import image_moment
 from .prompt_tuning import TuningConfig, tune
+from .scores import THIS, Score, aggregate, markdown_table, write_scores
 from .splits import base_novel, few_shot
 from .transferring import transfer
 from .transfers import SCORES
@@ -185,7 +185,7 @@ def run_demo(
             scores += found["scores"]
             sections.append(found["section"])
             recommended[domain] = found["recommended"]
-        report.write_scores(folder / "scores.json", scores)
+        write_scores(folder / "scores.json", scores)
         report.write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
         if target.exists():
             os.replace(target, old)
@@ -200,7 +200,7 @@ def run_demo(
         "output_dir": str(target),
         "scores": scores,
         "recommended": recommended,
-        "table": "\n\n".join(s.title + "\n\n" + report.markdown_table(s.scores, notes=s.notes) for s in sections),
+        "table": "\n\n".join(s.title + "\n\n" + markdown_table(s.scores, notes=s.notes) for s in sections),
     }
 
 
@@ -244,7 +244,7 @@ def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path
     named = {found.recommended: THIS}
     on = {"dataset": f"sandbox:{task.domain}", "num_images": len(found.labels)}
     rows = [replace(score, method=named.get(score.method, score.method), **on) for score in found.scores]
-    report.write_scores(folder / "strong_adapter" / SCORES, rows)
+    write_scores(folder / "strong_adapter" / SCORES, rows)
     upgraded.save_pretrained(folder / "strong_adapter")
     clip = CLIPModel.from_pretrained(model_location(task.strong.name_or_path), dtype=torch.float32)
     reloaded = PeftModel.from_pretrained(clip, folder / "strong_adapter").eval()

@@ -1,4 +1,4 @@
-"""[`evaluate`]: accuracy of one classifier; [`Score`] rows, and their mean and spread over seeds.
+"""[`evaluate`]: accuracy of one classifier.
 
 Protocols: all classes at once; base-to-novel (accuracy among the classes the tuning saw, among the others, their
 harmonic mean, and the *joint* accuracy over all classes, without which the two halves flatter).
@@ -6,37 +6,27 @@ harmonic mean, and the *joint* accuracy over all classes, without which the two 
 
 from __future__ import annotations
 
-import statistics
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
+from .anchors import Anchors
+from .cards import write_card
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
+from .scores import THIS, Score, read_scores, write_scores
+from .transfers import SCORES
 
 
-@dataclass(frozen=True)
-class Score:
-    """One number. `value` in percent; `std` over seeds (0 with one); `seconds` and `peak_mb` (resident memory on top
-    of what was there, or GPU memory) of making the method, without embedding the images, which all methods share;
-    `dataset` (Hub id, ``id@revision`` too, or ``sandbox:NAME``) and `num_images` say what it was scored on."""
-
-    method: str
-    split: str
-    metric: str
-    value: float
-    std: float = 0.0
-    seconds: float | None = None
-    peak_mb: float | None = None
-    seeds: int = 1
-    dataset: str | None = None
-    num_images: int | None = None
+ZERO_SHOT = "zero-shot"  # method of the rows about the plain model
 
 
 def score_logits(logits: Tensor, labels: Tensor, base: Sequence[int] | None = None) -> dict[str, float]:
@@ -112,38 +102,30 @@ def evaluate(
     return [Score(method, split, metric, value, **on) for metric, value in scores.items()]
 
 
-def rounding(classifier: AnchorClassifier, dataset, dtype: torch.dtype, **embedding) -> dict:
-    """What rounding an adapter's weights to `dtype` changes, for its card.
+def record_scores(
+    folder: str | os.PathLike, classifier: AnchorClassifier, dataset, scores: Sequence[Score], **options
+) -> None:
+    """Notes scores in ``scores.json`` of an adapter's folder, with those of its plain model, and writes its card.
+
+    Rows about the same dataset, split and metric are replaced, others stay.
 
     Args:
-        classifier (`AnchorClassifier`): with the adapter as it is.
-        dataset (`datasets.Dataset`): images, with or without labels.
-        dtype (`torch.dtype`): of the saved weights.
-        **embedding: passed to `embed_dataset`.
-
-    Returns:
-        `dict`: `num_images`, `agreement` (percent of the images with the same prediction) and, with labels, `accuracy`
-        before and `rounded_accuracy` after, in percent.
+        folder (`str` or `os.PathLike`): of the adapter.
+        classifier (`AnchorClassifier`): what was scored.
+        dataset (`datasets.Dataset`): what it was scored on.
+        scores (`Sequence[Score]`): what `evaluate` returned.
+        **options: as they were passed to `evaluate`.
     """
-    table = embed_dataset(classifier.encoder, dataset, **embedding)
-    layer, name = classifier.transmiter, classifier.transmiter.active_name
-    before = {part: tensor.clone() for part, tensor in layer.tensors(name).items()}
-
-    def predictions() -> Tensor:
-        return torch.cat([classifier.classify(x.to(classifier.encoder.device)).cpu() for x in table.batches(4096)])
-
-    exact = predictions()
-    try:
-        layer.set_tensors(name, {part: tensor.to(dtype).float() for part, tensor in before.items()})
-        rounded = predictions()
-    finally:
-        layer.set_tensors(name, before)
-    facts = {"num_images": len(table), "agreement": _percent(exact.argmax(1) == rounded.argmax(1))}
-    if table.labels is not None:
-        labels = align_labels(table, classifier.class_names)
-        pair = [score_logits(logits, labels)["accuracy"] for logits in (exact, rounded)]
-        facts |= {"accuracy": pair[0], "rounded_accuracy": pair[1]}
-    return facts
+    scores = [replace(score, method=THIS) for score in scores]
+    if classifier.adapter_config is not None:  # the encoder below a TransMiter adapter is the plain model
+        anchors = Anchors(classifier.class_names, (), classifier.anchors.templates)
+        scores += evaluate(AnchorClassifier(classifier.encoder, anchors), dataset, method=ZERO_SHOT, **options)
+    path = Path(folder) / SCORES
+    known = read_scores(path) if path.is_file() else []
+    new = {(score.dataset, score.split, score.metric, score.method) for score in scores}
+    kept = [score for score in known if (score.dataset, score.split, score.metric, score.method) not in new]
+    write_scores(path, [*kept, *scores])
+    write_card(folder)
 
 
 def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
@@ -202,27 +184,3 @@ def measured() -> Iterable[dict[str, float]]:
         watcher.join()
         peak = torch.cuda.max_memory_allocated() if cuda else max(peak, resident())
         found["peak_mb"] = max(0.0, (peak - start) / 2**20)
-
-
-def aggregate(runs: Sequence[Sequence[Score]]) -> list[Score]:
-    """Mean and sample standard deviation over seeds, row by row in the order of first appearance."""
-    rows: dict[tuple, list[Score]] = {}
-    for scores in runs:
-        for score in scores:
-            rows.setdefault((score.method, score.split, score.metric), []).append(score)
-
-    def mean(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
-
-    return [
-        replace(
-            same[0],
-            value=statistics.fmean(s.value for s in same),
-            std=statistics.stdev([s.value for s in same]) if len(same) > 1 else 0.0,
-            seconds=mean(s.seconds for s in same),
-            peak_mb=mean(s.peak_mb for s in same),
-            seeds=len(same),
-        )
-        for same in rows.values()
-    ]

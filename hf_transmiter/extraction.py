@@ -21,7 +21,7 @@ from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .draws import per_example
 from .features import FeatureTable, embed_dataset
-from .hub import public_name
+from .provenance import library_versions, named_dataset
 from .settings import ExtractionConfig
 from .solvers import discriminant_head, ridge
 from .teachers import Teacher, teacher_class_vectors, teacher_logits
@@ -73,8 +73,6 @@ def extract(
         ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
             begin with the class names, or logits that are not finite.
     """
-    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
-
     config = config or ExtractionConfig()
     class_names = _class_names(class_names, anchors, teacher, dataset)
     if anchors is None:
@@ -125,14 +123,6 @@ def extract(
         about = {"dataset_fingerprint": table.dataset_fingerprint, "dataset": adapter.provenance.get("dataset")}
         classifier.calibration = CalibrationPack(logits, class_names, **about, weak_logits=own)
     return classifier
-
-
-def named_dataset(dataset, name: str | None) -> dict[str, str]:
-    """What provenance says of images that have a name: ``{"dataset": "mteb/dtd (train)"}``."""
-    if dataset is None or name is None:
-        return {}
-    split = getattr(dataset, "split", None)
-    return {"dataset": public_name(name) + (f" ({split})" if split is not None else "")}
 
 
 def closed_form(

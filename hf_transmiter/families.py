@@ -11,7 +11,7 @@ Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343).
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 
 FAMILIES = {
@@ -72,10 +72,6 @@ def image_model(config: PreTrainedConfig) -> PreTrainedModel:
     Args:
         config (`PreTrainedConfig`): of a two-tower model of a supported family.
     """
-    from transformers import (
-        AutoModel,
-    )  # not at the top: `image_classification` is imported with it, and needs this module
-
     model = AutoModel.from_config(config, trust_remote_code=False)
     for part in TEXT_PARTS:
         if hasattr(model, part):

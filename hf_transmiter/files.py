@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping
@@ -38,6 +39,16 @@ def new_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None
         made.mkdir()  # with the usual permissions, which a temporary folder does not have
         write(made)
         os.replace(made, path)
+
+
+def replace_metadata(path: str | os.PathLike, metadata: dict[str, str]) -> None:
+    """Puts other metadata into a safetensors file (one that [`trust.read_header`] reads); its tensors stay."""
+    content = Path(path).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8:start]), "__metadata__": metadata}).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    made = len(header).to_bytes(8, "little") + header + content[start:]
+    replace_file(path, lambda temporary: temporary.write_bytes(made))
 
 
 def read_tensors(

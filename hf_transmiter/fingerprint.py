@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -38,14 +39,17 @@ class ModelId:
 
     def is_of(self, encoder) -> bool:
         """Whether `encoder` is this model: the very revision of it with no adapter in its towers, or equal weights
-        and processor. Weights in half precision have another fingerprint than the same in float32; there the name
-        decides, and the revision where both are known."""
+        and processor. A model in float32 is also compared as it would be in half precision; of one in half precision,
+        whose float32 weights are not known, the name decides, and the revision where both are known."""
         if self.name is not None and self.name == encoder.name_or_path and not _is_adapted(encoder.model):
             if self.revision is not None and self.revision == encoder.revision:
                 return True
             if encoder.dtype != torch.float32 and None in (self.revision, encoder.revision):
                 return True
-        return encoder.fingerprint == self.fingerprint
+        if encoder.fingerprint == self.fingerprint:
+            return True
+        halves = (torch.bfloat16, torch.float16) if encoder.dtype == torch.float32 else ()
+        return any(encoder.fingerprint_in(dtype) == self.fingerprint for dtype in halves)
 
     def check(self, encoder, role: str) -> None:
         """
@@ -65,7 +69,7 @@ def vocabulary_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def model_fingerprint(model: nn.Module, parts: Sequence[str], settings) -> str:
+def model_fingerprint(model: nn.Module, parts: Sequence[str], settings, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over `settings`, the adapters active inside `parts`, and the values of every tensor in `parts`.
 
     Equal across processes and machines. Values are read once; later calls read again only tensors that were
@@ -75,13 +79,14 @@ def model_fingerprint(model: nn.Module, parts: Sequence[str], settings) -> str:
         model (`nn.Module`): the model.
         parts (`Sequence[str]`): names of the root's children and parameters that count.
         settings: anything made of dicts, lists and plain values; where it was saved and by which version is ignored.
+        dtype (`torch.dtype`, *optional*): floating-point values as they would be in this type.
     """
     facts = [without_provenance(settings), list(_adapter_state(model, parts))]
-    tensors = [
-        f"{tensor.dtype} {tuple(tensor.shape)} {_tensor_digest(tensor)}"
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.split(".", 1)[0] in parts and torch.is_tensor(tensor)
-    ]
+    tensors = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.split(".", 1)[0] in parts and torch.is_tensor(tensor):
+            read = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            tensors.append(f"{read.dtype} {tuple(read.shape)} {_tensor_digest(read)}")
     # Sorted by value, not by name: transformers renames modules between versions, saved fingerprints must outlive it.
     return hashlib.sha256(json.dumps([facts, sorted(tensors)], sort_keys=True).encode()).hexdigest()
 
@@ -101,9 +106,6 @@ def _is_adapted(model: nn.Module) -> bool:
 
 def _adapter_state(model: nn.Module, parts: Sequence[str]) -> Iterator[list]:
     """Adapters switched on per layer, with their scale: the same weights answer differently."""
-    # Not at the top: importing PEFT registers this package's adapters, and those import this module.
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and name.split(".", 1)[0] in parts:
             scaling = {key: float(value) for key, value in getattr(module, "scaling", {}).items()}

@@ -47,7 +47,7 @@ from .families import (
 from .hub import SANDBOX, fetch, is_open_clip, model_location, read_json, split_revision
 from .image_classification_config import TransMiterImageClassificationConfig, check_of_transformers
 from .solvers import check_finite
-from .transfers import CONFIG, list_transfers, read_adapter, read_transfer
+from .transfers import CONFIG, read_adapter
 from .trust import read_header
 
 
@@ -202,14 +202,14 @@ class TransMiterForImageClassification(PreTrainedModel):
         """Loads a TransMiter adapter with the image tower of its model, or what [`save_pretrained`] wrote.
 
         The text tower is not read where the name (and the revision, if one is named) is that of the adapter's own
-        model, or of one that its repository has a finished transfer for, at a commit of the Hub: that commit is
-        loaded. Any other, such as a model in a folder, is compared with these by its weights and loaded whole for it.
+        model at a commit of the Hub: that commit is loaded. Any other, such as a model in a folder, is compared with
+        it by its weights and loaded whole for that.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id of an adapter or a classifier.
             base_model (`str`, `os.PathLike`, `PreTrainedModel` or `DualEncoder`, *optional*):
-                The model for an adapter: its own (the default), or one its repository has a finished transfer for;
-                ``id@revision`` too. A loaded model is copied.
+                The adapter's model, where it is not found under the name in the adapter's config; ``id@revision``
+                too. A loaded model is copied.
             revision (`str`, *optional*): branch, tag or commit of the adapter or classifier.
             token (`str` or `bool`, *optional*): Hub token.
             cache_dir (`str` or `os.PathLike`, *optional*): download cache.
@@ -259,10 +259,6 @@ class TransMiterForImageClassification(PreTrainedModel):
         shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
         if _pins(own, name, revision):
             return cls._from_image_tower(name, adapter, tensors, dtype, **shared)
-        entries = [entry for entry in list_transfers(source, **hub) if entry.kind == "adapter"]
-        entries = [entry for entry in entries if _pins((entry.model.name, entry.model.revision), name, revision)]
-        if len(entries) == 1:  # of several revisions the weights tell which one it is
-            return cls._from_image_tower(name, *read_transfer(source, entries[0], **hub), dtype, **shared)
         logger.info("%s is known by its weights only: the whole model is loaded to compare them.", name)
         encoder = DualEncoder.from_pretrained(name, revision=revision, dtype=dtype, device=device, **shared)
         return cls.from_classifier(AnchorClassifier.from_pretrained(source, encoder, **hub))

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from .classifier import AnchorClassifier
 from .features import FeatureTable, embed_dataset
+from .provenance import library_versions
 from .settings import LabelTuningConfig
 from .training import fit
 
@@ -92,8 +93,6 @@ def label_tune(
         description="Label tuning",
         progress=progress,
     )
-    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
-
     facts = {"step": "label_tune", "num_images": len(x), "before": source.provenance}
     tuned_config.provenance = {**facts, "versions": library_versions()}
     return tuned.requires_grad_(False)

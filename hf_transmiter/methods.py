@@ -13,7 +13,7 @@ from typing import get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from . import baselines
+from . import attaching, baselines
 from .anchors import Anchors
 from .bridge import Bridge
 from .class_names import did_you_mean
@@ -206,11 +206,11 @@ def _of_both(logits: Callable[[Task], Tensor]) -> Callable[[Task, Variant], Answ
 
 
 def _reattachable(task: Task) -> str | None:
-    return "no prompt was tuned" if task.prompted is None else baselines.why_not_reattached(task.prompted, task.strong)
+    return "no prompt was tuned" if task.prompted is None else attaching.why_not_reattached(task.prompted, task.strong)
 
 
 def _reattached(task: Task, variant: Variant) -> AnchorClassifier:
-    return task.prompting(baselines.reattach_prompt(task.prompted, task.strong))
+    return task.prompting(attaching.reattach_prompt(task.prompted, task.strong))
 
 
 def _context_transferable(task: Task) -> str | None:

@@ -18,7 +18,7 @@ from .dataset_specs import find_row, load_split
 from .hub import SANDBOX, read_json, split_revision
 from .image_sources import guess_columns, load_images
 from .transferring import transfer
-from .transfers import TeacherFacts, list_transfers
+from .transfers import TeacherFacts
 from .tuners import PeftType
 
 
@@ -62,8 +62,8 @@ def load_panels(
         strong (`str`, *optional*): the strong model; the one `upgraded` was made for when omitted.
         adapter (`str`, *optional*): TransMiter adapter of the weak model.
         upgraded (`str`, *optional*):
-            Adapter of the strong model. When omitted, `adapter` is carried over to `strong`: by a finished transfer in
-            its repository, else over a bridge from text alone.
+            Adapter of the strong model. When omitted, `adapter` is carried over to `strong` over a bridge from text
+            alone.
         class_names (`Sequence[str]`, *optional*): needed where no source has them saved with it.
         templates (`Sequence[str]`, *optional*): prompts of zero-shot class vectors; those the tuning started from
             when omitted.
@@ -149,8 +149,6 @@ class _Loader:
     def carried(self, adapter: str, weak: str, strong: str) -> Panel:
         """The weak model's adapter on the strong model."""
         encoder = self.encoder(strong)
-        if any(entry.model.is_of(encoder) for entry in list_transfers(adapter)):
-            return Panel(self.adapted(adapter, strong), _with(adapter, strong))
         made = transfer(self.adapted(adapter, weak), encoder, progress=False)
         return Panel(made, f"{_with(adapter, strong)}, over a bridge from text alone")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .settings import LAMBDAS
 
 
+ORTHOGONALITY = 5e-3  # entries of the Gram matrix may be off by this much: bfloat16 rounds to 2⁻⁹
 EPS = 1e-6  # of the published standardisation (arXiv 2508.08604, section 3)
 
 
@@ -31,6 +32,28 @@ def check_finite(rows: Tensor, what: str) -> Tensor:
             "look at that image, or compute in float32 if the model runs in half precision."
         )
     return rows
+
+
+def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False) -> Tensor:
+    """Returns `matrix` unchanged.
+
+    ``G = MᵀM`` (or ``MMᵀ``, whichever is smaller) must be a projection, ``GG = G``: M keeps lengths or maps to zero.
+    With `full_rank`, ``G = 1``: it keeps all of them.
+
+    Args:
+        matrix (`Tensor`): M (m, k).
+        what (`str`): what to call it in an error.
+        full_rank (`bool`, *optional*, defaults to `False`): whether nothing may be mapped to zero.
+
+    Raises:
+        ValueError: it is not, by more than the rounding of half precision (`ORTHOGONALITY`).
+    """
+    m = matrix.detach().double()
+    gram = m.T @ m if m.shape[1] <= m.shape[0] else m @ m.T
+    target = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if full_rank else gram @ gram
+    if not torch.allclose(gram, target, rtol=0, atol=ORTHOGONALITY):
+        raise ValueError(f"{what} is not orthogonal; the file was changed or damaged.")
+    return matrix
 
 
 def standardise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,36 +191,6 @@ def ridge(
     lam = min(errors, key=errors.__getitem__) if errors else next(iter(weights))
     delta = vec @ weights[lam]
     return RidgeSolution((prior + delta).float(), (mean_y - mean_x @ delta).float(), float(lam), errors)
-
-
-def token_map(old: Tensor, new: Tensor, ridge: float = 0.0) -> Tensor:
-    """The linear map between two token tables of one vocabulary, for what lives among an old model's token embeddings.
-
-    ``argmin_M ‖E_old M - E_new‖² + λ·ē·‖M‖²`` with ē the mean eigenvalue of ``E_oldᵀ E_old``; of several minima, the
-    smallest. A context ``v`` (M, d_old) becomes ``v @ token_map(...)`` (M, d_new).
-
-    Args:
-        old (`Tensor`): E_old (V, d_old), row i the embedding of token i.
-        new (`Tensor`): E_new (V, d_new), of the same tokens.
-        ridge (`float`, *optional*, defaults to 0.0): λ.
-
-    Returns:
-        `Tensor`: (d_old, d_new), float32.
-
-    Raises:
-        ValueError: tables of different lengths, a negative λ, or a value that is not finite.
-    """
-    if old.ndim != 2 or new.ndim != 2 or len(old) != len(new):
-        raise ValueError(
-            f"token tables must have a row for each token of one vocabulary, got {tuple(old.shape)} and "
-            f"{tuple(new.shape)}."
-        )
-    if ridge < 0:
-        raise ValueError(f"ridge must not be negative, got {ridge}.")
-    x, y = (check_finite(table.detach().cpu(), "the token embeddings").double() for table in (old, new))
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return (torch.linalg.pinv(gram, hermitian=True) @ (x.T @ y)).float()
 
 
 @dataclass

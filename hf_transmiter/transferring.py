@@ -18,9 +18,9 @@ from .backbone import DualEncoder
 from .bridge import Bridge
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
-from .extraction import named_dataset
 from .features import FeatureTable, embed_dataset
 from .fingerprint import ModelId
+from .provenance import library_versions, named_dataset
 from .settings import TransferConfig
 from .solvers import discriminant_head
 from .teachers import Teacher, teacher_logits
@@ -87,8 +87,7 @@ def transfer(
         weight = config.zero_shot_weight
     else:
         weight = 1 / 3 if unseen else 0.0
-    tensors = {key: tensor.cpu() for key, tensor in adapter.transmiter.tensors(adapter.transmiter.active_name).items()}
-    content, tensors = carry(source.to_dict(), tensors, strong, bridge, weak=weak, zero_shot_weight=weight)
+    content, tensors = carry(*adapter.adapter_tensors(), strong, bridge, weak=weak, zero_shot_weight=weight)
     upgraded, facts = TransMiterConfig.from_peft_type(**content), content["provenance"]
     facts.update(named_dataset(dataset, dataset_name))
     wanted = not unseen if config.refit is None else config.refit
@@ -163,8 +162,6 @@ def carry(
     Raises:
         ValueError: as [`check_bridge`], or a bridge of other anchors.
     """
-    from .card_facts import library_versions  # not at the top: it comes later in the order of the package
-
     source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
     check_bridge(source, strong, bridge, weak)
     text = strong.embed_names(source.anchors.names, source.templates).cpu()

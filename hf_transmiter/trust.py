@@ -16,9 +16,7 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 
 MAX_JSON_BYTES = 8 * 2**20  # parsed, the worst JSON takes twenty times its size
@@ -26,7 +24,6 @@ MAX_HEADER_BYTES = 8 * 2**20
 MAX_DEPTH = 32
 FLOATING = ("F64", "F32", "F16", "BF16")
 KEY_PREFIX = "base_model.model.transmiter.transmiter_"  # of a tensor's name in a saved adapter
-ORTHOGONALITY = 5e-3  # entries of the Gram matrix may be off by this much: bfloat16 rounds to 2⁻⁹
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 _SCHEMAS = Path(__file__).parent / "assets" / "schemas"
 # Files of a repository to the schema they must fit, see `check_json`.
@@ -35,7 +32,6 @@ SCHEMA_OF = {
     "anchors.json": "anchors",
     "scores.json": "scores",
     "teacher.json": "teacher",
-    "transfers/index.json": "transfers",
     "config.json": "model_config",
     "open_clip_config.json": "open_clip_config",
 }
@@ -126,7 +122,7 @@ def check_json(content, schema: str, where: str):
     Args:
         content: what [`parse_json`] returned.
         schema (`str`): name of a file in ``assets/schemas``: `"adapter_config"`, `"anchors"`, `"bridge"`,
-            `"calibration"`, `"model_config"`, `"scores"`, `"teacher"` or `"transfers"`.
+            `"calibration"`, `"model_config"`, `"scores"` or `"teacher"`.
         where (`str`): what to call it in an error.
 
     Raises:
@@ -307,28 +303,6 @@ def _chosen_sizes(config: Mapping, header: Mapping[str, tuple[str, tuple[int, ..
     return sizes
 
 
-def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False) -> Tensor:
-    """Returns `matrix` unchanged.
-
-    ``G = MᵀM`` (or ``MMᵀ``, whichever is smaller) must be a projection, ``GG = G``: M keeps lengths or maps to zero.
-    With `full_rank`, ``G = 1``: it keeps all of them.
-
-    Args:
-        matrix (`Tensor`): M (m, k).
-        what (`str`): what to call it in an error.
-        full_rank (`bool`, *optional*, defaults to `False`): whether nothing may be mapped to zero.
-
-    Raises:
-        ValueError: it is not, by more than the rounding of half precision (`ORTHOGONALITY`).
-    """
-    m = matrix.detach().double()
-    gram = m.T @ m if m.shape[1] <= m.shape[0] else m @ m.T
-    target = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if full_rank else gram @ gram
-    if not torch.allclose(gram, target, rtol=0, atol=ORTHOGONALITY):
-        raise ValueError(f"{what} is not orthogonal; the file was changed or damaged.")
-    return matrix
-
-
 def refuse_pickles(folder: str | os.PathLike) -> None:
     """Makes sure that nothing beside the safetensors could be unpickled, which would run whatever code it holds. PEFT
     takes ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
@@ -340,10 +314,8 @@ def refuse_pickles(folder: str | os.PathLike) -> None:
         ValueError: it holds pickles; the message names them.
     """
     folder = Path(folder)
-    places = [place for place in (folder, folder / "transfers") if place.is_dir()]
-    found = sorted(
-        str(path.relative_to(folder)) for place in places for path in place.iterdir() if path.suffix.lower() in PICKLES
-    )
+    places = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(path.name for path in places if path.suffix.lower() in PICKLES)
     if found:
         raise ValueError(
             f"{folder} holds {_SHORT.repr(found)[1:-1]}: such files run the code in them when they are read. Delete "

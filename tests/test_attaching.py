@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from hf_transmiter.anchors import Anchors
-from hf_transmiter.attaching import Incompatible, attach, map_fit, token_map
+from hf_transmiter.attaching import TOKEN_RIDGE, Incompatible, attach, map_fit, token_map
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.baselines import TOKEN_RIDGE
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.tuners import (
     CoCoOpConfig,

@@ -117,6 +117,7 @@ def test_half_precision(family, model_dir, make_images, dtype):
     whole = DualEncoder.from_pretrained(model_dir(family))
     half = DualEncoder.from_pretrained(model_dir(family), dtype=dtype)
     assert half.dtype == dtype and half.fingerprint != whole.fingerprint
+    assert whole.fingerprint_in(dtype) == half.fingerprint and whole.fingerprint_in(None) == whole.fingerprint
     pixels = whole.preprocess(make_images(2))
     for ours, exact in (
         (half.embed_pixels(pixels), whole.embed_pixels(pixels)),

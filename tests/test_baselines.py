@@ -10,23 +10,20 @@ from torch.nn.functional import kl_div, normalize, one_hot
 from transformers import AutoModel
 
 from hf_transmiter import sandbox
+from hf_transmiter.attaching import TOKEN_RIDGE, reattach_prompt, solve_token_map, why_not_reattached
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.baselines import (
-    TOKEN_RIDGE,
     carry_context,
     emulated_fine_tuning,
     linear_head,
     logit_ensemble,
     prompt_transfer,
-    reattach_prompt,
     why_no_prompt_transfer,
-    why_not_reattached,
 )
 from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.features import embed_dataset
 from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.settings import FitConfig, TuningConfig
-from hf_transmiter.solvers import token_map
 from hf_transmiter.teachers import teacher_logits
 from hf_transmiter.tuners import (
     CoCoOpConfig,
@@ -131,19 +128,19 @@ def test_the_token_map_recovers_a_planted_map(seed, old, new, more):
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(old + 4 + more, old, generator=generator, dtype=torch.float64)
     planted = torch.randn(old, new, generator=generator, dtype=torch.float64)
-    found = token_map(table, table @ planted)
+    found = solve_token_map(table, table @ planted)
     assert found.shape == (old, new) and (found - planted).abs().max() < 1e-4
 
 
 def test_the_token_map_is_the_least_squares_solution():
     table, target = torch.randn(50, 6), torch.randn(50, 4)
     expected = torch.linalg.lstsq(table.double(), target.double()).solution
-    assert torch.allclose(token_map(table, target).double(), expected, atol=1e-6)
+    assert torch.allclose(solve_token_map(table, target).double(), expected, atol=1e-6)
     lam = 0.3 * (table.T @ table).trace() / 6
     ridged = torch.linalg.solve(table.T @ table + lam * torch.eye(6), table.T @ target)
-    assert torch.allclose(token_map(table, target, 0.3), ridged, atol=1e-5)
+    assert torch.allclose(solve_token_map(table, target, 0.3), ridged, atol=1e-5)
     # Fewer tokens than dimensions: the smallest of the maps that fit.
-    few = token_map(table[:3], target[:3])
+    few = solve_token_map(table[:3], target[:3])
     assert torch.allclose(few, torch.linalg.pinv(table[:3]) @ target[:3], atol=1e-5)
 
 
@@ -157,7 +154,7 @@ def test_the_token_map_is_the_least_squares_solution():
 )
 def test_the_token_map_refuses(old, new, ridge, message):
     with pytest.raises(ValueError, match=message):
-        token_map(old, new, ridge)
+        solve_token_map(old, new, ridge)
 
 
 # Re-attached
@@ -203,7 +200,7 @@ def test_the_context_goes_through_the_planted_map(model_dir, wide, learner):
     start = carry_context(tuned, wide)
     tables = [prompt_layer(model).get_base_layer().weight for model in (tuned.model, start.model)]
     assert torch.allclose(tables[1], tables[0] @ wide.planted, atol=1e-4)
-    assert torch.allclose(context(start), context(tuned) @ token_map(*tables, TOKEN_RIDGE), atol=1e-5)
+    assert torch.allclose(context(start), context(tuned) @ solve_token_map(*tables, TOKEN_RIDGE), atol=1e-5)
     # The ridge takes a tenth of the length, but leaves the direction.
     cosine = torch.cosine_similarity(context(start), context(tuned) @ wide.planted, dim=-1)
     assert cosine.min() > 0.98

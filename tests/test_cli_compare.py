@@ -11,7 +11,7 @@ from hf_transmiter.cli import app
 from hf_transmiter.cli_compare import _few_shot, _judge, _rows
 from hf_transmiter.cli_options import DataOptions, Result
 from hf_transmiter.comparison import Comparison
-from hf_transmiter.evaluation import Score
+from hf_transmiter.scores import Score
 
 
 NAMES = ("cat", "dog", "car")

@@ -1,13 +1,14 @@
 """`bridge` and `transfer` on the command line: bridges as files, folders, repositories; composed, turned round."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig
+from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, catalog
 from hf_transmiter.cli import app
 
 
@@ -85,6 +86,56 @@ def test_transfer_over_a_bridge_from_anywhere(out, hub):
     assert "alice/none" in error(*args, "--bridge", "alice/none")
     assert "does not exist" in error(*args, "--bridge", out / "none.safetensors")
     assert "load that model, or build a bridge" in error(*args, "--bridge", out / "weak_upgraded-strong.safetensors")
+
+
+def test_several_adapters_over_one_bridge(out, monkeypatch):
+    """Equal to one at a time; models are loaded once; what is finished is kept, what is not is made."""
+    second = AnchorClassifier.from_pretrained(out / "adapter")
+    second.transmiter.tensors("default")["class_vectors"].mul_(-1)
+    second.save_pretrained(out / "second")
+    bridge = ("--bridge", out / "weak-strong.safetensors")
+    args = ("transfer", out / "adapter", out / "second", "--strong", STRONG, "--output-dir", out / "several", *bridge)
+    run(*args[:2], *args[3:5], "--output-dir", out / "alone", *bridge, "--quiet")
+    loaded = []
+    load = catalog.load_encoder
+    monkeypatch.setattr(
+        catalog, "load_encoder", lambda name, *rest, **on: loaded.append(name) or load(name, *rest, **on)
+    )
+    found = facts(*args)
+    assert sorted(loaded) == [STRONG, WEAK] and found["kept"] == 0
+    assert [made["output_dir"] for made in found["transferred"]] == [
+        str(out / "several" / n) for n in ("adapter", "second")
+    ]
+    alone, several = (load_file(out / n / "adapter_model.safetensors") for n in ("alone", "several/adapter"))
+    assert all(torch.equal(several[key], alone[key]) for key in alone)
+    shutil.rmtree(out / "several" / "second")
+    kept = (out / "several" / "adapter" / "adapter_config.json").stat().st_mtime_ns
+    found = facts(*args)
+    assert found["kept"] == 1 and [made["output_dir"] for made in found["transferred"]] == [
+        str(out / "several/second")
+    ]
+    assert (out / "several" / "adapter" / "adapter_config.json").stat().st_mtime_ns == kept
+    assert "2 were finished already" in run(*args).stdout
+    assert "--overwrite" in error(*args, "--zero-shot-weight", "0.5")  # finished with other settings
+    assert facts(*args, "--overwrite")["kept"] == 0
+
+
+def test_several_adapters_need_a_bridge_and_names_of_their_own(out):
+    shutil.copytree(out / "adapter", out / "elsewhere" / "adapter")
+    args = (
+        "transfer",
+        out / "adapter",
+        out / "elsewhere" / "adapter",
+        "--strong",
+        STRONG,
+        "--output-dir",
+        out / "two",
+    )
+    bridge = ("--bridge", out / "weak-strong.safetensors")
+    assert "cross one bridge, without pictures" in error(*args)
+    assert "cross one bridge, without pictures" in error(*args, *bridge, *STREET)
+    assert "two adapters are called 'adapter'" in error(*args, *bridge)
+    assert not (out / "two").exists()
 
 
 def test_bridges_of_bridges(out):

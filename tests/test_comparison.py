@@ -9,16 +9,17 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter.anchors import Anchors
+from hf_transmiter.attaching import reattach_prompt
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.baselines import prompt_transfer, reattach_prompt
+from hf_transmiter.baselines import prompt_transfer
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, compare, recommend, verdict
-from hf_transmiter.evaluation import Score
 from hf_transmiter.extraction import ExtractionConfig, extract
 from hf_transmiter.features import FeatureTable
 from hf_transmiter.methods import METHODS, Needs, Variant
 from hf_transmiter.reliability import expected_calibration_error
 from hf_transmiter.report import comparison_table
+from hf_transmiter.scores import Score
 from hf_transmiter.transferring import TransferConfig, transfer
 from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLeConfig, TransMiterConfig, inject
 

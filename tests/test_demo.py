@@ -6,7 +6,7 @@ from PIL import Image
 from hf_transmiter import DualEncoder, demo, evaluate, sandbox
 from hf_transmiter.catalog import load_teacher
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.report import read_scores
+from hf_transmiter.scores import read_scores
 
 
 def test_refuses_unknown_tasks_and_outputs_that_are_not_its_own(tmp_path):

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from hf_transmiter.anchors import Anchors
+from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.evaluation import Score, aggregate, align_labels, evaluate, measured, score_logits
+from hf_transmiter.evaluation import align_labels, evaluate, measured, record_scores, score_logits
 from hf_transmiter.features import FeatureTable, embed_dataset
+from hf_transmiter.scores import read_scores
+from hf_transmiter.tuners import TransMiterConfig
 
 
 LOGITS = torch.tensor([[3.0, 1, 0, 9], [0, 3, 1, 2], [0, 9, 3, 1], [5, 0, 1, 3]])
@@ -74,18 +77,30 @@ def test_evaluate_equals_counting_predictions(encoder, make_dataset):
     assert len(embed_dataset(encoder, dataset, progress=False)) == 15
 
 
-def test_aggregate_takes_mean_and_sample_deviation_over_seeds():
-    runs = [[Score("a", "test", "accuracy", v, seconds=s), Score("b", "test", "accuracy", 1.0)] for v, s in
-            ((10.0, 1.0), (20.0, 3.0), (30.0, None))]  # fmt: skip
-    first, second = aggregate(runs)
-    assert (first.value, first.std, first.seconds, first.seeds) == (20.0, 10.0, 2.0, 3)
-    assert (second.value, second.std, second.seconds, second.seeds) == (1.0, 0.0, None, 3)
-    assert aggregate(runs[:1])[0].std == 0.0
-
-
 def test_measured_sees_time_and_memory():
     with measured() as cost:
         block = torch.ones(30_000_000)
         time.sleep(0.05)
         del block
     assert cost["seconds"] >= 0.05 and cost["peak_mb"] > 60
+
+
+def test_recorded_scores(encoder, make_dataset, tmp_path):
+    names, data = ("cat", "dog", "car"), make_dataset(30)
+    adapter = AnchorClassifier(encoder, Anchors(names))
+    adapter.add_adapter(TransMiterConfig(class_names=list(names), form="class_vectors"))
+    vectors = adapter.transmiter.tensors("default")["class_vectors"]
+    vectors.add_(0.3 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0)))
+    adapter.save_pretrained(tmp_path)
+    adapter.calibration = CalibrationPack(torch.zeros(30, 3), names)
+    for split in ("test", "validation", "test"):
+        on = {"dataset_name": "alice/pets", "split": split}
+        record_scores(tmp_path, adapter, data, evaluate(adapter, data, method="anything", **on), **on)
+    scores = read_scores(tmp_path / "scores.json")
+    assert [(score.method, score.split) for score in scores] == [
+        ("this model", "validation"), ("zero-shot", "validation"), ("this model", "test"), ("zero-shot", "test")
+    ]  # fmt: skip
+    assert {score.num_images for score in scores} == {30} and {score.dataset for score in scores} == {"alice/pets"}
+    zero_shot = evaluate(AnchorClassifier(encoder, Anchors(names)), data)[0].value
+    assert scores[1].value == zero_shot
+    assert f"{scores[0].value:.1f}" in (tmp_path / "README.md").read_text()

@@ -8,7 +8,6 @@ allocation or a loop that a file could size fails the test.
 import contextlib
 import copy
 import json
-import os
 import signal
 import struct
 import sys
@@ -25,8 +24,8 @@ from hf_transmiter.anchors import Anchors
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.hub import read_json
-from hf_transmiter.report import read_scores
-from hf_transmiter.transfers import TeacherFacts, list_transfers
+from hf_transmiter.scores import read_scores
+from hf_transmiter.transfers import TeacherFacts
 from hf_transmiter.trust import KEY_PREFIX, adapter_shapes
 from hf_transmiter.tuners import TransMiterConfig, TransMiterLayer
 
@@ -54,7 +53,7 @@ HOSTILE = st.sampled_from(
             "a\0b",
             "\n",
         ),
-        *("🐈" * 5, "x" * 2_000, "transfers/../../x.safetensors", "transfers/x.safetensors\n", "mlp", "class_vectors"),
+        *("🐈" * 5, "x" * 2_000, "../x.safetensors", "x.safetensors\n", "mlp", "class_vectors"),
         *("TRANSMITER", "LORA", "COOP", "XLORA", "NaN", "1e999", "0" * 64, "F32", "I64", "embedding", "logit"),
         *(0, -1, 1, 2, 5, 7, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**18)),
         *(0.0, -0.0, 4.0, 0.5, 1e30, 1e308, float("nan"), float("inf"), float("-inf")),
@@ -297,14 +296,6 @@ CONFIG = {
     "train_basis": False,
     "width": 8,
 }
-INDEX = {
-    "format": "hf_transmiter.transfers",
-    "version": 1,
-    "transfers": [
-        {"file": "transfers/a.safetensors", "kind": kind, "model": MODEL, "num_bytes": 8, "sha256": "f" * 64}
-        for kind in ("adapter", "bridge")
-    ],
-}
 SCORE = {
     "method": "refit",
     "split": "test",
@@ -334,8 +325,7 @@ MODEL_CONFIG = {
 
 def make_folder(folder: Path) -> Path:
     """One valid file of every kind."""
-    (folder / "transfers").mkdir()
-    contents = {"adapter_config": CONFIG, "scores": SCORES, "teacher": TEACHER, "transfers/index": INDEX}
+    contents = {"adapter_config": CONFIG, "scores": SCORES, "teacher": TEACHER}
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     ANCHORS.save(folder / "anchors.json")
@@ -372,7 +362,6 @@ LOADERS = {
     "adapter_config.json": lambda path: load_adapter(path.parent),
     "adapter_model.safetensors": lambda path: load_adapter(path.parent),
     "anchors.json": Anchors.load,
-    "transfers/index.json": lambda path: list_transfers(path.parents[1]),
     "scores.json": read_scores,
     "teacher.json": lambda path: TeacherFacts.read(str(path.parent)),
     "calibration.safetensors": CalibrationPack.load,
@@ -451,13 +440,6 @@ def test_adapter_weights(folder):
 def test_anchors(folder):
     for anchors in run(folder, "anchors.json", json_bytes(ANCHORS.to_dict()), 300):
         assert len(anchors.fingerprint) == 64 and Anchors.from_dict(anchors.to_dict()) == anchors
-
-
-def test_indexes_of_transfers(folder):
-    for entries in run(folder, "transfers/index.json", json_bytes(INDEX), 250):
-        for entry in entries:
-            path = Path(os.path.normpath(folder / entry.file))
-            assert path.parent == folder / "transfers" and path.suffix == ".safetensors"
 
 
 def test_bridges(folder):

@@ -117,8 +117,9 @@ def test_before_is_the_model_with_its_adapter_off(encoder, make_dataset, cached)
         x = embed_dataset(encoder, images, **cached).embeds
         with torch.no_grad():
             after = made.classify(x)
-            with made.adapter.disable_adapter():
-                before = made.classify(x)
+            made.transmiter.enable_adapters(False)
+            before = made.classify(x)
+            made.transmiter.enable_adapters(True)
         assert torch.allclose(found.logits[BEFORE], before, atol=1e-5) and not torch.allclose(before, after)
         assert torch.allclose(found.logits[AFTER], after, atol=1e-5)
         assert torch.equal(found.labels, torch.tensor(images["label"]))

@@ -15,8 +15,7 @@ from hf_transmiter.catalog import load_classifier, load_encoder
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.panels import demo_sources, example_pictures, load_panels, open_picture, predictions
 from hf_transmiter.sandbox import load_dataset
-from hf_transmiter.transferring import transfer
-from hf_transmiter.transfers import TeacherFacts, save_transfer
+from hf_transmiter.transfers import TeacherFacts
 
 
 NAMES = ("red disc", "blue ring")
@@ -96,7 +95,7 @@ def test_a_whole_tuned_model(picture, model_dir):
 
 
 def test_an_adapter_is_carried_over(sources, picture, tmp_path):
-    """By text alone, unless its repository has a transfer to this very model."""
+    """By text alone."""
     adapter = tmp_path / "adapter"
     shutil.copytree(sources["adapter"], adapter)
     given = {"adapter": str(adapter), "strong": "sandbox:strong"}
@@ -105,25 +104,6 @@ def test_an_adapter_is_carried_over(sources, picture, tmp_path):
     assert by_text["upgraded"].about.endswith("over a bridge from text alone")
     for found, expected in zip(answers(by_text, picture)["upgraded"], saved, strict=True):
         assert found["label"] == expected["label"] and found["score"] == pytest.approx(expected["score"], abs=1e-4)
-
-    images = load_dataset(demo_folder.TASK, "validation").select(range(200))
-    made = transfer(AnchorClassifier.from_pretrained(adapter), load_encoder("sandbox:strong"), images, progress=False)
-    save_transfer(adapter, made)
-    finished = load_panels(**given)
-    assert finished["upgraded"].about == "sandbox:strong with a TransMiter adapter"
-    assert answers(finished, picture)["upgraded"] == made.predict(picture, top_k=3)[0]
-    assert answers(finished, picture)["upgraded"] != answers(by_text, picture)["upgraded"]
-
-
-def test_a_finished_transfer_is_known_to_a_model_in_half_precision(sources, tmp_path):
-    """Its fingerprint is another one; the name decides."""
-    adapter = tmp_path / "adapter"
-    shutil.copytree(sources["adapter"], adapter)
-    save_transfer(adapter, AnchorClassifier.from_pretrained(sources["upgraded"]))
-    for dtype in (torch.float32, torch.bfloat16):
-        shown = load_panels(adapter=str(adapter), strong="sandbox:strong", dtype=dtype)["upgraded"]
-        assert shown.about == "sandbox:strong with a TransMiter adapter"
-        assert shown.classifier.encoder.dtype == dtype
 
 
 def test_class_vectors_are_there_before_the_first_visitor(sources):

@@ -103,7 +103,7 @@ def test_every_snippet_runs(here, monkeypatch):
                     run(replaced(command), here, monkeypatch)
                 left_out.add(reason)
     assert left_out - {None} == set(NOT_RUN)
-    assert set(here.repos) >= {"alice/textures-l14", "alice/textures-b32", "alice/pets-b32-clip-vit-large-patch14"}
+    assert set(here.repos) >= {"alice/textures-l14", "alice/textures-b32", "alice/pets-b32"}
 
 
 def run(command: str, hub, monkeypatch) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, metadata_update
 from peft import PeftModel
 from transformers import CLIPModel
 
@@ -18,11 +18,10 @@ from hf_transmiter import (
     DualEncoder,
     TransMiterConfig,
     evaluate,
-    transfer,
 )
-from hf_transmiter.report import read_scores, write_scores
-from hf_transmiter.sharing import name_successor, push, record_scores
-from hf_transmiter.transfers import push_transfer, save_transfer
+from hf_transmiter.evaluation import record_scores
+from hf_transmiter.scores import read_scores, write_scores
+from hf_transmiter.sharing import push
 
 
 NAMES = ("cat", "dog", "car")
@@ -68,7 +67,7 @@ def test_only_what_belongs_there_goes_along(hub, saved):
     (saved / "optimizer.pt").write_bytes(b"0")
     push(saved, "alice/adapter", base_model="alice/clip", commit_message="First", private=True)
     assert set(hub.files("alice/adapter")) - {".gitattributes"} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "anchors.json"
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
     assert hub.titles("alice/adapter")[0] == "First" and HfApi().model_info("alice/adapter").private
 
@@ -77,9 +76,9 @@ def test_new_weights_take_away_what_described_the_old_ones(hub, weak, saved, mak
     adapter = adapter_of(weak)
     data = make_dataset(12)
     record_scores(saved, adapter, data, evaluate(adapter, data, dataset_name="alice/pets"), dataset_name="alice/pets")
+    CalibrationPack(torch.zeros(12, 3), NAMES).save(saved / "calibration.safetensors")
     push(saved, "alice/adapter", base_model="alice/clip")
-    push_transfer("alice/adapter", transfer(adapter, weak))
-    told = {"scores.json", "transfers/index.json"}
+    told = {"scores.json", "calibration.safetensors"}
     assert told < set(hub.files("alice/adapter"))
     push(saved, "alice/adapter", base_model="alice/clip", commit_message="Again")  # the same weights
     assert told < set(hub.files("alice/adapter"))
@@ -100,45 +99,48 @@ def test_what_people_wrote_on_the_hub_stays(hub, saved):
     assert ModelCard(hub.files("alice/adapter")["README.md"].decode()).data.license == "mit"
 
 
-def test_naming_the_successor(hub, saved):
-    push(saved, "alice/adapter", base_model="alice/clip")
-    before = hub.files("alice/adapter")
-    name_successor("alice/adapter", "alice/adapter-l14")
-    after = hub.files("alice/adapter")
-    assert ModelCard(after["README.md"].decode()).data.new_version == "alice/adapter-l14"
-    assert all(after[file] == before[file] for file in before if file != "README.md")
-    hub.new_machine(hub.other_token)
-    with pytest.raises(OSError, match="--create-pr"):
-        name_successor("alice/adapter", "bob/adapter")
-    assert name_successor("alice/adapter", "bob/adapter", create_pr=True).pr_url
-
-
 def test_a_bridge_names_no_folder_of_this_machine(hub, weak, tmp_path):
-    Bridge.build(weak, weak).save_pretrained(tmp_path / "bridge")
+    """Its facts are written anew, its tensors stay as they are."""
+    bridge = Bridge.build(weak, weak)
+    bridge.dataset, bridge.through = f"{tmp_path} (train)", (f"{tmp_path}/private-place", "alice/clip")
+    bridge.save_pretrained(tmp_path / "bridge")
     push(tmp_path / "bridge", "alice/bridge")
-    assert not any(b"pytest" in content for content in hub.files("alice/bridge").values())
-    assert Bridge.from_pretrained("alice/bridge").weak.fingerprint == weak.fingerprint
+    hidden = (b"pytest", b"private-place/", b"secret-place/", str(tmp_path).encode())
+    assert not any(word in content for content in hub.files("alice/bridge").values() for word in hidden)
+    found = Bridge.from_pretrained("alice/bridge")
+    assert found.through == ("private-place", "alice/clip") and found.weak.fingerprint == weak.fingerprint
+    for part in ("matrix", "mean_weak", "mean_strong"):
+        assert torch.equal(getattr(found, part), getattr(bridge, part))
+    assert (found.scale, found.held_out, found.anchors) == (bridge.scale, bridge.held_out, bridge.anchors)
+
+
+def test_a_subfolder(hub, weak, saved, make_dataset, tmp_path):
+    """What an adapter is on another model goes beside it, and replaces nothing but what was there."""
+    push(saved, "alice/adapter", base_model="alice/clip")
+    before, other = hub.files("alice/adapter"), adapter_of(weak, seed=1)
+    other.save_pretrained(tmp_path / "other")
+    data = make_dataset(12)
+    record_scores(tmp_path / "other", other, data, evaluate(other, data))
+    push(tmp_path / "other", "alice/adapter", base_model="alice/clip", subfolder="l14")
+    after = hub.files("alice/adapter")
+    names = {"adapter_config.json", "adapter_model.safetensors", "scores.json"}
+    assert set(after) - set(before) == {f"l14/{name}" for name in names}
+    assert all(after[file] == before[file] for file in before)
+    adapter_of(weak, seed=2).save_pretrained(tmp_path / "newer")
+    push(tmp_path / "newer", "alice/adapter", base_model="alice/clip", subfolder="l14")
+    assert set(hub.files("alice/adapter")) == set(after) - {"l14/scores.json"}
+
+
+def test_licence_and_tags(hub, saved):
+    push(saved, "alice/adapter", base_model="alice/clip", license="apache-2.0", tags=["pets"])
+    push(saved, "alice/adapter", base_model="alice/clip", tags=["cats"])
+    data = ModelCard(hub.files("alice/adapter")["README.md"].decode()).data
+    assert data.license == "apache-2.0" and {"pets", "cats", "transmiter"} < set(data.tags)
 
 
 def test_nothing_to_share(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither adapter_config.json nor bridge.safetensors"):
         push(tmp_path, "alice/adapter")
-
-
-def test_recorded_scores(weak, saved, make_dataset):
-    adapter, data = adapter_of(weak), make_dataset(30)
-    adapter.calibration = CalibrationPack(torch.zeros(30, 3), NAMES)
-    for split in ("test", "validation", "test"):
-        on = {"dataset_name": "alice/pets", "split": split}
-        record_scores(saved, adapter, data, evaluate(adapter, data, method="anything", **on), **on)
-    scores = read_scores(saved / "scores.json")
-    assert [(score.method, score.split) for score in scores] == [
-        ("this model", "validation"), ("zero-shot", "validation"), ("this model", "test"), ("zero-shot", "test")
-    ]  # fmt: skip
-    assert {score.num_images for score in scores} == {30} and {score.dataset for score in scores} == {"alice/pets"}
-    zero_shot = evaluate(AnchorClassifier(weak, Anchors(NAMES)), data)[0].value
-    assert scores[1].value == zero_shot
-    assert f"{scores[0].value:.1f}" in (saved / "README.md").read_text()
 
 
 def test_loading_needs_the_right_token(hub, saved, weak):
@@ -155,7 +157,7 @@ def test_loading_needs_the_right_token(hub, saved, weak):
 def test_a_second_push_keeps_what_people_said_there(hub, saved):
     """Although `save_pretrained` has written a card into the folder, too."""
     push(saved, "alice/adapter", base_model="alice/clip")
-    name_successor("alice/adapter", "alice/newer")
+    metadata_update("alice/adapter", {"new_version": "alice/newer"})
     push(saved, "alice/adapter", base_model="alice/clip")
     assert ModelCard(hub.files("alice/adapter")["README.md"].decode()).data.new_version == "alice/newer"
     mine = ModelCard("---\nlicense: mit\n---\n\n# My own words\n")
@@ -183,7 +185,6 @@ def test_no_path_of_this_machine_is_pushed(hub, weak, make_dataset, tmp_path):
     adapter.save_pretrained(tmp_path / "adapter")
     scores = [replace(score, dataset=str(place / "photos")) for score in evaluate(adapter, make_dataset(12))]
     write_scores(tmp_path / "adapter" / "scores.json", scores)
-    save_transfer(tmp_path / "adapter", transfer(adapter, weak))
     push(tmp_path / "adapter", "alice/adapter", base_model="alice/clip")
     for file, content in hub.files("alice/adapter").items():
         assert b"private-place" not in content and weak.name_or_path.encode() not in content, file

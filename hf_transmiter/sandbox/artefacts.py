@@ -20,19 +20,18 @@ from pathlib import Path
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
-from hf_transmiter.card_facts import THIS, library_versions
 from hf_transmiter.cards import write_card
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.evaluation import Score, evaluate
+from hf_transmiter.evaluation import evaluate
 from hf_transmiter.extraction import extract
 from hf_transmiter.files import new_folder
 from hf_transmiter.hub import SANDBOX
 from hf_transmiter.prompt_tuning import TuningConfig, tune
-from hf_transmiter.report import write_scores
+from hf_transmiter.provenance import library_versions
 from hf_transmiter.sandbox.data import load_dataset
 from hf_transmiter.sandbox.words import vocabulary
+from hf_transmiter.scores import THIS, Score, write_scores
 from hf_transmiter.transferring import transfer
-from hf_transmiter.transfers import save_transfer
 
 
 DOMAIN, METHOD = "jargon", "coop"
@@ -93,18 +92,12 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
     savers = (
         tuned.save_pretrained,
         bridge.save_pretrained,
-        partial(_save_adapter, adapter=adapter, crossed=crossed),
+        adapter.save_pretrained,
         upgraded.save_pretrained,
     )
     for folder, save, scores in zip(folders, savers, rows, strict=True):
         new_folder(folder, partial(_save, save=save, scores=scores, name=folder.name))
     return folders
-
-
-def _save_adapter(folder: Path, *, adapter: AnchorClassifier, crossed: AnchorClassifier) -> None:
-    """With what it becomes on strong without an image: loaded on strong, the adapter is that."""
-    adapter.save_pretrained(folder)
-    save_transfer(folder, crossed)
 
 
 def _save(folder: Path, *, save: Callable[[Path], object], scores: Sequence[Score], name: str) -> None:

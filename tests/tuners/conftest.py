@@ -5,14 +5,12 @@ import functools
 from types import SimpleNamespace
 
 import pytest
-from contract import NAMES, ask, stir
+from contract import ask, stir
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from hf_transmiter import backbone
-from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.tuners.prompts import prompt_layer, texts
 
 
@@ -79,11 +77,7 @@ def new(encoders):
     """``new(root)``: a fresh model of that kind."""
 
     def make(root):
-        encoder = encoders("clip" if root == "classifier" else root)
-        model = copy.deepcopy(encoder.model)
-        return (
-            AnchorClassifier(DualEncoder(model, encoder.processor), Anchors(NAMES)) if root == "classifier" else model
-        )
+        return copy.deepcopy(encoders(root).model)
 
     return make
 
@@ -93,13 +87,13 @@ def inputs(encoders, make_images):
     """``inputs(root)``: pixels and texts for it."""
 
     def make(root):
-        encoder = encoders("clip" if root == "classifier" else root)
+        encoder = encoders(root)
         texts = encoder.processor.tokenizer(
             ["cat.", "old dog."], padding="max_length", max_length=8, return_tensors="pt"
         )
         return {"pixel_values": encoder.preprocess(make_images(3)), **texts}
 
-    known = {root: make(root) for root in ("clip", "siglip", "classifier")}
+    known = {root: make(root) for root in ("clip", "siglip")}
     return known.__getitem__
 
 

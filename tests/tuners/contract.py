@@ -43,12 +43,10 @@ def transmiter(**kwargs):
 
 
 METHODS = {
-    "mlp": Method(transmiter, ("clip", "siglip", "classifier"), texts=False),
+    "mlp": Method(transmiter, ("clip", "siglip"), texts=False),
     "wide": Method(lambda **kwargs: transmiter(width=8, train_basis=True, **kwargs), ("clip",), texts=False),
     "class_vectors": Method(
-        lambda **kwargs: TransMiterConfig(class_names=NAMES, form="class_vectors", **kwargs),
-        ("clip", "classifier"),
-        texts=False,
+        lambda **kwargs: TransMiterConfig(class_names=NAMES, form="class_vectors", **kwargs), ("clip",), texts=False
     ),
     "coop": Method(lambda **kwargs: CoOpConfig(n_ctx=4, **kwargs), ("clip", "siglip"), texts=True),
     "coop_middle": Method(lambda **kwargs: CoOpConfig(n_ctx=4, position="middle", **kwargs), ("clip",), texts=True),
@@ -77,9 +75,7 @@ METHODS = {
     ),
 }
 MATRIX = [pytest.param(method, root, id=f"{name}-{root}") for name, method in METHODS.items() for root in method.roots]
-RAW = [pytest.param(method, root, id=f"{name}-{root}") for name, method in METHODS.items() for root in method.roots
-       if root != "classifier"]  # fmt: skip
-matrix, raw = (pytest.mark.parametrize(("method", "root"), cases) for cases in (MATRIX, RAW))
+matrix = pytest.mark.parametrize(("method", "root"), MATRIX)
 
 
 def call(method, inputs, texts=None):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from contract import ask, matrix, raw, same, stir
+from contract import ask, matrix, same, stir
 from peft import (
     AutoPeftModel,
     PeftConfig,
@@ -46,14 +46,14 @@ def test_keys_carry_no_adapter_name(method, root, new, tmp_path):
     assert saved["peft_type"] == method.make().peft_type.value
 
 
-@raw
+@matrix
 def test_auto_peft_model(method, root, inputs, tuned, model_dir):
     _, answer, folder = tuned(method, root)
     assert PeftConfig.from_pretrained(folder).base_model_name_or_path == model_dir(root)
     same(ask(AutoPeftModel.from_pretrained(folder), method, inputs(root)), answer)
 
 
-@raw
+@matrix
 def test_transformers_own_adapters(method, root, new, inputs, tuned, tmp_path, transformers_adapters):
     _, answer, folder = tuned(method, root)
     model = new(root)
@@ -77,7 +77,7 @@ def test_transformers_own_adapters(method, root, new, inputs, tuned, tmp_path, t
     same(ask(AutoModel.from_pretrained(folder), method, inputs(root)), answer)
 
 
-@raw
+@matrix
 def test_injected_and_saved_by_ourselves(method, root, new, inputs, tuned, tmp_path):
     _, answer, folder = tuned(method, root)
     model = new(root)

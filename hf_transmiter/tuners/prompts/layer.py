@@ -45,7 +45,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     the prompts of the config's classes.
 
     A learner is a subclass: `prefix`, `parts` (its parameters or modules, each an attribute `prefix + part`),
-    `initial` for their start, and whichever of `context`, `text_prompt` and `vision_prompt` it fills.
+    `initial` for their start, and whichever of `context`, `text_prompt` and `vision_prompt` it fills; `reads_images`
+    says whether its context depends on the image.
 
     Args:
         base_layer (`nn.Embedding`): the token table.
@@ -56,6 +57,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     prefix = ""
     parts: tuple[str, ...] = ("ctx",)
     modules_of: tuple[str, ...] = ()
+    reads_images = False
     other_param_names = ("configs", "class_texts", "class_rows")
 
     def __init_subclass__(cls, **kwargs):

@@ -9,6 +9,7 @@ from torch.nn.functional import linear, relu, scaled_dot_product_attention
 from ...families import shared_width
 from .config import ContCoOpConfig, IVLPConfig, MaPLeConfig, PromptConfig
 from .layer import NO_TOKENIZER, PromptLayer, layers
+from .logits import image_conditioned_logits
 from .texts import start_token_id, start_tokens, text_keys
 
 
@@ -114,8 +115,6 @@ class CoCoOpLayer(PromptLayer):
             )
         if getattr(output, "logits_per_image", None) is None:
             return output
-        from .logits import image_conditioned_logits  # not at the top: it names this class
-
         inputs = {key: kwargs[key] for key in ("input_ids", "attention_mask") if kwargs.get(key) is not None}
         if "input_ids" not in inputs:
             inputs["input_ids"] = args[0]

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ...families import logit_scale_and_bias, unwrap
 from .layer import PromptLayer
-from .learners import CoCoOpLayer
 from .texts import class_inputs, load_tokenizer
 
 
@@ -24,10 +23,10 @@ def prompt_layer(model: nn.Module) -> PromptLayer | None:
     return next((module for module in unwrap(model).modules() if isinstance(module, PromptLayer)), None)
 
 
-def image_conditioned(model: nn.Module) -> CoCoOpLayer | None:
+def image_conditioned(model: nn.Module) -> PromptLayer | None:
     """The layer of an active learner whose class vectors depend on the image (CoCoOp), else `None`."""
     layer = prompt_layer(model)
-    return layer if isinstance(layer, CoCoOpLayer) and layer.active_name is not None else None
+    return None if layer is None or not layer.reads_images or layer.active_name is None else layer
 
 
 def set_classes(model: nn.Module, class_names: list[str], tokenizer=None) -> None:
@@ -94,7 +93,7 @@ def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
 
 
 @contextmanager
-def _shown(layer: CoCoOpLayer, images: Tensor):
+def _shown(layer: PromptLayer, images: Tensor):
     layer.images = images
     try:
         yield
@@ -103,12 +102,12 @@ def _shown(layer: CoCoOpLayer, images: Tensor):
 
 
 def image_conditioned_logits(
-    model: nn.Module, layer: CoCoOpLayer, images: Tensor, inputs: dict[str, Tensor], chunk_size: int = CHUNK
+    model: nn.Module, layer: PromptLayer, images: Tensor, inputs: dict[str, Tensor], chunk_size: int = CHUNK
 ) -> Tensor:
     """``z_ic = s · x_i · a_c(x_i) + b`` with class vectors that each image makes for itself: (B, C).
 
     Args:
-        layer (`CoCoOpLayer`): that of the active learner.
+        layer (`PromptLayer`): that of the active learner, one that reads images.
         images (`Tensor`): (B, d) unit image embeddings.
         inputs (`dict[str, Tensor]`): tokenised prompts (C, L).
         chunk_size (`int`, *optional*, defaults to 256): texts per forward pass; B · C in all.

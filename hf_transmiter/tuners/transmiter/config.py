@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +39,8 @@ class TransMiterConfig(PeftConfig):
         seed (`int`, *optional*, defaults to 0): of the initial basis and MLP.
         anchors_fingerprint (`str`, *optional*): filled in; a config whose names were edited is refused.
         base_fingerprint (`str`, *optional*):
-            Fingerprint of the model the adapter was made for, filled in by [`AnchorClassifier`]. On another model a
-            finished transfer is taken from the adapter's repository, see `hf_transmiter.transfers`.
+            Fingerprint of the model the adapter was made for, filled in by [`AnchorClassifier`], which refuses another
+            one.
         provenance (`dict`, *optional*): how the adapter came about; written by `extract` and `transfer`.
 
     Raises:
@@ -65,10 +64,6 @@ class TransMiterConfig(PeftConfig):
     # PEFT reads both on every config; the layer hangs on the model's root, so there is nothing to choose.
     target_modules: str | None = field(default=None, metadata={"help": "Not used: the adapter sits on the root."})
     exclude_modules: str | None = field(default=None, metadata={"help": "Not used."})
-
-    # Not part of the configuration: where it was loaded from, and the tensors of the transfer that was taken there.
-    source = None
-    tensors = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,12 +89,10 @@ class TransMiterConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs):
-        """As in PEFT; files are checked, and where they came from is kept for finding transfers."""
+        """As in PEFT, and the files are checked: the configuration, and the weights' names and shapes against it."""
         options = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir", "local_files_only")}
         hub = {"subfolder": subfolder, **{key: value for key, value in options.items() if value is not None}}
-        config = cls.from_peft_type(**read_config(pretrained_model_name_or_path, **hub))
-        config.source = (os.fspath(pretrained_model_name_or_path), hub)
-        return config
+        return cls.from_peft_type(**read_config(pretrained_model_name_or_path, **hub))
 
     @property
     def anchors(self) -> Anchors:

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...backbone import DualEncoder, dummy_text_inputs, is_dual_encoder, logit_scale_and_bias
+from ...backbone import DualEncoder, dummy_text_inputs, logit_scale_and_bias
 from ...solvers import check_finite, standardise
 from .config import TransMiterConfig
 
@@ -103,6 +103,25 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
                     getattr(self, container)[name] = getattr(self, container)[name].to(like.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @classmethod
+    def holding(
+        cls, config: TransMiterConfig, tensors: dict[str, Tensor] | None = None, device: torch.device | str = "cpu"
+    ) -> TransMiterLayer:
+        """A layer with one adapter, `"default"`, that belongs to no PEFT model.
+
+        Args:
+            config (`TransMiterConfig`): with its `embed_dim`.
+            tensors (`dict[str, Tensor]`, *optional*): what [`tensors`] of another one gave; else it starts as the
+                identity.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put it.
+        """
+        layer = cls()
+        layer._active_adapter = ["default"]
+        layer.update_layer("default", config, torch.empty(0, device=device))
+        if tensors is not None:
+            layer.set_tensors("default", tensors)
+        return layer
+
     def set_anchors(self, name: str, embeds: Tensor) -> None:
         """Fills in the anchors' text embeddings (K, d) of a fresh adapter; class vectors start there (identity)."""
         anchors = self.transmiter_anchors[name]
@@ -178,17 +197,16 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
 
     def answer(self, root: nn.Module, args: tuple, kwargs: dict, output):
         """After the root's forward: logits over the saved class names, unless the caller brought own texts."""
-        name, raw = self.active_name, is_dual_encoder(root)
+        name = self.active_name
         own_text = kwargs.get("input_ids") is not (self.dummy_text or {}).get("input_ids")
-        if name is None or raw and (args or own_text or kwargs.get("pixel_values") is None):
+        if name is None or args or own_text or kwargs.get("pixel_values") is None:
             return None
         if not isinstance(output, ModelOutput):
             raise ValueError("a TransMiter adapter answers in a ModelOutput: call the model with return_dict=True.")
         if not self.has_anchors(name):
-            encoder = DualEncoder(root) if raw else root.encoder
             anchors = self.configs[name].anchors
-            self.set_anchors(name, encoder.embed_names(anchors.names, anchors.templates))
-        scale, bias = logit_scale_and_bias(root if raw else root.model)
+            self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))
+        scale, bias = logit_scale_and_bias(root)
         image_embeds = nn.functional.normalize(output["image_embeds"].float(), dim=-1)
         logits = self(image_embeds, scale, bias).to(output["image_embeds"].dtype)
         output["logits_per_image"] = logits

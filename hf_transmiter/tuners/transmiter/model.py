@@ -2,20 +2,75 @@
 
 from __future__ import annotations
 
+import logging
+
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ...backbone import is_dual_encoder
+from ...backbone import DualEncoder, is_dual_encoder
 from ...families import shared_width
-from ...solvers import check_finite
-from ...trust import check_semi_orthogonal
-from .choosing import take_transfer
+from ...fingerprint import ModelId
+from ...hub import model_location, public_name
+from ...solvers import check_finite, check_semi_orthogonal
 from .config import TransMiterConfig
 from .layer import TransMiterLayer
 
 
+logger = logging.getLogger(__name__)
+
+
+def check_base(config: TransMiterConfig, model: nn.Module, encoder: DualEncoder | None = None) -> None:
+    """Whether an adapter was made for `model`: of its embedding width and, with an `encoder`, of its weights.
+
+    A raw model brings no processor, without which its fingerprint is not known: there the name decides. A folder of
+    another name may hold a copy, and of weights in half precision it is not known what they were in float32: what
+    cannot be told is a warning.
+
+    Args:
+        config (`TransMiterConfig`): of the adapter.
+        model (`nn.Module`): the two-tower model.
+        encoder (`DualEncoder`, *optional*): around `model`, where there is one.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    width, made_for = shared_width(model), config.base_model_name_or_path
+    name = (model.config._name_or_path if encoder is None else encoder.name_or_path) or None
+    fits = config.embed_dim in (None, width)
+    if fits and made_for is None:
+        return
+    same = _is_same(config, name, encoder) if fits else False
+    if same is None:
+        logger.warning("cannot tell whether %r is %r, which the adapter was made for.", name, made_for)
+    elif not same:
+        revision = f" (revision {config.revision})" if config.revision else ""
+        widths = "" if fits else f", whose embeddings have width {width} and not {config.embed_dim}"
+        raise ValueError(
+            f"the adapter was made for {made_for!r}{revision}, this is {name!r}{widths}: load that model, or carry "
+            f"the adapter over: hf-transmiter transfer ADAPTER --strong {name or 'MODEL'} --output-dir out/upgraded "
+            "(hf_transmiter.transfer)."
+        )
+
+
+def _is_same(config: TransMiterConfig, name: str | None, encoder: DualEncoder | None) -> bool | None:
+    """Whether a model of this name is the adapter's; `None` where that cannot be told."""
+    made_for = config.base_model_name_or_path
+    named = name is not None and model_location(name) == model_location(made_for)
+    if encoder is None or config.base_fingerprint is None:
+        if named:
+            return True
+    elif ModelId(made_for, config.revision, config.base_fingerprint).is_of(encoder):
+        return True
+    elif encoder.dtype == torch.float32:
+        return False
+    # Two ids of the Hub are two models; a folder may hold either.
+    ids = name is not None and not named and all(public_name(each) == each for each in (name, made_for))
+    return False if ids else None
+
+
 class TransMiterModel(BaseTuner):
-    """PEFT tuner of TransMiter. The root is a transformers two-tower model or an `AnchorClassifier`.
+    """PEFT tuner of TransMiter. The root is a transformers two-tower model.
 
     The layer becomes the root's child `transmiter`; nothing is replaced. A hook before the root's forward lets
     `model(pixel_values=...)` go without texts, one after it writes the adapted logits.
@@ -36,22 +91,14 @@ class TransMiterModel(BaseTuner):
             raise ValueError(f"the adapter name {name!r} clashes with the prefix {self.prefix!r}: choose another one.")
 
     def _prepare_adapter_config(self, peft_config: TransMiterConfig, model_config: dict) -> TransMiterConfig:
-        from ...classifier import AnchorClassifier  # not at the top: it imports PEFT, which imports this module
-
         root = self.model
-        if not (is_dual_encoder(root) or isinstance(root, AnchorClassifier)):
+        if not is_dual_encoder(root):
             raise ValueError(
-                f"TransMiter needs a two-tower model or an AnchorClassifier, got {type(root).__name__}: load the "
-                "whole model (for example CLIPModel), not one tower."
+                f"TransMiter needs a two-tower model, got {type(root).__name__}: load the whole model (for example "
+                "CLIPModel), not one tower."
             )
-        take_transfer(peft_config, root)
-        embed_dim = root.encoder.embed_dim if isinstance(root, AnchorClassifier) else shared_width(root)
-        if peft_config.embed_dim not in (None, embed_dim):
-            raise ValueError(
-                f"the adapter was made for embeddings of width {peft_config.embed_dim}, this model has {embed_dim}: "
-                "load the model it was made for, or carry the adapter over with hf_transmiter.transfer."
-            )
-        peft_config.embed_dim = embed_dim
+        check_base(peft_config, root)
+        peft_config.embed_dim = shared_width(root)
         # PEFT creates layers where a module name matches; matching the first child makes that happen once.
         peft_config.target_modules = next(name for name, _ in root.named_children())
         return peft_config
@@ -65,8 +112,7 @@ class TransMiterModel(BaseTuner):
             layer = TransMiterLayer()
             layer._active_adapter = self.active_adapters
             root.transmiter = layer
-            if is_dual_encoder(root):
-                layer.hooks.append(root.register_forward_pre_hook(layer.fill_text, with_kwargs=True))
+            layer.hooks.append(root.register_forward_pre_hook(layer.fill_text, with_kwargs=True))
             layer.hooks.append(root.register_forward_hook(layer.answer, with_kwargs=True))
         layer.update_layer(adapter_name, peft_config, next(target.parameters()))
 
@@ -85,9 +131,6 @@ class TransMiterModel(BaseTuner):
         )
         own_tensors = layer.tensors(adapter_name)
         keys = {part: _key(path, cls.prefix + part, adapter_name) for part in own_tensors}
-        if config.tensors is not None:  # of the transfer that fits this model
-            found = {keys.get(part, part): tensor for part, tensor in config.tensors.items()}
-            config.tensors = None
         for part, own in own_tensors.items():
             given = found.get(keys[part])
             if given is None or given.shape != own.shape:
