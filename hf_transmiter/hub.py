@@ -37,7 +37,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
-from .trust import SCHEMA_OF, load_json
+from .rules import KIND_OF
+from .trust import load_json
 
 
 logger = logging.getLogger(__name__)
@@ -244,13 +245,13 @@ def cached_commit(name: str, revision: str | None = None, cache_dir: str | os.Pa
 
 
 def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None:
-    """A JSON file of a folder or Hub repository, see [`fetch`]. A kind of file that `trust` knows is checked.
+    """A JSON file of a folder or Hub repository, see [`fetch`]. A kind of file that `rules` knows is checked.
 
     Raises:
         ValueError: not JSON, too large, or not what a file of this name holds.
     """
     path = fetch(source, file, **hub)
-    return None if path is None else load_json(path, SCHEMA_OF.get(file))
+    return None if path is None else load_json(path, KIND_OF.get(file))
 
 
 def push_folder(
