@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from .anchors import Anchors
+from .cards import write_card
 from .files import read_metadata_json, read_tensors, replace_file
 from .fingerprint import ModelId
 from .hub import fetch, public_name
@@ -95,8 +96,6 @@ class BridgeFiles:
             FileExistsError: there is a bridge already and `overwrite` is `False`.
         """
         self.save(Path(folder) / WEIGHTS, overwrite=overwrite)
-        from .cards import write_card  # not at the top: it comes later in the order of the package
-
         write_card(folder)
 
     @classmethod

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .calibration import CalibrationPack
+from .cards import write_card
 from .hub import fetch, split_revision
 from .transfers import ANCHORS, TeacherFacts, write_adapter
 
@@ -232,8 +233,6 @@ class AnchorClassifier(nn.Module):
             FileExistsError: the folder holds another adapter with scores or transfers of its own.
             ValueError: there is no adapter to save, or another `dtype`.
         """
-        from .cards import write_card  # not at the top: it comes later in the order of the package
-
         if self.adapter_config is None and getattr(self.model, "peft_config", None):
             from .tuners.injection import save_adapter  # not at the top: tuners come later
 

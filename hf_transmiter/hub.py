@@ -83,6 +83,17 @@ def check_hub_id(name: str, what: str) -> None:
         raise FileNotFoundError(message) from error
 
 
+def is_hub_id(name: object) -> bool:
+    """Whether `name` can be ``user/name`` on the Hub: not a path that exists, not ``sandbox:weak``."""
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((SANDBOX, OPEN_CLIP, ".", "~", "/")):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
     """Around calls of huggingface_hub: what the Hub refuses and what the network breaks, in one sentence.

@@ -16,12 +16,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from .anchors import Anchors
 from .bridge import Bridge
 from .bridge_files import WEIGHTS as BRIDGE
-from .card_facts import is_hub_id
-from .card_metadata import by_people, given_metadata
-from .cards import write_card
+from .cards import by_people, given_metadata, write_card
 from .classifier import AnchorClassifier
 from .evaluation import evaluate
-from .hub import SANDBOX, fetch, hub_errors, is_public_open_clip, public_name, push_folder, split_revision
+from .hub import SANDBOX, fetch, hub_errors, is_hub_id, is_public_open_clip, public_name, push_folder, split_revision
 from .scores import THIS, Score, read_scores, write_scores
 from .transfers import CONFIG, INDEX, SCORES, WEIGHTS, without_paths
 from .trust import load_json

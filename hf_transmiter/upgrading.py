@@ -23,12 +23,11 @@ from huggingface_hub.utils import tqdm
 from .anchors import Anchors
 from .backbone import DualEncoder
 from .bridge import Bridge
-from .card_facts import is_hub_id
 from .catalog import load_images
 from .classifier import AnchorClassifier
 from .evaluation import evaluate
 from .files import new_folder, replace_file
-from .hub import SANDBOX, fetch, hub_errors, split_revision
+from .hub import SANDBOX, fetch, hub_errors, is_hub_id, split_revision
 from .scores import THIS, Score, read_scores, write_scores
 from .sharing import ZERO_SHOT, name_successor, push
 from .transferring import carry, check_bridge
