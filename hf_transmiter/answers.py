@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .augmentation import augment
-from .backbone import DualEncoder, image_inputs
+from .backbone import DualEncoder
 from .draws import per_example
+from .families import image_inputs
 from .settings import TuningConfig
 from .tuners.prompts import class_inputs, class_vectors, image_conditioned, image_conditioned_logits, prompt_layer
 from .tuners.prompts.objectives import Answers

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy, kl_div, normalize
 from .attaching import TOKEN_RIDGE, active_prompts, solve_token_map, why_closed, with_prompts
 from .backbone import DualEncoder
 from .fingerprint import vocabulary_hash
+from .settings import FitConfig
 from .solvers import check_finite
-from .training import FitConfig, fit
+from .training import fit
 from .tuners import CoOpConfig
 from .tuners.prompts import class_inputs, class_vectors, phrase_token_ids, prompt_layer
 from .tuners.prompts.model import base_facts

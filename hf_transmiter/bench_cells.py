@@ -14,10 +14,10 @@ import torch
 from datasets import Dataset
 
 from .anchors import PROMPTED, Anchors
-from .backbone import DualEncoder
+from .backbone import DualEncoder, load_encoder
 from .bench_config import BenchConfig, digest
 from .bench_plan import TUNED, ZERO_SHOT, Cell, is_ceiling, needs_ceiling, needs_labelled, slug
-from .catalog import load_encoder, load_teacher
+from .catalog import load_teacher
 from .classifier import AnchorClassifier
 from .comparison import compare
 from .compatibility import score_upgrade

@@ -107,7 +107,7 @@ def tune(
     elif output.overwrite:
         raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
     from .anchors import read_templates
-    from .catalog import load_encoder
+    from .backbone import load_encoder
     from .class_names import read_names
     from .dataset_specs import usual_templates
     from .prompt_tuning import starting_templates, tune
@@ -150,7 +150,8 @@ def extract(
     [bold]Example:[/bold] hf-transmiter extract --weak openai/clip-vit-base-patch16 --teacher out/tuned --dataset mteb/dtd --output-dir out/adapter
     """  # noqa: E501
     output.check(run)
-    from .catalog import load_encoder, load_teacher, teacher_facts, teacher_templates
+    from .backbone import load_encoder
+    from .catalog import load_teacher, teacher_facts, teacher_templates
     from .class_names import read_names
     from .dataset_specs import usual_templates
     from .extraction import extract
@@ -203,13 +204,12 @@ def evaluate(
     if record and not (Path(model) / "adapter_config.json").is_file():
         raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
     from .anchors import read_templates
-    from .catalog import load_classifier, load_encoder
+    from .backbone import load_encoder
+    from .catalog import load_classifier
     from .class_names import read_names
     from .dataset_specs import usual_templates
     from .evaluation import evaluate
-    from .features import guess_columns
     from .image_sources import guess_columns
-    from .report import markdown_table
     from .scores import markdown_table
 
     options = models.load(run)

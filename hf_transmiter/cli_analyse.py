@@ -49,7 +49,8 @@ def analyse(
     [bold]Example:[/bold] hf-transmiter analyse out/strong --dataset mteb/dtd --teacher out/tuned --output-dir out/analysis
     """  # noqa: E501
     output.check(run)
-    from .catalog import load_classifier, load_encoder
+    from .backbone import load_encoder
+    from .catalog import load_classifier
     from .hub import SANDBOX, public_name, read_json
     from .knowledge import analyse
     from .knowledge_figures import write_analysis

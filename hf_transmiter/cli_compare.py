@@ -82,8 +82,9 @@ def compare(
     check_choice("retune", retune, RETUNE)
     if gate is not None and min_gain is None:
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
+    from .backbone import load_encoder
     from .bridge import Bridge
-    from .catalog import load_encoder, load_teacher, teacher_templates
+    from .catalog import load_teacher, teacher_templates
     from .class_names import read_names
     from .comparison import compare
     from .dataset_specs import usual_templates

@@ -55,8 +55,9 @@ def bridge(
     """  # noqa: E501
     if run.main_process:
         check_new(output, overwrite)
+    from .backbone import load_encoder
     from .bridge import Bridge
-    from .catalog import load_anchors, load_encoder
+    from .catalog import load_anchors
     from .hub import public_name
 
     images = data.load(dataset, UNLABELLED, data.split)
@@ -135,8 +136,9 @@ def transfer(
     left = dict.fromkeys(adapters, output) if not several else _unfinished(adapters, output, values, run)
     if not several:
         output.check(run)
+    from .backbone import load_encoder
     from .bridge import Bridge
-    from .catalog import load_classifier, load_encoder, load_teacher
+    from .catalog import load_classifier, load_teacher
     from .class_names import read_names
     from .transferring import transfer
 

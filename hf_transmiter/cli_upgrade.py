@@ -72,7 +72,7 @@ def compat(
     """  # noqa: E501
     if run.main_process:
         check_new(output_dir / "compat.json", overwrite)
-    from .catalog import load_encoder
+    from .backbone import load_encoder
     from .class_names import read_names
     from .compatibility import score_upgrade, upgrade_table
 
@@ -150,7 +150,7 @@ def drift(
     """
     output.check(run)
     from .anchors import read_templates
-    from .catalog import load_encoder
+    from .backbone import load_encoder
     from .class_names import read_names
     from .drift import feature_drift, parameter_drift
     from .vocabulary import universal_vocabulary

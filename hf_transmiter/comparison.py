@@ -16,8 +16,7 @@ from .bridge import Bridge
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
 from .comparison_task import Answer, Task
-from .evaluation import Score, score_logits
-from .features import guess_columns
+from .evaluation import score_logits
 from .image_sources import guess_columns
 from .methods import METHODS, Needs, Variant
 from .reliability import expected_calibration_error

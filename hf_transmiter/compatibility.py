@@ -28,8 +28,6 @@ from .backbone import DualEncoder
 from .classifier import AnchorClassifier
 from .evaluation import align_labels, score_logits
 from .features import embed_dataset
-from .prompt_tuning import PROMPTED
-from .report import markdown_table
 from .retraining import Retraining, SavedTuning
 from .scores import Score, markdown_table
 from .teachers import same_image_tower

@@ -23,13 +23,14 @@ from .catalog import teacher_facts
 from .classifier import AnchorClassifier
 from .comparison import Comparison, compare
 from .evaluation import evaluate
-from .extraction import ExtractionConfig, extract
+from .extraction import extract
 from .features import embed_dataset
 from .fingerprint import ModelId
 from .hub import model_location
 from .moments import image_moment
-from .prompt_tuning import TuningConfig, tune
+from .prompt_tuning import tune
 from .scores import THIS, Score, aggregate, markdown_table, write_scores
+from .settings import ExtractionConfig, TuningConfig
 from .splits import base_novel, few_shot
 from .transferring import transfer
 from .transfers import SCORES

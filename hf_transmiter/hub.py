@@ -37,7 +37,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
-from .trust import SCHEMA_OF, load_json
+from .rules import KIND_OF
+from .trust import load_json
 
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,17 @@ def check_hub_id(name: str, what: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise FileNotFoundError(message) from error
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether `name` can be ``user/name`` on the Hub: not a path that exists, not ``sandbox:weak``."""
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((SANDBOX, OPEN_CLIP, ".", "~", "/")):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 @contextmanager
@@ -247,13 +259,13 @@ def cached_commit(
 
 
 def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None:
-    """A JSON file of a folder or Hub repository, see [`fetch`]. A kind of file that `trust` knows is checked.
+    """A JSON file of a folder or Hub repository, see [`fetch`]. A kind of file that `rules` knows is checked.
 
     Raises:
         ValueError: not JSON, too large, or not what a file of this name holds.
     """
     path = fetch(source, file, **hub)
-    return None if path is None else load_json(path, SCHEMA_OF.get(file))
+    return None if path is None else load_json(path, KIND_OF.get(file))
 
 
 def push_folder(

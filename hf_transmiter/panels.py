@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from .anchors import DEFAULT_TEMPLATES, Anchors
-from .backbone import DualEncoder
-from .catalog import load_classifier, load_encoder
+from .backbone import DualEncoder, load_encoder
+from .catalog import load_classifier
 from .classifier import AnchorClassifier
 from .dataset_specs import find_row, load_split
 from .hub import SANDBOX, read_json, split_revision

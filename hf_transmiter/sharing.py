@@ -13,11 +13,9 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from .card_facts import is_hub_id
-from .card_metadata import by_people, given_metadata
-from .cards import write_card
+from .cards import by_people, given_metadata, write_card
 from .files import read_metadata_json, replace_metadata
-from .hub import SANDBOX, fetch, hub_errors, is_public_open_clip, public_name, push_folder
+from .hub import SANDBOX, fetch, hub_errors, is_hub_id, is_public_open_clip, public_name, push_folder
 from .scores import read_scores, write_scores
 from .transfers import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
 from .trust import check_json, load_json, read_header

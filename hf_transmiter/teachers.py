@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
-from .backbone import DualEncoder, is_dual_encoder, unwrap
+from .backbone import DualEncoder
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
+from .families import is_dual_encoder, unwrap
 from .features import FeatureTable, embed_dataset
 from .solvers import check_finite
 from .tuners.prompts import image_conditioned, prompt_layer

@@ -1,8 +1,8 @@
 """What a file of a repository must look like before it is used: strangers write them, too.
 
-JSON is bounded in size and depth and must fit the schema of its kind (``assets/schemas/*.json``). Of safetensors files
-the header is read first: names, shapes and dtypes are compared with what the configuration says before any tensor is
-allocated. Whatever does not fit ends in a `ValueError` that says which file, where in it, and what to do.
+JSON is bounded in size and depth and must fit the rule of its kind (`rules`). Of safetensors files the header is read
+first: names, shapes and dtypes are compared with what the configuration says before any tensor is allocated. Whatever
+does not fit ends in a `ValueError` that says which file, where in it, and what to do.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import math
 import os
 import re
-import reprlib
 from collections.abc import Collection, Mapping
-from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from .rules import KINDS, METHODS, SHORT, Misfit
 
 
 MAX_JSON_BYTES = 8 * 2**20  # parsed, the worst JSON takes twenty times its size
@@ -25,21 +25,6 @@ MAX_DEPTH = 32
 FLOATING = ("F64", "F32", "F16", "BF16")
 KEY_PREFIX = "base_model.model.transmiter.transmiter_"  # of a tensor's name in a saved adapter
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
-_SCHEMAS = Path(__file__).parent / "assets" / "schemas"
-# Files of a repository to the schema they must fit, see `check_json`.
-SCHEMA_OF = {
-    "adapter_config.json": "adapter_config",
-    "anchors.json": "anchors",
-    "scores.json": "scores",
-    "teacher.json": "teacher",
-    "config.json": "model_config",
-    "open_clip_config.json": "open_clip_config",
-}
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_SHORT.maxlist = _SHORT.maxdict = 3
-_SHORT.maxlevel = 2
 
 
 def parse_json(text: str | bytes, where: str):
@@ -72,7 +57,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(found) < len(pairs):
         seen = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {_SHORT.repr(twice)} is there twice")
+        raise ValueError(f"the key {SHORT.repr(twice)} is there twice")
     return found
 
 
@@ -102,8 +87,8 @@ def _check_values(value) -> None:
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
-def load_json(path: str | os.PathLike, schema: str | None = None):
-    """The value of a JSON file, see [`parse_json`]; with `schema` also what [`check_json`] checks.
+def load_json(path: str | os.PathLike, kind: str | None = None):
+    """The value of a JSON file, see [`parse_json`]; with `kind` also what [`check_json`] checks.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -113,51 +98,29 @@ def load_json(path: str | os.PathLike, schema: str | None = None):
         raise FileNotFoundError(f"{path} does not exist.")
     with open(path, "rb") as file:
         value = parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
-    return value if schema is None else check_json(value, schema, str(path))
+    return value if kind is None else check_json(value, kind, str(path))
 
 
-def check_json(content, schema: str, where: str):
+def check_json(content, kind: str, where: str):
     """Returns `content` unchanged.
 
     Args:
         content: what [`parse_json`] returned.
-        schema (`str`): name of a file in ``assets/schemas``: `"adapter_config"`, `"anchors"`, `"bridge"`,
-            `"calibration"`, `"model_config"`, `"scores"` or `"teacher"`.
+        kind (`str`): a key of `rules.KINDS`.
         where (`str`): what to call it in an error.
 
     Raises:
-        ValueError: it does not fit the schema; the message says where, what is wrong, and what to do.
+        ValueError: it is not what its kind must be; the message says where, what is wrong, and what to do.
     """
-    error = next(_validator(schema).iter_errors(content), None)
-    if error is None:
-        return content
-    place = error.json_path.removeprefix("$").removeprefix(".")
-    place = f"{where}: {place[:80]}" if place else where
-    if error.validator == "required":
-        missing = sorted(set(error.validator_value) - set(error.instance))
-        problem = f"lacks {', '.join(missing)}"
-    elif error.validator == "additionalProperties":
-        known = error.schema["properties"]
-        unknown = sorted(set(error.instance) - set(known))
-        problem = f"has the unknown key(s) {_SHORT.repr(unknown)[1:-1]}; the keys are {', '.join(known)}"
-    else:
-        # Every value in the schemas has a title that says what it must be.
-        problem = f"must be {error.schema['title']}, found {_SHORT.repr(error.instance)}"
-    raise ValueError(f"{place} {problem}. {_validator(schema).schema['description']}")
-
-
-@lru_cache
-def _validator(schema: str):
-    from jsonschema import Draft202012Validator, validators  # not at the top: it is slow to import
-    from referencing import Registry
-    from referencing.jsonschema import DRAFT202012
-
-    files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in _SCHEMAS.glob("*.json")}
-    registry = Registry().with_contents(files.items(), default_specification=DRAFT202012)
-    # JSON knows one kind of number: 4.0 would be an integer, which torch refuses as a size.
-    checker = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    strict = validators.extend(Draft202012Validator, type_checker=checker)
-    return strict(files[f"{schema}.json"], registry=registry)
+    rule, remedy = KINDS[kind]
+    try:
+        rule.check(content)
+        if kind == "adapter_config" and content["peft_type"] in METHODS:
+            METHODS[content["peft_type"]].check(content)
+    except Misfit as misfit:
+        place = f"{where}: {misfit.place[:80]}" if misfit.place else where
+        raise ValueError(f"{place} {misfit.problem}. {remedy}") from None
+    return content
 
 
 def read_header(
@@ -222,7 +185,7 @@ def check_tensors(
 
     missing, unknown = sorted(set(expected) - set(found) - set(optional)), sorted(set(found) - set(expected))
     if missing or unknown:
-        named = f"lacks {_SHORT.repr(missing)}" if missing else f"holds the unknown {_SHORT.repr(unknown)}"
+        named = f"lacks {SHORT.repr(missing)}" if missing else f"holds the unknown {SHORT.repr(unknown)}"
         refuse(f"it {named}")
     sizes: dict[str, int] = {}
     for name, shape in expected.items():
@@ -318,6 +281,6 @@ def refuse_pickles(folder: str | os.PathLike) -> None:
     found = sorted(path.name for path in places if path.suffix.lower() in PICKLES)
     if found:
         raise ValueError(
-            f"{folder} holds {_SHORT.repr(found)[1:-1]}: such files run the code in them when they are read. Delete "
+            f"{folder} holds {SHORT.repr(found)[1:-1]}: such files run the code in them when they are read. Delete "
             "them and keep the .safetensors files, or save the adapter again with safe_serialization."
         )

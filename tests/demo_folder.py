@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_transmiter.catalog import load_encoder
+from hf_transmiter.backbone import load_encoder
 from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.extraction import extract
 from hf_transmiter.prompt_tuning import starting_templates, tune

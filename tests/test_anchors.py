@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from hf_transmiter.anchors import TEMPLATES, Anchors, read_templates, universal_vocabulary
-from hf_transmiter.vocabulary import choose_auxiliary, load_vocabulary, name_key
+from hf_transmiter.anchors import TEMPLATES, Anchors, read_templates
+from hf_transmiter.vocabulary import choose_auxiliary, load_vocabulary, name_key, universal_vocabulary
 
 
 NAMES = st.lists(st.text(min_size=1, max_size=8).filter(str.strip), min_size=2, max_size=12, unique=True)

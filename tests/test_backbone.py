@@ -19,13 +19,8 @@ from tiny_models import FAMILIES
 from transformers import BertConfig, CLIPForImageClassification
 from transformers.utils import cached_file
 
-from hf_transmiter.backbone import (
-    DualEncoder,
-    dummy_text_inputs,
-    image_inputs,
-    is_dual_encoder,
-    logit_scale_and_bias,
-)
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.families import dummy_text_inputs, image_inputs, is_dual_encoder, logit_scale_and_bias
 
 
 TEXTS = ["a photo of a cat.", "dog", "this is the big old ship"]

@@ -333,7 +333,7 @@ def test_two_processes_hear_of_a_picture_that_one_cannot_read(content, tmp_path)
 def _unreadable(folder, model, path):
     from datasets import DatasetDict
 
-    from hf_transmiter.catalog import load_encoder
+    from hf_transmiter.backbone import load_encoder
 
     accelerator = Accelerator(cpu=True)
     images = DatasetDict.load_from_disk(folder)["test"]

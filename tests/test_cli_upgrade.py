@@ -11,12 +11,13 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_transmiter.catalog import load_encoder
+from hf_transmiter.backbone import load_encoder
 from hf_transmiter.cli import app
 from hf_transmiter.compatibility import score_upgrade, upgrade_table
 from hf_transmiter.drift import drift_table, feature_drift, parameter_drift
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.sandbox import load_dataset
+from hf_transmiter.settings import TuningConfig
 from hf_transmiter.vocabulary import universal_vocabulary
 
 

@@ -14,13 +14,14 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.baselines import prompt_transfer
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison import AT_RUN_TIME, LABELS, Comparison, compare, recommend, verdict
-from hf_transmiter.extraction import ExtractionConfig, extract
+from hf_transmiter.extraction import extract
 from hf_transmiter.features import FeatureTable
 from hf_transmiter.methods import METHODS, Needs, Variant
 from hf_transmiter.reliability import expected_calibration_error
 from hf_transmiter.report import comparison_table
 from hf_transmiter.scores import Score
-from hf_transmiter.transferring import TransferConfig, transfer
+from hf_transmiter.settings import ExtractionConfig, TransferConfig
+from hf_transmiter.transferring import transfer
 from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLeConfig, TransMiterConfig, inject
 
 

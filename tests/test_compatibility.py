@@ -20,8 +20,9 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.compatibility import UpgradeScore, score_upgrade, upgrade_table
 from hf_transmiter.evaluation import evaluate
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.sandbox import load_dataset, model_path
+from hf_transmiter.settings import TuningConfig
 from hf_transmiter.tuners import inject, save_adapter
 from hf_transmiter.tuners.prompts import set_classes
 

@@ -17,8 +17,9 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.extraction import ExtractionConfig, extract, gradient
+from hf_transmiter.extraction import extract, gradient
 from hf_transmiter.features import FeatureTable, embed_dataset
+from hf_transmiter.settings import ExtractionConfig
 from hf_transmiter.teachers import teacher_logits
 from hf_transmiter.tuners import CoOpConfig, TransMiterConfig
 

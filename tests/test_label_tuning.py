@@ -7,7 +7,8 @@ from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.features import FeatureTable, embed_dataset
-from hf_transmiter.label_tuning import LabelTuningConfig, label_tune
+from hf_transmiter.label_tuning import label_tune
+from hf_transmiter.settings import LabelTuningConfig
 from hf_transmiter.tuners import TransMiterConfig
 
 

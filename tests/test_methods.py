@@ -14,11 +14,12 @@ from hf_transmiter.baselines import linear_head
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.comparison_task import Answer, Task, stored_bytes
-from hf_transmiter.extraction import ExtractionConfig, extract
-from hf_transmiter.label_tuning import LabelTuningConfig, label_tune
+from hf_transmiter.extraction import extract
+from hf_transmiter.label_tuning import label_tune
 from hf_transmiter.methods import METHODS, Needs, Variant
-from hf_transmiter.prompt_tuning import TuningConfig, tune
-from hf_transmiter.transferring import TransferConfig, transfer
+from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig
+from hf_transmiter.transferring import transfer
 from hf_transmiter.tuners import TransMiterConfig
 
 

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from hf_transmiter.backbone import DualEncoder, load_image_processor
-from hf_transmiter.card_facts import NamedModel, is_hub_id
-from hf_transmiter.catalog import load_encoder
-from hf_transmiter.hub import is_open_clip, is_public_open_clip, public_name, read_json, split_revision
+from hf_transmiter.backbone import DualEncoder, load_encoder, load_image_processor
+from hf_transmiter.card_text import NamedModel
+from hf_transmiter.hub import is_hub_id, is_open_clip, is_public_open_clip, public_name, read_json, split_revision
 
 
 PUBLIC = ["open_clip:RN50/openai", "open_clip:EVA02-B-16/merged2b_s8b_b131k", "open_clip:hf-hub:laion/model"]
@@ -30,7 +29,7 @@ def test_names_that_mean_the_same_everywhere(name):
     assert split_revision(f"{name}@abc") == (name, "abc") and split_revision(name) == (name, None)
     assert not is_hub_id(name) and read_json(name, "adapter_config.json") is None
     model = NamedModel(name, "1" * 40)
-    assert model.source == name and model.hub_id is None and str(model.label) == f"`{name}`"
+    assert model.source == name and model.kind == "open_clip" and str(model.label) == f"`{name}`"
 
 
 def test_names_of_paths(tmp_path, monkeypatch):

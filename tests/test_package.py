@@ -13,7 +13,9 @@ import hf_transmiter
 ROOT = Path(hf_transmiter.__file__).parent
 # A module may import those before it. Inside functions anything goes: that is where a cycle is broken on purpose.
 ORDER = (
-    *("settings", "trust", "files", "hub", "provenance", "scores", "splits", "vocabulary", "anchors", "families"),
+    *("settings", "rules", "trust", "files", "hub"),
+    *("provenance", "scores", "card_text", "cards"),
+    *("splits", "vocabulary", "anchors", "families"),
     *("open_clip_model", "fingerprint", "safe_weights", "backbone"),
     *("feature_table", "solvers", "calibration", "transfers", "tuners"),
     *("card_text", "card_facts", "card_metadata", "cards", "sharing", "classifier"),

@@ -11,7 +11,8 @@ from PIL import Image
 
 from hf_transmiter import panels
 from hf_transmiter.anchors import Anchors
-from hf_transmiter.catalog import load_classifier, load_encoder
+from hf_transmiter.backbone import load_encoder
+from hf_transmiter.catalog import load_classifier
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.panels import demo_sources, example_pictures, load_panels, open_picture, predictions
 from hf_transmiter.sandbox import load_dataset

@@ -18,9 +18,9 @@ from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.features import embed_dataset
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.sandbox import load_dataset, model_path
-from hf_transmiter.settings import METHODS
+from hf_transmiter.settings import METHODS, TuningConfig
 from hf_transmiter.teachers import teacher_class_vectors
 from hf_transmiter.tuners import inject, save_adapter
 

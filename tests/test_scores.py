@@ -152,7 +152,7 @@ def test_what_a_score_was_measured_on_is_optional(tmp_path):
 def test_a_refused_write_leaves_the_old_file(tmp_path, caplog):
     path = tmp_path / "scores.json"
     write_scores(path, SCORES[:1])
-    with pytest.raises(ValueError, match=r"the scores: \[1\]\.value must be a finite number or null, found inf"):
+    with pytest.raises(ValueError, match=r"the scores: \[1\]\.value must be a finite number, or null, found inf"):
         write_scores(path, [SCORES[0], replace(SCORES[0], value=math.inf)])
     assert read_scores(path) == SCORES[:1]
     with caplog.at_level(logging.INFO, "hf_transmiter.scores"):
@@ -165,7 +165,7 @@ def test_a_refused_write_leaves_the_old_file(tmp_path, caplog):
     [
         ({"method": ""}, "method must be a text that is not empty"),
         ({"split": 3}, "split must be a text"),
-        ({"value": "62"}, "value must be a finite number or null, found '62'"),
+        ({"value": "62"}, "value must be a finite number, or null, found '62'"),
         ({"value": True}, "value must be a finite number"),
         ({"std": -1.0}, "std must be a finite number of at least 0, or null, found -1.0"),
         ({"seconds": [1]}, "seconds must be a finite number of at least 0"),

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_transmiter.moments import CrossMoment
+from hf_transmiter.settings import LAMBDAS
 from hf_transmiter.solvers import (
-    LAMBDAS,
     DiscriminantSums,
     RegressionSums,
     check_finite,

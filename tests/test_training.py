@@ -13,14 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_transmiter.training import (
-    FitConfig,
-    fit,
-    gaussian_epoch_weights,
-    learning_rate,
-    project_gradient,
-    scheduled_rate,
-)
+from hf_transmiter.settings import FitConfig
+from hf_transmiter.training import fit, gaussian_epoch_weights, learning_rate, project_gradient, scheduled_rate
 
 
 def rows(n, d, seed):

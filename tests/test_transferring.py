@@ -19,9 +19,10 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.extraction import ExtractionConfig, extract
+from hf_transmiter.extraction import extract
 from hf_transmiter.features import FeatureTable, embed_dataset
-from hf_transmiter.transferring import TransferConfig, interpolate, refit, transfer
+from hf_transmiter.settings import ExtractionConfig, TransferConfig
+from hf_transmiter.transferring import interpolate, refit, transfer
 from hf_transmiter.tuners import TransMiterConfig
 
 

@@ -1,28 +1,31 @@
-"""Files that strangers wrote: schemas, headers, maps and pickles, each refused before it is used."""
+"""Files that strangers wrote: JSON, headers, maps and pickles, each refused before it is used."""
 
 import json
+import math
 import os
 import pickle
 import struct
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from hf_transmiter import trust
+from hf_transmiter import rules, trust
 from hf_transmiter.anchors import Anchors
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.catalog import load_teacher
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.prompt_tuning import CONFIGS
+from hf_transmiter.scores import Score
 from hf_transmiter.solvers import check_semi_orthogonal
-from hf_transmiter.transfers import KEY_PREFIX
+from hf_transmiter.transfers import TeacherFacts
 from hf_transmiter.trust import (
+    KEY_PREFIX,
     adapter_shapes,
     check_adapter_tensors,
     check_json,
@@ -36,48 +39,49 @@ from hf_transmiter.tuners import TransMiterConfig, inject, save_adapter
 from hf_transmiter.tuners.transmiter.config import FORMS
 
 
-SCHEMAS = sorted((Path(trust.__file__).parent / "assets" / "schemas").glob("*.json"))
 ANCHORS = Anchors(("cat", "dog"), ("sky", "sea"))
 
 
-def schema(name: str) -> dict:
-    return json.loads((SCHEMAS[0].parent / f"{name}.json").read_text())
+def parts(rule: rules.Rule):
+    """A rule and those of what is inside."""
+    yield rule
+    for inner in (rule.item, rule.name, *rule.keys.values()):
+        if inner is not None:
+            yield from parts(inner)
 
 
-def subschemas(node, place=""):
-    """Schemas of values: those under `properties`, `$defs`, `items` and `propertyNames`."""
-    for key, item in node.items():
-        if key in ("properties", "$defs"):
-            for name, child in item.items():
-                yield f"{place}/{name}", child
-                yield from subschemas(child, f"{place}/{name}")
-        elif key in ("items", "propertyNames", "then"):
-            if key != "then":
-                yield f"{place}/{key}", item
-            yield from subschemas(item, f"{place}/{key}")
-        elif key == "allOf":
-            for child in item:
-                yield from subschemas(child, place)
+@pytest.mark.parametrize("kind", rules.KINDS)
+def test_rules_say_what_they_want_and_what_to_do(kind):
+    rule, remedy = rules.KINDS[kind]
+    assert remedy.endswith(".")
+    for part in parts(rule):
+        assert part.words and set(part.required) <= set(part.keys)
 
 
-@pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.stem)
-def test_schemas_are_valid_and_say_what_they_want(path):
-    content = json.loads(path.read_text())
-    Draft202012Validator.check_schema(content)
-    assert content["title"] and (path.stem == "common" or content["description"].endswith("."))
-    untitled = [place for place, child in subschemas(content) if not {"title", "$ref"} & set(child)]
-    assert not untitled
-
-
-def test_schemas_agree_with_the_package():
-    transmiter, prompts = schema("adapter_config")["allOf"]
-    assert tuple(transmiter["then"]["properties"]["form"]["enum"]) == FORMS
+def test_rules_agree_with_the_package():
+    own = rules.METHODS["TRANSMITER"].keys
+    assert set(own) <= set(TransMiterConfig(class_names=["cat"]).to_dict())
+    assert all(own["form"].fits(form) for form in FORMS)
     kinds = {kind(class_names=["cat"]).peft_type.value for kind in CONFIGS.values()}
-    assert set(prompts["if"]["properties"]["peft_type"]["enum"]) == kinds
-    assert set(trust.SCHEMA_OF.values()) <= {path.stem for path in SCHEMAS}
+    assert set(rules.METHODS) == {"TRANSMITER", *kinds}
+    assert set(rules.KIND_OF.values()) <= set(rules.KINDS)
+    assert set(rules.KINDS["scores"][0].item.keys) == {field.name for field in fields(Score)}
+    assert set(rules.KINDS["teacher"][0].keys) == {field.name for field in fields(TeacherFacts)}
+    assert set(rules.KINDS["anchors"][0].keys) == set(ANCHORS.to_dict())
     assert KEY_PREFIX == trust.KEY_PREFIX
-    own = set(TransMiterConfig(class_names=["cat"]).to_dict())
-    assert set(transmiter["then"]["properties"]) <= own
+
+
+@pytest.mark.parametrize("value", [True, "1", 1.0, math.nan, math.inf, -math.inf, 10**400, None, [1], {"a": 1}])
+def test_kinds_of_values_are_not_mixed_up(value):
+    """JSON knows one kind of number and no limits, Python takes True for 1."""
+    row = dict.fromkeys(("method", "split", "metric"), "a") | {"std": 0, "seconds": 0, "peak_mb": 0, "seeds": 1}
+    for key in ("seeds", "num_images", "value"):
+        fine = value is None and key != "seeds" or key == "value" and value == 1.0 and value is not True
+        if fine:
+            check_json([row | {"value": 1} | {key: value}], "scores", "it")
+            continue
+        with pytest.raises(ValueError, match=rf"it: \[0\].{key} must be a (whole|finite) number"):
+            check_json([row | {"value": 1} | {key: value}], "scores", "it")
 
 
 def test_plain_json_is_read():
@@ -167,7 +171,7 @@ CONFIG = {
         ({"self": 1}, "must be the name of a setting, found 'self'"),
         ({"peft_type": "lora; rm"}, "peft_type must be the name of a PEFT method"),
         ({"peft_type": "COOP", "n_ctx": 10**9}, "n_ctx must be a whole number of 1 to 10,000, or null"),
-        ({"peft_type": "LORA", "rank_pattern": [1]}, "rank_pattern must be an object or null"),
+        ({"peft_type": "LORA", "rank_pattern": [1]}, "rank_pattern must be an object, or null"),
     ],
 )
 def test_hostile_configurations(change, message):

@@ -26,11 +26,12 @@ from hf_transmiter.evaluation import evaluate
 from hf_transmiter.extraction import extract
 from hf_transmiter.files import new_folder
 from hf_transmiter.hub import SANDBOX
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.provenance import library_versions
 from hf_transmiter.sandbox.data import load_dataset
 from hf_transmiter.sandbox.words import vocabulary
 from hf_transmiter.scores import THIS, Score, write_scores
+from hf_transmiter.settings import TuningConfig
 from hf_transmiter.transferring import transfer
 
 

@@ -20,7 +20,7 @@ import torch
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, evaluate, extract, sandbox, transfer, tune
 from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.moments import RANK_TOLERANCE
-from hf_transmiter.prompt_tuning import TuningConfig
+from hf_transmiter.settings import TuningConfig
 from hf_transmiter.solvers import polar
 
 

@@ -20,13 +20,14 @@ from torch.nn.functional import one_hot
 
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.demo import METHODS, SANDBOX_TUNING, Task
-from hf_transmiter.extraction import ExtractionConfig, extract
+from hf_transmiter.extraction import extract
 from hf_transmiter.features import embed_dataset
 from hf_transmiter.files import replace_file
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.reliability import expected_calibration_error, fit_temperature
+from hf_transmiter.settings import ExtractionConfig, TransferConfig, TuningConfig
 from hf_transmiter.teachers import teacher_logits
-from hf_transmiter.transferring import TransferConfig, interpolate, transfer
+from hf_transmiter.transferring import interpolate, transfer
 
 
 SPLITS = ("unlabelled", "validation", "test")

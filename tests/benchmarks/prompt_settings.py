@@ -18,7 +18,8 @@ from hf_transmiter import sandbox
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.evaluation import evaluate
 from hf_transmiter.files import replace_file
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.settings import TuningConfig
 
 
 TASKS = ("print", "jargon")  # night and neon stay unseen

@@ -23,7 +23,8 @@ from transformers import CLIPModel
 from hf_transmiter import prompt_tuning, sandbox
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.evaluation import measured
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.settings import TuningConfig
 from hf_transmiter.tuners import CoOpConfig, inject
 from hf_transmiter.tuners.prompts import class_vectors, phrase_token_ids, prompt_layer
 

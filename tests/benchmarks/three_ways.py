@@ -21,11 +21,10 @@ import torch
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.comparison import compare
 from hf_transmiter.demo import SANDBOX_TUNING, Task
-from hf_transmiter.extraction import ExtractionConfig
 from hf_transmiter.files import replace_file
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.sandbox import model_path
-from hf_transmiter.settings import METHOD_SETTINGS
+from hf_transmiter.settings import METHOD_SETTINGS, ExtractionConfig, TuningConfig
 
 
 ROWS = {

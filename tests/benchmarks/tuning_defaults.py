@@ -20,8 +20,9 @@ from torch import Tensor
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.features import embed_dataset
-from hf_transmiter.prompt_tuning import TuningConfig, tune
+from hf_transmiter.prompt_tuning import tune
 from hf_transmiter.sandbox import load_dataset, model_path
+from hf_transmiter.settings import TuningConfig
 from hf_transmiter.solvers import standardise
 
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter import open_clip_model
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.catalog import load_encoder
+from hf_transmiter.backbone import DualEncoder, load_encoder
 from hf_transmiter.families import dummy_text_inputs, image_inputs
 from hf_transmiter.fingerprint import vocabulary_hash
 from hf_transmiter.open_clip_model import CONFIG, WEIGHTS, OpenClipModel, load_processor, load_tokenizer

@@ -88,7 +88,7 @@ def test_snippets_answer_as_the_artefact_does(made):
 
 
 def test_the_artefacts_belong_together(made):
-    """The adapter has the tuned model's answers, and a finished transfer to strong."""
+    """The adapter has the tuned model's answers, and the upgrade is better than either."""
     images = load_dataset("jargon", "test")[:16]["image"]
     tuned, adapter = (
         load_classifier(str(made / "jargon-coop")),
@@ -100,7 +100,6 @@ def test_the_artefacts_belong_together(made):
     torch.testing.assert_close(pair[0], pair[1], rtol=1e-4, atol=1e-3)
     values = {row.method: row.value for row in read_scores(made / "jargon-strong" / "scores.json")}
     assert values["this model"] > values["tuned weak"] > values["zero-shot strong"]
-    assert "`sandbox:strong`: a finished adapter" in (made / "jargon-adapter" / "README.md").read_text()
 
 
 def test_existing_artefacts_are_not_replaced(made):

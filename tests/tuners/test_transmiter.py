@@ -17,9 +17,10 @@ from torch import nn
 from transformers import AutoModel
 
 from hf_transmiter.anchors import Anchors
-from hf_transmiter.backbone import DualEncoder, image_inputs
+from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.families import image_inputs
 from hf_transmiter.fingerprint import ModelId
 from hf_transmiter.moments import CrossMoment
 from hf_transmiter.solvers import standardise

@@ -7,7 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...backbone import DualEncoder, dummy_text_inputs, logit_scale_and_bias
+from ...backbone import DualEncoder
+from ...families import dummy_text_inputs, logit_scale_and_bias
 from ...solvers import check_finite, standardise
 from .config import TransMiterConfig
 

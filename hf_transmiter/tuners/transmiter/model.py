@@ -8,8 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ...backbone import DualEncoder, is_dual_encoder
-from ...families import shared_width
+from ...backbone import DualEncoder
+from ...families import is_dual_encoder, shared_width
 from ...fingerprint import ModelId
 from ...hub import model_location, public_name
 from ...solvers import check_finite, check_semi_orthogonal
