@@ -3,9 +3,9 @@
 Reading order, the way data flows: `splits`, `vocabulary`, `anchors` (what is asked); `backbone`, `features`,
 `classifier` (who answers); `solvers`, `tuners`, `training`, `answers`, `prompt_tuning`, `teachers`, `extraction`,
 `moments`, `bridge`, `transferring`, `label_tuning` (what is learnt and moved); `baselines`, `evaluation`, `methods`,
-`comparison`, `report` (what it is worth); `drift`, `attaching`, `retraining`, `compatibility`, `upgrade_studies`
-(prompts across an upgrade); `trust`, `hub`, `transfers`, `cards`, `sharing`, `upgrading`, `preparing`,
-`image_classification` (what is shared, and how it is used elsewhere); `sandbox`, `demo`, `catalog`, `app`, `cli`.
+`comparison`, `report` (what it is worth); `attaching`, `drift`, `compatibility` (prompts across an upgrade); `trust`,
+`hub`, `transfers`, `cards`, `sharing`, `upgrading`, `preparing`, `image_classification` (what is shared, and how it is
+used elsewhere); `sandbox`, `demo`, `catalog`, `app`, `cli`.
 
 Notation: N images, K anchors = C task names + A auxiliary names, d embedding width, D rows of the basis W; x unit
 image rows, a unit text rows, s the logit scale, z standardised logits, X a cross moment, P and Q bridges, T class

@@ -13,13 +13,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
 
-from .bench_cells import Alone, Workshop
+from .bench_cells import (
+    CELLS,
+    Alone,
+    Cell,
+    Workshop,
+    cells,
+    is_done,
+    read_cell,
+    read_failure,
+    write_cell,
+    write_failure,
+)
 from .bench_config import BenchConfig
-from .bench_plan import CELLS, Cell, cells, is_done, read_cell, read_failure, write_cell, write_failure
 from .bench_report import write_bench_report
+from .features import embed_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -76,34 +87,36 @@ def run_bench(
         FileExistsError: `output_dir` holds something else.
     """
     output, state = Path(output_dir), accelerator or Alone("cpu")
+    progress = progress and state.is_main_process
+    shop = Workshop(config, output, models=models, embedding=embedding, progress=progress)
+    every, todo = list(cells(config)), []
     if state.is_main_process:
-        check_output(output)
+        if output.exists() and not (output / CELLS).is_dir() and (not output.is_dir() or any(output.iterdir())):
+            raise FileExistsError(f"{output} exists and was not written by a bench: choose another folder.")
         (output / CELLS).mkdir(parents=True, exist_ok=True)
-    shop = Workshop(config, output, models=models, embedding=embedding, progress=progress and state.is_main_process)
-    every = list(cells(config))
-    todo = _from_main(_unfinished(every, shop, output) if state.is_main_process else None, state)
+        todo = _unfinished(every, shop, output)
+    if state.num_processes > 1:
+        broadcast_object_list(received := [todo])
+        todo = received[0]
     _embed([every[place] for place, _ in todo], shop, state)
-    for place, rows in _bar(deal(todo, every, state.num_processes)[state.process_index], every, shop.progress):
-        _make(every[place], rows, shop, output)
+    mine = deal(todo, every, state.num_processes)[state.process_index]
+    with tqdm(mine, desc="Cells", unit="cell", disable=not progress, name="hf_transmiter.bench") as bar:
+        for place, rows in bar:
+            bar.set_postfix_str(str(every[place]))
+            _make(every[place], rows, shop, output)
     state.wait_for_everyone()
     done = [is_done(read_cell(output, cell), cell) for cell in every]
-    failed = {str(cell): read_failure(output, cell) for cell, good in zip(every, done, strict=True) if not good}
-    report = output / "report.md"
+    failed = [cell for cell, good in zip(every, done, strict=True) if not good]
     if state.is_main_process and any(done):
         write_bench_report(config, output)
     state.wait_for_everyone()
-    made = sum(done[place] for place, _ in todo)
-    failed = {name: message or "it was not finished" for name, message in failed.items()}
-    return Outcome(len(every), sum(done), made, failed, report if any(done) else None)
-
-
-def check_output(output: Path) -> None:
-    """
-    Raises:
-        FileExistsError: a folder that is not that of a bench.
-    """
-    if output.exists() and not (output / CELLS).is_dir() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and was not written by a bench: choose another folder.")
+    return Outcome(
+        total=len(every),
+        done=sum(done),
+        made=sum(done[place] for place, _ in todo),
+        failed={str(cell): read_failure(output, cell) or "it was not finished" for cell in failed},
+        report=output / "report.md" if any(done) else None,
+    )
 
 
 def deal(todo: Todo, every: Sequence[Cell], num_processes: int) -> list[Todo]:
@@ -141,22 +154,12 @@ def _unfinished(every: Sequence[Cell], shop: Workshop, output: Path) -> Todo:
 def _embed(missing: Sequence[Cell], shop: Workshop, state) -> None:
     """Fills the cache of embeddings. What goes wrong here goes wrong again in the cells it concerns, and is noted
     there."""
-    known = set()
-    for cell in missing:
+    jobs = {(model, images._fingerprint): images for cell in missing for model, images in shop.to_embed(cell)}
+    for (model, _), images in jobs.items():
         try:
-            jobs = shop.to_embed(cell)
-        except (ValueError, OSError):
-            jobs = None
-        if not _all_of_us(jobs is not None, state):
-            continue
-        for model, images in jobs:
-            if (model, id(images)) in known:
-                continue
-            known.add((model, id(images)))
-            try:
-                shop.embed(model, images, state)
-            except (ValueError, OSError) as error:
-                logger.info("embedding images of %s: %s", cell, error)
+            embed_dataset(shop.encoder(model), images, accelerator=state, **shop.embedding)
+        except (ValueError, OSError) as error:
+            logger.info("embedding images with %s: %s", model, error)
 
 
 def _make(cell: Cell, rows: Sequence[str], shop: Workshop, output: Path) -> None:
@@ -178,23 +181,3 @@ def _note(output: Path, cell: Cell, error: Exception) -> None:
     message = str(error) if isinstance(error, (ValueError, OSError)) and str(error) else repr(error)
     logger.warning("%s failed: %s", cell, message)
     write_failure(output, cell, message, "".join(traceback.format_exception(error)))
-
-
-def _bar(mine: Todo, every: Sequence[Cell], progress: bool):
-    """The cells of this process, with a bar that says what is being made."""
-    with tqdm(mine, desc="Cells", unit="cell", disable=not progress, name="hf_transmiter.bench") as bar:
-        for place, rows in bar:
-            bar.set_postfix_str(str(every[place]))
-            yield place, rows
-
-
-def _from_main(value, state):
-    """The main process's `value`, on every process."""
-    values = [value]
-    if state.num_processes > 1:
-        broadcast_object_list(values)
-    return values[0]
-
-
-def _all_of_us(good: bool, state) -> bool:
-    return all(gather_object([good])) if state.num_processes > 1 else good

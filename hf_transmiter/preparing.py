@@ -103,8 +103,10 @@ def prepare(
     if isinstance(config, (str, os.PathLike)):
         config = BenchConfig.read(config)
     if config is not None:
-        models, general = [*models, *config.encoders()], [config.general] if config.general else []
-        datasets = [*datasets, *config.specs(), *general]
+        named = [name for pair in config.models for name in (pair.weak, pair.strong)]
+        own = {spec.name: spec for spec in [*config.datasets, config.train_on] if spec is not None}
+        models = [*models, *dict.fromkeys(named)]
+        datasets = [*datasets, *own.values(), *([config.general] if config.general else [])]
     if not (adapters or bridges or models or datasets):
         raise ValueError("there is nothing to prepare: name models, adapters, bridges, datasets or a bench.")
     total = len(adapters) + len(bridges) + len(models) + len(datasets)

@@ -3,7 +3,7 @@ import os
 import random
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import bench_folder
@@ -14,12 +14,14 @@ from accelerate.state import AcceleratorState
 
 from hf_transmiter import bench
 from hf_transmiter.bench import deal, run_bench
-from hf_transmiter.bench_cells import Alone, Workshop
+from hf_transmiter.bench_cells import Alone, Workshop, cells, make_plan, read_cell
 from hf_transmiter.bench_config import BenchConfig
-from hf_transmiter.bench_plan import cells, make_plan, read_cell
+from hf_transmiter.catalog import load_encoder
+from hf_transmiter.drift import feature_drift
 from hf_transmiter.features import embed_dataset
 from hf_transmiter.methods import METHODS
 from hf_transmiter.transfers import TEACHER_FILE
+from hf_transmiter.vocabulary import universal_vocabulary
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,20 +62,13 @@ def run(content, output: Path, **options):
 
 
 def measured(content, output: Path) -> list[dict]:
-    """Everything in the cells but what it cost."""
-    found = []
-    for cell in cells(BenchConfig.from_dict(content)):
-        made = read_cell(output, cell)
-        rows = {
-            key: {k: v for k, v in row.items() if k not in ("seconds", "peak_mb")} for key, row in made["rows"].items()
-        }
-        found.append({**made, "rows": rows})
-    return found
+    """Everything in the cells."""
+    return [read_cell(output, cell) for cell in cells(BenchConfig.from_dict(content))]
 
 
 def test_what_a_run_leaves(content, finished):
     output, _ = finished
-    assert sorted(path.name for path in output.iterdir()) == ["cells", "costs.md", "report.md", "tuned"]
+    assert sorted(path.name for path in output.iterdir()) == ["cells", "report.md", "tuned"]
     every = list(cells(BenchConfig.from_dict(content)))
     assert {path.stem for path in (output / "cells").iterdir()} == {cell.key for cell in every}
     tuned = list((output / "tuned").iterdir())
@@ -189,7 +184,7 @@ def test_one_bad_cell_does_not_stop_the_others(content, tmp_path):
     assert len(list((tmp_path / "out" / "failed").iterdir())) == 3
     report = (tmp_path / "out" / "report.md").read_text()
     assert "1 of 4 cells" in report and "- spoilt, CoOp, 3 shots, seed 1" in report
-    assert make_plan(BenchConfig.from_dict(bad), tmp_path / "out").failed == 3
+    assert make_plan(BenchConfig.from_dict(bad), tmp_path / "out")["failed"] == 3
     # Mended, the others are tried again.
     mended = {**bad, "models": content["models"], "skip_unreadable": True}
     assert run(mended, tmp_path / "out").failed == {}
@@ -229,7 +224,7 @@ def test_what_cannot_be_read_is_made_again(content, finished, tmp_path, caplog):
     first, second = sorted((output / "cells").iterdir())
     first.write_text("{")
     second.write_text(json.dumps({**json.loads(second.read_text()), "facts": {}}))
-    assert make_plan(BenchConfig.from_dict(content), output).done == 0
+    assert make_plan(BenchConfig.from_dict(content), output)["done"] == 0
     assert "cannot be read" in caplog.text and "holds something else" in caplog.text
     assert run(content, output).made == 2
     assert measured(content, output) == measured(content, finished[0])
@@ -315,11 +310,34 @@ def test_an_upgrade(content, tmp_path):
     found = run(upgrade, tmp_path / "out")
     assert found.done == 2 and not found.failed
     for cell in cells(BenchConfig.from_dict(upgrade)):
-        rows = read_cell(tmp_path / "out", cell)["rows"]
-        metrics = rows["prompt"]["metrics"]
-        assert set(metrics) == {"old", "upgraded", "retrained", "h"}
-        assert set(rows["zero-shot"]["metrics"]) == {"old", "upgraded", "h"}
-    assert "| CoOp 3 |" in (tmp_path / "out" / "report.md").read_text()
+        made = read_cell(tmp_path / "out", cell)
+        assert set(made["rows"]["prompt"]["metrics"]) == {"old", "upgraded", "retrained", "h"}
+        assert set(made["rows"]["zero-shot"]["metrics"]) == {"old", "upgraded", "h"}
+        pair = [load_encoder(name) for name in (cell.pair.weak, cell.pair.strong)]
+        assert made["drift"] == [asdict(row) for row in feature_drift(*pair, universal_vocabulary(200))]
+    assert len(list((tmp_path / "out" / "tuned").iterdir())) == 4  # two ways to tune on two models
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| CoOp 3 |" in report and "| layer 2 |" in report
+
+
+def test_what_cannot_be_tuned_anew_is_said(content, tmp_path):
+    """A prompt that the new model does not take: old scores stay, the row says why there are no others."""
+    tiny_models.save("vision-text-dual-encoder", tmp_path / "new", 1)
+    upgrade = {
+        "title": "Tiny upgrade",
+        "experiment": "upgrade",
+        "models": [{"old": content["models"][0]["weak"], "new": str(tmp_path / "new")}],
+        "datasets": content["datasets"],
+        "shots": [3],
+        "seeds": [1],
+        "retrain": True,
+        "tunings": content["tunings"],
+    }
+    assert not run(upgrade, tmp_path / "out").failed
+    cell = next(cells(BenchConfig.from_dict(upgrade)))
+    row = read_cell(tmp_path / "out", cell)["rows"]["prompt"]
+    assert set(row["metrics"]) == {"old"}
+    assert row["remark"].startswith("not re-trained: prompt learning") and "prompt learning" in row["skipped"]
 
 
 def test_two_processes_hear_of_a_picture_that_one_cannot_read(content, tmp_path):
@@ -332,8 +350,6 @@ def test_two_processes_hear_of_a_picture_that_one_cannot_read(content, tmp_path)
 
 def _unreadable(folder, model, path):
     from datasets import DatasetDict
-
-    from hf_transmiter.catalog import load_encoder
 
     accelerator = Accelerator(cpu=True)
     images = DatasetDict.load_from_disk(folder)["test"]
