@@ -89,6 +89,7 @@ class Cell:
             "test": _spec_digest(self.parts.test.spec),
             "train": _spec_digest(self.parts.train.spec),
             "tuning": asdict(self.settings),
+            "rows": [asdict(variant) for variant in config.variants],
         }
 
     @cached_property
@@ -102,13 +103,6 @@ class Cell:
         """Cells with the same digest may share a tuned model, so one process computes them all."""
         names = ("protocol", "train", "tuning", "allow_fewer", "skip_unreadable")
         return digest({name: self.facts[name] for name in names})
-
-    @cached_property
-    def rows(self) -> dict[str, str]:
-        """Names of the rows, and the digests of their settings by which they are kept."""
-        if self.config.experiment == "upgrade":
-            return {ZERO_SHOT: ZERO_SHOT, self.tuning.name: "prompt"}
-        return {variant.name: digest({**asdict(variant), "name": None}) for variant in self.config.variants}
 
     def __str__(self) -> str:
         what = f"{public_name(self.spec.name)}, {self.tuning.name}, {self.shots} shots, seed {self.seed}"
@@ -141,7 +135,7 @@ def _spec_digest(spec: DatasetSpec) -> str:
 
 
 def read_cell(output_dir: Path, cell: Cell) -> dict | None:
-    """A cell's file, `None` where there is none: `rows` by digest, `made_from` (fingerprints), `num_images`.
+    """A cell's file, `None` where there is none: `rows` by name, `made_from` (fingerprints), `num_images`.
 
     Files that are damaged, or of another cell, count as missing.
     """
@@ -184,9 +178,9 @@ def read_failure(output_dir: Path, cell: Cell) -> str | None:
         return None
 
 
-def is_done(content: Mapping | None, cell: Cell) -> bool:
-    """Whether a cell's file has all its rows."""
-    return content is not None and all(key in content["rows"] for key in cell.rows.values())
+def is_done(content: Mapping | None) -> bool:
+    """Whether a cell is there, and no row of it was lost to a lack of memory or the like."""
+    return content is not None and not any("failed" in row for row in content["rows"].values())
 
 
 def make_plan(config: BenchConfig, output_dir: Path) -> dict:
@@ -197,7 +191,7 @@ def make_plan(config: BenchConfig, output_dir: Path) -> dict:
         tuned how and on what, as lists of model, way to tune, dataset, runs.
     """
     every = list(cells(config))
-    missing = [cell for cell in every if not is_done(read_cell(output_dir, cell), cell)]
+    missing = [cell for cell in every if not is_done(read_cell(output_dir, cell))]
     runs = {
         (model, cell.tuning.name, cell.parts.train.spec.name, cell.shots, cell.seed)
         for cell in missing
@@ -337,36 +331,30 @@ class Workshop:
         templates = PROMPTED if learnt else cell.parts.test.spec.templates
         return AnchorClassifier(tuned.encoder, Anchors(tuple(names), (), templates))
 
-    def make(self, cell: Cell, rows: Sequence[str]) -> dict:
-        """Scores of the rows (by digest) of a cell, from what they were made, and which rows were lost to a lack of
-        memory or the like, and may be had another time.
+    def make(self, cell: Cell) -> dict:
+        """What [`read_cell`] gives. A row has its `metrics` and what it `needs`, or says why it was `skipped`, or why
+        it `failed` and may be had another time.
 
         Raises:
             ValueError, OSError: anything that is wrong with its models, images or settings.
         """
-        found = {
-            "made_from": json.loads(json.dumps(self.made_from(cell))),
-            "num_images": len(self.images(cell.parts.test)),
-        }
-        if self.config.experiment == "upgrade":
-            made = self._upgrade(cell)
-            found["drift"] = self._once(("drift", cell.pair), lambda: self._drift(cell.pair))
-        else:
-            made = self._transfer(cell, rows)
-        found["rows"] = {key: row for key, row in made.items() if key in rows and "failed" not in row}
-        return found | {"lost": [row["failed"] for row in made.values() if "failed" in row]}
+        found = {"made_from": self.made_from(cell), "num_images": len(self.images(cell.parts.test))}
+        if self.config.experiment == "transfer":
+            return {**found, "rows": self._transfer(cell)}
+        drift = self._once(("drift", cell.pair), lambda: self._drift(cell.pair))
+        return {**found, "rows": self._upgrade(cell), "drift": drift}
 
-    def _transfer(self, cell: Cell, rows: Sequence[str]) -> dict[str, dict]:
-        variants = {key: v for v in self.config.variants if (key := cell.rows[v.name]) in rows}
+    def _transfer(self, cell: Cell) -> dict[str, dict]:
+        variants = {variant.name: _seeded(variant, cell.seed) for variant in self.config.variants}
         test, unlabelled = map(self.images, cell.scored)
         names, elsewhere = test.features["label"].names, cell.parts.elsewhere
         tuned_strong, skipped = None, {}
-        for key in [key for key, variant in variants.items() if is_ceiling(variant)]:
+        for name in [name for name, variant in variants.items() if is_ceiling(variant)]:
             try:
                 tuned_strong = self.asked(cell, cell.pair.strong, names)
             except ValueError as error:  # such as a prompt for a model that takes none: the other rows do not need it
-                skipped[key] = {"skipped": str(error)}
-                del variants[key]
+                skipped[name] = {"skipped": str(error)}
+                del variants[name]
         found = compare(
             self.encoder(cell.pair.weak),
             self.encoder(cell.pair.strong),
@@ -379,12 +367,13 @@ class Workshop:
             class_names=names,
             seen_classes=base_names(names) if cell.parts.train.base_only else None,
             templates=cell.parts.test.spec.templates,
-            variants=[_seeded(variant, cell.seed) for variant in variants.values()],
+            variants=list(variants.values()),
             gradient=ExtractionConfig(solver="gradient", seed=cell.seed),
             **self._names(names, cell.parts.test.spec.templates),
             **self.options,
         )
-        return skipped | {key: _row(found, variant.name) for key, variant in variants.items()}
+        rows = skipped | {name: _row(found, name) for name in variants}
+        return {variant.name: rows[variant.name] for variant in self.config.variants}
 
     def _names(self, names: Sequence[str], templates: Sequence[str]) -> dict:
         """Arguments of `compare` about auxiliary names."""
@@ -416,7 +405,7 @@ class Workshop:
         seen = base_names(names) if cell.parts.train.base_only else None
         folders, options = [self.tuned(cell, cell.pair.weak)], {"retrained": again, "seen_classes": seen}
         found = score_upgrade(folders, *map(self.encoder, models), test, **options, **self.options)
-        return dict(zip(cell.rows.values(), [_upgraded(found[0]), _upgraded(found[1]) | remark], strict=True))
+        return {ZERO_SHOT: _upgraded(found[0]), cell.tuning.name: _upgraded(found[1]) | remark}
 
     def _drift(self, pair: Pair) -> list[dict]:
         names = universal_vocabulary(_DRIFT_NAMES)
@@ -433,7 +422,7 @@ def _seeded(variant: Variant, seed: int) -> Variant:
 def _row(found, name: str) -> dict:
     """One row of a [`Comparison`], as it is kept."""
     if not isinstance(found.failed.get(name, ValueError()), ValueError):
-        return {"failed": f"{name}: {found.skipped[name]}"}
+        return {"failed": found.skipped[name]}
     if name in found.skipped:
         return {"skipped": found.skipped[name]}
     own = [score for score in found.scores if score.method == name]

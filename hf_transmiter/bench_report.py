@@ -59,7 +59,7 @@ class Row:
 
     def add(self, found: Mapping, cell: Cell) -> None:
         """What a cell says about it."""
-        for text in filter(None, (found.get("skipped"), found.get("remark"))):
+        for text in filter(None, map(found.get, ("skipped", "failed", "remark"))):
             names = self.reasons.setdefault(text, [])
             names += [cell.spec.name] * (cell.spec.name not in names)
         if not found.get("metrics"):
@@ -120,9 +120,8 @@ def gather(config: BenchConfig, output_dir: Path) -> list[Group]:
         group = groups.setdefault(key, Group(*key))
         group.datasets = tuple(dict.fromkeys((*group.datasets, cell.spec.name)))
         group.drift = [LayerDrift(**row) for row in content.get("drift", ())]
-        for name, digest in cell.rows.items():
-            if digest in content["rows"]:
-                group.rows.setdefault(name, Row(name)).add(content["rows"][digest], cell)
+        for name, found in content["rows"].items():
+            group.rows.setdefault(name, Row(name)).add(found, cell)
     return [group for group in groups.values() if any(row.measured for row in group.rows.values())]
 
 
