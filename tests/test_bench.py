@@ -341,6 +341,18 @@ def test_what_cannot_be_tuned_anew_is_said(content, tmp_path):
     assert row["remark"].startswith("not re-trained: prompt learning") and "prompt learning" in row["skipped"]
 
 
+def test_the_upgrade_that_comes_with_the_package(tmp_path):
+    config = BenchConfig.read("sandbox-upgrade").with_overrides(seeds=[1], shots=[1])
+    embedding = {"cache_dir": tmp_path / "cache"}
+    found = run_bench(config, tmp_path / "out", embedding=embedding, progress=False)
+    assert found.done == found.total == 4 and not found.failed
+    report = (tmp_path / "out" / "report.md").read_text()
+    title = "| method | old | upgraded | H (old, upgraded) | retrained | old base | old novel | old hm | upgraded base |"
+    assert title in report and "### The text tower" in report
+    for name in ("zero-shot", "CoOp", "CoOp, layer 1", "KgCoOp", "ContCoOp"):
+        assert f"| {name} |" in report
+
+
 def test_two_processes_hear_of_a_picture_that_one_cannot_read(content, tmp_path):
     folder = Path(content["datasets"][0]["source"])
     bench_folder.spoil(folder)
