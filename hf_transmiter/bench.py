@@ -13,19 +13,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
 
-from .bench_cells import Alone, Workshop
+from .bench_cells import (
+    CELLS,
+    Alone,
+    Cell,
+    Workshop,
+    cells,
+    is_done,
+    read_cell,
+    read_failure,
+    write_cell,
+    write_failure,
+)
 from .bench_config import BenchConfig
-from .bench_plan import CELLS, Cell, cells, is_done, read_cell, read_failure, write_cell, write_failure
 from .bench_report import write_bench_report
+from .features import embed_dataset
 
 
 logger = logging.getLogger(__name__)
-
-Todo = list[tuple[int, list[str]]]
-"""Cells that are not finished, by their place among all, with the digests of the rows they lack."""
 
 
 @dataclass
@@ -56,10 +64,9 @@ def run_bench(
 ) -> Outcome:
     """Makes the cells that are missing, and the report of all that are finished.
 
-    A cell is a file in `cells/`, written in one step; one whose models, images or settings are others than those it
-    was made from is made again, and rows that were added to the configuration are added to it. Tuned models are kept
-    in `tuned/`; a tuning that was killed goes on from its last epoch. A cell that fails is noted in `failed/`, and
-    tried again by the next call.
+    A cell is a file in `cells/`, written in one step; one whose models, images, rows or settings are others than those
+    it was made from is made again. Tuned models are kept in `tuned/`; a tuning that was killed goes on from its last
+    epoch. A cell that fails is noted in `failed/`, and tried again by the next call.
 
     Args:
         config ([`BenchConfig`]): what to measure.
@@ -76,99 +83,83 @@ def run_bench(
         FileExistsError: `output_dir` holds something else.
     """
     output, state = Path(output_dir), accelerator or Alone("cpu")
+    progress = progress and state.is_main_process
+    shop = Workshop(config, output, models=models, embedding=embedding, progress=progress)
+    every, todo = list(cells(config)), []
     if state.is_main_process:
-        check_output(output)
+        if output.exists() and not (output / CELLS).is_dir() and (not output.is_dir() or any(output.iterdir())):
+            raise FileExistsError(f"{output} exists and was not written by a bench: choose another folder.")
         (output / CELLS).mkdir(parents=True, exist_ok=True)
-    shop = Workshop(config, output, models=models, embedding=embedding, progress=progress and state.is_main_process)
-    every = list(cells(config))
-    todo = _from_main(_unfinished(every, shop, output) if state.is_main_process else None, state)
-    _embed([every[place] for place, _ in todo], shop, state)
-    for place, rows in _bar(deal(todo, every, state.num_processes)[state.process_index], every, shop.progress):
-        _make(every[place], rows, shop, output)
+        todo = _unfinished(every, shop, output)
+    if state.num_processes > 1:
+        broadcast_object_list(received := [todo])
+        todo = received[0]
+    _embed([every[place] for place in todo], shop, state)
+    mine = deal(todo, every, state.num_processes)[state.process_index]
+    with tqdm(mine, desc="Cells", unit="cell", disable=not progress, name="hf_transmiter.bench") as bar:
+        for place in bar:
+            bar.set_postfix_str(str(every[place]))
+            _make(every[place], shop, output)
     state.wait_for_everyone()
-    done = [is_done(read_cell(output, cell), cell) for cell in every]
-    failed = {str(cell): read_failure(output, cell) for cell, good in zip(every, done, strict=True) if not good}
-    report = output / "report.md"
+    done = [is_done(read_cell(output, cell)) for cell in every]
+    failed = [cell for cell, good in zip(every, done, strict=True) if not good]
     if state.is_main_process and any(done):
         write_bench_report(config, output)
     state.wait_for_everyone()
-    made = sum(done[place] for place, _ in todo)
-    failed = {name: message or "it was not finished" for name, message in failed.items()}
-    return Outcome(len(every), sum(done), made, failed, report if any(done) else None)
+    return Outcome(
+        total=len(every),
+        done=sum(done),
+        made=sum(done[place] for place in todo),
+        failed={str(cell): read_failure(output, cell) or "it was not finished" for cell in failed},
+        report=output / "report.md" if any(done) else None,
+    )
 
 
-def check_output(output: Path) -> None:
-    """
-    Raises:
-        FileExistsError: a folder that is not that of a bench.
-    """
-    if output.exists() and not (output / CELLS).is_dir() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and was not written by a bench: choose another folder.")
-
-
-def deal(todo: Todo, every: Sequence[Cell], num_processes: int) -> list[Todo]:
-    """Cells by process: those that may share a tuned model go to the same one."""
-    hands: list[Todo] = [[] for _ in range(num_processes)]
+def deal(todo: Sequence[int], every: Sequence[Cell], num_processes: int) -> list[list[int]]:
+    """Places of cells by process: those that may share a tuned model go to the same one."""
+    hands: list[list[int]] = [[] for _ in range(num_processes)]
     groups: dict[str, int] = {}
-    for place, rows in todo:
-        hand = groups.setdefault(every[place].shared, len(groups) % num_processes)
-        hands[hand].append((place, rows))
+    for place in todo:
+        hands[groups.setdefault(every[place].shared, len(groups) % num_processes)].append(place)
     return hands
 
 
-def _unfinished(every: Sequence[Cell], shop: Workshop, output: Path) -> Todo:
-    """What is to be made; cells whose models or images cannot be loaded are noted as failed here."""
-    todo: Todo = []
+def _unfinished(every: Sequence[Cell], shop: Workshop, output: Path) -> list[int]:
+    """Places of what is to be made; cells whose models or images cannot be loaded are noted as failed here."""
+    todo = []
     for place, cell in enumerate(every):
         content = read_cell(output, cell)
         try:
             made_from = shop.made_from(cell)
         except (ValueError, OSError) as error:
-            if is_done(content, cell):
+            if is_done(content):
                 logger.warning("%s is finished, but what it was made from cannot be loaded: %s", cell, error)
             else:
                 _note(output, cell, error)
             continue
-        if content is not None and content.get("made_from") != made_from:
-            logger.info("%s was made from other models or images, and is made again.", cell)
-            content = None
-        rows = [key for key in cell.rows.values() if content is None or key not in content["rows"]]
-        if rows:
-            todo.append((place, rows))
+        if not is_done(content) or content.get("made_from") != made_from:
+            todo.append(place)
     return todo
 
 
 def _embed(missing: Sequence[Cell], shop: Workshop, state) -> None:
     """Fills the cache of embeddings. What goes wrong here goes wrong again in the cells it concerns, and is noted
     there."""
-    known = set()
-    for cell in missing:
+    jobs = {(model, images._fingerprint): images for cell in missing for model, images in shop.to_embed(cell)}
+    for (model, _), images in jobs.items():
         try:
-            jobs = shop.to_embed(cell)
-        except (ValueError, OSError):
-            jobs = None
-        if not _all_of_us(jobs is not None, state):
-            continue
-        for model, images in jobs:
-            if (model, id(images)) in known:
-                continue
-            known.add((model, id(images)))
-            try:
-                shop.embed(model, images, state)
-            except (ValueError, OSError) as error:
-                logger.info("embedding images of %s: %s", cell, error)
+            embed_dataset(shop.encoder(model), images, accelerator=state, **shop.embedding)
+        except (ValueError, OSError) as error:
+            logger.info("embedding images with %s: %s", model, error)
 
 
-def _make(cell: Cell, rows: Sequence[str], shop: Workshop, output: Path) -> None:
-    """Makes a cell's missing rows and writes it with those it had, or notes why not."""
+def _make(cell: Cell, shop: Workshop, output: Path) -> None:
+    """Makes a cell and writes it, or notes why not."""
     try:
-        found = shop.make(cell, rows)
-        lost = found.pop("lost")
-        before = read_cell(output, cell)
-        if before is not None and before.get("made_from") == found["made_from"]:
-            found["rows"] = {**before["rows"], **found["rows"]}
+        found = shop.make(cell)
         write_cell(output, cell, found)
-        if lost:  # they stay missing, so that the next run tries them again
+        lost = [f"{name}: {row['failed']}" for name, row in found["rows"].items() if "failed" in row]
+        if lost:
             raise OSError("; ".join(lost))
     except Exception as error:  # whatever it is, it is this cell's: the others go on
         _note(output, cell, error)
@@ -178,23 +169,3 @@ def _note(output: Path, cell: Cell, error: Exception) -> None:
     message = str(error) if isinstance(error, (ValueError, OSError)) and str(error) else repr(error)
     logger.warning("%s failed: %s", cell, message)
     write_failure(output, cell, message, "".join(traceback.format_exception(error)))
-
-
-def _bar(mine: Todo, every: Sequence[Cell], progress: bool):
-    """The cells of this process, with a bar that says what is being made."""
-    with tqdm(mine, desc="Cells", unit="cell", disable=not progress, name="hf_transmiter.bench") as bar:
-        for place, rows in bar:
-            bar.set_postfix_str(str(every[place]))
-            yield place, rows
-
-
-def _from_main(value, state):
-    """The main process's `value`, on every process."""
-    values = [value]
-    if state.num_processes > 1:
-        broadcast_object_list(values)
-    return values[0]
-
-
-def _all_of_us(good: bool, state) -> bool:
-    return all(gather_object([good])) if state.num_processes > 1 else good

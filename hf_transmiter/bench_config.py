@@ -7,8 +7,8 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import yaml
@@ -60,8 +60,6 @@ class Tuning:
         settings = {**self.settings, **self.per_dataset.get(dataset, {}), "shots": shots, "seed": seed}
         known = [item.name for item in fields(TuningConfig)]
         _check_names(settings, known, f"setting of the tuning {self.name!r}")
-        if isinstance(settings.get("adapter"), list):
-            settings["adapter"] = tuple(settings["adapter"])
         try:
             return TuningConfig(**settings)
         except TypeError as error:
@@ -132,30 +130,23 @@ class BenchConfig:
     def __post_init__(self):
         check_choice("experiment", self.experiment, tuple(EXPERIMENTS))
         check_choice("protocol", self.protocol, PROTOCOLS)
-        for name in ("models", "datasets", "tunings", "shots", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: name at least one.")
-        for name, kind in _KINDS.items():
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
-                wanted = "true or false" if kind is bool else "a text"
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+        for item in fields(self):
+            value, (kind, wanted) = getattr(self, item.name), _KINDS.get(item.type, (object, ""))
+            if value is not None and (not isinstance(value, kind) or kind is int and (value is True or value < 1)):
+                raise ValueError(f"{item.name} must be {wanted}, got {value!r}.")
+        for name, least in (("shots", 1), ("seeds", 0)):
+            for value in getattr(self, name):
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ValueError(f"{name} must be whole numbers of at least {least}, got {value!r}.")
         if self.sweep is not None and not re.fullmatch(rf"({'|'.join(_SWEPT)})\.\w+", self.sweep):
             raise ValueError(f"sweep must be PART.SETTING with one of {', '.join(_SWEPT)}, got {self.sweep!r}.")
-        for name in ("shots", "seeds"):
-            _check_numbers(name, getattr(self, name), least=name == "shots")
-        for name in ("max_images", "num_anchors"):
-            if getattr(self, name) is not None:
-                _check_numbers(name, (getattr(self, name),), least=1)
-        for name, values in {
-            "models": [f"{pair.weak} → {pair.strong}" for pair in self.models],
-            "datasets": [spec.name for spec in self.datasets],
-            "tunings": [tuning.name for tuning in self.tunings],
-            "variants": [variant.name for variant in self.variants],
-            **{name: getattr(self, name) for name in ("shots", "seeds")},
-        }.items():
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None:
-                raise ValueError(f"{name} has {twice!r} twice: remove it, or give it another name.")
+        for name in _LISTS:
+            values = [getattr(value, "name", value) for value in getattr(self, name)]
+            if not values and name != "variants":
+                raise ValueError(f"{name} is empty: name at least one.")
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{name} has {value} twice: remove it, or give it another name.")
         if self.protocol in ELSEWHERE and self.train_on is None:
             raise ValueError(f"{self.protocol} tunes on another dataset: name it with train_on.")
         for spec in self.datasets:
@@ -201,24 +192,24 @@ class BenchConfig:
             raise ValueError(f"a configuration holds 'key: value' lines, not a {type(content).__name__}.")
         values = {key: value for key, value in content.items() if value is not None}  # a key with nothing behind it
         _check_names(values, [item.name for item in fields(cls)], "key")
-        for item in fields(cls):
-            if item.default is MISSING and not values.get(item.name):
-                raise ValueError(f"{item.name!r} is missing{_HINTS.get(item.name, '')}.")
-        for name in ("models", "datasets", "tunings", "variants", "shots", "seeds"):
-            if name in values and not isinstance(values[name], (list, tuple)):
-                raise ValueError(f"{name} must be a list, got {values[name]!r}.")
+        for name, hint in _REQUIRED.items():
+            if not values.get(name):
+                raise ValueError(f"{name!r} is missing{hint}.")
         experiment = values.get("experiment", "transfer")
         check_choice("experiment", experiment, tuple(EXPERIMENTS))
-        values["models"] = tuple(_pair(entry, EXPERIMENTS[experiment]) for entry in values["models"])
-        values["datasets"] = tuple(find_spec(entry) for entry in values["datasets"])
-        if values.get("train_on") is not None:
-            values["train_on"] = find_spec(values["train_on"])
-        values["tunings"] = tuple(map(_tuning, values["tunings"]))
         if experiment == "transfer":
-            values["variants"] = tuple(map(Variant.of, values.get("variants") or _USUAL))
+            values["variants"] = values.get("variants") or _USUAL
         elif values.get("variants"):
             raise ValueError("variants are rows of a transfer; an upgrade has one row per tuning.")
-        values["shots"], values["seeds"] = (tuple(values.get(k, getattr(cls, k))) for k in ("shots", "seeds"))
+        if "train_on" in values:
+            values["train_on"] = find_spec(values["train_on"])
+        makers = {"models": partial(_pair, roles=EXPERIMENTS[experiment])}
+        makers |= {"datasets": find_spec, "tunings": _tuning, "variants": Variant.of}
+        for name in _LISTS:
+            if not isinstance(values.get(name, ()), (list, tuple)):
+                raise ValueError(f"{name} must be a list, got {values[name]!r}.")
+            if name in values:
+                values[name] = tuple(makers[name](entry) if name in makers else entry for entry in values[name])
         return cls(**values)
 
     def with_overrides(
@@ -237,38 +228,18 @@ class BenchConfig:
         }
         return replace(self, **{name: value for name, value in changed.items() if value})
 
-    def encoders(self) -> tuple[str, ...]:
-        """Names of all models, each once."""
-        return tuple(dict.fromkeys(name for pair in self.models for name in (pair.weak, pair.strong)))
-
-    def specs(self) -> tuple[DatasetSpec, ...]:
-        """All datasets, each once: those that are scored, and what is tuned on."""
-        every = {spec.name: spec for spec in self.datasets}
-        if self.train_on is not None:
-            every.setdefault(self.train_on.name, self.train_on)
-        return tuple(every.values())
-
-    @cached_property
-    def spec_facts(self) -> dict[str, dict]:
-        """By dataset: where it is, and a digest of all that its images and labels depend on."""
-        found = {}
-        for spec in self.specs():
-            facts = {key: value for key, value in asdict(spec).items() if key not in _SAID_ONLY}
-            found[spec.name] = {"source": spec.source, "revision": spec.revision, "digest": digest(facts)}
-        return found
-
-    @cached_property
-    def roles(self) -> tuple[str, str]:
-        """What the two models of a pair are called."""
-        return EXPERIMENTS[self.experiment]
-
 
 _USUAL = tuple(name for name, method in METHODS.items() if method.default and "given" not in name)
-_KINDS = dict.fromkeys(("allow_fewer", "skip_unreadable", "retrain"), bool)
-_KINDS |= dict.fromkeys(("title", "notes", "general", "vocabulary", "sweep"), str)
+_LISTS = ("models", "datasets", "tunings", "variants", "shots", "seeds")
+_KINDS = {
+    "str": (str, "a text"),
+    "str | None": (str, "a text"),
+    "bool": (bool, "true or false"),
+    "int | None": (int, "a whole number of at least 1"),
+}
 _SWEPT = ("tuning", "extraction", "transfer", "anchors", "label_tuning")
-_SAID_ONLY = ("name", "title", "counts", "notes")
-_HINTS = {
+_REQUIRED = {
+    "title": "",
     "models": ": list pairs such as {weak: openai/clip-vit-base-patch16, strong: openai/clip-vit-large-patch14}",
     "datasets": ": list names such as dtd, folders or Hub ids",
     "tunings": ": list settings such as {name: CoOp, method: coop}",
@@ -308,12 +279,6 @@ def _check_names(given: Collection[str], known: Collection[str], what: str) -> N
     for name in given:
         if name not in known:
             raise ValueError(f"there is no {what} {name!r}; {did_you_mean(str(name), known)}")
-
-
-def _check_numbers(name: str, values: Sequence, least: int) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be whole numbers of at least {int(least)}, got {value!r}.")
 
 
 def _pair(entry, roles: tuple[str, str]) -> Pair:

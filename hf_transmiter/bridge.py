@@ -206,7 +206,7 @@ class Bridge(BridgeFiles):
         Embedding space: ``x_C ≈ μ_C + s₂Q₂(μ_B - μ'_B) + s₂s₁ · Q₂Q₁ (x_A - μ_A)``, where μ_B and μ'_B are what the
         two took for B's mean. Where a bridge drops directions, or B is wider than A and C, Q₂Q₁ is no partial
         isometry: it shrinks what Q₁ writes outside of what Q₂ reads. It is left that way; its polar factor, which
-        turns without shrinking, is worth the same (`tests/benchmarks/bridges.py`). Logit space: ``P = P₂P₁``,
+        turns without shrinking, is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``,
         orthogonal.
 
         `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger;

@@ -38,7 +38,6 @@ from .cli_options import (
     command,
 )
 from .cli_transfer import add_commands as add_transfer_commands
-from .cli_upgrade import add_commands
 from .settings import ExtractionConfig, TuningConfig
 
 
@@ -119,7 +118,7 @@ def tune(
     options = {"class_names": read_names(names.class_names), "templates": templates, **columns}
     options |= {"accelerator": run.accelerator, "progress": run.progress, "cache_dir": data.cache_dir}
     if seeds:
-        from .upgrade_studies import tune_seeds
+        from .compatibility import tune_seeds
 
         folders = [str(folder) for folder in tune_seeds(encoder, images, config, seeds, output.output_dir, **options)]
         return Result({"output_dirs": folders, "method": config.method}, "Tuned: " + ", ".join(folders))
@@ -238,7 +237,6 @@ add_compare_commands(app)
 add_analyse_command(app)
 
 
-add_commands(app)
 add_hub_commands(app)
 add_app_command(app)
 add_bench_command(app)

@@ -56,10 +56,13 @@ def bench_command(
         raise ValueError("--dry-run or --report, not both.")
     wanted = BenchConfig.read(config).with_overrides(datasets, seeds, shots)
     if dry_run:
-        from .bench_plan import make_plan
+        from .bench_cells import make_plan
 
         plan = make_plan(wanted, output_dir)
-        return Result(plan.to_dict(), str(plan))
+        missing = plan["total"] - plan["done"]
+        lines = [f"{plan['total']} cells: {plan['done']} done, {missing} to do ({plan['failed']} failed before)."]
+        lines += [f"Tune {model} ({name}) on {data}: {runs} runs" for model, name, data, runs in plan["tunings"]]
+        return Result(plan, "\n".join(lines))
     if report:
         from .bench_report import write_bench_report
 

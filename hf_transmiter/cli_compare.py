@@ -87,9 +87,9 @@ def compare(
     from .catalog import load_teacher, teacher_templates
     from .class_names import read_names
     from .comparison import compare
+    from .compatibility import tuning_of
     from .dataset_specs import usual_templates
     from .report import comparison_table
-    from .retraining import SavedTuning
 
     rows = _rows(methods, min_gain, gate)
     test = data.load(dataset, TEST, data.split)
@@ -110,7 +110,7 @@ def compare(
         labelled=few,
         general=data.load(general, UNLABELLED),
         tuned_strong=None if tuned_strong is None else load_teacher(tuned_strong, target),
-        tuning=SavedTuning.read(teacher).config if retune == "teacher" else None,
+        tuning=tuning_of(teacher) if retune == "teacher" else None,
         bridge=None if bridge is None else Bridge.from_pretrained(bridge),
         class_names=read_names(names.class_names),
         seen_classes=read_names(seen_classes),

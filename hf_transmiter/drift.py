@@ -1,38 +1,26 @@
-"""What an upgrade of the base model changed inside its text tower, part by part: weights and hidden states.
+"""[`feature_drift`]: how far an upgrade of the base model moved the hidden states of its text tower, layer by layer.
 
 A prompt learnt for the old model enters the new one through the same door; how far the rooms behind it have moved says
-where a prompt may survive. Source of the idea: ContCoOp (arXiv 2412.20895), which compares parameters and output
-features of the text encoder per layer before and after an upgrade.
+where a prompt may survive. Source of the idea: ContCoOp (arXiv 2412.20895).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .anchors import DEFAULT_TEMPLATES
 from .backbone import DualEncoder
 from .families import SIGLIP
+from .scores import NOTHING
 
 
-# In this order: the first pattern that fits a parameter's name says which part of the text tower it belongs to.
-_PARTS = (
-    (r"embeddings\.(token_embedding|word_embeddings)\.", "token table"),
-    (r"embeddings\.position_embeddings?\.|positional_embedding$", "positions"),
-    (r"embeddings\.", "embedding norm"),  # of the BERT-likes, with their table of token types
-    (r"(?:encoder\.layers?|transformer\.resblocks)\.(\d+)\.", "layer"),
-    (r"text_model\.(final_layer_norm|pre_LN|ln_final)\.", "final norm"),
-    (r"text_model\.pooler\.", "pooler"),
-    (r"text_projection(\.|$)|text_model\.(head|transformation)\.", "projection"),
-)
 # These pool at their end token, the last one the mask shows; BERT-likes at the first token.
 _POOLS_AT_THE_END = ("clip", "metaclip_2", "open_clip")
-_NOTHING = "–"
+_TEMPLATE = "a photo of a {}."
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -45,8 +33,8 @@ class LayerDrift:
             Size of the change, and as a share of the old size (0.1 is a tenth). `None` where old and new have no
             common coordinates, or the old size is 0.
         similarity (`float`, *optional*):
-            [`linear_cka`] of hidden states, 1 for the same up to rotation and scale. `None` for parameters, and where
-            one model says the same for all texts.
+            [`linear_cka`] of hidden states, 1 for the same up to rotation and scale. `None` where one model says the
+            same for all texts.
     """
 
     name: str
@@ -55,114 +43,27 @@ class LayerDrift:
     similarity: float | None = None
 
 
-def parameter_drift(old: DualEncoder, new: DualEncoder) -> list[LayerDrift]:
-    """Change of the weights of the text tower, from input to output.
-
-    With ``θ`` all n parameters of a part, ``absolute = ‖θ_new - θ_old‖ / √n`` (root mean square per parameter) and
-    ``relative = ‖θ_new - θ_old‖ / ‖θ_old‖`` (Frobenius norms).
-
-    Args:
-        old, new (`DualEncoder`): before and after the upgrade, without adapters inside.
-
-    Returns:
-        `list[LayerDrift]`: "token table", "positions", "layer 1" ... "layer D", "final norm", "projection"; where the
-        family has them also "embedding norm" and "pooler".
-
-    Raises:
-        ValueError: a part has other tensors or shapes (width, depth, vocabulary, adapters), or the tokenizers differ.
-            [`feature_drift`] still compares such models, by similarity.
-    """
-    before, after = _text_parameters(old), _text_parameters(new)
-    _check_comparable(before, after)
-    _check_vocabulary(old, new)
-    return [_tensor_drift(part, before[part].values(), after[part].values()) for part in before]
-
-
-def _text_parameters(encoder: DualEncoder) -> dict[str, dict[str, Tensor]]:
-    """Parameters of the text tower by part, parts from input to output, tensors of a part by name."""
-    found: dict[tuple[int, int], dict[str, Tensor]] = {}
-    for name, tensor in encoder.model.named_parameters():
-        if not name.startswith(("text_model.", "text_projection.")):
-            continue
-        for rank, (pattern, part) in enumerate(_PARTS):
-            if match := re.search(pattern, name):
-                layer = int(match[1]) + 1 if part == "layer" else 0
-                found.setdefault((rank, layer), {})[name] = tensor.detach()
-                break
-        else:
-            raise ValueError(f"the parameter {name} of a {encoder.family} text tower belongs to no known part.")
-    parts = {}
-    for rank, layer in sorted(found):
-        parts[f"layer {layer}" if layer else _PARTS[rank][1]] = dict(sorted(found[rank, layer].items()))
-    return parts
-
-
-def _check_comparable(before: dict[str, dict[str, Tensor]], after: dict[str, dict[str, Tensor]]) -> None:
-    for part in [*before, *(part for part in after if part not in before)]:
-        old, new = before.get(part, {}), after.get(part, {})
-        for name in [*old, *(name for name in new if name not in old)]:
-            shapes = [tuple(side[name].shape) if name in side else "missing" for side in (old, new)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"the parameters of the two text towers cannot be compared: in the part {part!r}, {name} is "
-                    f"{shapes[0]} in the old model and {shapes[1]} in the new one. Hidden states can still be "
-                    "compared, by similarity (feature_drift)."
-                )
-
-
-def _check_vocabulary(old: DualEncoder, new: DualEncoder) -> None:
-    if old.processor is None or new.processor is None:
-        return
-    ids = [encoder.processor.tokenizer.get_vocab() for encoder in (old, new)]
-    if ids[0] != ids[1]:
-        raise ValueError(
-            "the parameters of the two text towers cannot be compared: the tokenizers give different ids to the same "
-            f"token, so rows of the part 'token table' do not belong together ({len(ids[0])} tokens in the old "
-            f"model, {len(ids[1])} in the new one). Hidden states can still be compared, by similarity "
-            "(feature_drift)."
-        )
-
-
-def _tensor_drift(name: str, old: Iterable[Tensor], new: Iterable[Tensor]) -> LayerDrift:
-    change = size = count = 0.0
-    for before, after in zip(old, new, strict=True):
-        before, after = before.cpu().double(), after.cpu().double()
-        change += float((after - before).square().sum())
-        size += float(before.square().sum())
-        count += before.numel()
-    return LayerDrift(name, (change / count) ** 0.5, (change / size) ** 0.5 if size else None)
-
-
-def feature_drift(
-    old: DualEncoder,
-    new: DualEncoder,
-    names: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
-    batch_size: int = 64,
-) -> list[LayerDrift]:
-    """Change of what the text tower says, from its embeddings to the class vector.
+def feature_drift(old: DualEncoder, new: DualEncoder, names: Sequence[str]) -> list[LayerDrift]:
+    """Change of what the text tower says about ``"a photo of a NAME."``, from its embeddings to the class vector.
 
     With ``h`` the hidden state of a text at the position the tower pools, ``absolute = mean ‖h_new - h_old‖`` and
     ``relative = mean (‖h_new - h_old‖ / ‖h_old‖)`` over texts; `similarity` is [`linear_cka`] with texts as samples,
     which also compares towers of different widths. Layers of unequal depths are paired by their share of the depth.
 
     Args:
-        old, new (`DualEncoder`): before and after the upgrade; adapters inside take part.
+        old, new (`DualEncoder`): before and after the upgrade, without prompts inside.
         names (`Sequence[str]`): K names. With few of them CKA lies near 1 for any two models: take a hundred or more.
-        templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): hidden states are those of every
-            name in every template, class vectors those of [`DualEncoder.embed_names`].
-        batch_size (`int`, *optional*, defaults to 64): texts per forward pass.
 
     Returns:
         `list[LayerDrift]`: "embeddings", "layer 1" ... "layer D" of the old model, "class vector". `absolute` and
         `relative` are `None` between widths or layer numbers that differ.
 
     Raises:
-        ValueError: no name, or templates that [`DualEncoder.embed_names`] refuses.
+        ValueError: no name.
     """
     if not names:
         raise ValueError("feature drift needs at least one name to ask both models about.")
-    before, after = (_text_states(encoder, names, templates, batch_size) for encoder in (old, new))
+    before, after = (_text_states(encoder, names) for encoder in (old, new))
     rows = [_state_drift("embeddings", before[0], after[0])]
     depth, new_depth = len(before) - 2, len(after) - 2
     for layer in range(1, depth + 1):
@@ -209,43 +110,18 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
     return min(value, 1.0)  # rounding alone goes beyond
 
 
-def _text_states(
-    encoder: DualEncoder, names: Sequence[str], templates: Sequence[str], batch_size: int
-) -> list[Tensor]:
-    """(K T, width) pooled hidden states after the embeddings and after each layer, then (K, d) class vectors."""
-    with _recorded(encoder) as batches:
-        vectors = encoder.embed_names(names, templates, batch_size)
-    return [*(torch.cat(states).double() for states in zip(*batches, strict=True)), vectors.cpu().double()]
-
-
-@contextmanager
-def _recorded(encoder: DualEncoder) -> Iterator[list[list[Tensor]]]:
-    """Inside, every forward pass of the text tower appends its hidden states at the position that is pooled."""
-    tower, batches, under_way = encoder.model.text_model, [], []
-
-    def ask(module, args, kwargs):
-        under_way.append(module)
-        return args, {**kwargs, "output_hidden_states": True}
-
-    def keep(module, args, kwargs, output):
-        under_way.pop()
-        if under_way:  # a prompt learner asks the tower something for itself
-            return
-        states = output.hidden_states
-        # Not of the text as it was tokenized: a learnt context has made it longer by now.
-        where = _pooled_position(encoder.family, kwargs.get("attention_mask"), states[0])
-        rows = torch.arange(len(states[0]), device=where.device)
+@torch.no_grad()
+def _text_states(encoder: DualEncoder, names: Sequence[str]) -> list[Tensor]:
+    """(K, width) pooled hidden states after the embeddings and after each layer, then (K, d) class vectors."""
+    texts, batches = [_TEMPLATE.format(name.replace("_", " ")) for name in names], []
+    for start in range(0, len(texts), _BATCH_SIZE):
+        inputs = encoder.tokenize(texts[start : start + _BATCH_SIZE])
+        states = encoder.model.text_model(**inputs, output_hidden_states=True).hidden_states
+        where = _pooled_position(encoder.family, inputs.get("attention_mask"), states[0])
+        rows = torch.arange(len(where), device=where.device)
         batches.append([state[rows, where].float().cpu() for state in states])
-
-    hooks = [
-        tower.register_forward_pre_hook(ask, with_kwargs=True, prepend=True),  # before a prompt learner's own
-        tower.register_forward_hook(keep, with_kwargs=True),
-    ]
-    try:
-        yield batches
-    finally:
-        for hook in hooks:
-            hook.remove()
+    vectors = encoder.embed_texts(texts).cpu()
+    return [*(torch.cat(states).double() for states in zip(*batches, strict=True)), vectors.double()]
 
 
 def _pooled_position(family: str, mask: Tensor | None, states: Tensor) -> Tensor:
@@ -271,5 +147,5 @@ def drift_table(rows: Sequence[LayerDrift]) -> str:
     lines = [[title for _, title, _ in columns], [":---"] + ["---:"] * (len(columns) - 1)]
     for row in rows:
         values = [(getattr(row, attribute), write) for attribute, _, write in columns[1:]]
-        lines.append([row.name, *(_NOTHING if value is None else write(value) for value, write in values)])
+        lines.append([row.name, *(NOTHING if value is None else write(value) for value, write in values)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -10,8 +10,9 @@ names of another.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset
 
@@ -24,30 +25,17 @@ ELSEWHERE = ("cross-dataset", "domain-generalisation")
 """Protocols that tune on another dataset than the one that is scored."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some images of a protocol.
-
-    Args:
-        spec (`DatasetSpec`): of which dataset.
-        role (`str`): `"train"`, `"unlabelled"` or `"test"`; what [`dataset_specs.load_split`] is asked for.
-        base_only (`bool`): whether only images of the base classes count.
-    """
+class Part(NamedTuple):
+    """Some images of a protocol: of which dataset, in which role (`"train"`, `"unlabelled"` or `"test"`), and whether
+    only those of the base classes."""
 
     spec: DatasetSpec
     role: str
     base_only: bool = False
 
 
-@dataclass(frozen=True)
-class Parts:
-    """All images of one cell.
-
-    Args:
-        train (`Part`): labelled images the few shots are drawn from.
-        unlabelled (`Part`): what is extracted and transferred on.
-        test (`Part`): what is scored.
-    """
+class Parts(NamedTuple):
+    """All images of one cell: labelled ones the few shots are drawn from, what is transferred on, what is scored."""
 
     train: Part
     unlabelled: Part
@@ -78,11 +66,10 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
     if target.test is None:
         raise ValueError(f"the dataset {target.name!r} has no test split, so that nothing can be scored on it.")
     tuned_on = source if protocol in ELSEWHERE or (target.train is None and source is not None) else target
-    if tuned_on is None or tuned_on.train is None:
-        who = f"{target.name!r} has no train split" if tuned_on is target else f"{protocol} tunes on another dataset"
-        if tuned_on is not None and tuned_on is not target:
-            who = f"{tuned_on.name!r} has no train split"
-        raise ValueError(f"{who}: name a dataset that has one with train_on.")
+    if tuned_on is None:
+        raise ValueError(f"{protocol} tunes on another dataset: name a dataset that has a train split with train_on.")
+    if tuned_on.train is None:
+        raise ValueError(f"{tuned_on.name!r} has no train split: name a dataset that has one with train_on.")
     base_only = protocol == "base-to-novel"
     if base_only and tuned_on is not target:
         raise ValueError(f"{target.name!r} has no train split, so that its base classes cannot be tuned on.")
@@ -133,17 +120,10 @@ def draw(images: Dataset, shots: int, seed: int, *, allow_fewer: bool = False) -
 
 @dataclass(frozen=True)
 class Summary:
-    """One method's score, as papers print it.
-
-    Args:
-        value (`float`): percent.
-        by_seed (`dict[int, float]`): the same of single seeds, those that all datasets have.
-        datasets (`tuple[str, ...]`): that went into it.
-    """
+    """One method's score, as papers print it: percent, and the same of single seeds, those that all datasets have."""
 
     value: float
     by_seed: dict[int, float]
-    datasets: tuple[str, ...]
 
     @property
     def std(self) -> float | None:
@@ -166,22 +146,15 @@ def summarise(measured: Measured) -> dict[str, Summary]:
         measured (`Mapping`): scores by dataset, seed and metric; metrics that some dataset lacks are left out.
 
     Returns:
-        `dict[str, Summary]`: by metric, in the order of first appearance.
-
-    Raises:
-        ValueError: nothing measured.
+        `dict[str, Summary]`: by metric, in the order of first appearance; empty where nothing was measured.
     """
-    if not measured or not all(measured.values()):
-        raise ValueError("there is no score to average.")
     every = [metrics for seeds in measured.values() for metrics in seeds.values()]
-    names = [metric for metric in every[0] if all(metric in metrics for metrics in every)]
-    shared = sorted(set.intersection(*(set(seeds) for seeds in measured.values())))
-    found = {}
-    for name in names:
-        by_seed = {s: _value(name, lambda metric, s=s: _over_datasets(measured, metric, (s,))) for s in shared}
-        value = _value(name, lambda metric: _over_datasets(measured, metric))
-        found[name] = Summary(value, by_seed, tuple(measured))
-    return found
+    names = [metric for metric in (every[0] if every else ()) if all(metric in metrics for metrics in every)]
+    shared = sorted(set.intersection(*map(set, measured.values()))) if every else []
+    return {
+        name: Summary(_average(measured, name), {seed: _average(measured, name, [seed]) for seed in shared})
+        for name in names
+    }
 
 
 def harmonic_mean(a: float, b: float) -> float:
@@ -189,15 +162,10 @@ def harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
-def _value(metric: str, average: Callable[[str], float]) -> float:
+def _average(measured: Measured, metric: str, seeds: Sequence[int] | None = None) -> float:
     if metric == "h":
-        return harmonic_mean(average("old"), average("upgraded"))
+        return harmonic_mean(*(_average(measured, model, seeds) for model in ("old", "upgraded")))
     if metric.endswith("hm"):  # of classes; also "old hm" and so on
-        return harmonic_mean(*(average(metric[:-2] + half) for half in ("base", "novel")))
-    return average(metric)
-
-
-def _over_datasets(measured: Measured, metric: str, seeds: Sequence[int] | None = None) -> float:
-    return statistics.fmean(
-        statistics.fmean(scores[seed][metric] for seed in (seeds or scores)) for scores in measured.values()
-    )
+        return harmonic_mean(*(_average(measured, metric[:-2] + half, seeds) for half in ("base", "novel")))
+    by_dataset = [statistics.fmean(found[seed][metric] for seed in seeds or found) for found in measured.values()]
+    return statistics.fmean(by_dataset)

@@ -96,7 +96,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
     Convex in β = 1 / T, with derivative Σ_n (E_softmax(β z_n)[z_n] - E_target_n[z_n]); solved by Newton steps on β
     kept inside a shrinking bracket, in float64. With one-hot labels it is the temperature scaling of Guo et al. (arXiv
     1706.04599). With a tuned weak model's probabilities, or its predictions as one-hot labels, on unlabelled images no
-    label is needed; but then it calibrates to that model, not to the truth. Measured (`tests/benchmarks`,
+    label is needed; but then it calibrates to that model, not to the truth. Measured (`tests/studies`,
     `calibration.py`), the predictions are the better target and mend much where both are about equally right, and do
     harm where the upgraded model is much better than the tuned one, or both make the same mistakes.
 

@@ -92,7 +92,7 @@ class TuningConfig(FitConfig):
 
     ContCoOp's abstract (arXiv 2412.20895) names none of these: rate and schedule are CoOp's, the pull was chosen on
     the sandbox's old model alone (validation, mean of print and jargon: 55.0 at 0, 54.8 at 0.1, 45.9 at 1, as good
-    with `"cosine"` or `"l1"` at 0.1; `tests/benchmarks/prompt_settings.py`). All but `lora` and the last three leave
+    with `"cosine"` or `"l1"` at 0.1; `tests/studies/prompt_settings.py`). All but `lora` and the last three leave
     the image tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where the
     model does not know the *words*, a prompt.
 
@@ -117,7 +117,7 @@ class TuningConfig(FitConfig):
             | 0.3 | 69.7 (65.4) | 61.5 (73.1) | 36.8 (52.5) |
 
             More of it pays where zero-shot is only partly wrong, and costs accuracy where it is mostly wrong. Made
-            with `tests/benchmarks/tuning_defaults.py`.
+            with `tests/studies/tuning_defaults.py`.
         n_ctx (`int`, *optional*): prompts: vectors in the context, see `PromptConfig`.
         init_phrase (`str`, *optional*, defaults to `"a photo of a"`):
             Prompts: words the context starts from; `None` starts from noise.

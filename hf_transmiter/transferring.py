@@ -213,7 +213,7 @@ def _own_vectors(provenance: dict) -> bool:
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
     """``normalise((1 - w) · normalise(Σ carried) + w · zero_shot)``: class vectors on a line to the zero-shot ones.
 
-    Full and delta transport err in different ways; their mean beats either (see `tests/benchmarks`).
+    Full and delta transport err in different ways; their mean beats either (see `tests/studies`).
 
     Args:
         carried (`dict[str, Tensor]`): unit rows (C, d) of each kind of transport.

@@ -3,7 +3,7 @@ import os
 import random
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import bench_folder
@@ -13,13 +13,15 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 
 from hf_transmiter import bench
+from hf_transmiter.backbone import load_encoder
 from hf_transmiter.bench import deal, run_bench
-from hf_transmiter.bench_cells import Alone, Workshop
+from hf_transmiter.bench_cells import Alone, Workshop, cells, make_plan, read_cell
 from hf_transmiter.bench_config import BenchConfig
-from hf_transmiter.bench_plan import cells, make_plan, read_cell
+from hf_transmiter.drift import feature_drift
 from hf_transmiter.features import embed_dataset
 from hf_transmiter.methods import METHODS
 from hf_transmiter.transfers import TEACHER_FILE
+from hf_transmiter.vocabulary import universal_vocabulary
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,27 +62,20 @@ def run(content, output: Path, **options):
 
 
 def measured(content, output: Path) -> list[dict]:
-    """Everything in the cells but what it cost."""
-    found = []
-    for cell in cells(BenchConfig.from_dict(content)):
-        made = read_cell(output, cell)
-        rows = {
-            key: {k: v for k, v in row.items() if k not in ("seconds", "peak_mb")} for key, row in made["rows"].items()
-        }
-        found.append({**made, "rows": rows})
-    return found
+    """Everything in the cells."""
+    return [read_cell(output, cell) for cell in cells(BenchConfig.from_dict(content))]
 
 
 def test_what_a_run_leaves(content, finished):
     output, _ = finished
-    assert sorted(path.name for path in output.iterdir()) == ["cells", "costs.md", "report.md", "tuned"]
+    assert sorted(path.name for path in output.iterdir()) == ["cells", "report.md", "tuned"]
     every = list(cells(BenchConfig.from_dict(content)))
     assert {path.stem for path in (output / "cells").iterdir()} == {cell.key for cell in every}
     tuned = list((output / "tuned").iterdir())
     assert len(tuned) == 2 and all((folder / TEACHER_FILE).is_file() for folder in tuned)  # and no checkpoint
     made = read_cell(output, every[0])
     assert made["num_images"] == 20 and len(made["rows"]) == 3
-    row = made["rows"][every[0].rows["EFT"]]
+    row = made["rows"]["EFT"]
     assert set(row["metrics"]) == {"accuracy", "base", "novel", "hm", "joint", "ece"}
     assert row["needs"]["weak_at_run_time"] and not row["needs"]["labels"]
 
@@ -140,16 +135,15 @@ def test_two_processes_measure_what_one_does(content, finished, tmp_path):
 def test_cells_that_share_a_tuned_model_go_to_one_process(content):
     content = {**content, "models": content["models"] + [{**content["models"][0], "strong": "sandbox:strong"}]}
     every = list(cells(BenchConfig.from_dict(content)))
-    todo = [(place, ["row"]) for place in range(len(every))]
-    hands = deal(todo, every, 3)
-    assert sorted(sum(hands, [])) == todo
+    hands = deal(range(len(every)), every, 3)
+    assert sorted(sum(hands, [])) == list(range(len(every)))
     for hand in hands:
-        for place, _ in hand:
+        for place in hand:
             twins = [p for p, cell in enumerate(every) if cell.shared == every[place].shared]
-            assert len(twins) == 2 and all((p, ["row"]) in hand for p in twins)
+            assert len(twins) == 2 and all(p in hand for p in twins)
 
 
-def test_a_larger_grid_adds_cells_and_rows(content, finished, tmp_path):
+def test_a_larger_grid_adds_cells(content, finished, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(finished[0], output)
     shutil.copytree(finished[0].parent / "out-cache", tmp_path / "out-cache")
@@ -158,14 +152,16 @@ def test_a_larger_grid_adds_cells_and_rows(content, finished, tmp_path):
     larger = {**content, "seeds": [1, 2, 3]}
     assert run(larger, output).made == 1
     assert {name: (output / "cells" / name).read_text() for name in before} == before
-    # Another row, and another name for one: nothing is tuned again, and what was measured stays.
+    # Another row, and another name for one: cells are made again, nothing is tuned again, and the rest stays the same.
     rows = ["zero-shot strong", {"method": "EFT", "name": "emulated"}, "bridge from task images", "logit ensemble"]
     wider = {**content, "variants": rows}
     assert run(wider, output).made == 2
-    for cell in cells(BenchConfig.from_dict(wider)):
-        old = json.loads(before[f"{cell.key}.json"])["rows"]
-        new = read_cell(output, cell)["rows"]
-        assert {key: new[key] for key in old} == old and len(new) == len(old) + 1
+    narrow = list(cells(BenchConfig.from_dict(content)))
+    for cell, other in zip(cells(BenchConfig.from_dict(wider)), narrow, strict=True):
+        old, new = json.loads(before[f"{other.key}.json"])["rows"], read_cell(output, cell)["rows"]
+        assert list(new) == ["zero-shot strong", "emulated", "bridge from task images", "logit ensemble"]
+        new.pop("logit ensemble")
+        assert {**new, "EFT": new["emulated"]} == {**old, "emulated": old["EFT"]}
     assert tuned.items() <= {p: p.stat().st_mtime_ns for p in (output / "tuned").rglob("*.safetensors")}.items()
     assert "emulated" in (output / "report.md").read_text()
 
@@ -189,7 +185,7 @@ def test_one_bad_cell_does_not_stop_the_others(content, tmp_path):
     assert len(list((tmp_path / "out" / "failed").iterdir())) == 3
     report = (tmp_path / "out" / "report.md").read_text()
     assert "1 of 4 cells" in report and "- spoilt, CoOp, 3 shots, seed 1" in report
-    assert make_plan(BenchConfig.from_dict(bad), tmp_path / "out").failed == 3
+    assert make_plan(BenchConfig.from_dict(bad), tmp_path / "out")["failed"] == 3
     # Mended, the others are tried again.
     mended = {**bad, "models": content["models"], "skip_unreadable": True}
     assert run(mended, tmp_path / "out").failed == {}
@@ -229,7 +225,7 @@ def test_what_cannot_be_read_is_made_again(content, finished, tmp_path, caplog):
     first, second = sorted((output / "cells").iterdir())
     first.write_text("{")
     second.write_text(json.dumps({**json.loads(second.read_text()), "facts": {}}))
-    assert make_plan(BenchConfig.from_dict(content), output).done == 0
+    assert make_plan(BenchConfig.from_dict(content), output)["done"] == 0
     assert "cannot be read" in caplog.text and "holds something else" in caplog.text
     assert run(content, output).made == 2
     assert measured(content, output) == measured(content, finished[0])
@@ -244,7 +240,7 @@ def test_a_folder_of_somebody_else(content, tmp_path):
 def test_an_error_nobody_foresaw_is_noted(content, finished, tmp_path, monkeypatch):
     one = {**content, "seeds": [1]}
 
-    def broken(self, cell, rows):
+    def broken(self, cell):
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(bench.Workshop, "make", broken)
@@ -255,7 +251,6 @@ def test_an_error_nobody_foresaw_is_noted(content, finished, tmp_path, monkeypat
 
 
 def test_a_row_that_ran_out_of_memory_is_tried_again(content, tmp_path, monkeypatch):
-    """The others are kept."""
     one = {**content, "seeds": [1]}
     with monkeypatch.context() as patch:
         method = replace(METHODS["EFT"], run=lambda task, variant: (_ for _ in ()).throw(OSError("no room")))
@@ -263,9 +258,10 @@ def test_a_row_that_ran_out_of_memory_is_tried_again(content, tmp_path, monkeypa
         found = run(one, tmp_path / "out")
     assert list(found.failed.values()) == ["EFT: it failed: no room"] and found.done == 0
     cell = next(cells(BenchConfig.from_dict(one)))
-    assert set(cell.rows.values()) - set(read_cell(tmp_path / "out", cell)["rows"]) == {cell.rows["EFT"]}
+    rows = read_cell(tmp_path / "out", cell)["rows"]
+    assert rows["EFT"] == {"failed": "it failed: no room"} and "metrics" in rows["bridge from task images"]
     assert run(one, tmp_path / "out").failed == {}
-    assert "metrics" in read_cell(tmp_path / "out", cell)["rows"][cell.rows["EFT"]]
+    assert "metrics" in read_cell(tmp_path / "out", cell)["rows"]["EFT"]
 
 
 def test_tuned_elsewhere(content, tmp_path, make_dataset):
@@ -285,7 +281,7 @@ def test_tuned_elsewhere(content, tmp_path, make_dataset):
     }
     assert run(elsewhere, tmp_path / "out").failed == {}
     cell = next(cells(BenchConfig.from_dict(elsewhere)))
-    rows = {name: read_cell(tmp_path / "out", cell)["rows"][key] for name, key in cell.rows.items()}
+    rows = read_cell(tmp_path / "out", cell)["rows"]
     assert "labelled" in rows["linear probe"]["skipped"]
     assert rows["tuned strong"]["metrics"]["accuracy"] >= 0 and rows["refit"]["needs"]["task_images"]
     assert len(list((tmp_path / "out" / "tuned").iterdir())) == 2  # weak and strong
@@ -315,11 +311,48 @@ def test_an_upgrade(content, tmp_path):
     found = run(upgrade, tmp_path / "out")
     assert found.done == 2 and not found.failed
     for cell in cells(BenchConfig.from_dict(upgrade)):
-        rows = read_cell(tmp_path / "out", cell)["rows"]
-        metrics = rows["prompt"]["metrics"]
-        assert set(metrics) == {"old", "upgraded", "retrained", "h"}
-        assert set(rows["zero-shot"]["metrics"]) == {"old", "upgraded", "h"}
-    assert "| CoOp 3 |" in (tmp_path / "out" / "report.md").read_text()
+        made = read_cell(tmp_path / "out", cell)
+        assert set(made["rows"][cell.tuning.name]["metrics"]) == {"old", "upgraded", "retrained", "h"}
+        assert set(made["rows"]["zero-shot"]["metrics"]) == {"old", "upgraded", "h"}
+        pair = [load_encoder(name) for name in (cell.pair.weak, cell.pair.strong)]
+        assert made["drift"] == [asdict(row) for row in feature_drift(*pair, universal_vocabulary(200))]
+    assert len(list((tmp_path / "out" / "tuned").iterdir())) == 4  # two ways to tune on two models
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| CoOp 3 |" in report and "| layer 2 |" in report
+
+
+def test_what_cannot_be_tuned_anew_is_said(content, tmp_path):
+    """A prompt that the new model does not take: old scores stay, the row says why there are no others."""
+    tiny_models.save("vision-text-dual-encoder", tmp_path / "new", 1)
+    upgrade = {
+        "title": "Tiny upgrade",
+        "experiment": "upgrade",
+        "models": [{"old": content["models"][0]["weak"], "new": str(tmp_path / "new")}],
+        "datasets": content["datasets"],
+        "shots": [3],
+        "seeds": [1],
+        "retrain": True,
+        "tunings": content["tunings"],
+    }
+    assert not run(upgrade, tmp_path / "out").failed
+    cell = next(cells(BenchConfig.from_dict(upgrade)))
+    row = read_cell(tmp_path / "out", cell)["rows"]["CoOp"]
+    assert set(row["metrics"]) == {"old"}
+    assert row["remark"].startswith("not re-trained: prompt learning") and "prompt learning" in row["skipped"]
+
+
+def test_the_upgrade_that_comes_with_the_package(tmp_path):
+    config = BenchConfig.read("sandbox-upgrade").with_overrides(seeds=[1], shots=[1])
+    embedding = {"cache_dir": tmp_path / "cache"}
+    found = run_bench(config, tmp_path / "out", embedding=embedding, progress=False)
+    assert found.done == found.total == 4 and not found.failed
+    report = (tmp_path / "out" / "report.md").read_text()
+    title = "| method | old | upgraded | H (old, upgraded) | retrained | old base | old novel | old hm | upgraded base"
+        "| method | old | upgraded | H (old, upgraded) | retrained | old base | old novel | old hm | upgraded base |"
+    )
+    assert title in report and "### The text tower" in report
+    for name in ("zero-shot", "CoOp", "CoOp, layer 1", "KgCoOp", "ContCoOp"):
+        assert f"| {name} |" in report
 
 
 def test_two_processes_hear_of_a_picture_that_one_cannot_read(content, tmp_path):
@@ -365,6 +398,6 @@ def test_a_strong_model_that_cannot_be_tuned_alike(content, tmp_path):
     }
     assert run(other, tmp_path / "out").failed == {}
     cell = next(cells(BenchConfig.from_dict(other)))
-    rows = {name: read_cell(tmp_path / "out", cell)["rows"][key] for name, key in cell.rows.items()}
+    rows = read_cell(tmp_path / "out", cell)["rows"]
     assert "prompt learning" in rows["tuned strong"]["skipped"]
     assert rows["head"]["metrics"]["base"] >= 0 and rows["zero-shot strong"]["metrics"]["base"] >= 0

@@ -3,9 +3,8 @@ import sys
 import pytest
 from PIL import Image
 
+from hf_transmiter.bench_cells import cells, read_cell, write_cell, write_failure
 from hf_transmiter.bench_config import BenchConfig, published_table
-from hf_transmiter.bench_figures import base_novel_figure
-from hf_transmiter.bench_plan import cells, write_cell, write_failure
 from hf_transmiter.bench_report import gather, write_bench_report
 
 
@@ -26,15 +25,19 @@ def config(**changes) -> BenchConfig:
     return BenchConfig.from_dict({**CONFIG, **changes})
 
 
+def row_names(cell) -> list[str]:
+    return [variant.name for variant in cell.config.variants] or ["zero-shot", cell.tuning.name]
+
+
 def fill(found: BenchConfig, output, value, skip=()) -> None:
     """Finished cells with made-up scores: `value(cell, row)` gives the metrics of a row."""
     for cell in cells(found):
         if (cell.spec.name, cell.seed) in skip:
             continue
         rows = {}
-        for name, key in cell.rows.items():
+        for name in row_names(cell):
             needs = {**NEEDS, "weak_at_run_time": name == "EFT", "task_images": name.startswith("mine")}
-            rows[key] = {"metrics": value(cell, name), "needs": needs, "seconds": 2.0, "peak_mb": 10.0, "bytes": 4000}
+            rows[name] = {"metrics": value(cell, name), "needs": needs}
         write_cell(output, cell, {"made_from": {}, "num_images": 10, "rows": rows})
 
 
@@ -70,9 +73,6 @@ def test_averages(tmp_path, no_figures):
     assert "### accuracy, by dataset" in report
     by_dataset = report.split("### accuracy, by dataset")[1]
     assert line(by_dataset, "zero-shot strong") == ["zero-shot strong", "73.00 ± 1.41", "63.00 ± 1.41"]
-    costs = (tmp_path / "costs.md").read_text()
-    assert line(costs, "EFT") == ["EFT", "2.00", "10", "4,000"]
-    assert "seconds" not in report  # so that two runs write the same
 
 
 def test_published_scores_stand_beside(tmp_path, no_figures):
@@ -121,7 +121,7 @@ def test_reports_hold_no_path_of_the_machine(tmp_path, no_figures):
     write_failure(tmp_path / "out", missing, "nothing", "Traceback")
     report = write_bench_report(found, tmp_path / "out").read_text()
     assert "## model → sandbox:strong" in report and "| method | pictures | dtd |" in report
-    assert str(tmp_path) not in report + (tmp_path / "out" / "costs.md").read_text()
+    assert str(tmp_path) not in report
 
 
 def test_every_published_number_has_its_source():
@@ -148,8 +148,8 @@ def test_rows_that_could_not_be_had(tmp_path, no_figures):
     fill(found, tmp_path, accuracies)
     for cell in cells(found):
         if cell.spec.name == "dtd":
-            rows = {key: {"metrics": accuracies(cell, name)} for name, key in cell.rows.items()}
-            rows[cell.rows["EFT"]] = {"skipped": "it is Sunday"}
+            rows = {name: {"metrics": accuracies(cell, name)} for name in row_names(cell)}
+            rows["EFT"] = {"skipped": "it is Sunday"}
             write_cell(tmp_path, cell, {"made_from": {}, "num_images": 1, "rows": rows})
     report = write_bench_report(found, tmp_path).read_text()
     assert "- EFT: it is Sunday (dtd)" in report
@@ -193,7 +193,7 @@ def test_figures(tmp_path):
     (tmp_path / "figures" / "of-an-earlier-report.png").write_bytes(b"")
     names = drawn(found, tmp_path, halves_by_name)
     stem = "1-openai-clip-vit-base-patch16-openai-clip-vit-large-patch14"
-    assert names == {f"{stem}-{name}.png" for name in ("methods", "base-novel", "transfer.carried-images")}
+    assert names == {f"{stem}-{name}.png" for name in ("methods", "transfer.carried-images")}
 
 
 @pytest.mark.slow
@@ -214,10 +214,13 @@ def test_figures_over_shots_and_tunings(tmp_path):
     assert {name[-11:] for name in names} == {"upgrade.png", "g.n-ctx.png"}
 
 
-def test_base_novel_figure_wants_finite_scores(tmp_path):
-    for scores in ({}, {"a": (1.0, float("nan"))}):
-        with pytest.raises(ValueError):
-            base_novel_figure(scores, tmp_path / "x.png", title="")
+def test_sweeps_over_settings_of_the_tuning(tmp_path):
+    tunings = [{"name": f"CoOp, layer {n}", "method": "coop", "adapter": {"layer": n}} for n in (0, 1, 2)]
+    models = [{"old": PAIR["weak"], "new": PAIR["strong"]}]
+    changes = {"models": models, "tunings": tunings, "variants": [], "experiment": "upgrade"}
+    found = config(**changes, sweep="tuning.layer", protocol="few-shot")
+    names = drawn(found, tmp_path, lambda cell, name: {"old": 50.0, "upgraded": 40.0 + cell.seed, "h": 0.0})
+    assert {name[-11:] for name in names} == {"upgrade.png", "g.layer.png"}
 
 
 def test_an_upgrade(tmp_path, no_figures):
@@ -238,3 +241,30 @@ def test_an_upgrade(tmp_path, no_figures):
     assert line(report, "method") == ["method", "old", "upgraded", "H (old, upgraded)"]
     # Of the averages 70 and 60.
     assert line(report, "CoOp, M = 2") == ["CoOp, M = 2", "**70.00 ± 0.00**", "**60.00 ± 0.00**", "**64.62 ± 0.00**"]
+
+
+def test_an_upgrade_among_base_and_novel_classes(tmp_path, no_figures):
+    found = config(
+        experiment="upgrade",
+        models=[{"old": "sandbox:weak", "new": "sandbox:weak-upgraded"}],
+        tunings=[{"name": "CoOp", "method": "coop"}],
+        variants=[],
+    )
+
+    def halves(cell, name):
+        novel = 40.0 if cell.spec.name == "dtd" else 80.0
+        old = {"old": 50.0, "old base": 80.0, "old novel": novel, "old hm": 0.0}
+        return old if name == "CoOp" else {**old, "upgraded": 50.0, "h": 50.0}
+
+    fill(found, tmp_path, halves)
+    for cell in cells(found):
+        content = read_cell(tmp_path, cell)
+        content["rows"]["CoOp"]["skipped"] = "too wide"
+        row = {"name": "layer 1", "absolute": 2.0, "relative": 0.1, "similarity": 0.9}
+        write_cell(tmp_path, cell, {**content, "drift": [row]})
+    report = write_bench_report(found, tmp_path).read_text()
+    header = ["method", "old", "upgraded", "H (old, upgraded)", "old base", "old novel", "old hm"]
+    assert line(report, "method") == header
+    assert line(report, "CoOp")[2:4] == ["–", "–"] and line(report, "CoOp")[6] == "**68.57 ± 0.00**"
+    assert "- CoOp: too wide (dtd, eurosat)" in report
+    assert "| layer 1 | 2 | 10.0% | 0.900 |" in report.split("### The text tower")[1]

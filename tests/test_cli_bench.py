@@ -57,18 +57,14 @@ def test_list():
 
 def test_dry_run(tmp_path):
     options = ("--config", "base-to-novel-promptsrc", "--output-dir", tmp_path / "out", "--dry-run")
-    text = run(*options, "--datasets", "eurosat", "--datasets", "dtd", "--seeds", 1).stdout
-    assert text.startswith("2 cells: 0 done, 2 to do (0 of them failed before).\n")
-    # 5 of EuroSAT's 10 classes are base: 16 shots of each, half of 16,200 unlabelled images, all 5,400 test images.
-    assert "  eurosat, few shots, base classes: 80\n  eurosat, unlabelled, base classes: 8,100\n" in text
-    assert "  tuning (PromptSRC) on eurosat: 1 runs, 400 steps over 1,600 images and 2,000 prompts\n" in text
+    text = run(*options, "--datasets", "eurosat", "--datasets", "dtd", "--seeds", 1, "--seeds", 2).stdout
+    assert text.startswith("4 cells: 0 done, 4 to do (0 failed before).\n")
+    assert "\nTune openai/clip-vit-base-patch16 (PromptSRC) on eurosat: 2 runs\n" in text
     plan = json.loads(run(*options, "--datasets", "eurosat", "--shots", 1, "--shots", 2, "--json").stdout)
-    assert plan["cells"] == {"total": 6, "done": 0, "failed": 0}
-    passes = {(model, what): count for model, _, what, count in plan["image_passes"]}
-    # Three seeds of one and of two shots; what is the same for all of them is counted once.
-    assert passes["openai/clip-vit-large-patch14", "few shots, base classes"] == 3 * (5 + 10)
-    assert passes["openai/clip-vit-large-patch14", "test"] == 5400
-    assert plan["text_passes"]["openai/clip-vit-base-patch16"] == 10
+    assert (plan["total"], plan["done"], plan["failed"]) == (6, 0, 0)
+    # Three seeds of one and of two shots, for the tuned model and for the ceiling.
+    models = ("openai/clip-vit-base-patch16", "openai/clip-vit-large-patch14")
+    assert plan["tunings"] == [[model, "PromptSRC", "eurosat", 6] for model in models]
     assert not (tmp_path / "out").exists()
 
 

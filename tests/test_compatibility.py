@@ -5,25 +5,24 @@ MaPLe's row is the refused one: the two image towers have other widths.
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from hf_transmiter import retraining
+from hf_transmiter import compatibility
 from hf_transmiter.anchors import DEFAULT_TEMPLATES, TEMPLATES, Anchors
-from hf_transmiter.attaching import attach, map_fit, token_map
+from hf_transmiter.attaching import attach
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.compatibility import UpgradeScore, score_upgrade, upgrade_table
+from hf_transmiter.compatibility import UpgradeScore, score_upgrade, tune_seeds, tuning_of, upgrade_table
 from hf_transmiter.evaluation import evaluate
 from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.protocols import only_base
 from hf_transmiter.sandbox import load_dataset, model_path
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.tuners import inject, save_adapter
 from hf_transmiter.tuners.prompts import set_classes
 
 
@@ -43,16 +42,16 @@ def task(tmp_path_factory):
     old, new = (DualEncoder.from_pretrained(model_path(name)) for name in ("weak", "weak-upgraded"))
     train, test = load_dataset("jargon", "train"), load_dataset("jargon", "validation").select(range(150))
     options = {"progress": False, "cache_dir": folder / "features"}
-    adapters = {}
+    adapters, again = {}, {}
     for name, settings in TUNINGS.items():
         config = TuningConfig(**{**ADAMW, **settings})
-        adapters[name] = str(folder / name)
-        tune(old, train, config=config, templates=DEFAULT_TEMPLATES, **options).save_pretrained(adapters[name])
+        for model, found, place in ((old, adapters, folder), (new, again, folder / "again")):
+            found[name] = str(place / name)
+            tune(model, train, config=config, templates=DEFAULT_TEMPLATES, **options).save_pretrained(found[name])
     shutil.rmtree(options["cache_dir"])
-    given = {"train": train, "mapped": True, "output_dir": folder / "out", **options}
-    rows = score_upgrade(list(adapters.values()), old, new, test, **given)
+    rows = score_upgrade(list(adapters.values()), old, new, test, retrained=list(again.values()), **options)
     names = train.features["label"].names
-    return SimpleNamespace(old=old, new=new, train=train, test=test, adapters=adapters, options=options, given=given,
+    return SimpleNamespace(old=old, new=new, train=train, test=test, adapters=adapters, again=again, options=options,
                            rows={row.method: row for row in rows}, names=names, folder=folder)  # fmt: skip
 
 
@@ -76,13 +75,14 @@ def harmonic(a, b):
 
 
 def test_rows(task):
-    assert list(task.rows) == ["zero-shot", "coop", "coop, mapped", "contcoop", "maple"]
+    assert list(task.rows) == ["zero-shot", "coop", "contcoop", "maple"]
     coop = task.rows["coop"]
     assert coop.seeds == (0, 1) and coop.adapters == (task.adapters["coop-0"], task.adapters["coop-1"])
     assert task.rows["maple"].refused == "the image tower is 128 wide, the one it was learnt on 64"
     assert task.rows["maple"].upgraded is task.rows["maple"].harmonic is None
     assert all(row.refused is None for name, row in task.rows.items() if name != "maple")
-    assert all(len(row.old) == len(row.seeds or "1") and row.halves == {} for row in task.rows.values())
+    assert all(len(row.old) == len(row.seeds or "1") for row in task.rows.values())
+    assert all(list(scores) == ["accuracy"] for row in task.rows.values() for scores in row.scores.values())
 
 
 def test_accuracies_by_hand(task):
@@ -98,58 +98,12 @@ def test_accuracies_by_hand(task):
             assert row.harmonic == pytest.approx([harmonic(*pair) for pair in zip(row.old, row.upgraded, strict=True)])
 
 
-def test_mapped_contexts(task):
-    mapping = token_map(task.old, task.new)
-    row, plain = task.rows["coop, mapped"], task.rows["coop"]
-    found = [by_hand(task, attach(source, task.new, token_map=mapping)) for source in plain.adapters]
-    assert row.upgraded == pytest.approx(found) and row.upgraded != plain.upgraded
-    assert (row.old, row.retrained, row.seeds) == (plain.old, plain.retrained, plain.seeds)
-    fit = map_fit(task.old, task.new, mapping)
-    assert row.remark == f"context mapped between the token tables, R² = {fit:.2f}" and plain.remark is None
-
-
-def test_retrained_is_tuning_on_the_upgraded_model(task):
+def test_retrained_is_tuning_on_the_upgraded_model(task, score):
     for method, names in (("coop", ("coop-0", "coop-1")), ("maple", ("maple",))):
-        found = []
-        for name in names:
-            config = TuningConfig(**{**ADAMW, **TUNINGS[name]})
-            found.append(by_hand(task, tune(task.new, task.train, config=config, **task.options).encoder))
+        found = [by_hand(task, attach(task.again[name], task.new)) for name in names]
         assert task.rows[method].retrained == pytest.approx(found)
     assert task.rows["zero-shot"].retrained is None
-
-
-def test_what_was_retrained_is_kept_as_adapters_of_the_upgraded_model(task):
-    made = {path.name.rpartition("-")[0]: path for path in (task.folder / "out" / "retrained").iterdir()}
-    assert set(made) == {"coop-seed-0", "coop-seed-1", "contcoop-seed-0", "maple-seed-0"}  # nothing half-made
-    facts = json.loads((made["coop-seed-1"] / "teacher.json").read_text())
-    assert facts["fingerprint"] == task.new.fingerprint and facts["settings"]["seed"] == 1
-    assert by_hand(task, attach(made["coop-seed-1"], task.new)) == pytest.approx(task.rows["coop"].retrained[1])
-
-
-def test_a_second_call_trains_nothing(task, monkeypatch):
-    monkeypatch.setattr(retraining, "tune", lambda *args, **kwargs: pytest.fail("trained again"))
-    rows = score_upgrade(list(task.adapters.values()), task.old, task.new, task.test, **task.given)
-    assert {row.method: row for row in rows} == task.rows
-
-
-def test_an_interrupted_call_goes_on(task, score, tmp_path, monkeypatch):
-    calls = []
-
-    def interrupted(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return tune(*args, **kwargs)
-
-    monkeypatch.setattr(retraining, "tune", interrupted)
-    options = {"train": task.train, "output_dir": tmp_path / "out"}
-    with pytest.raises(KeyboardInterrupt):
-        score("coop-0", "coop-1", **options)
-    rows = score("coop-0", "coop-1", **options)
-    assert len(calls) == 3 and rows["coop"] == task.rows["coop"]
-    monkeypatch.setattr(retraining, "tune", tune)
-    assert score("coop-1", train=task.train.select(range(1000)), **{"output_dir": tmp_path / "out"})["coop"].retrained
-    assert len(list((tmp_path / "out" / "retrained").iterdir())) == 3  # other images are another training
+    assert score("coop-0")["coop"].retrained is None
 
 
 def test_images_are_embedded_once_per_image_tower(task, score, tmp_path):
@@ -159,20 +113,17 @@ def test_images_are_embedded_once_per_image_tower(task, score, tmp_path):
 
 def test_an_upgrade_to_the_same_model_changes_nothing(task, score):
     same = DualEncoder.from_pretrained(model_path("weak"))
-    rows = score(*task.adapters, new=same, train=task.train, output_dir=task.folder / "same")
+    rows = score(*task.adapters, new=same, retrained=list(task.adapters.values()))
     for row in rows.values():
         assert row.refused is None and row.upgraded == row.old and row.harmonic == pytest.approx(row.old)
     assert rows["coop"].retrained == rows["coop"].old
 
 
-def test_other_widths_are_refused_but_for_the_map(task, score):
-    strong = DualEncoder.from_pretrained(model_path("strong"))
-    rows = score("coop-0", "contcoop", new=strong, mapped=True)
+def test_other_widths_are_refused(task, score):
+    rows = score("coop-0", "contcoop", new=DualEncoder.from_pretrained(model_path("strong")))
     for name in ("coop", "contcoop"):
         assert rows[name].refused == "the text tower is 96 wide, the one it was learnt on 64"
         assert rows[name].upgraded is None and rows[name].old == task.rows[name].old[:1]
-    mapped = attach(task.adapters["coop-0"], strong, token_map=token_map(task.old, strong))
-    assert rows["coop, mapped"].upgraded == (pytest.approx(by_hand(task, mapped)),)
 
 
 def test_base_and_novel_are_two_problems(task, score):
@@ -189,35 +140,28 @@ def test_base_and_novel_are_two_problems(task, score):
             right = [answer[0]["label"] == task.names[labels[row]] for answer, row in zip(answers, rows, strict=True)]
             parts[part] = 100 * sum(right) / len(right)
         parts["hm"] = harmonic(parts["base"], parts["novel"])
-        assert {key: values[0] for key, values in row.halves[name].items()} == pytest.approx(parts)
-        assert getattr(row, name)[0] == pytest.approx(getattr(task.rows["coop"], name)[0])
-    assert set(row.halves) == {"old", "upgraded"}
+        assert {key: values[0] for key, values in row.scores[name].items() if key != "accuracy"} == pytest.approx(
+            parts
+        )
+    assert set(row.scores) == {"old", "upgraded"}
 
 
-@pytest.fixture
-def half(task, tmp_path):
-    """A prompt tuned on every other class, in an order of their own."""
-    names = task.names[::2][::-1]
-    images = retraining._of_classes(task.train, "label", names)
-    config = TuningConfig(method="coop", **ADAMW)
-    tune(task.old, images, config=config, templates=("a {}.",), **task.options).save_pretrained(tmp_path / "half")
-    return SimpleNamespace(source=str(tmp_path / "half"), names=names, images=images, config=config)
-
-
-def test_tuned_on_the_base_classes_only(task, score, half, caplog):
-    assert {half.images.features["label"].names[i] for i in half.images["label"]} == set(half.names)
-    kept = next(i for i, label in enumerate(task.train["label"]) if task.names[label] in half.names)
-    first, was = half.images[0], task.train[kept]
-    assert first["image"] == was["image"] and half.names[first["label"]] == task.names[was["label"]]
-    rows = score(half.source, "coop-0", train=task.train, seen_classes=half.names)
+def test_tuned_on_the_base_classes_only(task, score, tmp_path, caplog):
+    names = task.names[:18]
+    images = only_base(task.train)
+    config, folders = TuningConfig(method="coop", **ADAMW), []
+    for name, model in (("half", task.old), ("again", task.new)):
+        folders += tune_seeds(model, images, config, (0,), tmp_path / name, templates=("a {}.",), **task.options)
+    options = {"retrained": [folders[1], task.again["coop-0"]], "seen_classes": names}
+    rows = score(folders[0], "coop-0", **options)
     assert list(rows) == ["zero-shot, a {}.", "zero-shot, a photo of a {}.", "coop, 18 classes, 1 templates",
                           "coop, 36 classes, 1 templates"]  # fmt: skip
     row = rows["coop, 18 classes, 1 templates"]
-    again = tune(task.new, half.images, config=half.config, **task.options)
-    assert row.retrained == (pytest.approx(by_hand(task, again.encoder)),)
-    assert row.halves["old"]["base"][0] > row.halves["old"]["novel"][0] and "hm" in row.halves["retrained"]
+    assert row.retrained == (pytest.approx(by_hand(task, attach(folders[1], task.new))),)
+    assert row.scores["old"]["base"][0] > row.scores["old"]["novel"][0] and "hm" in row.scores["retrained"]
     assert rows["zero-shot, a {}."].old == (pytest.approx(by_hand(task, task.old, ("a {}.",))),)
-    assert "coop-0 was tuned on other classes than the seen ones" in caplog.text and half.source not in caplog.text
+    warned = caplog.text
+    assert "coop-0 was tuned on other classes than the seen ones" in warned and f"{folders[0]} was" not in warned
 
 
 def test_settings_set_rows_apart(task, score, tmp_path):
@@ -227,9 +171,8 @@ def test_settings_set_rows_apart(task, score, tmp_path):
         tuned = tune(task.old, task.train, config=config, **task.options)
         tuned.save_pretrained(tmp_path / name)
         sources.append(str(tmp_path / name))
-    rows = score(*sources, mapped=True)
-    assert list(rows) == ["zero-shot", "coop, n_ctx=None", "coop, n_ctx=None, mapped", "coop, n_ctx=6",
-                          "coop, n_ctx=6, mapped", "coop, n_ctx=None, layer=1"]  # fmt: skip
+    rows = score(*sources)
+    assert list(rows) == ["zero-shot", "coop, n_ctx=None", "coop, n_ctx=6", "coop, n_ctx=None, layer=1"]
     with pytest.raises(ValueError, match="have the same settings and the same seed"):
         score(sources[0], shutil.copytree(sources[0], tmp_path / "copy"))
     with pytest.raises(ValueError, match="have the same settings and the same seed"):
@@ -255,10 +198,11 @@ def test_adapters_that_cannot_be_read_stay_rows(task, score, tmp_path):
     damaged = shutil.copytree(task.adapters["coop-1"], tmp_path / "damaged")
     tensors = load_file(damaged / "adapter_model.safetensors")
     save_file({key: tensor * torch.inf for key, tensor in tensors.items()}, damaged / "adapter_model.safetensors")
-    lora = DualEncoder.from_pretrained(model_path("weak")).model
-    inject(lora, LoraConfig(target_modules=["q_proj"]))
-    save_adapter(lora, tmp_path / "lora")
-    rows = score("coop-0", damaged, tmp_path / "lora", train=task.train)
+    config = TuningConfig(**{**ADAMW, "method": "lora", "epochs": 1})
+    tune(task.old, task.train, config=config, templates=DEFAULT_TEMPLATES, **task.options).save_pretrained(
+        tmp_path / "lora"
+    )
+    rows = score("coop-0", damaged, tmp_path / "lora", retrained=[task.again["coop-0"]] * 3)
     assert list(rows) == ["zero-shot", "coop", "coop, seed 1", "lora"]
     assert rows["coop"].seeds == (0,) and rows["coop"].old == task.rows["coop"].old[:1]
     assert "is not finite" in rows["coop, seed 1"].refused and "it is a LORA adapter" in rows["lora"].refused
@@ -267,33 +211,19 @@ def test_adapters_that_cannot_be_read_stay_rows(task, score, tmp_path):
     assert "| lora ‡ | – | – | – | – |" in table and "‡ refused: it is a LORA adapter" in table
 
 
-def test_adapters_saved_by_peft_alone(task, score, tmp_path):
-    """Their settings are in the prompt's own configuration."""
-    source = shutil.copytree(task.adapters["coop-0"], tmp_path / "plain")
-    (source / "teacher.json").unlink()
-    row = score(source, train=task.train)["coop"]
-    expected = task.rows["coop"]
-    assert (row.old, row.upgraded, row.retrained) == (expected.old[:1], expected.upgraded[:1], expected.retrained[:1])
-    config = json.loads((source / "adapter_config.json").read_text())
-    (source / "adapter_config.json").write_text(json.dumps({**config, "provenance": None}))
-    row = score(source, train=task.train)["coop"]
-    assert row.upgraded == expected.upgraded[:1] and row.retrained is None and "were not saved" in row.remark
-    assert retraining.SavedTuning.read(str(source)).templates == list(DEFAULT_TEMPLATES)
-    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPTSRC"}))
-    assert retraining.SavedTuning.read(str(source)).templates == list(TEMPLATES["promptsrc"])
-
-
-def test_what_cannot_be_retrained_says_why(task, score, tmp_path):
+def test_settings_that_were_not_saved(task, score, tmp_path):
+    assert tuning_of(task.adapters["coop-1"]) == TuningConfig(**{**ADAMW, "method": "coop", "seed": 1})
     source = shutil.copytree(task.adapters["coop-0"], tmp_path / "newer")
     facts = json.loads((source / "teacher.json").read_text())
     (source / "teacher.json").write_text(json.dumps({**facts, "settings": {**facts["settings"], "charm": 1}}))
-    row = score(source, train=task.train)["coop"]
-    assert row.upgraded == task.rows["coop"].upgraded[:1] and row.retrained is None
-    assert row.remark.startswith("not re-trained:") and "another version" in row.remark
-    few = task.train.select(range(20))
-    assert "have no image" in score("coop-0", train=few)["coop"].remark
-    other = load_dataset("print").select(range(20))
-    assert "have no class 'nimbus red square'" in score("coop-0", train=other)["coop"].remark
+    assert score(source)["coop"].upgraded == task.rows["coop"].upgraded[:1]
+    with pytest.raises(ValueError, match="newer' are of another version"):
+        tuning_of(str(source))
+    (source / "teacher.json").unlink()
+    with pytest.raises(ValueError, match="newer' were not saved with it: there is no teacher.json"):
+        tuning_of(str(source))
+    with pytest.raises(ValueError, match="newer' holds no teacher.json: pass what `tune`"):
+        score(source)
 
 
 def test_class_specific_contexts(task, score, tmp_path):
@@ -312,9 +242,8 @@ def test_more_templates(task, score, tmp_path):
     rows = score(source, "contcoop")
     floor = rows["zero-shot, 60 templates"]
     assert floor.old == (pytest.approx(by_hand(task, task.old, TEMPLATES["promptsrc"])),)
-    assert rows["zero-shot, a photo of a {}."] == UpgradeScore(
-        **{**asdict(task.rows["zero-shot"]), "method": "zero-shot, a photo of a {}."}
-    )
+    named = replace(task.rows["zero-shot"], method="zero-shot, a photo of a {}.")
+    assert rows["zero-shot, a photo of a {}."] == named
 
 
 def test_table(task):
@@ -325,11 +254,11 @@ def test_table(task):
     coop = task.rows["coop"]
     mean, std = sum(coop.harmonic) / 2, abs(coop.harmonic[0] - coop.harmonic[1]) / 2**0.5
     assert f"{mean:.1f} ± {std:.1f}" in table[3] and table[3].startswith("| coop |")
-    assert table[6].startswith("| maple ‡ |") and table[6].count("| – ") == 2
-    assert "† context mapped" in "\n".join(table) and "‡ refused: the image tower is 128 wide" in "\n".join(table)
+    assert table[5].startswith("| maple † |") and table[5].count("| – ") == 2
+    assert "† refused: the image tower is 128 wide" in "\n".join(table)
     assert "base" not in table[0] and "novel" not in table[0]
-    halves = {model: {"base": (50.0,), "novel": (40.0,), "hm": (44.4,)} for model in ("old", "upgraded")}
-    row = UpgradeScore("coop", (0,), (45.0,), (55.0,), None, (49.5,), halves)
+    scores = {"accuracy": (45.0,), "base": (50.0,), "novel": (40.0,), "hm": (44.4,)}
+    row = UpgradeScore("coop", (0,), {"old": scores, "upgraded": scores})
     assert upgrade_table([row]).splitlines()[0] == (
         "| method | old model accuracy | old model base | old model novel | old model hm | upgraded model accuracy "
         "| upgraded model base | upgraded model novel | upgraded model hm | H (old, upgraded) |"
@@ -347,10 +276,34 @@ def test_what_makes_no_sense(task, score, tmp_path):
         score("coop-0", seen_classes=["unicorn"])
     with pytest.raises(ValueError, match="base classes .* and novel ones"):
         score("coop-0", seen_classes=task.names)
-    with pytest.raises(ValueError, match="have no labels"):
-        score("coop-0", train=task.train.remove_columns("label"))
+    with pytest.raises(ValueError, match="there are 1 adapters and 2 re-trained ones"):
+        score("coop-0", retrained=list(task.again.values())[:2])
+    with pytest.raises(ValueError, match="coop-0' was not tuned from .*weak-upgraded': pass its model as the new one"):
+        score("coop-0", retrained=[task.adapters["coop-0"]])
     with pytest.raises(FileNotFoundError):
         score(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="needs labels"):
         score_upgrade([task.adapters["coop-0"]], task.old, task.new, task.test.remove_columns("label"),
                       class_names=task.names, **task.options)  # fmt: skip
+
+
+def test_seeds_are_tuned_once(task, tmp_path, monkeypatch):
+    config = TuningConfig(**{**ADAMW, "method": "contcoop", "epochs": 1})
+    models, contcoop = (task.old, task.new), tune_seeds(task.old, task.train, config, (0, 1), tmp_path, **task.options)
+
+    def never(*args, **kwargs):
+        raise AssertionError("tuned again")
+
+    monkeypatch.setattr(compatibility, "tune", never)
+    folder = contcoop[0].parent
+    assert tune_seeds(models[0], task.train, config, (1, 0), folder, **task.options) == contcoop[::-1]
+    with pytest.raises(ValueError, match="seed-0 holds an adapter of other settings"):
+        tune_seeds(models[0], task.train, replace(config, epochs=3), (0,), folder, **task.options)
+    with pytest.raises(ValueError, match="an adapter of another model"):
+        tune_seeds(models[1], task.train, config, (0,), folder, **task.options)
+    with pytest.raises(ValueError, match="an adapter of other classes"):
+        tune_seeds(models[0], load_dataset("print", "validation"), config, (0,), folder, **task.options)
+    with pytest.raises(ValueError, match="an adapter of other templates"):
+        tune_seeds(models[0], task.train, config, (0,), folder, templates=("{}.",), **task.options)
+    first, second = (attach(path, models[0]).embed_names(["red thing"], ("{}.",)) for path in contcoop)
+    assert not torch.allclose(first, second, atol=1e-4)

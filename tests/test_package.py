@@ -38,7 +38,6 @@ ORDER = (
         "catalog",
         "dataset_specs",
         "figures",
-        "upgrade_figures",
         *("knowledge_text", "knowledge_figures"),
         "report",
         "retraining",

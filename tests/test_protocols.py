@@ -47,7 +47,12 @@ def test_domain_generalisation_has_the_images_of_what_was_tuned_on():
     ("protocol", "target", "source", "message"),
     [
         ("few", FULL, None, "protocol must be one of base-to-base"),
-        ("cross-dataset", FULL, None, "cross-dataset tunes on another dataset: name a dataset that has one with"),
+        (
+            "cross-dataset",
+            FULL,
+            None,
+            "cross-dataset tunes on another dataset: name a dataset that has a train split",
+        ),
         ("base-to-base", TEST_ONLY, None, "'shifted' has no train split: name a dataset that has one with train_on"),
         ("cross-dataset", FULL, TEST_ONLY, "'shifted' has no train split"),
         ("base-to-novel", TEST_ONLY, FULL, "'shifted' has no train split, so that its base classes cannot be tuned"),
@@ -109,15 +114,12 @@ def test_datasets_count_alike_however_many_seeds_they_have():
     measured = {"a": {1: {"accuracy": 10.0}, 2: {"accuracy": 20.0}}, "b": {1: {"accuracy": 45.0}}}
     found = summarise(measured)["accuracy"]
     assert found.value == 30.0 and found.by_seed == {1: 27.5} and found.std is None
-    assert found.datasets == ("a", "b")
 
 
 def test_what_a_dataset_lacks_is_not_averaged():
     measured = {"a": {1: {"accuracy": 10.0, "joint": 9.0}}, "b": {1: {"accuracy": 45.0}}}
     assert list(summarise(measured)) == ["accuracy"]
-    for nothing in ({}, {"a": {}}):
-        with pytest.raises(ValueError, match="no score"):
-            summarise(nothing)
+    assert summarise({}) == summarise({"a": {}}) == {}
 
 
 @given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=6))

@@ -48,7 +48,7 @@ NOT_RUN = {
     "hf-transmiter app --demo": "serves until it is stopped; .ci/app-tests has it in a browser",
     "ruff check": "CI does",
     "python tests/run_notebooks.py": "takes minutes; tests/test_notebooks.py does",
-    "python -m hf_transmiter.sandbox.pretrain": "takes hours",
+    "python tests/making/pretrain.py": "takes hours",
 }
 
 
@@ -131,7 +131,7 @@ def test_nothing_is_replaced_in_vain():
 def test_commands_and_options():
     """Those of the snippets and of the text exist, and every command there is has its place."""
     known = {name: options(command) for name, command in get_command(app).commands.items()}
-    scripts = "".join(path.read_text() for path in (ROOT / "tests" / "benchmarks").glob("*.py"))
+    scripts = "".join(path.read_text() for path in (ROOT / "tests" / "studies").glob("*.py"))
     anywhere = {"--help", *re.findall(r'"(--[a-z-]+)"', scripts)}.union(*known.values())
     shown = [line for _, language, text in blocks() if language == "bash" for line in commands(text)]
     shown += re.findall(r"`((?:hf-transmiter |--)[^`]*)`", README)
@@ -184,7 +184,7 @@ def test_the_tree_is_that_of_the_repository():
     """Every folder whose content is told, in full; the modules in the order of reading."""
     told = tree()
     folders = {path for path in told if path.endswith("/") and inside(path, told)} - {"tests/"}
-    assert folders >= {"hf_transmiter/", "hf_transmiter/tuners/prompts/", "notebooks/", "tests/benchmarks/"}
+    assert folders >= {"hf_transmiter/", "hf_transmiter/tuners/prompts/", "notebooks/", "tests/studies/"}
     for folder in ["", *sorted(folders)]:
         assert inside(folder, told) == there(folder), folder
     assert [path for path, said in told.items() if not said and not path.endswith(".ipynb")] == []
@@ -200,5 +200,5 @@ def test_links_and_scripts():
     targets = re.findall(r"\]\((?!https://)([^)]+)\)", README)
     assert [target for target in targets if target not in anchors and not (ROOT / target).is_file()] == []
     texts = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "hf_transmiter").rglob("*.py"))]
-    scripts = {name for text in texts for name in re.findall(r"tests/benchmarks/\w+\.py", text)}
+    scripts = {name for text in texts for name in re.findall(r"tests/studies/\w+\.py", text)}
     assert len(scripts) > 5 and [name for name in sorted(scripts) if not (ROOT / name).is_file()] == []

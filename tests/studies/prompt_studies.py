@@ -1,6 +1,6 @@
 """Why some prompts survive an upgrade: studies on the sandbox, with figures.
 
-    python tests/benchmarks/prompt_studies.py --output-dir out/studies --models sandbox_models
+    python tests/studies/prompt_studies.py --output-dir out/studies --models sandbox_models
         [--studies drift layers lengths class-embeddings domains] [--seeds 3]
 
 * drift: what changed in the text tower of weak and of deep, per layer.
@@ -9,31 +9,29 @@
 * class-embeddings: ContCoOp with the class embeddings of the upgraded model, and with those of the old one.
 * domains: learnt on jargon's classes in the street, scored on the same classes in other styles.
 
-`--models` holds the models trained on demand: `python -m hf_transmiter.sandbox.pretrain --models independent deep
+`--models` holds the models trained on demand: `python tests/making/pretrain.py --models independent deep
 deep-upgraded --output-dir sandbox_models`. Settings are those of `prompts.py`; adapters are kept and not tuned again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-
-from hf_transmiter import sandbox, upgrade_figures
-from hf_transmiter.drift import drift_table, feature_drift, parameter_drift
-from hf_transmiter.settings import TuningConfig
-from hf_transmiter.upgrade_studies import (
+import upgrade_figures
+from parameter_drift import parameter_drift
+from prompts import SETTINGS, TASKS, harmonic, load
+from upgrade_studies import (
     class_embedding_study,
     context_length_study,
     layer_study,
     mean_std,
     out_of_distribution,
-    tune_seeds,
 )
 
-
-sys.path.append(str(Path(__file__).parent))
-from prompts import SETTINGS, TASKS, harmonic, load  # noqa: E402
+from hf_transmiter import sandbox
+from hf_transmiter.compatibility import tune_seeds
+from hf_transmiter.drift import drift_table, feature_drift
+from hf_transmiter.settings import TuningConfig
 
 
 TASK = "jargon"

@@ -7,82 +7,29 @@ them on both models with [`score_upgrade`]. Source: the analysis of ContCoOp (ar
 from __future__ import annotations
 
 import copy
-import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
 
-from .anchors import PROMPTED, Anchors
-from .attaching import attach, read_config
-from .backbone import DualEncoder
-from .classifier import AnchorClassifier
-from .compatibility import UpgradeScore, score_upgrade
-from .evaluation import evaluate
-from .files import new_folder
-from .image_sources import guess_columns
-from .prompt_tuning import starting_templates, tune
-from .settings import TuningConfig
-from .transfers import TEACHER_FILE, TeacherFacts
-from .tuners import CoOpConfig
-from .tuners.injection import inject
-from .tuners.prompts import class_contexts, layers, phrase_token_ids, prompt_layer, set_classes
+from hf_transmiter.anchors import PROMPTED, Anchors
+from hf_transmiter.attaching import attach, read_config
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.compatibility import UpgradeScore, score_upgrade, tune_seeds
+from hf_transmiter.evaluation import evaluate
+from hf_transmiter.image_sources import guess_columns
+from hf_transmiter.settings import TuningConfig
+from hf_transmiter.tuners import CoOpConfig
+from hf_transmiter.tuners.injection import inject
+from hf_transmiter.tuners.prompts import class_contexts, layers, phrase_token_ids, prompt_layer, set_classes
 
 
 Points = dict[str, list[tuple[int, float, float]]]
 """(x, mean, std) in percent, by name: what the figures draw."""
-
-
-def tune_seeds(
-    old: DualEncoder,
-    train: Dataset,
-    config: TuningConfig,
-    seeds: Sequence[int],
-    output_dir: str | os.PathLike,
-    **options,
-) -> list[Path]:
-    """Tunes with each seed and saves the adapters to `seed-0`, … in `output_dir`; those that are there are kept.
-
-    Args:
-        old (`DualEncoder`): the model to tune.
-        train (`datasets.Dataset`): labelled images.
-        config (`TuningConfig`): settings; its seed does not count.
-        seeds (`Sequence[int]`): of the draw of examples and of the training.
-        output_dir (`str` or `os.PathLike`): where the adapters go.
-        **options: passed to [`tune`].
-
-    Returns:
-        `list[Path]`: the folders, in the order of the seeds.
-
-    Raises:
-        ValueError: as [`tune`]; a folder that holds an adapter of another model, of other settings, classes or
-            templates.
-    """
-    folders, templates = [], options.get("templates") or starting_templates(config.method)
-    for seed in seeds:
-        folder, seeded = Path(output_dir) / f"seed-{seed}", replace(config, seed=seed)
-        kept = TeacherFacts.read(os.fspath(folder)) if (folder / TEACHER_FILE).is_file() else None
-        if kept is None:
-            tuned, accelerator = tune(old, train, config=seeded, **options), options.get("accelerator")
-            if accelerator is None or accelerator.is_main_process:
-                new_folder(folder, tuned.save_pretrained)
-            if accelerator is not None:
-                accelerator.wait_for_everyone()
-        else:
-            names = options.get("class_names") or _class_names(train, options)
-            for what, found, wanted in (
-                ("another model", kept.fingerprint, old.fingerprint),
-                ("other settings", kept.settings, json.loads(json.dumps(asdict(seeded)))),
-                ("other classes", kept.class_names, list(names)),
-                ("other templates", kept.zero_shot_templates, list(templates)),
-            ):
-                if found != wanted:
-                    raise ValueError(f"{folder} holds an adapter of {what}: remove it, or choose another output_dir.")
-        folders.append(folder)
-    return folders
 
 
 def layer_study(
@@ -110,7 +57,7 @@ def layer_study(
 
     Returns:
         Points (l, mean, std) for "old model" and "upgraded model", and both models' zero-shot accuracies: what
-        [`layer_study_figure`](hf_transmiter.upgrade_figures.layer_study_figure) draws.
+        [`layer_study_figure`](upgrade_figures.layer_study_figure) draws.
 
     Raises:
         ValueError: as [`tune_seeds`]; an upgraded model that does not take the prompts.

@@ -1,11 +1,11 @@
 """Re-attach the prompt, transport its class vectors, or transfer through logits? The same upgrades, each way.
 
-    python tests/benchmarks/three_ways.py [--seeds 3] [--tasks jargon print night] [--teachers coop kgcoop contcoop]
+    python tests/studies/three_ways.py [--seeds 3] [--tasks jargon print night] [--teachers coop kgcoop contcoop]
         [--upgrades weak-upgraded independent strong] [--models FOLDER] [--cells FOLDER] [--json FILE]
 
 The sandbox's weak model is tuned with 16 shots per class and goes to a model trained on from it (weak-upgraded), to
 one of the same widths that has nothing in common with it (independent, which is not in the package:
-`python -m hf_transmiter.sandbox.pretrain --models independent` makes it; `--models` says where it is), and to one
+`python tests/making/pretrain.py --models independent` makes it; `--models` says where it is), and to one
 whose text tower is wider (strong), where a prompt cannot be re-attached. Prints accuracy on the test split, mean ± std
 over seeds. Every cell (upgrade, task, teacher, seed) is kept in `--cells` and not computed again.
 """

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from artefacts import ARTEFACTS, make_artefacts
 from huggingface_hub import ModelCard
 
 from hf_transmiter.catalog import load_classifier
 from hf_transmiter.classifier import AnchorClassifier
 from hf_transmiter.cli import app
-from hf_transmiter.sandbox.artefacts import ARTEFACTS, make_artefacts
 from hf_transmiter.sandbox.data import load_dataset
 from hf_transmiter.scores import read_scores
 
@@ -44,7 +44,7 @@ def split_numbers(text: str) -> tuple[str, list[float]]:
 @every_artefact
 def test_the_stored_card_is_what_comes_out(made, name):
     """Exact, but for versions, digests and the last bits of what was measured; to renew them all:
-    ``python -m hf_transmiter.sandbox.artefacts --output-dir out/artefacts --cards model_cards``."""
+    ``python tests/making/artefacts.py --output-dir out/artefacts --cards model_cards``."""
     stored, fresh = (
         split_numbers(path.read_text(encoding="utf-8")) for path in (CARDS / f"{name}.md", made / name / "README.md")
     )

@@ -1,6 +1,6 @@
 """Make one of everything that can be shared, on the sandbox, with its card.
 
-    python -m hf_transmiter.sandbox.artefacts --output-dir out/artefacts --cards model_cards
+    python tests/making/artefacts.py --output-dir out/artefacts --cards model_cards
 
 * `jargon-coop`: *weak*, tuned with a CoOp prompt on 16 labelled pictures per class of *jargon*;
 * `weak-to-strong-bridge`: between *weak* and *strong*, from the world's phrases alone;
@@ -22,6 +22,7 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.cards import write_card
 from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.demo import SANDBOX_TUNING
 from hf_transmiter.evaluation import evaluate
 from hf_transmiter.extraction import extract
 from hf_transmiter.files import new_folder
@@ -52,8 +53,6 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
     Raises:
         FileExistsError: one of them is there already.
     """
-    from hf_transmiter.demo import SANDBOX_TUNING  # not at the top: the demo comes later
-
     folders = [Path(output_dir) / name for name in ARTEFACTS]
     there = [folder for folder in folders if folder.exists()]
     if there:
@@ -110,9 +109,9 @@ def _save(folder: Path, *, save: Callable[[Path], object], scores: Sequence[Scor
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m hf_transmiter.sandbox.artefacts",
+        prog="python tests/making/artefacts.py",
         description="Make the sandbox's tuned model, adapters and bridge, with their cards.",
-        epilog="example: python -m hf_transmiter.sandbox.artefacts --output-dir out/artefacts",
+        epilog="example: python tests/making/artefacts.py --output-dir out/artefacts",
     )
     parser.add_argument(
         "--output-dir", type=Path, required=True, help="each artefact goes to a folder of its name here"

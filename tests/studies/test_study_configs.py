@@ -1,14 +1,14 @@
-"""The grids in `tests/benchmarks/configs` are read as `hf-transmiter bench` reads them; their images are elsewhere."""
+"""The grids in `tests/studies/configs` are read as `hf-transmiter bench` reads them; their images are elsewhere."""
 
 from pathlib import Path
 
 import pytest
 
+from hf_transmiter.bench_cells import cells
 from hf_transmiter.bench_config import BenchConfig
-from hf_transmiter.bench_plan import cells
 
 
-CONFIGS = Path(__file__).parent / "benchmarks" / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def folders(monkeypatch):
 
 def test_tiny_photos(folders):
     config = BenchConfig.read(CONFIGS / "tiny_photos.yaml")
-    assert config.encoders() == ("/models/clip/weak", "/models/strong")
-    assert [spec.source for spec in config.specs()] == ["/photos/photos", "/photos/negatives"]
-    assert all((spec.train, spec.test) == ("train", "test") for spec in config.specs())
+    assert [(pair.weak, pair.strong) for pair in config.models] == [("/models/clip/weak", "/models/strong")]
+    assert [spec.source for spec in config.datasets] == ["/photos/photos", "/photos/negatives"]
+    assert all((spec.train, spec.test) == ("train", "test") for spec in config.datasets)
     assert len({cell.key for cell in cells(config)}) == 12  # two datasets, two tunings, three seeds
 
 

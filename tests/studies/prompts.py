@@ -1,11 +1,11 @@
 """Prompt learners across an upgrade on the sandbox: learnt on the old model, attached unchanged to the upgraded one.
 
-    python tests/benchmarks/prompts.py --output-dir out/prompts [--pair weak:weak-upgraded] [--tasks print jargon]
+    python tests/studies/prompts.py --output-dir out/prompts [--pair weak:weak-upgraded] [--tasks print jargon]
         [--seeds 3] [--methods CoOp ContCoOp] [--models sandbox_models] [--retrain] [--whole] [--json FILE]
 
 16 shots per class. Every adapter is kept in the output folder and not tuned again when it is there, so the script can
 be interrupted, and several processes can share the work (by --methods or --tasks). `--models` holds the models that
-are trained on demand (`python -m hf_transmiter.sandbox.pretrain --models independent deep deep-upgraded`). Settings
+are trained on demand (`python tests/making/pretrain.py --models independent deep deep-upgraded`). Settings
 come from `prompt_settings.py`, which looks at the old model's validation split of print and jargon only.
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from datasets import ClassLabel
+from upgrade_studies import mean_std
 
 from hf_transmiter import sandbox
 from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.compatibility import UpgradeScore, score_upgrade
+from hf_transmiter.compatibility import UpgradeScore, score_upgrade, tune_seeds
 from hf_transmiter.settings import TuningConfig
 from hf_transmiter.splits import base_novel
-from hf_transmiter.upgrade_studies import mean_std, tune_seeds
 
 
 TASKS = ("print", "night", "neon", "jargon")
@@ -63,10 +63,12 @@ def row_of(method: str, task: str, pair: tuple[DualEncoder, DualEncoder], argume
     folder = arguments.output_dir / arguments.pair.split(":")[0] / method / task
     quiet = {"progress": False}
     whole = tune_seeds(old, train, config, seeds, folder / "all", **quiet)
-    retrain = {"train": train, "output_dir": folder / new.name_or_path.rsplit("/", 1)[-1]} if arguments.retrain else {}
-    floor, row = score_upgrade(whole, old, new, test, **retrain, **quiet)
+    again = None
+    if arguments.retrain:
+        again = tune_seeds(new, train, config, seeds, folder / new.name_or_path.rsplit("/", 1)[-1], **quiet)
+    floor, row = score_upgrade(whole, old, new, test, retrained=again, **quiet)
     if arguments.whole:
-        none = UpgradeScore(method, (), None, None)
+        none = UpgradeScore(method, (), {})
         return {"zero-shot": columns(floor, none, arguments.seeds), method: columns(row, none, arguments.seeds)}
     half, names = first_half(train)
     halves = tune_seeds(old, half, config, seeds, folder / "base", **quiet)
@@ -77,7 +79,7 @@ def row_of(method: str, task: str, pair: tuple[DualEncoder, DualEncoder], argume
 def columns(row: UpgradeScore, halves: UpgradeScore, seeds: int) -> dict[str, tuple[float, ...]]:
     found = {"old": row.old, "upgraded": row.upgraded, "re-trained": row.retrained}
     for model in ("old", "upgraded"):
-        found |= {f"{model} {metric}": halves.halves.get(model, {}).get(metric) for metric in ("base", "novel")}
+        found |= {f"{model} {metric}": halves.scores.get(model, {}).get(metric) for metric in ("base", "novel")}
     return {key: None if values is None else values * (seeds // len(values)) for key, values in found.items()}
 
 

@@ -5,14 +5,14 @@ The floors lie well under the figures of `hf_transmiter/assets/sandbox/README.md
 
 import functools
 
+import measure
 import pytest
 import torch
+from pretrain import RECIPES
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from hf_transmiter import sandbox
 from hf_transmiter.hub import SANDBOX_MODELS
-from hf_transmiter.sandbox import measure
-from hf_transmiter.sandbox.pretrain import RECIPES
 from hf_transmiter.sandbox.tokenizer import build_tokenizer
 
 

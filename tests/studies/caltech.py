@@ -1,6 +1,6 @@
 """Upgrades on real OpenAI CLIP embeddings: RN50 (weak) to ViT-B/32 (strong), Caltech-101, no labels at the transfer.
 
-    python tests/benchmarks/caltech.py --data FOLDER [--seeds 5] [--tables all novel settings]
+    python tests/studies/caltech.py --data FOLDER [--seeds 5] [--tables all novel settings]
 
 FOLDER holds `train_16shot.safetensors` with `rn50_image_embeds` (1600, 1024), `vitb_image_embeds` (1600, 512) and
 `labels`: 100 classes, 16 images each. There are no text embeddings of RN50, so images stand in for them. Per class and

@@ -1,16 +1,10 @@
-from types import SimpleNamespace
-
 import pytest
+import upgrade_figures
 from PIL import Image
+from upgrade_figures import context_length_figure, drift_figure, layer_study_figure
 
-from hf_transmiter import figures, upgrade_figures
+from hf_transmiter import figures
 from hf_transmiter.drift import LayerDrift
-from hf_transmiter.upgrade_figures import (
-    compatibility_figure,
-    context_length_figure,
-    drift_figure,
-    layer_study_figure,
-)
 
 
 PARAMETERS = [
@@ -19,10 +13,6 @@ PARAMETERS = [
     LayerDrift("projection", 0, None),
 ]
 FEATURES = [LayerDrift("embeddings", 0.5, 0.1, 0.99), LayerDrift("layer 1", 3.0, 0.4, 0.8)]
-
-
-def row(method, old, upgraded, retrained, harmonic):
-    return SimpleNamespace(method=method, old=old, upgraded=upgraded, retrained=retrained, harmonic=harmonic)
 
 
 @pytest.fixture
@@ -121,48 +111,7 @@ def test_context_length_refuses_what_it_cannot_draw(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn):
-    rows = [
-        row("ContCoOp", [70.0, 72.0], [66.0, 64.0], [71.0], [68.0, 67.0]),
-        row("MaPLe", [74.0], None, [76.0], None),
-        row("IVLP", [73.0], [20.0], None, [31.5]),
-    ]
-    path = tmp_path / "compatibility.png"
-    assert compatibility_figure(rows, path, {"zero-shot old": 55.0, "zero-shot upgraded": 60.0}) == path
-    (axes,) = drawn[0].axes
-    heights = [[bar.get_height() for bar in group.patches] for group in axes.containers if hasattr(group, "patches")]
-    assert heights == [[71.0, 74.0, 73.0], [65.0, 20.0], [71.0, 76.0]]
-    diamonds = next(points for points in axes.collections if "harmonic" in str(points.get_label()))
-    assert diamonds.get_offsets()[:, 1].tolist() == [67.5, 31.5]
-    (refused,) = axes.texts
-    assert refused.get_text() == "refused" and refused.get_position()[0] == 1
-    assert ticks(axes) == ["ContCoOp\n67.5 ± 0.7", "MaPLe", "IVLP\n31.5"]
-    assert {"zero-shot old (55.0)", "zero-shot upgraded (60.0)", "old model", "re-trained"} < set(legend(drawn[0]))
-    # Every bar stands beside, not on, its neighbours.
-    spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
-    assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
-
-
-def test_compatibility_leaves_no_room_for_what_was_not_retrained(tmp_path, drawn):
-    rows = [row("CoOp", [70.0], [60.0], None, [64.6]), row("MaPLe", [74.0], None, None, None)]
-    compatibility_figure(rows, tmp_path / "a.png")
-    (axes,) = drawn[0].axes
-    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
-    assert middles == pytest.approx([-0.135, 0.865, 0.135])  # the names stand between the two
-    assert axes.texts[0].get_position()[0] == pytest.approx(1.135)
-    assert "re-trained" not in legend(drawn[0])
-    compatibility_figure(rows[1:], tmp_path / "b.png")  # all refused
-    assert [bar.get_height() for bar in drawn[1].axes[0].patches] == [74.0]
-
-
-def test_compatibility_refuses_what_it_cannot_draw(tmp_path):
-    for rows, message in (
-        ([], "no method"),
-        ([row("CoOp", [], None, None, None)], "old of CoOp"),
-        ([row("CoOp", [70.0], [float("inf")], None, None)], "upgraded of CoOp must be finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            compatibility_figure(rows, tmp_path / "a.png")
+def test_drift_refuses_what_it_cannot_draw(tmp_path):
     with pytest.raises(ValueError, match="no part"):
         drift_figure([], FEATURES, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """What the sandbox models score, as a markdown table: zero-shot on every domain, tuned on 16 pictures per class.
 
-    python -m hf_transmiter.sandbox.measure
-    python -m hf_transmiter.sandbox.measure --models sandbox_models/weak sandbox_models/strong --zero-shot-only
+    python tests/making/measure.py
+    python tests/making/measure.py --models sandbox_models/weak sandbox_models/strong --zero-shot-only
 
 *fine-tuned*: the vision tower and its projection on cross-entropy, class vectors frozen at zero-shot. *class vectors*:
 unit class vectors trained on frozen image embeddings, pulled towards zero-shot, as prompt learning amounts to.
@@ -140,7 +140,7 @@ def table(scores: Callable[[Path, str], dict[str, list[float]]], folders: list[P
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m hf_transmiter.sandbox.measure", description="Accuracies of sandbox models as a markdown table."
+        prog="python tests/making/measure.py", description="Accuracies of sandbox models as a markdown table."
     )
     parser.add_argument(
         "--models", type=Path, nargs="+", default=[model_path(name) for name in SANDBOX_MODELS], metavar="DIR"

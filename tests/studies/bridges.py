@@ -1,6 +1,6 @@
 """Composed and inverted bridges against those built for the pair, on the sandbox.
 
-    python tests/benchmarks/bridges.py [--seeds 3] [--task jargon]
+    python tests/studies/bridges.py [--seeds 3] [--task jargon]
 
 A CoOp adapter of the first model is carried to the last one, without an image of the task: over a bridge built for
 the pair, over one composed of two, and over the composition's polar factor, which turns where the composition shrinks.

@@ -1,6 +1,6 @@
 """Speed and memory of prompt tuning, as ratios within one run.
 
-    python tests/benchmarks/prompt_speed.py [--steps 30]
+    python tests/studies/prompt_speed.py [--steps 30]
 
 1. One training step of CoOp (C = 100, M = 4) with texts cut at the last end-of-text token, against full length: on the
    sandbox's weak model (24 positions) and on one of its shape with CLIP's 77.

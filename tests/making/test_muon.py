@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from hf_transmiter.sandbox.muon import Muon, orthogonalize
+from muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16)])

@@ -1,6 +1,6 @@
 """Ratios within one run: solvers, transfer memory, and what the adapter adds to inference.
 
-    python tests/benchmarks/speed.py [--parts solvers memory forward] [--images 2000]
+    python tests/studies/speed.py [--parts solvers memory forward] [--images 2000]
 
 - solvers: gradient extraction at D = K = 1024 with a learned basis held orthonormal by `cayley`, with a fixed basis,
   and by `matrix_exp`; and both closed forms. Random embeddings of a planted teacher; accuracies are printed beside.

@@ -1,6 +1,6 @@
 """Pre-train the sandbox's CLIP models from nothing, on pictures drawn as training goes.
 
-    python -m hf_transmiter.sandbox.pretrain --output-dir sandbox_models
+    python tests/making/pretrain.py --output-dir sandbox_models
 
 Processes with one thread each: `strong`, then `independent` (the widths of weak-upgraded, and nothing in common with
 weak) in one; `weak`, then `weak-upgraded` (whose text tower starts from the weak one's) in another; `deep` and
@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
+from muon import Muon
 from torch import Generator, Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hf_transmiter.sandbox import words
-from hf_transmiter.sandbox.muon import Muon
 from hf_transmiter.sandbox.tokenizer import CONTEXT_LENGTH, PIXEL_MEAN, PIXEL_STD, build_processor, build_tokenizer
 from hf_transmiter.sandbox.world import IMAGE_SIZE, render
 
@@ -339,9 +339,9 @@ def pretrain(names: Sequence[str], output_dir: Path, overwrite: bool = False) ->
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m hf_transmiter.sandbox.pretrain",
+        prog="python tests/making/pretrain.py",
         description="Pre-train the sandbox's tiny CLIP models from nothing.",
-        epilog="example: python -m hf_transmiter.sandbox.pretrain --output-dir sandbox_models --models weak strong",
+        epilog="example: python tests/making/pretrain.py --output-dir sandbox_models --models weak strong",
     )
     parser.add_argument("--output-dir", type=Path, required=True, help="each model goes to a folder of its name here")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Can the confidence of an upgraded model be believed, and does a temperature fitted without labels mend it?
 
-    python tests/benchmarks/calibration.py [--tasks print:lora jargon:coop ...] [--caltech FOLDER] [--seeds 3]
+    python tests/studies/calibration.py [--tasks print:lora jargon:coop ...] [--caltech FOLDER] [--seeds 3]
 
 The sandbox's weak model is tuned with 16 shots per class and carried to the strong one. For every model and way of
 upgrading: accuracy, mean confidence and expected calibration error (ECE, 15 bins) against the test labels, as it is

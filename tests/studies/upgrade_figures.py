@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 import os
-import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .drift import LayerDrift
-from .figures import _COLORS, _DASHES, _MARKERS, _check_series, _drawn, _figure, _finite, _legend, _save, curves
+from hf_transmiter.drift import LayerDrift
+from hf_transmiter.figures import (
+    _COLORS,
+    _MARKERS,
+    _check_series,
+    _drawn,
+    _figure,
+    _legend,
+    _save,
+    curves,
+)
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BAR = "#A6CEE8"
-_REFUSED = "#777777"
-_BARS = (
-    ("old", "old model", _BAR),
-    ("upgraded", "upgraded model, unchanged", "#4C9FD3"),
-    ("retrained", "re-trained", "#CCCCCC"),
-)
-_APART = 0.27  # of the middles of two bars
-
-
-class UpgradedScores(Protocol):
-    """A row of [`compatibility_figure`]: accuracies in percent, one per seed.
-
-    Args:
-        method (`str`): name.
-        old (`Sequence[float]` or `None`): on the model it was learnt for.
-        upgraded (`Sequence[float]` or `None`): moved to the upgraded model as it is; `None` where that was refused.
-        retrained (`Sequence[float]` or `None`): learnt anew on the upgraded model; `None` where that was not done.
-        harmonic (`Sequence[float]` or `None`): harmonic mean of old and upgraded.
-    """
-
-    method: str
-    old: Sequence[float] | None
-    upgraded: Sequence[float] | None
-    retrained: Sequence[float] | None
-    harmonic: Sequence[float] | None
 
 
 @_drawn
@@ -168,86 +150,3 @@ def context_length_figure(
     axes.set_axisbelow(True)
     _legend(figure, axes)
     return _save(figure, path)
-
-
-@_drawn
-def compatibility_figure(
-    rows: Sequence[UpgradedScores],
-    path: str | os.PathLike,
-    floors: Mapping[str, float] | None = None,
-    *,
-    title: str = "Prompts before and after the upgrade",
-) -> Path | None:
-    """Three bars per method: on the old model, on the upgraded one unchanged, re-trained there. The diamond and the
-    number under the name are the harmonic mean of the first two; error bars are one standard deviation over seeds.
-
-    Args:
-        rows (`Sequence[UpgradedScores]`): the first on the left.
-        path (`str` or `os.PathLike`): PNG to write; its folder is made. Atomic.
-        floors (`Mapping[str, float]`, *optional*): zero-shot accuracies, as dashed lines.
-
-    Returns:
-        `Path`: of the PNG; `None` without matplotlib.
-
-    Raises:
-        ValueError: no rows, an empty list of accuracies, or a value that is not finite.
-    """
-    floors = floors or {}
-    _check_rows(rows)
-    _finite(list(floors.values()), "floors")
-    figure = _figure(max(6.4, 1.4 + 0.95 * len(rows)), 4.6, title)
-    axes = figure.add_subplot()
-    # Where nothing was re-trained there is no bar for it, no room, and nothing in the legend.
-    shown = _BARS if any(row.retrained is not None for row in rows) else _BARS[:2]
-    first = -_APART * (len(shown) - 1) / 2
-    for i, (attribute, label, color) in enumerate(shown):
-        places, means, stds = _columns(rows, attribute, first + i * _APART)
-        bars = {"color": color, "ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}}
-        axes.bar(places, means, 0.25, yerr=stds, label=label, zorder=2, **bars)
-    places, means, stds = _columns(rows, "harmonic", first + _APART / 2)
-    axes.scatter(places, means, s=30, marker="D", color=_COLORS[4], edgecolors="black", linewidths=0.7, zorder=4,
-                 label="harmonic mean of old and upgraded")  # fmt: skip
-    for i, row in enumerate(rows):
-        if row.upgraded is None:
-            transform = axes.get_xaxis_transform()
-            axes.text(i + first + _APART, 0.02, "refused", rotation=90, transform=transform, ha="center", va="bottom",
-                      fontsize=8, color=_REFUSED)  # fmt: skip
-    for i, (name, value) in enumerate(floors.items()):
-        color, dash = _COLORS[(1, 2, 3, 6)[i % 4]], _DASHES[i % 4]
-        axes.axhline(value, color=color, linestyle=dash, linewidth=1.3, zorder=3, label=f"{name} ({value:.1f})")
-    axes.set_xticks(range(len(rows)), [_tick(row) for row in rows], fontsize=8)
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlim(-0.55, len(rows) - 0.45)
-    axes.set_ylabel("accuracy (%)")
-    _legend(figure, axes)
-    return _save(figure, path)
-
-
-def _check_rows(rows: Sequence[UpgradedScores]) -> None:
-    if not rows:
-        raise ValueError("there is no method to draw.")
-    for row in rows:
-        for attribute in ("old", "upgraded", "retrained", "harmonic"):
-            values = getattr(row, attribute)
-            if values is not None:
-                if not len(values):
-                    raise ValueError(f"{attribute} of {row.method} must be None or hold a value per seed.")
-                _finite(values, f"{attribute} of {row.method}")
-
-
-def _std(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _columns(rows: Sequence[UpgradedScores], attribute: str, offset: float) -> tuple[list, list, list]:
-    """Place, mean and standard deviation of those that have the value."""
-    known = [(i + offset, values) for i, row in enumerate(rows) if (values := getattr(row, attribute)) is not None]
-    return [i for i, _ in known], [statistics.fmean(v) for _, v in known], [_std(v) for _, v in known]
-
-
-def _tick(row: UpgradedScores) -> str:
-    name = textwrap.fill(row.method, 13)
-    if row.harmonic is None:
-        return name
-    spread = f" ± {_std(row.harmonic):.1f}" if len(row.harmonic) > 1 else ""
-    return f"{name}\n{statistics.fmean(row.harmonic):.1f}{spread}"

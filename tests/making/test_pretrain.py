@@ -5,13 +5,17 @@ import itertools
 import os
 import random
 
+import pretrain
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
-from hf_transmiter.sandbox import pretrain, words
+from hf_transmiter import sandbox
+from hf_transmiter.sandbox import words
 from hf_transmiter.sandbox.tokenizer import build_processor
+from hf_transmiter.sandbox.world import render
 
 
 TINY = pretrain.Recipe(32, 1, 32, steps=30, street=0.25, jitter=0.2, lr=4e-3, muon_lr=8e-3, seed=0)
@@ -123,3 +127,20 @@ def test_what_is_there_is_kept(tmp_path):
     (tmp_path / "weak").mkdir()
     assert pretrain.pretrain(["weak"], tmp_path) == []
     assert os.listdir(tmp_path) == ["weak"] and not os.listdir(tmp_path / "weak")
+
+
+def test_the_processor_gives_users_the_pixels_that_training_saw():
+    classes = words.CLASSES[::40]
+    pixels = render(classes, "street", torch.Generator().manual_seed(0))
+    trained_on = pretrain.normalise(pixels / 255)
+    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+    seen = build_processor()(images=images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen, trained_on, atol=1e-6, rtol=0)
+
+
+def test_dataset_images_are_the_rendered_pixels():
+    image = sandbox.load_dataset("neon", "test")[:3]["image"]
+    direct = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8) for i in image])
+    direct = direct.view(-1, 32, 32, 3).permute(0, 3, 1, 2)
+    seen = build_processor()(images=image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen, pretrain.normalise(direct / 255), atol=1e-6, rtol=0)

@@ -1,8 +1,8 @@
 """What the defaults of `TuningConfig` were chosen from: the sandbox, validation split, mean ± std over seeds.
 
-    python tests/benchmarks/tuning_defaults.py --method lora [--domains print night] [--seeds 3]
-    python tests/benchmarks/tuning_defaults.py --method coop --domains jargon print
-    python tests/benchmarks/tuning_defaults.py --method lora --domains print night neon --defaults-only
+    python tests/studies/tuning_defaults.py --method lora [--domains print night] [--seeds 3]
+    python tests/studies/tuning_defaults.py --method coop --domains jargon print
+    python tests/studies/tuning_defaults.py --method lora --domains print night neon --defaults-only
 
 One row per setting, each differs from the defaults in what it names. Per domain: accuracy of the tuned weak model; in
 brackets that of the strong model with the change of logits added, ``argmax(z_strong + z_tuned - z_weak)`` with all

@@ -1,27 +1,25 @@
 """Studies of why prompts survive an upgrade: what is tuned, what is kept, and what the numbers say."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-
-from hf_transmiter import sandbox, upgrade_studies
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.attaching import attach
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.evaluation import evaluate
-from hf_transmiter.settings import TuningConfig
-from hf_transmiter.tuners.prompts import prompt_layer
-from hf_transmiter.upgrade_studies import (
+from upgrade_studies import (
     class_embedding_study,
     context_length_study,
     freeze_contexts,
     layer_study,
     mean_std,
     out_of_distribution,
-    tune_seeds,
 )
+
+from hf_transmiter import sandbox
+from hf_transmiter.anchors import Anchors
+from hf_transmiter.attaching import attach
+from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.compatibility import tune_seeds
+from hf_transmiter.evaluation import evaluate
+from hf_transmiter.settings import TuningConfig
+from hf_transmiter.tuners.prompts import prompt_layer
 
 
 QUICK = {"optimizer": "adamw", "schedule": "cosine", "lr": 1e-2, "epochs": 2, "shots": 2, "batch_size": 24}
@@ -48,25 +46,6 @@ def contcoop(models, images, tmp_path_factory):
 def accuracy(encoder, dataset):
     anchors = Anchors(tuple(dataset.features["label"].names), (), ("{}.",))
     return evaluate(AnchorClassifier(encoder, anchors), dataset, progress=False)[0].value
-
-
-def test_seeds_are_tuned_once(models, images, contcoop, monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("tuned again")
-
-    monkeypatch.setattr(upgrade_studies, "tune", never)
-    config, folder = TuningConfig(method="contcoop", **QUICK), contcoop[0].parent
-    assert tune_seeds(models[0], images[0], config, (1, 0), folder, **OPTIONS) == contcoop[::-1]
-    with pytest.raises(ValueError, match="seed-0 holds an adapter of other settings"):
-        tune_seeds(models[0], images[0], replace(config, epochs=3), (0,), folder, **OPTIONS)
-    with pytest.raises(ValueError, match="an adapter of another model"):
-        tune_seeds(models[1], images[0], config, (0,), folder, **OPTIONS)
-    with pytest.raises(ValueError, match="an adapter of other classes"):
-        tune_seeds(models[0], sandbox.load_dataset("print", "validation"), config, (0,), folder, **OPTIONS)
-    with pytest.raises(ValueError, match="an adapter of other templates"):
-        tune_seeds(models[0], images[0], config, (0,), folder, templates=("{}.",), **OPTIONS)
-    first, second = (attach(path, models[0]).embed_names(["red thing"], ("{}.",)) for path in contcoop)
-    assert not torch.allclose(first, second, atol=1e-4)
 
 
 def test_layer_study(models, images, tmp_path):
