@@ -44,7 +44,7 @@ T = TypeVar("T")
 CELLS, FAILED, TUNED = "cells", "failed", "tuned"
 """Folders of an output: finished cells, messages of failed ones, tuned models."""
 _FORMAT = 1
-_SAID_ONLY = ("name", "title", "counts", "rows", "notes")
+_SAID_ONLY = ("name", "title", "counts", "notes")
 _DRIFT_NAMES = 200  # common nouns that both models of an upgrade are asked about
 
 
