@@ -42,7 +42,7 @@ _EXPORTS = {
     "PromptSRCConfig": "tuners",
     "TransMiterConfig": "tuners",
     "TransMiterForImageClassification": "image_classification",
-    "TransMiterImageClassificationConfig": "image_classification_config",
+    "TransMiterImageClassificationConfig": "image_classification",
     "TransferConfig": "transferring",
     "TuningConfig": "prompt_tuning",
     "UpgradeScore": "compatibility",
@@ -135,8 +135,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .extraction import ExtractionConfig, extract
     from .features import embed_dataset
-    from .image_classification import TransMiterForImageClassification
-    from .image_classification_config import TransMiterImageClassificationConfig
+    from .image_classification import TransMiterForImageClassification, TransMiterImageClassificationConfig
     from .knowledge import Knowledge, analyse
     from .label_tuning import LabelTuningConfig, label_tune
     from .methods import Variant

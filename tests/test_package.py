@@ -47,7 +47,6 @@ ORDER = (
         "upgrading",
         "download_sizes",
         "preparing",
-        "image_classification_config",
         "image_classification",
         "sandbox",
         "demo",
