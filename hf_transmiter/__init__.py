@@ -38,7 +38,7 @@ _EXPORTS = {
     "PromptSRCConfig": "tuners",
     "TransMiterConfig": "tuners",
     "TransMiterForImageClassification": "image_classification",
-    "TransMiterImageClassificationConfig": "image_classification_config",
+    "TransMiterImageClassificationConfig": "image_classification",
     "TransferConfig": "transferring",
     "TuningConfig": "prompt_tuning",
     "UpgradeScore": "compatibility",

@@ -61,6 +61,7 @@ def main() -> None:
 @command(app)
 def demo(
     run: RunOptions,
+    values: dict,
     output_dir: Annotated[Path, typer.Option(help="Folder for the report, figures and adapters.")] = Path("out"),
     domains: Annotated[list[str] | None, typer.Option(help="Sandbox task, may be repeated; two if unset.")] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="Seed of tuning, may be repeated; 0 if unset.")] = None,
@@ -72,12 +73,14 @@ def demo(
     """
     if run.accelerator is not None:
         raise ValueError("the demo runs in one process: start it without accelerate launch.")
+    output, found = OutputOptions(output_dir, overwrite), {}
+    output.check(run)
     from .demo import run_demo
 
-    options = {"progress": run.progress, "overwrite": overwrite}
-    found = run_demo(output_dir, domains=domains or None, seeds=seeds or (0,), **options)
-    data = {**found, "scores": [asdict(score) for score in found["scores"]]}
-    return Result(data, f"{found['table']}\nReport: {Path(found['output_dir']) / 'report.md'}")
+    options = {"domains": domains or None, "seeds": seeds or (0,), "progress": run.progress}
+    output.write(lambda folder: found.update(run_demo(folder, **options)), values, run)
+    data = {**found, "output_dir": str(output_dir), "scores": [asdict(score) for score in found["scores"]]}
+    return Result(data, f"{found['table']}\n{found['verdict']}\n\nReport: {output_dir / 'report.md'}")
 
 
 @command(app)

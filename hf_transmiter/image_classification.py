@@ -3,25 +3,19 @@
 ``logits = head(x)`` for unit image rows ``x = normalize(image_model(pixels))``: the same numbers as
 `AnchorClassifier.classify`, without tokenizer and text tower. What the head needs of the names is in the adapter.
 
-What itself imports transformers' auto classes (PEFT, `backbone`, `classifier`, `tuners`) is imported where it is used,
-not above: this module is loaded together with those classes, in the middle of such an import.
+Importing this module registers both classes with transformers' Auto classes.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.file_download import REGEX_COMMIT_HASH
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,11 +25,14 @@ from transformers import (
     PreTrainedModel,
     SiglipImageProcessorPil,
 )
+from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
+from .backbone import load_image_processor
+from .classifier import AnchorClassifier
 from .families import (
     IMAGE_PARTS,
-    TEXT_PARTS,
     aligned,
     check_family,
     image_inputs,
@@ -44,21 +41,75 @@ from .families import (
     shared_width,
     unit_rows,
 )
-from .hub import SANDBOX, fetch, is_open_clip, model_location, read_json, split_revision
-from .image_classification_config import TransMiterImageClassificationConfig, check_of_transformers
+from .hub import fetch, public_name, read_json, split_revision
 from .solvers import check_finite
-from .transfers import CONFIG, read_adapter
-from .trust import read_header
+from .transfers import CONFIG
+from .trust import check_json, read_header
+from .tuners import TransMiterConfig, TransMiterLayer
 
-
-if TYPE_CHECKING:
-    from .backbone import DualEncoder
-    from .classifier import AnchorClassifier
-    from .tuners import TransMiterLayer
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+MAX_COUNT = 1000  # of layers; no model has as many
+_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+# Of adapter_config.json: what the head is made of, and which model it was made for.
+_ADAPTER_FIELDS = (
+    *("class_names", "auxiliary_names", "templates", "anchors_fingerprint"),
+    *("form", "width", "mlp_ratio", "embed_dim"),
+    *("base_model_name_or_path", "revision", "base_fingerprint"),
+)
+
+
+class TransMiterImageClassificationConfig(PreTrainedConfig):
+    """Configuration of a [`TransMiterForImageClassification`].
+
+    Args:
+        base_config (`PreTrainedConfig` or `dict`): of the two-tower model whose image tower is used.
+        adapter (`dict`): what the adapter's ``adapter_config.json`` says of its head, names and model.
+        id2label (`dict[int, str]`, *optional*): defaults to the adapter's class names.
+
+    Raises:
+        ValueError: not a supported model, not a TransMiter adapter, other labels than its classes, or absurd sizes.
+    """
+
+    model_type = "transmiter"
+    sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")}
+
+    base_config: dict | PreTrainedConfig | None = None
+    adapter: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        # Entries that make transformers read other files, or the same ones otherwise.
+        foreign = {"auto_map", "fusion_config", "quantization_config", "transformers_weights"} & set(kwargs)
+        if foreign:
+            raise ValueError(f"config.json of a TransMiter classifier must not have {', '.join(sorted(foreign))}.")
+        if self.adapter is not None:
+            check_json(self.adapter, "adapter_config", "the adapter in config.json")
+            if self.adapter["peft_type"] != "TRANSMITER" or not self.adapter.get("embed_dim"):
+                raise ValueError("the adapter in config.json is not that of a TransMiter classifier.")
+            names = self.adapter["class_names"]
+            labels = dict(enumerate(names)) if self.id2label is None else self.id2label
+            wanted = {str(number) for number in range(len(names))}
+            if not all(isinstance(label, str) for label in labels.values()) or {str(key) for key in labels} != wanted:
+                raise ValueError(f"id2label must name the {len(names)} classes 0 to {len(names) - 1} of the adapter.")
+            self.id2label, self.label2id = labels, {label: int(key) for key, label in labels.items()}
+        _check_counts(kwargs)
+        if isinstance(self.base_config, dict):
+            check_json(self.base_config, "model_config", "base_config in config.json")
+            check_family(self.base_config.get("model_type"), "The model in config.json")
+            _check_counts(self.base_config)
+        super().__post_init__(**kwargs)
+        if self.base_config.model_type == "open_clip":
+            raise ValueError(
+                "models of open_clip cannot be made an image classifier of transformers: use the adapter as it is, "
+                "AnchorClassifier.from_pretrained(adapter)."
+            )
+
+    @classmethod
+    def of(cls, base_config: PreTrainedConfig, adapter: dict) -> TransMiterImageClassificationConfig:
+        """From a model's configuration, which is kept, and the whole content of an ``adapter_config.json``."""
+        kept = {key: adapter[key] for key in _ADAPTER_FIELDS if key in adapter}
+        base_config.name_or_path = kept["base_model_name_or_path"] = public_name(adapter["base_model_name_or_path"])
+        return cls(base_config=base_config, adapter={"peft_type": "TRANSMITER", **kept})
 
 
 class TransMiterForImageClassification(PreTrainedModel):
@@ -91,10 +142,6 @@ class TransMiterForImageClassification(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     # What a fine-tuning adds to logits is a small difference of large numbers.
     _keep_in_fp32_modules_strict = ["transmiter"]
-    _keys_to_ignore_on_load_unexpected = [rf"^(encoder\.)?{part}\." for part in TEXT_PARTS]
-    _keys_to_ignore_on_load_missing = [
-        r"^transmiter\."
-    ]  # no model's own weights have them; a classifier's are checked
 
     def __init__(self, config: TransMiterImageClassificationConfig):
         super().__init__(config)
@@ -110,14 +157,12 @@ class TransMiterForImageClassification(PreTrainedModel):
         self.image_processor: BaseImageProcessor | None = None
         self.post_init()
 
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs
-    ) -> ImageClassifierOutput | tuple:
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:
         """
         Args:
             pixel_values (`Tensor`): (B, 3, S, S), as the image processor makes them.
             labels (`Tensor`, *optional*): (B,) class numbers; gives the cross entropy as `loss`.
-            return_dict (`bool`, *optional*): `False` for a tuple.
 
         Returns:
             `ImageClassifierOutput`: `logits` (B, C), float32, and `loss`.
@@ -126,12 +171,11 @@ class TransMiterForImageClassification(PreTrainedModel):
         image_embeds = unit_rows(self.encoder.get_image_features(**inputs))
         logits = self.transmiter(image_embeds, *logit_scale_and_bias(self.encoder))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        output = ImageClassifierOutput(loss=loss, logits=logits)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes a classifier that stands alone: `config.json`, `model.safetensors` (image tower and head) and the
-        image processor's file. Each file is replaced in one step.
+        image processor's file.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
@@ -140,23 +184,15 @@ class TransMiterForImageClassification(PreTrainedModel):
         Raises:
             ValueError: the folder holds an adapter, or `push_to_hub` was given.
         """
-        target = Path(save_directory)
-        if (target / CONFIG).is_file():
-            raise ValueError(f"{target} holds an adapter: save the classifier to a folder of its own.")
+        if (Path(save_directory) / CONFIG).is_file():
+            raise ValueError(f"{save_directory} holds an adapter: save the classifier to a folder of its own.")
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained writes to a folder only: call push_to_hub(repo_id).")
-        target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
-            # One file whose names are the model's own: what from_pretrained compares before it loads.
-            kwargs |= {"max_shard_size": "1000GB", "save_original_format": False}
-            super().save_pretrained(temporary, **kwargs)
-            if self.image_processor is not None:
-                self.image_processor.save_pretrained(temporary)
-            for file in temporary.iterdir():
-                os.replace(file, target / file.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        # One file whose names are the model's own: what from_pretrained compares before it loads.
+        kwargs |= {"max_shard_size": "1000GB", "save_original_format": False}
+        super().save_pretrained(save_directory, **kwargs)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(save_directory)
 
     @classmethod
     def from_classifier(cls, classifier: AnchorClassifier) -> TransMiterForImageClassification:
@@ -165,8 +201,6 @@ class TransMiterForImageClassification(PreTrainedModel):
         Raises:
             ValueError: there is no adapter, or others (LoRA, prompts) are inside the model.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         adapter, tensors = classifier.adapter_tensors()
         encoder = classifier.encoder
         if any(isinstance(module, BaseTunerLayer) for module in encoder.model.modules()):
@@ -186,155 +220,53 @@ class TransMiterForImageClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        base_model: str | os.PathLike | PreTrainedModel | DualEncoder | None = None,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        subfolder: str | None = None,
-        local_files_only: bool = False,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        **kwargs,
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> TransMiterForImageClassification:
-        """Loads a TransMiter adapter with the image tower of its model, or what [`save_pretrained`] wrote.
-
-        The text tower is not read where the name (and the revision, if one is named) is that of the adapter's own
-        model at a commit of the Hub: that commit is loaded. Any other, such as a model in a folder, is compared with
-        it by its weights and loaded whole for that.
+        """Loads what [`save_pretrained`] wrote, or a TransMiter adapter: [`from_classifier`] of what
+        `AnchorClassifier.from_pretrained` makes of it, with the model that it names.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id of an adapter or a classifier.
-            base_model (`str`, `os.PathLike`, `PreTrainedModel` or `DualEncoder`, *optional*):
-                The adapter's model, where it is not found under the name in the adapter's config; ``id@revision``
-                too. A loaded model is copied.
-            revision (`str`, *optional*): branch, tag or commit of the adapter or classifier.
-            token (`str` or `bool`, *optional*): Hub token.
-            cache_dir (`str` or `os.PathLike`, *optional*): download cache.
-            subfolder (`str`, *optional*): folder inside the repository.
-            local_files_only (`bool`, *optional*, defaults to `False`): never ask the Hub.
-            dtype (`torch.dtype` or `str`, *optional*):
-                Of the image tower; `torch.float32` for an adapter and as it was saved for a classifier when omitted.
-            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put the model.
-            **kwargs: of `PreTrainedModel.from_pretrained`, for a classifier.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id (``id@revision`` too).
+            **kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`; of a classifier all others of
+                `PreTrainedModel.from_pretrained` as well.
 
         Raises:
             FileNotFoundError: neither an adapter nor a classifier there.
             ValueError: another kind of adapter or model, a model the adapter does not fit, or damaged files.
             OSError: the Hub has no such repository, or cannot be reached.
         """
-        source, pinned = split_revision(os.fspath(pretrained_model_name_or_path))
-        hub = {"revision": revision or pinned, "token": token, "cache_dir": cache_dir, "subfolder": subfolder or None}
-        hub = {key: value for key, value in hub.items() if value is not None}
-        hub |= {"local_files_only": True} if local_files_only else {}
-        if isinstance(kwargs.get("config"), cls.config_class) or fetch(source, CONFIG, **hub) is None:
-            if base_model is not None:
-                raise ValueError(f"{source!r} holds no adapter: base_model is for adapters, leave it out.")
-            found = cls._from_classifier_files(source, hub, dtype=dtype, **kwargs)
-        elif kwargs:
-            raise ValueError(f"{', '.join(sorted(kwargs))}: not for an adapter; save it as a classifier first.")
-        else:
-            found = cls._from_adapter(source, hub, base_model, dtype, device)
-        return found.to(device) if device is not None and not isinstance(found, tuple) else found
-
-    @classmethod
-    def _from_adapter(cls, source: str, hub: dict, base_model, dtype, device) -> TransMiterForImageClassification:
-        from .backbone import DualEncoder
-        from .classifier import AnchorClassifier
-
-        if not isinstance(base_model, (str, os.PathLike, type(None))):
-            if dtype is not None or device is not None:
-                raise ValueError("dtype and device are those of the loaded base_model: leave them out.")
-            encoder = base_model if isinstance(base_model, DualEncoder) else DualEncoder(base_model)
-            return cls.from_classifier(AnchorClassifier.from_pretrained(source, encoder, **hub))
-        adapter, tensors = read_adapter(source, **hub)
-        own = (adapter.get("base_model_name_or_path"), adapter.get("revision"))
-        name, revision = own if base_model is None else split_revision(os.fspath(base_model))
-        if name is None:
-            raise ValueError(f"the adapter {source!r} does not say for which model it was made: pass base_model.")
-        if is_open_clip(name):
-            check_of_transformers("open_clip")
-        shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
-        if _pins(own, name, revision):
-            return cls._from_image_tower(name, adapter, tensors, dtype, **shared)
-        logger.info("%s is known by its weights only: the whole model is loaded to compare them.", name)
-        encoder = DualEncoder.from_pretrained(name, revision=revision, dtype=dtype, device=device, **shared)
-        return cls.from_classifier(AnchorClassifier.from_pretrained(source, encoder, **hub))
-
-    @classmethod
-    def _from_image_tower(cls, name: str, adapter: dict, tensors: dict[str, Tensor], dtype, **hub):
-        """The image tower of the model `name`, of which no other tensor is read, under this head."""
-        from .backbone import load_image_processor
-
-        where, hub = model_location(name), {"revision": adapter.get("revision"), **hub}
-        base_config = AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
-        check_family(base_config.model_type, repr(name))
-        config = TransMiterImageClassificationConfig.of(base_config, adapter)
-        model, info = super().from_pretrained(
-            where,
-            config=config,
-            dtype=torch.float32 if dtype is None else dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **{key: value for key, value in hub.items() if value is not None},
-        )
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise ValueError(f"{name!r} lacks weights of its image tower ({missing}): not a whole two-tower model.")
-        model.transmiter = _head(config.adapter, tensors)
-        model.image_processor = _square(load_image_processor(name, **hub), base_config)
-        return aligned(model).requires_grad_(False)
-
-    @classmethod
-    def _from_classifier_files(cls, source: str, hub: dict, **kwargs):
-        """What [`save_pretrained`] wrote, its header compared with its config before anything is allocated."""
-        from .backbone import load_image_processor
-
-        if kwargs.get("variant") or kwargs.get("gguf_file"):
-            raise ValueError(f"a classifier's weights are in {WEIGHTS}: leave variant and gguf_file out.")
-        config = kwargs.pop("config", None)
-        if not isinstance(config, cls.config_class):
-            content = read_json(source, "config.json", **hub)
-            if content is None:
-                raise FileNotFoundError(f"{source!r} holds neither a TransMiter adapter nor a classifier made of one.")
-            if content.get("model_type") != cls.config_class.model_type:
-                raise ValueError(
-                    f"{source!r} holds a model of type {content.get('model_type')!r}, not a TransMiter adapter: pass "
-                    "the adapter, with this as its base_model."
-                )
-            config = _or_damaged(source, lambda: cls.config_class.from_dict(content))
-        with torch.device("meta"):
-            described = _or_damaged(source, lambda: cls(copy.deepcopy(config)))
+        source, revision = split_revision(os.fspath(pretrained_model_name_or_path))
+        hub = {key: kwargs.pop(key, None) for key in _HUB}
+        hub["revision"] = hub["revision"] or revision
+        hub = {key: value for key, value in hub.items() if value not in (None, "")}
+        if "config" not in kwargs and fetch(source, CONFIG, **hub) is not None:
+            if kwargs:
+                raise ValueError(f"{', '.join(sorted(kwargs))}: not for an adapter; save it as a classifier first.")
+            return cls.from_classifier(AnchorClassifier.from_pretrained(source, **hub))
+        try:
+            config = kwargs.pop("config", None) or _read_config(source, **hub)
+            with torch.device("meta"):
+                described = cls(copy.deepcopy(config))
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # whatever transformers runs into with a stranger's sizes
+            raise ValueError(f"config.json of {source!r} describes no model: {error}") from error
         _check_weights(source, described, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs = {key: value for key, value in kwargs.items() if key != "use_safetensors" and value is not None}
-        options = {**kwargs, **hub, "config": config, "use_safetensors": True, "output_loading_info": True}
-        model, info = super().from_pretrained(source, **options)
+        kwargs |= {"config": config, "use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(source, **kwargs, **hub)
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(f"{source!r} lacks the weights {missing}: fetch it again.")
         for key, tensor in model.transmiter.tensors("default").items():
             check_finite(tensor.reshape(1, -1), f"the classifier's weights {key!r}")
         if fetch(source, "preprocessor_config.json", **hub) is not None:
-            options = {key: value for key, value in hub.items() if key != "subfolder"}
-            model.image_processor = load_image_processor(source, subfolder=hub.get("subfolder", ""), **options)
+            model.image_processor = load_image_processor(source, **hub)
         model = aligned(model).requires_grad_(False)
         return (model, info) if wants_info else model
 
 
-def _pins(known: tuple[str | None, str | None], name: str, revision: str | None) -> bool:
-    """Whether `known` (name and revision) is the model `name` and says all about its weights: a commit of the Hub, or
-    a model of this package. Folders and branches change under their names."""
-    if known[0] != name or revision not in (None, known[1]):
-        return False
-    return name.startswith(SANDBOX) or (not Path(name).is_dir() and bool(REGEX_COMMIT_HASH.match(known[1] or "")))
-
-
 def _head(adapter: dict, tensors: dict[str, Tensor] | None = None) -> TransMiterLayer:
-    from .tuners import TransMiterConfig, TransMiterLayer
-
     config = TransMiterConfig(**{key: value for key, value in adapter.items() if key != "peft_type"})
     layer = TransMiterLayer()
     layer._active_adapter = ["default"]
@@ -354,14 +286,27 @@ def _square(processor: BaseImageProcessor | None, base_config: PreTrainedConfig)
     return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
 
 
-def _or_damaged(source: str, make: Callable):
-    """What `make` makes of a stranger's config; any error is one of the config."""
-    try:
-        return make()
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"config.json of {source!r} describes no model: {error}") from error
+def _check_counts(config: dict) -> None:
+    """What is made one by one, in Python, would take for ever and all memory in absurd numbers."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif any(word in str(key) for word in ("layers", "depth", "repeats", "blocks", "num_labels")):
+            numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, (int, float))]
+            if len(numbers) > MAX_COUNT or any(abs(n) > MAX_COUNT for n in numbers):
+                raise ValueError(f"{key} in config.json is more than {MAX_COUNT}: not a model's configuration.")
+
+
+def _read_config(source: str, **hub) -> TransMiterImageClassificationConfig:
+    content = read_json(source, "config.json", **hub)
+    if content is None:
+        raise FileNotFoundError(f"{source!r} holds neither a TransMiter adapter nor a classifier made of one.")
+    if content.get("model_type") != TransMiterImageClassificationConfig.model_type:
+        raise ValueError(
+            f"{source!r} holds a model of type {content.get('model_type')!r}, not a TransMiter adapter: pass the "
+            "adapter, which names its model."
+        )
+    return TransMiterImageClassificationConfig.from_dict(content)
 
 
 def _check_weights(source: str, model: PreTrainedModel, **hub) -> None:

@@ -9,7 +9,6 @@ from test_cli import error, run
 from hf_transmiter import catalog, dataset_specs
 from hf_transmiter.catalog import teacher_templates
 from hf_transmiter.dataset_specs import DatasetSpec
-from hf_transmiter.panels import example_pictures
 from hf_transmiter.prompt_tuning import starting_templates
 
 
@@ -59,11 +58,6 @@ def test_prompts_of_a_row(pets, model_dir, tmp_path, monkeypatch):
     assert teacher_templates(str(tuned), None, ("other {}",)) == (pets,)
     assert teacher_templates(str(bare), None, ("other {}",)) == ("other {}",)
     assert starting_templates("lora", (pets,)) == (pets,) and len(starting_templates("promptsrc", (pets,))) == 60
-
-
-def test_rows_are_examples_of_the_app(pets):
-    pictures = example_pictures("pets", 3)
-    assert len(pictures) == 3 and all(label in ("cat", "dog", "car") for _, label in pictures)
 
 
 def test_pictures_that_cannot_be_read(tmp_path, make_images):

@@ -1,39 +1,40 @@
 import json
 
 import pytest
+import torch
+from peft import PeftModel
 from PIL import Image
+from test_cli import error, run
+from transformers import CLIPModel
 
-from hf_transmiter import DualEncoder, demo, evaluate, sandbox
+from hf_transmiter import DualEncoder, evaluate, sandbox
 from hf_transmiter.catalog import load_teacher
 from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.hub import model_location
 from hf_transmiter.scores import read_scores
 
 
 def test_refuses_unknown_tasks_and_outputs_that_are_not_its_own(tmp_path):
-    with pytest.raises(ValueError, match="no sandbox task 'mars'; there are print"):
-        demo.run_demo(tmp_path / "out", domains=["mars"])
+    assert "no sandbox task 'mars'; there are print" in error("demo", "--output-dir", tmp_path, "--domains", "mars")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        demo.run_demo(tmp_path / "mine")
-    with pytest.raises(FileExistsError, match="something else than a demo"):
-        demo.run_demo(tmp_path / "mine", overwrite=True)
-    (tmp_path / "mine" / "scores.json").write_text("[]")  # a common name alone does not make it a demo's
-    with pytest.raises(FileExistsError, match="something else than a demo"):
-        demo.run_demo(tmp_path / "mine", overwrite=True)
+    for options in ((), ("--overwrite",)):
+        said = error("demo", "--output-dir", tmp_path / "mine", *options)
+        assert "was not written by this command: choose another folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.slow
 def test_leaves_everything_behind(tmp_path):
-    found = demo.run_demo(tmp_path / "out", domains=["jargon"], ceiling=False, progress=False)
     out = tmp_path / "out"
+    said = run("demo", "--output-dir", out, "--domains", "jargon", "--quiet").stdout
     scores = {s.method: s.value for s in read_scores(out / "scores.json") if s.metric == "accuracy"}
     assert scores["refit"] > scores["zero-shot strong"] + 10 and scores["refit"] > scores["tuned weak"]
     rows = json.loads((out / "scores.json").read_text())
     assert set(rows[0]) >= {"method", "split", "metric", "value", "std", "seconds", "peak_mb"}
     figures = sorted(path.name for path in (out / "figures").iterdir())
-    assert figures == [f"jargon_{name}.png" for name in ("beta", "confusion", "images", "lambda", "methods")]
+    assert figures == [f"jargon_{name}.png" for name in ("confusion", "methods")]
     for name in figures:
         assert min(Image.open(out / "figures" / name).size) > 300 and name in (out / "report.md").read_text()
     encoder = DualEncoder.from_pretrained("sandbox:weak")
@@ -45,7 +46,20 @@ def test_leaves_everything_behind(tmp_path):
     assert AnchorClassifier.from_pretrained(out / "jargon" / "adapter").calibration is not None
     assert (out / "jargon" / "bridge.safetensors").is_file()
     assert len(AnchorClassifier.from_pretrained(out / "jargon" / "strong_adapter").class_names) == 36
-    assert found["recommended"] == {"jargon": "refit"}
+    lines = said.splitlines()
+    assert lines[-1] == f"Report: {out / 'report.md'}"
+    assert lines[-3].startswith("Task: jargon (coop). Recommended: refit, since prompts or class vectors were tuned")
+    gain = scores["refit"] - scores["zero-shot strong"]
+    assert f"the upgrade beats doing nothing ({gain:+.1f} points)." in lines[-3]
+    assert lines[-3].removeprefix("Task: jargon (coop). ") in (out / "report.md").read_text()
+    upgraded = AnchorClassifier.from_pretrained(out / "jargon" / "strong_adapter")
+    clip = CLIPModel.from_pretrained(model_location("sandbox:strong"), dtype=torch.float32)
+    with_peft = PeftModel.from_pretrained(clip, out / "jargon" / "strong_adapter").eval()
+    pixels = upgraded.encoder.preprocess(sandbox.load_dataset("jargon", "test")[:8]["image"])
+    with torch.no_grad():
+        answers = with_peft(pixel_values=pixels).logits_per_image
+        torch.testing.assert_close(answers, upgraded(pixel_values=pixels).logits_per_image, atol=1e-3, rtol=0)
+    error("demo", "--output-dir", out)  # needs --overwrite
     plain = tmp_path / "plain"
     plain.mkdir()
     assert out.stat().st_mode == plain.stat().st_mode  # as readable as any other folder

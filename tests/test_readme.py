@@ -45,7 +45,7 @@ NOT_RUN = {
     "python -m venv": "what CI does before it runs the tests; the demo has a test of its own",
     "python -m pytest": "this is it",
     "pip install": "asks a package registry",
-    "hf-transmiter app --demo": "serves until it is stopped; .ci/app-tests has it in a browser",
+    "hf-transmiter app": "serves until it is stopped; .ci/app-tests has it in a browser",
     "ruff check": "CI does",
     "python tests/run_notebooks.py": "takes minutes; tests/test_notebooks.py does",
     "python tests/making/pretrain.py": "takes hours",

@@ -114,8 +114,10 @@ def serve(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> Path:
-    return demo_folder.make(tmp_path_factory.mktemp("demo"))
+def sources(tmp_path_factory) -> dict[str, str]:
+    """The tuned weak model and the upgraded strong one, as arguments of `load_models`."""
+    task = demo_folder.make(tmp_path_factory.mktemp("demo")) / demo_folder.TASK
+    return {"tuned": str(task / "tuned"), "upgraded": str(task / "strong_adapter")}
 
 
 @pytest.fixture(scope="session")
