@@ -133,10 +133,12 @@ def transfer(
             "several adapters cross one bridge, without pictures: pass --bridge, and neither --dataset, --teacher nor "
             "--seen-classes."
         )
-    left = dict.fromkeys(adapters, output) if not several else _unfinished(adapters, output, values, run)
-    if not several:
+    if several:
+        left = _unfinished(adapters, output, values, run)
+    else:
         output.check(run)
     from .backbone import load_encoder
+        left = {adapters[0]: output}
     from .bridge import Bridge
     from .catalog import load_classifier, load_teacher
     from .class_names import read_names

@@ -2,12 +2,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.calibration import CalibrationPack
-from hf_transmiter.files import replace_file
+from hf_transmiter.files import replace_file, replace_metadata
 from hf_transmiter.fingerprint import ModelId
+from hf_transmiter.trust import read_header
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -21,6 +22,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError, match="disk full"):
         replace_file(path, fails)
     assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("words", ["", "x", "a longer text than there was, über alles", "y" * 5000])
+def test_other_metadata(tmp_path, words):
+    path, tensors = tmp_path / "a.safetensors", {"a": torch.randn(3, 5), "b": torch.randn(7).half()}
+    save_file(tensors, path, metadata={"format": "pt", "said": "something"})
+    replace_metadata(path, {"format": "pt", "said": words})
+    assert read_header(path)[0] == {"format": "pt", "said": words}
+    found = load_file(path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0
 
 
 @pytest.fixture
