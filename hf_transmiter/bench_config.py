@@ -237,10 +237,6 @@ class BenchConfig:
         }
         return replace(self, **{name: value for name, value in changed.items() if value})
 
-    def encoders(self) -> tuple[str, ...]:
-        """Names of all models, each once."""
-        return tuple(dict.fromkeys(name for pair in self.models for name in (pair.weak, pair.strong)))
-
     def specs(self) -> tuple[DatasetSpec, ...]:
         """All datasets, each once: those that are scored, and what is tuned on."""
         every = {spec.name: spec for spec in self.datasets}

@@ -32,7 +32,7 @@ def test_ready_configurations_can_be_planned(name, tmp_path):
     pairs = len(some.models) * len(some.tunings) * len(some.shots) * len(some.seeds)
     assert plan.total == pairs * len(some.datasets) and plan.done == plan.failed == 0
     assert all((count is None) == ("sandbox" in name) for count in plan.images.values())
-    assert set(plan.texts) == set(found.encoders())
+    assert set(plan.texts) == {name for pair in found.models for name in (pair.weak, pair.strong)}
     assert len({cell.key for cell in cells(some)}) == plan.total
 
 
@@ -79,7 +79,7 @@ def test_defaults_are_those_of_the_papers():
     assert found.protocol == "base-to-base" and found.shots == (16,) and found.seeds == (1, 2, 3)
     rows = [variant.method for variant in found.variants]
     assert set(METHODS) - set(rows) == {name for name, m in METHODS.items() if not m.default} | {"given bridge"}
-    assert found.encoders() == ("sandbox:weak", "sandbox:strong")
+    assert [(pair.weak, pair.strong) for pair in found.models] == [("sandbox:weak", "sandbox:strong")]
     assert [spec.name for spec in found.specs()] == ["dtd", "eurosat"]
     assert config(train_on="imagenet").specs()[-1].name == "imagenet"
 

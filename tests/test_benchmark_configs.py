@@ -21,7 +21,7 @@ def folders(monkeypatch):
 
 def test_tiny_photos(folders):
     config = BenchConfig.read(CONFIGS / "tiny_photos.yaml")
-    assert config.encoders() == ("/models/clip/weak", "/models/strong")
+    assert [(pair.weak, pair.strong) for pair in config.models] == [("/models/clip/weak", "/models/strong")]
     assert [spec.source for spec in config.specs()] == ["/photos/photos", "/photos/negatives"]
     assert all((spec.train, spec.test) == ("train", "test") for spec in config.specs())
     assert len({cell.key for cell in cells(config)}) == 12  # two datasets, two tunings, three seeds
