@@ -138,7 +138,7 @@ class DualEncoder:
                 ``open_clip:RN50/openai`` (see [`OpenClipModel`]). Weights must be safetensors.
             revision (`str`, *optional*):
                 Branch, tag or commit. When omitted: the main branch or, where that has only pickles, the safetensors
-                that the Hub's own converter proposes in a pull request (with a warning).
+                that the Hub's own converter proposes in a pull request, which transformers looks for.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
                 What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
                 even for checkpoints stored in half precision; `"auto"` keeps the stored type.

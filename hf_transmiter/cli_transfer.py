@@ -137,8 +137,8 @@ def transfer(
         left = _unfinished(adapters, output, values, run)
     else:
         output.check(run)
-    from .backbone import load_encoder
         left = {adapters[0]: output}
+    from .backbone import load_encoder
     from .bridge import Bridge
     from .catalog import load_classifier, load_teacher
     from .class_names import read_names

@@ -103,7 +103,7 @@ def _readable(dataset: Dataset, image_column: str) -> Dataset:
     bad = [row for row, fault in enumerate(faults) if fault is not None]
     if not bad:
         return dataset
-    names = [f"row {row}{_file_name(stored[row][image_column])}: {faults[row]}" for row in bad]
+    names = [f"row {row}{faults[row]}" for row in bad]
     if len(bad) == len(dataset):
         raise ValueError(f"none of the {len(bad)} pictures can be read: {names[0]}")
     listed = "\n  ".join(names)
@@ -112,20 +112,15 @@ def _readable(dataset: Dataset, image_column: str) -> Dataset:
 
 
 def _fault(picture: dict | None) -> dict[str, str | None]:
-    """What decoding says, `None` if it succeeds."""
+    """What is wrong with a picture, after the end of its file's path, if it has one; `None` if it can be decoded."""
     if picture is None:
-        return {"fault": "there is no picture"}
+        return {"fault": ": there is no picture"}
     try:
         Image().decode_example(picture).convert("RGB")
     except Exception as error:  # decoders raise whatever they like
-        return {"fault": " ".join(str(error).split()) or type(error).__name__}
+        file = "/".join(PurePath(picture["path"] or "").parts[-2:])  # enough to find it, and nothing of this machine
+        return {"fault": f"{f' ({file})' if file else ''}: {' '.join(str(error).split()) or type(error).__name__}"}
     return {"fault": None}
-
-
-def _file_name(picture: dict | None) -> str:
-    """The last parts of the file's path, if it has one: enough to find it, and nothing of this machine."""
-    path = (picture or {}).get("path")
-    return f" ({'/'.join(PurePath(path).parts[-2:])})" if path else ""
 
 
 def guess_columns(

@@ -3,7 +3,7 @@
 It answers as https://huggingface.co does to huggingface_hub 2.4 and datasets 5.2: repositories of models and datasets
 (private ones too), commits, pull requests, branches and tags, LFS uploads, downloads with ranges, and the error
 codes. What it cannot do: Xet storage (clients run with ``HF_HUB_DISABLE_XET=1``), the dataset viewer, Spaces,
-discussions other than pull requests, search. A test gets it from the fixture `hub` of conftest.py.
+discussions, search. A test gets it from the fixture `hub` of conftest.py.
 
 Where a method takes the id of a repository, a dataset's is ``datasets/user/name``.
 """
@@ -61,8 +61,8 @@ class LocalHub(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def reset(self) -> None:
-        """Two accounts of people and the converter's, nothing else."""
-        self.users = {"hf_alice": "alice", "hf_bob": "bob", "hf_converter": "SFconvertbot"}  # token -> name
+        """Two accounts, nothing else."""
+        self.users = {"hf_alice": "alice", "hf_bob": "bob"}  # token -> name
         self.repos: dict[str, Repository] = {}
         self.gated: set[str] = set()  # ids of those that only the owner may read, though all may see them
         self.blobs: dict[str, bytes] = {}  # LFS files that were uploaded, by sha256

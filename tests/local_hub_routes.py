@@ -230,8 +230,6 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(400, f"This Hub does not know {kind!r}.")
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
         new = repo.commit(f"refs/pr/{number}" if as_pr else rev, title, files, parent)
-        if as_pr:
-            repo.proposals[number] = (user, title)
         pr = {"pullRequestUrl": f"{self.hub.url}/{id}/discussions/{number}"} if as_pr else {}
         url = f"{self.hub.url}/{id}/commit/{new}"
         return {"success": True, "commitOid": new, "commitUrl": url, "hookOutput": "", "author": user, **pr}
@@ -273,17 +271,6 @@ class Handler(BaseHTTPRequestHandler):
             ref = {"tags": f"refs/tags/{name}", "pullRequests": name, "branches": f"refs/heads/{name}"}[kind]
             found[kind].append({"name": name, "ref": ref, "targetCommit": commit})
         return found
-
-    def discussions(self, _, id):
-        """Pull requests only, the newest first, all on one page."""
-        kind, name = ("dataset", id.removeprefix("datasets/")) if id.startswith("datasets/") else ("model", id)
-        same = {"createdAt": NOW, "status": "open", "repo": {"name": name, "type": kind}, "isPullRequest": True}
-        found = [
-            {"title": title, "num": number, "author": {"name": author}, **same}
-            for number, (author, title) in reversed(self.repo(id).proposals.items())
-            if self.query.get("author", author) == author and self.query.get("type") != "discussion"
-        ]
-        return {"discussions": found, "count": len(found), "start": 0}
 
     def tree(self, _, id, rev, folder=""):
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
@@ -337,7 +324,6 @@ ROUTES = (
     ("GET", API, Handler.info),
     ("GET", f"{API}/revision/{REV}", Handler.info),
     ("GET", f"{API}/refs", Handler.refs),
-    ("GET", f"{API}/discussions", Handler.discussions),
     ("GET", f"{API}/tree/{REV}(?:/(?P<folder>.*))?", Handler.tree),
     ("POST", f"{API}/paths-info/{REV}", Handler.paths_info),
     ("GET", f"{REPO}/resolve/{REV}/(?P<path>.+)", Handler.resolve),

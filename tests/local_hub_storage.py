@@ -50,7 +50,6 @@ class Repository:
     refs: dict[str, str] = field(default_factory=dict)  # branch, tag or refs/pr/N -> commit
     commits: dict[str, tuple[str, str | None, dict[str, File]]] = field(default_factory=dict)  # title, parent, files
     tags: set[str] = field(default_factory=set)
-    proposals: dict[int, tuple[str, str]] = field(default_factory=dict)  # pull request -> its author and title
 
     def commit(self, ref: str, title: str, files: dict[str, File], parent: str | None) -> str:
         content = [(path, file.oid) for path, file in sorted(files.items())]
