@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from .hub import public_name
 from .methods import METHODS, Variant
 from .protocols import ELSEWHERE, PROTOCOLS, parts
 from .settings import TuningConfig, check_choice
+from .trust import did_you_mean
 
 
 EXPERIMENTS = {"transfer": ("weak", "strong"), "upgrade": ("old", "new")}
@@ -177,9 +177,10 @@ class BenchConfig:
         if not path.is_file():
             path = _READY / f"{os.fspath(source)}.yaml"
             if path.parent != _READY or not path.is_file():
-                near = nearest(os.fspath(source), ready_configs())
+                name = os.fspath(source)
                 raise FileNotFoundError(
-                    f"there is no file {os.fspath(source)!r} and no ready configuration of that name{near}."
+                    f"there is no file {name!r} and no ready configuration of that name; "
+                    f"{did_you_mean(name, ready_configs())}"
                 )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -295,7 +296,7 @@ def published_table(key: str) -> dict:
     """
     tables = _load_yaml(_PUBLISHED)
     if key not in tables:
-        raise ValueError(f"there are no published scores {key!r}{nearest(key, tables)}.")
+        raise ValueError(f"there are no published scores {key!r}; {did_you_mean(key, tables)}")
     return tables[key]
 
 
@@ -304,16 +305,10 @@ def digest(facts) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
 
-def nearest(name: object, known: Collection[str]) -> str:
-    """``"; did you mean ...?"``, or all there are."""
-    found = difflib.get_close_matches(str(name), list(known), 3, 0.5)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else f"; there are {', '.join(known)}"
-
-
 def _check_names(given: Collection[str], known: Collection[str], what: str) -> None:
     for name in given:
         if name not in known:
-            raise ValueError(f"there is no {what} {name!r}{nearest(name, known)}.")
+            raise ValueError(f"there is no {what} {name!r}; {did_you_mean(str(name), known)}")
 
 
 def _check_numbers(name: str, values: Sequence, least: int) -> None:

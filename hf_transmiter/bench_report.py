@@ -20,7 +20,7 @@ from .bench_plan import Cell, cells, read_cell, read_failure, slug
 from .files import replace_file
 from .hub import public_name
 from .protocols import Measured, Summary, summarise
-from .scores import NOTHING
+from .scores import NOTHING, table
 from .upgrade_figures import compatibility_figure, context_length_figure
 
 
@@ -263,12 +263,6 @@ def _by_dataset(group: Group, metric: str, published: Mapping) -> str:
         texts = _column(column, replace(group, datasets=(dataset,)), metric)
         columns.append(texts + [_plain(own.get(dataset)) for own in stated.values() if own])
     return table(["method", *map(public_name, group.datasets)], zip(*columns, strict=True))
-
-
-def table(header: Sequence[str], rows) -> str:
-    """Markdown: the first column to the left, the others to the right."""
-    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _costs(group: Group, config: BenchConfig) -> Iterator[str]:

@@ -19,9 +19,10 @@ from datasets import ClassLabel, Dataset
 
 from .anchors import DEFAULT_TEMPLATES
 from .catalog import read_templates
-from .class_names import check_names, match_names, nearest, read_class_file, simplified
+from .class_names import check_names, match_names, read_class_file
 from .features import guess_columns
 from .image_sources import draw, list_splits, open_split
+from .trust import nearest, simplified
 
 
 ROLES = ("train", "validation", "test", "unlabelled")

@@ -18,6 +18,7 @@ from torch import Tensor
 from .anchors import DEFAULT_TEMPLATES
 from .backbone import DualEncoder
 from .families import SIGLIP
+from .scores import NOTHING, table
 
 
 # In this order: the first pattern that fits a parameter's name says which part of the text tower it belongs to.
@@ -32,7 +33,6 @@ _PARTS = (
 )
 # These pool at their end token, the last one the mask shows; BERT-likes at the first token.
 _POOLS_AT_THE_END = ("clip", "metaclip_2", "open_clip")
-_NOTHING = "–"
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,8 @@ def drift_table(rows: Sequence[LayerDrift]) -> str:
     ):
         if any(getattr(row, attribute) is not None for row in rows):
             columns.append((attribute, title, write))
-    lines = [[title for _, title, _ in columns], [":---"] + ["---:"] * (len(columns) - 1)]
+    lines = []
     for row in rows:
         values = [(getattr(row, attribute), write) for attribute, _, write in columns[1:]]
-        lines.append([row.name, *(_NOTHING if value is None else write(value) for value, write in values)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        lines.append([row.name, *(NOTHING if value is None else write(value) for value, write in values)])
+    return table([title for _, title, _ in columns], lines) + "\n"

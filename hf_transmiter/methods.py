@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
@@ -22,6 +21,7 @@ from .comparison_task import Answer, Task, stored_bytes
 from .label_tuning import label_tune
 from .settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
 from .transferring import transfer
+from .trust import did_you_mean
 from .tuners import TransMiterConfig
 from .vocabulary import STRATEGIES
 
@@ -58,7 +58,7 @@ class Variant:
 
     def __post_init__(self):
         if self.method not in METHODS:
-            raise ValueError(f"there is no method {self.method!r}; {_nearest(self.method, METHODS)}.")
+            raise ValueError(f"there is no method {self.method!r}; {did_you_mean(self.method, METHODS)}")
         object.__setattr__(self, "name", self.name or self.method)
         takes = METHODS[self.method].takes
         for part, kind in _PARTS.items():
@@ -91,7 +91,7 @@ class Variant:
             raise ValueError(f"a row is the name of a method, or settings with a 'method', got {value!r}.")
         unknown = [key for key in value if key not in _FIELDS]
         if unknown:
-            raise ValueError(f"a row has no setting {unknown[0]!r}; {_nearest(str(unknown[0]), _FIELDS)}.")
+            raise ValueError(f"a row has no setting {unknown[0]!r}; {did_you_mean(str(unknown[0]), _FIELDS)}")
         return cls(**value)
 
 
@@ -125,18 +125,13 @@ _FIELDS = tuple(item.name for item in fields(Variant))
 _DECIDED = ("solver", "refit")  # by the choice of the method
 
 
-def _nearest(word: str, known) -> str:
-    near = get_close_matches(word, known, n=3, cutoff=0.3)
-    return f"did you mean {' or '.join(map(repr, near))}" if near else f"there are {', '.join(known)}"
-
-
 def _value(kind: type, key: str, value, where: str):
     """A setting as its field wants it: numbers that YAML reads as words (``1e-3``) and lists included."""
     if key in _DECIDED:
         raise ValueError(f"{where}: {key!r} is not a setting, it is what makes the method: choose another method.")
     hints = get_type_hints(kind)
     if key not in hints:
-        raise ValueError(f"{where} has no setting {key!r}; {_nearest(key, hints)}.")
+        raise ValueError(f"{where} has no setting {key!r}; {did_you_mean(key, hints)}")
     wanted = tuple(getattr(one, "__origin__", one) for one in get_args(hints[key]) or (hints[key],))
     wanted = (tuple,) if get_origin(hints[key]) is tuple else wanted
     try:

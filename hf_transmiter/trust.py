@@ -7,6 +7,7 @@ does not fit ends in a `ValueError` that says which file, where in it, and what 
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -289,6 +290,23 @@ def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False)
     if not torch.allclose(gram, target, rtol=0, atol=ORTHOGONALITY):
         raise ValueError(f"{what} is not orthogonal; the file was changed or damaged.")
     return matrix
+
+
+def simplified(name: str) -> str:
+    """What spellings of one name have in common: letters and digits, in lower case."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
+    """Those of `known` that look most like `name`, best first; perhaps none."""
+    spellings = {simplified(other): other for other in known}
+    return [spellings[found] for found in difflib.get_close_matches(simplified(name), spellings, count, 0.5)]
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """``"did you mean 'refit'?"``, or all there are."""
+    near = nearest(name, known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}."
 
 
 def refuse_pickles(folder: str | os.PathLike) -> None:
