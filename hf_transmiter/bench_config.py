@@ -13,12 +13,12 @@ from pathlib import Path
 
 import yaml
 
-from .class_names import did_you_mean
 from .dataset_specs import DatasetSpec, find_spec
 from .hub import public_name
 from .methods import METHODS, Variant
 from .protocols import ELSEWHERE, PROTOCOLS, parts
 from .settings import TuningConfig, check_choice
+from .trust import did_you_mean
 
 
 EXPERIMENTS = {"transfer": ("weak", "strong"), "upgrade": ("old", "new")}

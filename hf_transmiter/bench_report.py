@@ -18,7 +18,7 @@ from .drift import LayerDrift, drift_table
 from .files import replace_file
 from .hub import public_name
 from .protocols import Summary, summarise
-from .scores import NOTHING
+from .scores import NOTHING, table
 
 
 _NEEDS = {
@@ -210,10 +210,10 @@ def _averages(group: Group, config: BenchConfig, stated: Mapping[str, Mapping[st
     if config.experiment == "transfer":
         columns["needs"] = [rows[name].needs if name in rows else "" for name in names]
     if not partial:
-        return table(columns)
+        return table(list(columns), zip(*columns.values(), strict=True))
     shares = ", ".join(f"{row.name}: {len(row.measured)} of {len(group.datasets)}" for row in partial)
     note = f"{_PARTIAL} Averaged over fewer datasets, not to be compared with the others ({shares})."
-    return f"{table(columns)}\n\n{note}"
+    return f"{table(list(columns), zip(*columns.values(), strict=True))}\n\n{note}"
 
 
 def _column(group: Group, names: Sequence[str], metric: str) -> list[str]:
@@ -244,13 +244,7 @@ def _by_dataset(group: Group, metric: str, stated: Mapping[str, Mapping[str, Map
     for dataset in group.datasets:
         published = [_plain(found.get(dataset, {}).get(metric)) for found in told.values()]
         columns[public_name(dataset)] = _column(replace(group, datasets=(dataset,)), names, metric) + published
-    return table(columns)
-
-
-def table(columns: Mapping[str, Sequence[str]]) -> str:
-    """Markdown: the first column to the left, the others to the right."""
-    lines = [list(columns), [":---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(list(columns), zip(*columns.values(), strict=True))
 
 
 def _draw(group: Group, config: BenchConfig, stem: Path) -> Iterator[Path | None]:

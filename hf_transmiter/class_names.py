@@ -6,12 +6,13 @@ are therefore matched one by one, never by their position.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from .trust import nearest, simplified
 
 
 def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -72,24 +73,6 @@ def check_names(names: Sequence[str], where: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{where}: class names must differ, but {', '.join(map(repr, twice[:5]))} occur twice.")
-
-
-def simplified(name: str) -> str:
-    """What spellings of one name have in common: letters and digits, in lower case."""
-    return re.sub(r"[\W_]+", "", name.casefold())
-
-
-def nearest(name: str, known: Sequence[str], count: int = 3) -> list[str]:
-    """Those of `known` that look most like `name`, best first; perhaps none."""
-    spellings = {simplified(other): other for other in known}
-    return [spellings[found] for found in difflib.get_close_matches(simplified(name), spellings, count, 0.5)]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error's sentence: ``"did you mean 'cat' or 'car'?"``, or all there are."""
-    known = list(known)
-    near = nearest(name, known)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}."
 
 
 def match_names(

@@ -18,8 +18,9 @@ import yaml
 from datasets import ClassLabel, Dataset
 
 from .anchors import DEFAULT_TEMPLATES, read_templates
-from .class_names import check_names, did_you_mean, match_names, read_class_file, simplified
+from .class_names import check_names, match_names, read_class_file
 from .image_sources import draw, guess_columns, list_splits, open_split
+from .trust import did_you_mean, simplified
 
 
 ROLES = ("train", "validation", "test", "unlabelled")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backbone import DualEncoder
 from .families import SIGLIP
-from .scores import NOTHING
+from .scores import NOTHING, table
 
 
 # These pool at their end token, the last one the mask shows; BERT-likes at the first token.
@@ -144,8 +144,8 @@ def drift_table(rows: Sequence[LayerDrift]) -> str:
     ):
         if any(getattr(row, attribute) is not None for row in rows):
             columns.append((attribute, title, write))
-    lines = [[title for _, title, _ in columns], [":---"] + ["---:"] * (len(columns) - 1)]
+    lines = []
     for row in rows:
         values = [(getattr(row, attribute), write) for attribute, _, write in columns[1:]]
         lines.append([row.name, *(NOTHING if value is None else write(value) for value, write in values)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table([title for _, title, _ in columns], lines) + "\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .knowledge import COSINE, EFFECT, ClassChange, Knowledge
+from .scores import NOTHING, cell_text, table
 
 
-NOTHING = "–"
 _MEASURES = {
     COSINE: (
         "Auxiliary names whose text embedding points where the class vector moved (cosine in brackets). They say "
@@ -116,9 +116,4 @@ def _number(value: float | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
-
-
-def _cell(value) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return table(header, ([cell_text(str(value)) for value in row] for row in rows))

@@ -16,12 +16,12 @@ from torch import Tensor
 from . import attaching, baselines
 from .anchors import Anchors
 from .bridge import Bridge
-from .class_names import did_you_mean
 from .classifier import AnchorClassifier
 from .comparison_task import Answer, Task, stored_bytes
 from .label_tuning import label_tune
 from .settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
 from .transferring import transfer
+from .trust import did_you_mean
 from .tuners import TransMiterConfig
 from .vocabulary import STRATEGIES
 

@@ -19,7 +19,6 @@ Source: Ilharco et al., OpenCLIP (https://github.com/mlfoundations/open_clip, 10
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import os
@@ -38,7 +37,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 from .files import replace_file
 from .hub import OPEN_CLIP, fetch, is_open_clip, read_json
-from .trust import read_header
+from .trust import nearest, read_header
 
 
 CONFIG = "open_clip_config.json"
@@ -300,7 +299,7 @@ def _find(name: str, **hub) -> _Source:
         raise FileNotFoundError(f"there is no model {name!r}: neither a folder, nor {forms}.")
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
-        close = difflib.get_close_matches(architecture, open_clip.list_models(), n=3)
+        close = nearest(architecture, open_clip.list_models())
         hint = f"; the nearest are {', '.join(close)}" if close else ""
         raise ValueError(f"open_clip has no architecture {architecture!r}{hint}.")
     if tag.endswith(".safetensors") or Path(tag).is_file():

@@ -70,7 +70,7 @@ def comparison_table(found: Comparison) -> str:
     body.append([_size(found.sizes.get(method)) for method in methods])
     body += [["yes" if getattr(found.needs[method], need) else "no" for method in methods] for need in _NEEDS]
     left_out = "".join(f"- {cell_text(method)}: {cell_text(reason)}\n" for method, reason in found.skipped.items())
-    shown = table(header, zip(*body, strict=True)) + "\n" + _TABLE_LEGEND if methods else ""
+    shown = table(header, zip(*body, strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
     return shown + (f"\nNot in the table:\n\n{left_out}" if left_out else "")
 
 

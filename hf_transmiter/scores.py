@@ -118,13 +118,13 @@ def markdown_table(
             header.append(title)
             body.append(costs)
     shown = [cells[cell] for cell in cells if cell[1:] in columns]
-    return table(header, zip(*body, strict=True)) + "\n" + _legend(shown, baseline, marks)
+    return table(header, zip(*body, strict=True)) + "\n\n" + _legend(shown, baseline, marks)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, ending in a newline: the first column to the left, the others to the right."""
+    """Markdown: the first column to the left, the others to the right."""
     lines = [header, [":---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(scores: Sequence[Score]) -> dict[tuple[str, str, str], Score]:

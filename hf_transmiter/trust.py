@@ -7,6 +7,7 @@ does not fit ends in a `ValueError` that says which file, where in it, and what 
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -264,6 +265,23 @@ def _chosen_sizes(config: Mapping, header: Mapping[str, tuple[str, tuple[int, ..
         contexts = max((shape[0] for shape in shapes("_ctx$", 3)), default=0)
         sizes.append(("class_names", len(config.get("class_names") or ()), contexts))
     return sizes
+
+
+def simplified(name: str) -> str:
+    """What spellings of one name have in common: letters and digits, in lower case."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
+    """Those of `known` that look most like `name`, best first; perhaps none."""
+    spellings = {simplified(other): other for other in known}
+    return [spellings[found] for found in difflib.get_close_matches(simplified(name), spellings, count, 0.5)]
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """``"did you mean 'refit'?"``, or all there are."""
+    near = nearest(name, known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}."
 
 
 def refuse_pickles(folder: str | os.PathLike) -> None:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_transmiter.class_names import did_you_mean, match_names, nearest, read_class_file, simplified
+from hf_transmiter.class_names import match_names, read_class_file
+from hf_transmiter.trust import did_you_mean, nearest, simplified
 
 
 NAMES = ("apply eye makeup", "indoor church", "707-320", "C", "C++", "猫")
