@@ -37,8 +37,7 @@ REPLACED = {
     'TuningConfig(method="contcoop")': 'TuningConfig(method="contcoop", epochs=1, shots=1)',
     'ExtractionConfig(solver="gradient")': 'ExtractionConfig(solver="gradient", epochs=1)',
     "--shots 16": "--shots 4 --epochs 2 --batch-size 8",
-    "--epochs 20": "--epochs 1 --shots 1",
-    "--train sandbox:jargon": "--max-images 100",  # without training again
+    "--config sandbox-upgrade --seeds 1": "--config sandbox-upgrade --seeds 1 --shots 1",
     "--unlabelled my_photos --labelled my_photos": "--methods refit --unlabelled my_photos",  # not the slow ones
 }
 NOT_RUN = {
