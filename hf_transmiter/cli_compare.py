@@ -212,7 +212,6 @@ def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str)
     from . import figures
     from .comparison import STRONG
     from .hub import public_name
-    from .knowledge_figures import reliability_figure
     from .report import Section, comparison_table, write_report
     from .scores import write_scores
 
@@ -229,7 +228,7 @@ def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str)
     if found.labels is not None:
         shown = {row: found.logits[row] for row in (*lines, found.recommended) if row in found.logits}
         path = folder / "figures" / "reliability.png"
-        drawn.append(reliability_figure(shown or found.logits, found.labels, path, title=title))
+        drawn.append(figures.reliability_figure(shown or found.logits, found.labels, path, title=title))
     write_scores(folder / "scores.json", found.scores)
     section = Section("Comparison", f"{advice}\n\n{comparison_table(found)}", figures=drawn)
     write_report(folder, [section], title=title)
