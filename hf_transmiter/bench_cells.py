@@ -24,7 +24,7 @@ from .compatibility import score_upgrade
 from .dataset_specs import load_split
 from .features import embed_dataset
 from .files import new_folder
-from .methods import METHODS, Variant
+from .methods import Variant
 from .prompt_tuning import PROMPTED, starting_templates, tune
 from .protocols import Part, base_names, draw, harmonic_mean, only_base
 from .settings import ExtractionConfig
@@ -266,9 +266,9 @@ def _scored(cell: Cell) -> list[Part]:
 
 def _seeded(variant: Variant, seed: int) -> Variant:
     """Label tuning follows the seed of the cell, as the gradient solver does."""
-    if "label_tuning" not in METHODS[variant.method].takes:
+    if variant.method != "label tuning":
         return variant
-    return replace(variant, label_tuning={"seed": seed, **variant.label_tuning})
+    return replace(variant, settings={"seed": seed, **variant.settings})
 
 
 def _row(found, name: str) -> dict:

@@ -90,8 +90,8 @@ class BenchConfig:
             Take all images of a class that has fewer than `shots`; without it such a dataset fails.
         skip_unreadable (`bool`, *optional*, defaults to `False`): leave out pictures that cannot be read.
         variants (`list[Variant]`, *optional*):
-            Rows of a transfer: in YAML names of `METHODS` or fields of [`Variant`]; when omitted, what a comparison
-            runs without being asked.
+            Rows of a transfer: in YAML what [`Variant.of`] reads, such as ``refit`` or
+            ``{refit: {solver: ridge}, name: mine}``; when omitted, all that a comparison runs without being asked.
         general (`str`, *optional*): any images, not the task's, for the bridge from general images.
         vocabulary (`str`, *optional*):
             Where auxiliary names and those of the bridge from text come from: what [`load_vocabulary`] takes, or
@@ -263,7 +263,7 @@ class BenchConfig:
         return EXPERIMENTS[self.experiment]
 
 
-_USUAL = tuple(name for name, method in METHODS.items() if method.default and "given" not in name)
+_USUAL = tuple(name for name in METHODS if name != "given bridge")
 _KINDS = dict.fromkeys(("allow_fewer", "skip_unreadable", "retrain"), bool)
 _KINDS |= dict.fromkeys(("title", "notes", "general", "vocabulary", "sweep"), str)
 _SWEPT = ("tuning", "extraction", "transfer", "anchors", "label_tuning")

@@ -247,7 +247,7 @@ def needs_ceiling(config: BenchConfig) -> bool:
 
 def is_ceiling(variant: Variant) -> bool:
     """Whether a row is the strong model tuned as the weak one was; with settings of its own it makes its own."""
-    return variant.method == "tuned strong" and not variant.tuning
+    return variant.method == "tuned strong" and not variant.settings
 
 
 def needs_labelled(config: BenchConfig) -> bool:

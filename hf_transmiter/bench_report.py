@@ -315,10 +315,10 @@ def _draw(group: Group, config: BenchConfig, stem: Path) -> Iterator[Path | None
 def _over_variants(group: Group, config: BenchConfig, main: Mapping[str, Summary]) -> dict[str, list[tuple]]:
     """Points (x, mean, std) of variants that have the swept setting; what a logarithmic axis cannot show is left to
     the table."""
-    part, setting = config.sweep.split(".")
+    setting = config.sweep.split(".")[-1]
     series: dict[str, list[tuple]] = {}
     for variant in config.variants:
-        x = getattr(variant, part).get(setting)
+        x = variant.settings.get(setting)
         if isinstance(x, (int, float)) and 0 < x < float("inf") and variant.name in main:
             found = main[variant.name]
             series.setdefault(variant.method, []).append((float(x), found.value, found.std or 0.0))

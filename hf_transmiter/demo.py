@@ -80,6 +80,7 @@ class Task:
         *,
         ceiling: bool = True,
         novel: bool = False,
+        rows: Sequence = tuple(methods.METHODS),
         progress: bool = True,
         cache_dir: str | os.PathLike | None = None,
     ) -> tuple[Comparison, AnchorClassifier]:
@@ -90,6 +91,7 @@ class Task:
             ceiling (`bool`, *optional*, defaults to `True`): also tune the strong model on the same labels.
             novel (`bool`, *optional*, defaults to `False`):
                 Tune on the first half of the classes and use unlabelled images of those only.
+            rows (`Sequence`, *optional*): what `compare` takes as `variants`.
 
         Returns:
             The comparison and the tuned weak model.
@@ -116,7 +118,7 @@ class Task:
             labelled=train.select(shots),
             general=sandbox.load_dataset("street", "unlabelled"),
             tuned_strong=tuned[1] if ceiling else None,
-            variants=[row for row, method in methods.METHODS.items() if method.default and row not in left_out],
+            variants=[row for row in rows if row not in left_out],
             seen_classes=seen,
             anchors=self.anchors,
             text_anchors=self.text_anchors,
@@ -222,7 +224,7 @@ def _run_task(domain: str, seeds: tuple[int, ...], folder: Path, ceiling: bool, 
     _save(task, first, first_teacher, folder / domain, progress)
     scores = aggregate(runs)
     drawn = _figures(task, first, first_teacher, by_seed, folder / "figures", progress)
-    text = f"Recommended: **{first.recommended}**, since {first.reason}"
+    text = first.advice
     section = report.Section(
         f"Task: {domain} ({METHODS[domain]})", text, scores, drawn, first.notes, "zero-shot strong"
     )

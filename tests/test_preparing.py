@@ -334,7 +334,7 @@ datasets: [{name: pets, source: bob/ToyPets, label_column: label, train: train, 
 tunings: [{name: LoRA, method: lora, epochs: 1, batch_size: 4}]
 shots: [2]
 seeds: [1]
-variants: [zero-shot strong, TransMiter (gradient), refit, bridge from text]
+variants: [zero-shot strong, TransMiter, refit, bridge from text]
 num_anchors: 8
 general: bob/ToyPets
 """

@@ -14,6 +14,17 @@ from pathlib import Path
 
 from hf_transmiter.comparison import Comparison
 from hf_transmiter.demo import Task
+from hf_transmiter.methods import METHODS
+
+
+ROWS = (
+    *METHODS,
+    {"EFT": {"average": True}, "name": "EFT averaged with tuned weak"},
+    {"refit": {"teacher_logits": False}, "name": "refit without the tuned model's logits"},
+    {"refit": {"solver": "ridge"}, "name": "refit after a ridge extraction"},
+    {"bridge from task images": {"space": "logit"}, "name": "bridge between logits"},
+)
+"""Those of `compare`, and settings of some."""
 
 
 def report(runs: list[Comparison], metric: str) -> list[dict]:
@@ -49,7 +60,7 @@ def main() -> None:
         domain, method = pair.split(":")
         task = Task.load(domain, arguments.strong)
         runs = [
-            task.compare(seed, method, ceiling=arguments.ceiling, novel=arguments.novel, progress=False)[0]
+            task.compare(seed, method, ceiling=arguments.ceiling, novel=arguments.novel, rows=ROWS, progress=False)[0]
             for seed in range(arguments.seeds)
         ]
         metrics = ("base", "novel", "hm", "joint") if arguments.novel else ("accuracy",)
