@@ -74,22 +74,6 @@ def why_no_prompt_transfer(tuned: DualEncoder, strong: DualEncoder) -> str | Non
     return why_closed(strong)
 
 
-def carry_context(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
-    """A copy of the strong model with the tuned model's context mapped to its token space: Prompt Transfer's start.
-
-    With one vocabulary ``v @ M``, v (M, width) the context and M the map between the two token tables
-    (`attaching.solve_token_map`); with two, the strong model's own embeddings of the phrase the context started from.
-
-    Args:
-        tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
-        strong (`DualEncoder`): of any width; stays untouched.
-
-    Raises:
-        ValueError: another kind of adapter, or a model that cannot take it.
-    """
-    return _starts(tuned, strong)[0]
-
-
 def prompt_transfer(
     tuned: DualEncoder,
     strong: DualEncoder,
@@ -107,9 +91,9 @@ def prompt_transfer(
     probabilities and w the strong model's class vectors with the context in it. Needs a backward pass through its text
     tower in every step, for all C classes.
 
-    With one vocabulary it is trained twice, from [`carry_context`] and from the written phrase, and the lower loss on
-    these images is kept: either start alone ends in a bad minimum now and then, from the map above all where the two
-    models have nothing in common.
+    With one vocabulary it is trained twice, from both of [`carried_contexts`], and the lower loss on these images is
+    kept: either start alone ends in a bad minimum now and then, from the map above all where the two models have
+    nothing in common.
 
     Args:
         tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
@@ -136,7 +120,7 @@ def prompt_transfer(
         )
     check_finite(x, "the embeddings")
     check_finite(target, "the tuned model's probabilities")
-    starts = _starts(tuned, strong)
+    starts = carried_contexts(tuned, strong)
     layer = prompt_layer(starts[0].model)
     length = len(layer.slot_ids(layer.active_config))
     inputs = class_inputs(class_names, strong.processor.tokenizer, strong.family, strong.context_length, length)
@@ -147,26 +131,30 @@ def prompt_transfer(
         z = scale * x[rows] @ class_vectors(model, inputs).T
         return kl_div(z.log_softmax(1), target[rows], reduction="batchmean")
 
-    ends = []
+    ends, options = [], {"accelerator": accelerator, "description": "Prompt transfer", "progress": progress}
     for prompted in starts:
         layer = prompt_layer(prompted.model)
         context = layer.part("ctx", layer.active_name).requires_grad_()
-        fit(
-            [context],
-            lambda rows, generator, model=prompted.model: loss(model, rows.to(x.device)),
-            len(x),
-            config,
-            accelerator=accelerator,
-            description="Prompt transfer",
-            progress=progress,
-        )
+        fit([context], lambda rows, _, model=prompted.model: loss(model, rows.to(x.device)), len(x), config, **options)
         context.requires_grad_(False)
         ends.append(float(loss(prompted.model, slice(None))))
     return starts[ends.index(min(ends))]
 
 
-def _starts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncoder]:
-    """The strong model with the context mapped, where the vocabulary is one, and with the phrase anew."""
+def carried_contexts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncoder]:
+    """Copies of the strong model with the contexts that Prompt Transfer starts from.
+
+    With one vocabulary first ``v @ M``, v (M, width) the tuned model's context and M the map between the two token
+    tables (`solvers.token_map`); then, or with two vocabularies alone, the strong model's own embeddings of the phrase
+    the context started from.
+
+    Args:
+        tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
+        strong (`DualEncoder`): of any width; stays untouched.
+
+    Raises:
+        ValueError: another kind of adapter, or a model that cannot take it.
+    """
     reason = why_no_prompt_transfer(tuned, strong)
     if reason is not None:
         raise ValueError(f"no prompt transfer: {reason}.")

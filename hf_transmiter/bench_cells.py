@@ -127,7 +127,7 @@ def slug(text: str) -> str:
 
 def is_ceiling(variant: Variant) -> bool:
     """Whether a row is the strong model tuned as the weak one was; with settings of its own it makes its own."""
-    return variant.method == "tuned strong" and not variant.tuning
+    return variant.method == "tuned strong" and not variant.settings
 
 
 def _spec_digest(spec: DatasetSpec) -> str:
@@ -415,9 +415,9 @@ class Workshop:
 
 def _seeded(variant: Variant, seed: int) -> Variant:
     """Label tuning follows the seed of the cell, as the gradient solver does."""
-    if "label_tuning" not in METHODS[variant.method].takes:
+    if variant.method != "label tuning":
         return variant
-    return replace(variant, label_tuning={"seed": seed, **variant.label_tuning})
+    return replace(variant, settings={"seed": seed, **variant.settings})
 
 
 def _row(found, name: str) -> dict:

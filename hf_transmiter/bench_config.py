@@ -15,7 +15,7 @@ import yaml
 
 from .dataset_specs import DatasetSpec, find_spec
 from .hub import public_name
-from .methods import METHODS, Variant
+from .methods import Variant
 from .protocols import ELSEWHERE, PROTOCOLS, parts
 from .settings import TuningConfig, check_choice
 from .trust import did_you_mean
@@ -88,8 +88,8 @@ class BenchConfig:
             Take all images of a class that has fewer than `shots`; without it such a dataset fails.
         skip_unreadable (`bool`, *optional*, defaults to `False`): leave out pictures that cannot be read.
         variants (`list[Variant]`, *optional*):
-            Rows of a transfer: in YAML names of `METHODS` or fields of [`Variant`]; when omitted, what a comparison
-            runs without being asked.
+            Rows of a transfer: in YAML what [`Variant.of`] reads, such as ``refit`` or
+            ``{refit: {solver: ridge}, name: mine}``; when omitted, all that a comparison runs without being asked.
         general (`str`, *optional*): any images, not the task's, for the bridge from general images.
         vocabulary (`str`, *optional*):
             Where auxiliary names and those of the bridge from text come from: what [`load_vocabulary`] takes, or
@@ -99,7 +99,7 @@ class BenchConfig:
         max_images (`int`, *optional*): of each split but `train`, drawn at random, always the same ones.
         published (`str`, *optional*): key of a table in `assets/published.yaml` to print beside what was measured.
         sweep (`str`, *optional*):
-            Setting to draw curves over, such as ``"transfer.beta"`` (of variants) or ``"tuning.n_ctx"``.
+            Setting to draw curves over, such as ``"variants.beta"`` or ``"tuning.n_ctx"``.
         notes (`str`, *optional*): printed in the report.
 
     Raises:
@@ -198,7 +198,7 @@ class BenchConfig:
         experiment = values.get("experiment", "transfer")
         check_choice("experiment", experiment, tuple(EXPERIMENTS))
         if experiment == "transfer":
-            values["variants"] = values.get("variants") or _USUAL
+            values["variants"] = values.get("variants") or [name for name in METHODS if name != "given bridge"]
         elif values.get("variants"):
             raise ValueError("variants are rows of a transfer; an upgrade has one row per tuning.")
         if "train_on" in values:
@@ -229,7 +229,6 @@ class BenchConfig:
         return replace(self, **{name: value for name, value in changed.items() if value})
 
 
-_USUAL = tuple(name for name, method in METHODS.items() if method.default and "given" not in name)
 _LISTS = ("models", "datasets", "tunings", "variants", "shots", "seeds")
 _KINDS = {
     "str": (str, "a text"),
@@ -237,7 +236,7 @@ _KINDS = {
     "bool": (bool, "true or false"),
     "int | None": (int, "a whole number of at least 1"),
 }
-_SWEPT = ("tuning", "extraction", "transfer", "anchors", "label_tuning")
+_SWEPT = ("tuning", "variants")
 _REQUIRED = {
     "title": "",
     "models": ": list pairs such as {weak: openai/clip-vit-base-patch16, strong: openai/clip-vit-large-patch14}",

@@ -274,7 +274,7 @@ def _swept(config: BenchConfig, main: Mapping[str, Summary]) -> dict[str, list[t
     if part == "tuning":
         swept = [(tuning.name, {**tuning.settings, **tuning.settings.get("adapter", {})}) for tuning in config.tunings]
     else:
-        swept = [(each.name, {"method": each.method, **getattr(each, part)}) for each in config.variants]
+        swept = [(each.name, {"method": each.method, **each.settings}) for each in config.variants]
     series: dict[str, list[tuple]] = {}
     for name, settings in swept:
         x = settings.get(setting)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_analyse import add_commands as add_analyse_command
 from .cli_app import add_commands as add_app_command
 from .cli_arguments import (
     LABELLED,
@@ -35,11 +34,16 @@ from .cli_options import (
     OutputOptions,
     Result,
     RunOptions,
+    check_new,
     command,
 )
 from .cli_transfer import add_commands as add_transfer_commands
 from .settings import ExtractionConfig, TuningConfig
 
+
+if TYPE_CHECKING:
+    from .classifier import AnchorClassifier
+    from .teachers import Teacher as TunedModel
 
 app = typer.Typer(
     name="hf-transmiter",
@@ -198,11 +202,29 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Note the scores in the adapter's folder, beside zero-shot, for its card.")
     ] = False,
+    analyse: Annotated[
+        bool,
+        typer.Option("--analyse", help="What the adapter changed against zero-shot; pictures without labels will do."),
+    ] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Analysis: the tuned weak model or its logits on these pictures, for the temperature."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Analysis: folder for report.md, analysis.json, figures.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
 ) -> Result:
     """Accuracy on labelled pictures; with seen classes also base, novel, their harmonic mean, and joint.
 
-    [bold]Example:[/bold] hf-transmiter evaluate out/strong --dataset mteb/dtd
+    With --analyse also which classes an adapter prefers now, what it corrected and broke, and how sure it is.
+
+    [bold]Example:[/bold] hf-transmiter evaluate out/strong --dataset mteb/dtd --analyse --output-dir out/analysis
     """
+    if not analyse and (teacher or output_dir):
+        raise ValueError("--teacher and --output-dir are for an analysis: pass --analyse, too.")
+    if output_dir is not None and run.main_process:
+        check_new(output_dir / "report.md", overwrite)
     if record and not (Path(model) / "adapter_config.json").is_file():
         raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
     from .anchors import read_templates
@@ -226,18 +248,43 @@ def evaluate(
     )
     seen = read_names(seen_classes)
     split = str(images.split)
-    options = {"seen_classes": seen, "split": split, "dataset_name": dataset, **data.embedding(run)}
-    scores = evaluate(classifier, images, method=model, **options)
+    about = {"seen_classes": seen, "split": split, "dataset_name": dataset, **data.embedding(run)}
+    unscored = analyse and not record and label is None
+    scores = [] if unscored else evaluate(classifier, images, method=model, **about)
     if record and run.main_process:
         from .evaluation import record_scores
 
-        record_scores(model, classifier, images, scores, **options)
+        record_scores(model, classifier, images, scores, **about)
     found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}
-    return Result(found, markdown_table(scores))
+    result = Result(found, markdown_table(scores) if scores else "")
+    if analyse:
+        from . import knowledge
+        from .hub import public_name
+        from .report import write_analysis
+
+        own = None if teacher is None else _own_teacher(teacher, classifier, options)
+        changed = knowledge.analyse(classifier, images, teacher=own, **data.embedding(run))
+        result.data["analysis"] = changed.to_dict()
+        result.text = f"{result.text}\n{knowledge.markdown(changed)}".strip()
+        if output_dir is not None and run.main_process:
+            title = f"What the adapter {public_name(model)} changes on {public_name(dataset)} ({split})"
+            path = write_analysis(output_dir, changed, images, title=title, image_column=data.image_column)
+            result.text += f"\n\nReport: {path}"
+    return result
+
+
+def _own_teacher(source: str, classifier: AnchorClassifier, options: dict) -> TunedModel:
+    """The tuned model by itself: which weak model is under it is noted beside it."""
+    from .calibration import CalibrationPack
+    from .catalog import load_classifier
+
+    if source.endswith(".safetensors"):
+        return CalibrationPack.load(source)
+    names, templates = classifier.class_names, classifier.adapter_config.templates
+    return load_classifier(source, class_names=names, templates=templates, **options)
 
 
 add_compare_commands(app)
-add_analyse_command(app)
 
 
 add_hub_commands(app)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +54,8 @@ def compare(
     ] = "lora",
     seen_classes: Seen = None,
     methods: Annotated[
-        list[str] | None, typer.Option(help="A row of the table, such as 'refit'; may be repeated; all if unset.")
+        list[str] | None,
+        typer.Option(help="A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."),
     ] = None,
     vocabulary: Annotated[
         str, typer.Option(help="Auxiliary names of the published adapter: a shipped list, or a file.")
@@ -68,7 +69,7 @@ def compare(
     gate: Annotated[
         str | None, typer.Option(help="The row that --min-gain is about; the recommended one if unset.")
     ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for report.md, scores.json and figures.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for report.md, comparison.json, figures.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
 ) -> Result:
     """Every way to upgrade and every cheap alternative on one task, in one table, with a recommendation.
@@ -89,6 +90,7 @@ def compare(
     from .comparison import compare
     from .compatibility import tuning_of
     from .dataset_specs import usual_templates
+    from .methods import Variant
     from .report import comparison_table
 
     rows = _rows(methods, min_gain, gate)
@@ -120,30 +122,23 @@ def compare(
         split=str(test.split),
         **data.embedding(run),
     )
-    advice = f"Recommended: {found.recommended}, since {found.reason}"
-    result = Result(_facts(found), f"{comparison_table(found)}\n{advice}")
+    result = Result(found.to_dict(), f"{found.advice}\n\n{comparison_table(found)}".rstrip())
     if not found.logits:
         result.failed = "no row could be had; the reasons are above."
     if min_gain is not None:
-        _judge(result, found, min_gain, gate or found.recommended)
+        _judge(result, found, min_gain, found.recommended if gate is None else Variant.of(gate).name)
     if output_dir is not None and run.main_process and found.logits:
-        _write(output_dir, found, [weak, strong, dataset], advice)
+        _write(output_dir, found, [weak, strong, dataset])
     return result
 
 
 def _rows(methods: Sequence[str] | None, min_gain: float | None, gate: str | None):
-    """The rows asked for, with those that the gate looks at; `None` for those that run by default."""
+    """The rows asked for, with those that the gate looks at."""
     from .comparison import STRONG
     from .methods import METHODS, Variant
 
-    rows = [Variant(name) for name in dict.fromkeys([*(methods or ()), *[gate] * (gate is not None)])]
-    if not methods:
-        if all(METHODS[row.method].default for row in rows):
-            return None
-        return [*(Variant(name) for name, method in METHODS.items() if method.default), *rows]
-    if min_gain is not None and STRONG not in (row.name for row in rows):
-        rows.append(Variant(STRONG))
-    return rows
+    asked = [*(methods or METHODS), *([STRONG] if min_gain is not None else []), *([gate] if gate is not None else [])]
+    return list({row.name: row for row in map(Variant.of, asked)}.values())
 
 
 def _label_column(images: Dataset, data: DataOptions) -> str | None:
@@ -196,27 +191,13 @@ def _judge(result: Result, found: Comparison, min_gain: float, gate: str) -> Non
         result.failed = f"{said}, fewer than the {min_gain:g} of --min-gain."
 
 
-def _facts(found: Comparison) -> dict:
-    """For `--json`."""
-    return {
-        "scores": [asdict(score) for score in found.scores],
-        "needs": {row: asdict(needs) for row, needs in found.needs.items()},
-        "sizes": found.sizes,
-        "skipped": found.skipped,
-        "notes": found.notes,
-        "recommended": found.recommended,
-        "reason": found.reason,
-    }
-
-
-def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str) -> None:
-    """report.md, scores.json and the figures."""
+def _write(folder: Path, found: Comparison, sources: Sequence[str]) -> None:
+    """report.md, comparison.json and the figures."""
     from . import figures
     from .comparison import STRONG
+    from .files import replace_file
     from .hub import public_name
-    from .knowledge_figures import reliability_figure
     from .report import Section, comparison_table, write_report
-    from .scores import write_scores
 
     metric = "agreement" if found.labels is None else "accuracy"
     label = "agreement with the tuned weak model (%)" if found.labels is None else "accuracy (%)"
@@ -231,7 +212,8 @@ def _write(folder: Path, found: Comparison, sources: Sequence[str], advice: str)
     if found.labels is not None:
         shown = {row: found.logits[row] for row in (*lines, found.recommended) if row in found.logits}
         path = folder / "figures" / "reliability.png"
-        drawn.append(reliability_figure(shown or found.logits, found.labels, path, title=title))
-    write_scores(folder / "scores.json", found.scores)
-    section = Section("Comparison", f"{advice}\n\n{comparison_table(found)}", figures=drawn)
+        drawn.append(figures.reliability_figure(shown or found.logits, found.labels, path, title=title))
+    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(folder / "comparison.json", lambda path: path.write_text(text, encoding="utf-8"))
+    section = Section("Comparison", f"{found.advice}\n\n{comparison_table(found)}", figures=drawn)
     write_report(folder, [section], title=title)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -15,7 +16,7 @@ from .backbone import DualEncoder
 from .bridge import Bridge
 from .calibration import CalibrationPack
 from .classifier import AnchorClassifier
-from .comparison_task import Answer, Task
+from .comparison_task import Answer, Impossible, Task
 from .evaluation import score_logits
 from .image_sources import guess_columns
 from .methods import METHODS, Needs, Variant
@@ -49,6 +50,7 @@ class Comparison:
         bridges (`dict[str, Bridge]`): the embedding-space bridges by what they were built from.
         notes (`dict[str, str]`): the advantage a row has over those that need neither labels nor the weak model.
         recommended, reason (`str`): the way to upgrade to take, chosen without labels, and why.
+        verdict (`str`): what the labels of the test images say about that, see [`verdict`].
         needs (`dict[str, Needs]`): what each row asks for.
         sizes (`dict[str, int]`): bytes to be stored for a row beside the pre-trained models, where that is known.
         skipped (`dict[str, str]`): rows that could not be had, and why.
@@ -64,10 +66,28 @@ class Comparison:
     notes: dict[str, str] = field(default_factory=dict)
     recommended: str = ""
     reason: str = ""
+    verdict: str = ""
     needs: dict[str, Needs] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, Exception] = field(default_factory=dict)
+
+    @property
+    def advice(self) -> str:
+        """Which way to take, why, and what speaks against it."""
+        return f"Recommended: {self.recommended}, since {self.reason} {self.verdict}".strip()
+
+    def to_dict(self) -> dict:
+        """For JSON: the advice, then every row with its scores (percent), what it costs and what it needs."""
+        rows = []
+        for row in self.logits:
+            scores = [score for score in self.scores if score.method == row]
+            values = {score.metric: None if math.isnan(score.value) else score.value for score in scores}
+            cost = {"seconds": scores[0].seconds, "peak_mb": scores[0].peak_mb, "bytes": self.sizes.get(row)}
+            what = {"needs": asdict(self.needs[row]), "note": self.notes.get(row)}
+            rows.append({"name": row, "scores": values, **cost, **what})
+        said = {key: getattr(self, key) for key in ("recommended", "reason", "verdict")}
+        return {**said, "split": self.scores[0].split if rows else None, "rows": rows, "skipped": self.skipped}
 
     def value(self, method: str, metric: str = "accuracy") -> float:
         """One score. Raises `KeyError` for a method that was not run."""
@@ -158,7 +178,8 @@ def compare(
             In label order; the test set's names when omitted, or without labels those the teacher was tuned on.
         seen_classes (`Sequence[str]`, *optional*): names the tuning saw; adds base, novel, harmonic mean and joint.
         variants (`Sequence`, *optional*):
-            The rows: names of [`METHODS`], [`Variant`]s, or their fields; all that run by default when omitted.
+            The rows: what [`Variant.of`] reads, such as ``"refit"`` or ``{"refit": {"solver": "ridge"}}``; all of
+            [`METHODS`] when omitted.
         anchors (`Anchors`, *optional*): K names of the published adapter; class names and common nouns when omitted.
         text_anchors (`Anchors`, *optional*): names for the bridge from text; the universal vocabulary when omitted.
         vocabulary (`str` or `Sequence[str]`, *optional*, defaults to `"common-nouns"`):
@@ -209,24 +230,18 @@ def compare(
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
     )
-    found.reason += verdict(found) + _seen(task)
-    return found
-
-
-def _seen(task: Task) -> str:
-    """What methods have seen of the test images, as a sentence that begins with a space; empty for nothing."""
+    found.verdict = verdict(found)
     if task.seen_in_test:
-        return (
+        found.verdict += (
             f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
             "rows that need labels are scored on what they learnt."
         )
-    return ""
+    found.verdict = found.verdict.strip()
+    return found
 
 
 def _rows(variants: Sequence[Variant | str | Mapping] | None) -> list[Variant]:
-    if variants is None:
-        return [Variant(name) for name, method in METHODS.items() if method.default]
-    rows = [Variant.of(one) for one in variants]
+    rows = [Variant.of(one) for one in (METHODS if variants is None else variants)]
     names = [row.name for row in rows]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -236,18 +251,17 @@ def _rows(variants: Sequence[Variant | str | Mapping] | None) -> list[Variant]:
 
 def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequence[int] | None) -> None:
     """One row, or why there is none."""
-    method, row = METHODS[variant.method], variant.name
-    reason = method.possible(task)
-    if reason is None:
-        try:
-            with task.charged() as cost:
-                made = method.run(task, variant)
-            answer = task.answer(made)
-        except _FORESEEN as error:
-            reason, found.failed[row] = f"it failed: {error}", error
-            logger.warning("%s failed and is left out: %s", row, error)
-    if reason is not None:
-        found.skipped[row] = reason
+    row = variant.name
+    try:
+        with task.charged() as cost:
+            made = METHODS[variant.method].run(task, variant)
+        answer = task.answer(made)
+    except Impossible as error:
+        found.skipped[row] = str(error)
+        return
+    except _FORESEEN as error:
+        found.skipped[row], found.failed[row] = f"it failed: {error}", error
+        logger.warning("%s failed and is left out: %s", row, error)
         return
     _note(found, task, variant, answer)
     cost = {} if answer.given else cost
@@ -257,18 +271,18 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
 
 def _note(found: Comparison, task: Task, variant: Variant, answer: Answer) -> None:
     """All but the scores of a row."""
-    row, method = variant.name, METHODS[variant.method]
+    row, method, needs = variant.name, METHODS[variant.method], variant.needs
     found.logits[row] = answer.logits
     if answer.classifier is not None:
         found.classifiers[row] = answer.classifier
     if answer.size is not None:
         found.sizes[row] = answer.size
     # What was tuned in the image tower is extracted from images; a prompt's class vectors are there already.
-    extracted = "extraction" in method.takes and not task.own_class_vectors
-    found.needs[row] = replace(method.needs, task_images=method.needs.task_images or extracted)
-    if method.needs.labels:
+    extracted = ExtractionConfig in method.takes and not task.own_class_vectors
+    found.needs[row] = replace(needs, task_images=needs.task_images or extracted)
+    if needs.labels:
         found.notes[row] = LABELS
-    elif method.needs.weak_at_run_time and variant.method not in _WEAK_ALONE:
+    elif needs.weak_at_run_time and variant.method not in _WEAK_ALONE:
         found.notes[row] = AT_RUN_TIME
 
 
@@ -286,25 +300,25 @@ def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
 
 
 def verdict(found: Comparison) -> str:
-    """What the labels of the test images say about the recommendation, in sentences that begin with a space; empty
-    where nothing scored higher than what is recommended, or there are no labels."""
+    """What the labels of the test images say about the recommendation; empty where nothing scored higher than what is
+    recommended, or there are no labels."""
     if found.labels is None or found.recommended not in found.logits:
         return ""
     own, others = found.recommended, [row for row in found.logits if row != found.recommended]
-    said, best = "", found.value(own)
+    said, best = [], found.value(own)
     if STRONG in others and found.value(STRONG) >= best:
-        said += f" On these test images {_against(found, STRONG, own)}: no upgrade is needed."
+        said.append(f"On these test images {_against(found, STRONG, own)}: no upgrade is needed.")
     free = [row for row in others if row != STRONG and not found.needs[row].labels]
     top = max(free, key=found.value, default=None)
     if top is not None and found.value(top) > best:
         note = f"; it {found.notes[top]}" if top in found.notes else ""
-        said += f" On these test images {_against(found, top, own)}{note}."
+        said.append(f"On these test images {_against(found, top, own)}{note}.")
     labelled = max((row for row in others if found.needs[row].labels), key=found.value, default=None)
     rival = max((row for row in found.logits if not found.needs[row].labels), key=found.value)
     if labelled is not None and found.value(labelled) > found.value(rival):
         advice = _WITH_LABELS.get(labelled, "take that")
-        said += f" With labels, {_against(found, labelled, rival)}: where there are labels, {advice}."
-    return said
+        said.append(f"With labels, {_against(found, labelled, rival)}: where there are labels, {advice}.")
+    return " ".join(said)
 
 
 def _against(found: Comparison, better: str, worse: str) -> str:

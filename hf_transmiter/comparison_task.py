@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from datasets import ClassLabel, Dataset
@@ -29,18 +29,19 @@ from .tuners.prompts import prompt_layer
 from .vocabulary import NUM_ANCHORS
 
 
-if TYPE_CHECKING:
-    from .methods import Variant
-
 SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
 SPREAD_IMAGES = 2048  # so many tell which names spread most; their logits over a whole vocabulary stay in memory
 _MISSING = {
     "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
     "labelled": "it needs labelled images: pass `labelled`",
     "general": "it needs images of any kind: pass `general`",
-    "given": "it needs a finished bridge: pass `bridge`",
+    "bridge": "it needs a finished bridge: pass `bridge`",
 }
 T = TypeVar("T")
+
+
+class Impossible(ValueError):
+    """A task does not allow a method; the message says why."""
 
 
 @dataclass
@@ -90,7 +91,6 @@ class Task:
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.sets = {name: getattr(self, name) for name in ("test", "unlabelled", "labelled", "general")}
         unknown = [name for name in self.seen_classes or () if name not in self.names]
         if unknown:
             raise ValueError(
@@ -100,20 +100,19 @@ class Task:
         self._reused: dict[str, dict] = {}
         self.bridges: dict[str, Bridge] = {}
         for model in (self.weak, self.strong):
-            for name, images in self.sets.items():
-                if images is not None and (model is self.strong or name != "labelled"):
+            for name in ("test", "unlabelled", "labelled", "general"):
+                if getattr(self, name) is not None and (model is self.strong or name != "labelled"):
                     self.table(model, name)
         self.text = {model: model.embed_names(self.names, self.templates).cpu() for model in (self.weak, self.strong)}
         test = self.table(self.strong, "test")
         self.labels = None if test.labels is None else self._aligned(test, "test")
         if self.labelled is not None:
-            table = self.table(self.strong, "labelled")
-            self.labelled_table = FeatureTable(table.embeds, self._aligned(table, "labelled"), self.names)
+            _ = self.labelled_table  # says what is wrong with the labels
         vectors = teacher_class_vectors(self.teacher, self.weak, self.names, self.templates)
         self.own_class_vectors = vectors is not None
         self.tuned = self.said_by(self.teacher, "test", self.weak)
         if self.unlabelled is not None:
-            self.teacher_soft = self.said_by(self.teacher, "unlabelled", self.weak).softmax(1)
+            _ = self.teacher_soft
 
     def _aligned(self, table: FeatureTable, name: str) -> Tensor:
         try:
@@ -121,14 +120,24 @@ class Task:
         except ValueError as error:
             raise ValueError(f"the {name} images: {error}") from error
 
+    def need(self, name: str) -> Dataset:
+        """One of the sets of images, or the given bridge.
+
+        Raises:
+            Impossible: it is not there.
+        """
+        if getattr(self, name) is None:
+            raise Impossible(_MISSING[name])
+        return getattr(self, name)
+
     def table(self, model: DualEncoder, name: str) -> FeatureTable:
         """Embeddings of one of the sets of images."""
-        return embed_dataset(model, self.sets[name], **self.options)
+        return embed_dataset(model, self.need(name), **self.options)
 
     def said_by(self, teacher: Teacher, name: str, base: DualEncoder) -> Tensor:
         """Task logits (N, C) on one of the sets of images; `base` is the model that was tuned."""
         options = {"templates": self.templates, "weak": base, "table": self.table(base, name), **self.options}
-        return teacher_logits(teacher, self.sets[name], self.names, **options)
+        return teacher_logits(teacher, self.need(name), self.names, **options)
 
     def answer(self, found: AnchorClassifier | Answer) -> Answer:
         """What a classifier says about the test images, and what it takes to keep it."""
@@ -161,10 +170,16 @@ class Task:
 
     # What methods share
 
-    def missing(self, name: str) -> str | None:
-        """Why a method that needs one of the sets of images (or `"given"`, a bridge) is not possible."""
-        there = self.bridge if name == "given" else self.sets[name]
-        return _MISSING[name] if there is None else None
+    @cached_property
+    def labelled_table(self) -> FeatureTable:
+        """Embeddings of the labelled images, labels as positions in the names."""
+        table = self.table(self.strong, "labelled")
+        return FeatureTable(table.embeds, self._aligned(table, "labelled"), self.names)
+
+    @cached_property
+    def teacher_soft(self) -> Tensor:
+        """The tuned model's probabilities (N, C) on the unlabelled images."""
+        return self.said_by(self.teacher, "unlabelled", self.weak).softmax(1)
 
     @cached_property
     def seen_in_test(self) -> int:
@@ -176,12 +191,6 @@ class Task:
             nearest.append((x @ test.T).amax(1))
         return int((torch.cat(nearest) > 1 - SAME).sum())
 
-    def why_no_vectors(self) -> str | None:
-        """Why there are no class vectors that a bridge could carry."""
-        if self.own_class_vectors or self.unlabelled is not None:
-            return None
-        return f"the tuned model has no class vectors of its own, so {_MISSING['unlabelled']}"
-
     @cached_property
     def zero_shot_weak(self) -> Tensor:
         return self.weak.logits(self.table(self.weak, "test").embeds, self.text[self.weak])
@@ -191,24 +200,27 @@ class Task:
         return self.strong.logits(self.table(self.strong, "test").embeds, self.text[self.strong])
 
     @cached_property
-    def prompted(self) -> DualEncoder | None:
-        """The tuned model where what was tuned is a prompt."""
-        if isinstance(self.teacher, (list, tuple)):
-            return None
-        classifier = as_classifier(self.teacher, self.names, self.templates)
+    def prompted(self) -> DualEncoder:
+        """The tuned model.
+
+        Raises:
+            Impossible: what was tuned is no prompt.
+        """
+        several = isinstance(self.teacher, (list, tuple))
+        classifier = None if several else as_classifier(self.teacher, self.names, self.templates)
         if classifier is None or classifier.adapter_config or prompt_layer(classifier.encoder.model) is None:
-            return None
+            raise Impossible("no prompt was tuned")
         return classifier.encoder
 
     def prompting(self, prompted: DualEncoder) -> AnchorClassifier:
         """The strong model with prompts in it."""
         return AnchorClassifier(prompted, Anchors(self.names, (), PROMPTED))
 
-    def anchors_for(self, variant: Variant) -> Anchors:
-        """Names of the published adapter: those of the comparison, or chosen as the row wants them."""
-        if not variant.anchors and self.anchors is not None:
+    def anchors_for(self, wanted: Mapping) -> Anchors:
+        """Names of the published adapter: those of the comparison, or chosen by the settings that are given."""
+        if not wanted and self.anchors is not None:
             return self.anchors
-        wanted, names = {key: value for key, value in variant.anchors.items() if value is not None}, self.names
+        wanted, names = {key: value for key, value in wanted.items() if value is not None}, self.names
         default = NUM_ANCHORS if self.anchors is None else len(self.anchors)
         auxiliary = wanted.pop("num_auxiliary", None)
         wanted.setdefault("num_anchors", default if auxiliary is None else len(names) + auxiliary)
@@ -231,12 +243,16 @@ class Task:
         rows = torch.linspace(0, len(table) - 1, min(len(table), SPREAD_IMAGES)).long()
         return self.weak.logits(table.select(rows).embeds, text)
 
-    def extract(self, solver: str, variant: Variant) -> AnchorClassifier:
-        """The weak model's adapter; not to be changed, other methods use it."""
-        if solver == "gradient":
-            config, anchors = replace(self.gradient, **variant.extraction), self.anchors_for(variant)
-        else:
-            config, anchors = ExtractionConfig(solver=solver, **variant.extraction), None
+    def extract(self, config: ExtractionConfig, anchors: Anchors | None = None) -> AnchorClassifier:
+        """The weak model's adapter; not to be changed, other methods use it.
+
+        Raises:
+            Impossible: there are neither class vectors nor images to extract some from.
+        """
+        if anchors is not None:
+            self.need("unlabelled")
+        elif self.unlabelled is None and not self.own_class_vectors:
+            raise Impossible(f"the tuned model has no class vectors of its own, so {_MISSING['unlabelled']}")
 
         def make() -> AnchorClassifier:
             options = {"anchors": anchors, "templates": self.templates, "config": config, **self.options}
@@ -245,20 +261,19 @@ class Task:
         return self.once(f"adapter {json.dumps(asdict(config))} {anchors and anchors.fingerprint}", make)
 
     def embedding_bridge(self, source: str) -> Bridge:
-        """From `"text"`, one of the sets of images, or the `"given"` one."""
-        if source == "given":
-            return self.bridge
-        images, options = self.sets.get(source), {"anchors": self.text_anchors, **self.options}
-        make = lambda: Bridge.build(self.weak, self.strong, images, **options)  # noqa: E731
+        """From `"text"`, one of the sets of images, or the given one (`"bridge"`)."""
+        if source == "bridge":
+            return self.need("bridge")
+        images, options = None if source == "text" else self.need(source), {"anchors": self.text_anchors}
+        make = lambda: Bridge.build(self.weak, self.strong, images, **options, **self.options)  # noqa: E731
         self.bridges[source] = self.once(f"bridge {source}", make)
         return self.bridges[source]
 
-    def tune_strong(self, variant: Variant) -> AnchorClassifier:
-        """The strong model tuned on all the labelled images."""
+    def tune_strong(self, own: Mapping) -> AnchorClassifier:
+        """The strong model tuned on all the labelled images; `own` are settings in place of the comparison's."""
         labels = self.labelled_table.labels
         seen = labels.unique().tolist()
         shots = {"shots": int(labels.bincount().max())}
-        own = dict(variant.tuning)
         if self.tuning is None or own.get("method", self.tuning.method) != self.tuning.method:
             config = TuningConfig(**{**shots, **own})
         else:

@@ -60,13 +60,20 @@ class Task:
         return sandbox.load_dataset(self.domain, split)
 
     def compare(
-        self, seed: int, method: str, *, ceiling: bool = True, progress: bool = True
+        self,
+        seed: int,
+        method: str,
+        *,
+        ceiling: bool = True,
+        rows: Sequence = tuple(methods.METHODS),
+        progress: bool = True,
     ) -> tuple[Comparison, AnchorClassifier]:
         """Tunes the weak model with 16 shots per class drawn by `seed`, then scores every way to upgrade.
 
         Args:
             method (`str`): `"lora"` or `"coop"`.
             ceiling (`bool`, *optional*, defaults to `True`): also tune the strong model on the same labels.
+            rows (`Sequence`, *optional*): what `compare` takes as `variants`.
 
         Returns:
             The comparison and the tuned weak model.
@@ -87,7 +94,7 @@ class Task:
             labelled=train.select(few_shot(train["label"], config.shots, seed)),
             general=sandbox.load_dataset("street", "unlabelled"),
             tuned_strong=tuned[1] if ceiling else None,
-            variants=[row for row, method in methods.METHODS.items() if method.default and row not in left_out],
+            variants=[row for row in rows if row not in left_out],
             seen_classes=None if seen == names else seen,
             anchors=self.anchors,
             text_anchors=self.text_anchors,

@@ -7,28 +7,31 @@ each class moved to. Without labels: what changed, not whether it is right.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import normalize, one_hot
 
+from .backbone import DualEncoder
 from .classifier import AnchorClassifier
 from .evaluation import align_labels
 from .features import FeatureTable, embed_dataset
 from .hub import public_name
-from .neighbours import auxiliary_effects, directions, nearest
 from .reliability import expected_calibration_error, fit_temperature
+from .scores import NOTHING, cell_text, table
+from .solvers import standardise
 from .teachers import Teacher, teacher_logits
 from .vocabulary import load_vocabulary, name_key, universal_vocabulary
 
 
 BEFORE, AFTER, TUNED = "zero-shot", "with the adapter", "tuned model"
 COSINE, EFFECT = "cosine", "effect"
-_TENSORS = ("logits", "labels")
 _BLOCK = 4096  # images at a time
+_LAYER_NORM_EPS = 1e-5  # of nn.LayerNorm
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,6 @@ class ClassChange:
 
 
 @dataclass(frozen=True)
-class Confusion:
-    """Images of class `source` that are predicted as `target`: how many `before` and `after`."""
-
-    source: str
-    target: str
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
 class Confidence:
     """How sure a model is and how right; all in percent.
 
@@ -95,15 +88,16 @@ class Knowledge:
         changed (`int`): images that are predicted otherwise.
         corrected, broken (`int` or `None`): changed images that were wrong and are right, and the reverse.
         moves (`list[tuple[str, str, int]]`): prediction before, after, and how many images; the most images first.
-        confusions (`list[Confusion]`): of a label with another prediction, those whose count changed most first.
+        confusions (`list[tuple[str, str, int, int]]`):
+            Label, another prediction, and how many images before and after; those whose count changed most first.
         confidence (`list[Confidence]`): before, after, after at the temperature, and the tuned model.
         temperature (`float` or `None`): by which to divide the logits, fitted without labels.
         temperature_note (`str`): what it was fitted to, or why there is none.
         agreement (`float` or `None`): percent of the images on which the tuned model predicts the same as after.
         measure (`str`):
             What the values of `towards` and `away` are. `"cosine"`, for class vectors: of the direction in which a
-            class vector moved with the name's text embedding, see `neighbours.directions`. `"effect"`, for the
-            published form: how far the class rises when the name's logit does, see `neighbours.auxiliary_effects`.
+            class vector moved with the name's text embedding, see [`directions`]. `"effect"`, for the
+            published form: how far the class rises when the name's logit does, see [`auxiliary_effects`].
         logits (`dict[str, Tensor]`): (N, C) by [`BEFORE`], [`AFTER`] and, if there was one, [`TUNED`].
         labels (`Tensor` or `None`): (N,).
     """
@@ -116,7 +110,7 @@ class Knowledge:
     corrected: int | None
     broken: int | None
     moves: list[tuple[str, str, int]]
-    confusions: list[Confusion]
+    confusions: list[tuple[str, str, int, int]]
     confidence: list[Confidence]
     temperature: float | None
     temperature_note: str
@@ -142,19 +136,8 @@ class Knowledge:
 
     def to_dict(self) -> dict:
         """Everything but the logits and labels, ready for JSON."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name not in _TENSORS}
-
-    def to_markdown(self, count: int = 10) -> str:
-        """The findings in words and tables of at most `count` rows."""
-        from .knowledge_text import markdown  # not at the top: it comes later in the order of the package
-
-        return markdown(self, count)
-
-
-def _plain(value):
-    if isinstance(value, (ClassChange, Confusion, Confidence)):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        found = asdict(replace(self, logits={}, labels=None))
+        return {key: value for key, value in found.items() if key not in ("logits", "labels")}
 
 
 def analyse(
@@ -351,8 +334,194 @@ def _counted(source: Tensor, target: Tensor, names: Sequence[str]) -> dict[tuple
     return {(names[pair // len(names)], names[pair % len(names)]): count for pair, count in found}
 
 
-def _confusions(labels: Tensor, was: Tensor, now: Tensor, names: Sequence[str]) -> list[Confusion]:
+def _confusions(labels: Tensor, was: Tensor, now: Tensor, names: Sequence[str]) -> list[tuple[str, str, int, int]]:
     counts = [_counted(labels[said != labels], said[said != labels], names) for said in (was, now)]
     pairs = dict.fromkeys([*counts[0], *counts[1]])
-    found = [Confusion(*pair, counts[0].get(pair, 0), counts[1].get(pair, 0)) for pair in pairs]
-    return sorted((c for c in found if c.before != c.after), key=lambda c: -abs(c.after - c.before))
+    found = [(*pair, *(count.get(pair, 0) for count in counts)) for pair in pairs]
+    changed = [row for row in found if row[2] != row[3]]
+    return sorted(changed, key=lambda row: -abs(row[3] - row[2]))
+
+
+# Which auxiliary names explain a change
+
+
+def nearest(values: Tensor, auxiliary: Sequence[str], count: int) -> list[dict[str, tuple]]:
+    """Per class the auxiliary names with the highest positive and the lowest negative values."""
+    found, count = [], min(count, len(auxiliary))
+    for row in values.cpu():
+        sides = {}
+        for side, sign in (("towards", 1.0), ("away", -1.0)):
+            best = (sign * row).topk(count)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            sides[side] = tuple((auxiliary[i], sign * value) for i, value in pairs if value > 0)
+        found.append(sides)
+    return found
+
+
+def directions(class_vectors: Tensor, zero_shot: Tensor, auxiliary: Tensor) -> Tensor:
+    """Cosine of the direction in which each class vector moved with each auxiliary name.
+
+    ``m_c = (t̂_c - mean t̂) - (a_c - mean a)`` with t̂ the class vectors at unit length, means over the classes: what
+    moves all classes alike changes no prediction. Text embeddings are centred too, they share most of their length.
+
+    Args:
+        class_vectors (`Tensor`): T (C, d). zero_shot (`Tensor`): a (C, d), unit rows.
+        auxiliary (`Tensor`): (A, d) unit text embeddings.
+
+    Returns:
+        `Tensor`: (C, A) in [-1, 1]; 0 for a class that did not move.
+    """
+    moved, start = (v - v.mean(0) for v in (normalize(class_vectors.float(), dim=-1), zero_shot.float()))
+    text = auxiliary.float().to(moved.device)
+    move = moved - start
+    move[move.norm(dim=1) < 1e-5 * start.norm(dim=1).clamp(min=1)] = 0  # rounding has no direction
+    return normalize(move, dim=-1) @ normalize(text - text.mean(0), dim=-1).T
+
+
+def auxiliary_effects(table: FeatureTable, tensors: dict[str, Tensor], classes: int, encoder: DualEncoder) -> Tensor:
+    """How the published adapter's change of each class depends on each auxiliary logit.
+
+    ``E_cj = σ_j · mean_n ∂δ_c(z_n) / ∂z_nj``, minus the mean over c, with ``δ(z) = MLP(LN(z Wᵀ)) W`` the change of the
+    standardised logits and σ_j the standard deviation of z_j over the images: how far class c rises above the others
+    when auxiliary logit j is one standard deviation higher. For a linear δ these are its standardised coefficients.
+
+    The mean of the Jacobians has a closed form. With ``ĥ = (h - mean h) / s``, ``u = Up(γ ∘ ĥ + β)``, ``g = GELU'(u)``
+
+    ``mean_n J_n = M [diag(mean g/s) Up_γ (1 - 11ᵀ/D) - mean(((g/s) ∘ Up_γ ĥ) ĥᵀ) / D] W``, ``M = W_taskᵀ Down``,
+    ``Up_γ = Up diag(γ)``: one pass over all images, no class-by-class gradients.
+
+    Args:
+        table (`FeatureTable`): N images. tensors (`dict[str, Tensor]`): weights of the adapter.
+        classes (`int`): C. encoder (`DualEncoder`): the model.
+
+    Returns:
+        `Tensor`: (C, A).
+    """
+    basis, anchors, gamma = tensors["basis"], tensors["anchors"], tensors["norm.weight"]
+    width = len(basis)
+    up = tensors["up.weight"] * gamma
+    shift = tensors["up.weight"] @ tensors["norm.bias"] + tensors["up.bias"]
+    slope, outer = torch.zeros_like(up[:, 0]), torch.zeros_like(up)
+    total, squares = (torch.zeros(len(anchors), dtype=torch.float64) for _ in range(2))
+    for x in table.batches(_BLOCK):
+        z = standardise(encoder.logits(x.to(anchors.device), anchors))[0].to(basis.dtype)
+        h = z @ basis.T
+        spread = (h.var(1, unbiased=False, keepdim=True) + _LAYER_NORM_EPS).sqrt()
+        h = (h - h.mean(1, keepdim=True)) / spread
+        product = h @ up.T
+        u = product + shift
+        normal = torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
+        g = (0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * normal) / spread
+        slope += g.sum(0)
+        outer += (g * product).T @ h
+        total += z.double().sum(0).cpu()
+        squares += z.double().square().sum(0).cpu()
+    count = len(table)
+    inner = slope[:, None] * (up - up.mean(1, keepdim=True)) - outer / width
+    jacobian = (tensors["down.weight"].T @ basis[:, :classes]).T @ inner @ basis / count
+    std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+    effects = jacobian.cpu()[:, classes:] * std[classes:].float()
+    return effects - effects.mean(0)
+
+
+# In words
+
+
+_MEASURES = {
+    COSINE: (
+        "Auxiliary names whose text embedding points where the class vector moved (cosine in brackets). They say "
+        "something where the class moved and the model knows the names."
+    ),
+    EFFECT: (
+        "Auxiliary names whose logit raises the class (how far, in units of the standardised logits, when the name's "
+        "logit is one standard deviation higher)."
+    ),
+}
+
+
+def markdown(found: Knowledge, count: int = 10) -> str:
+    """Sections of a report, headings of the second level, tables of at most `count` rows.
+
+    Args:
+        found (`Knowledge`): of `analyse`.
+        count (`int`, *optional*, defaults to 10): rows per table.
+
+    Returns:
+        `str`: markdown, ending in a newline.
+    """
+    parts = [summary(found), "## Confidence", _sure(found)]
+    parts += ["## Classes that changed most", _changes(found.changed_most(count))]
+    if found.labels is None:
+        parts += ["## Changed predictions", _table(("before", "after", "images"), found.moves[:count])]
+    else:
+        rows = [(*row, f"{row[3] - row[2]:+d}") for row in found.confusions[:count]]
+        header = ("true class", "predicted", "before", "after", "change")
+        parts += ["## Confusions that came and went", _table(header, rows)]
+    names = _neighbours(found, count)
+    if names:
+        parts += ["## What the changes look like", _MEASURES[found.measure], names]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(found: Knowledge) -> str:
+    """The findings in a few words."""
+    part = 100 * found.changed / found.num_images
+    share = f"{found.changed} of {found.num_images} predictions changed ({part:.1f} %)"
+    if found.labels is None:
+        text = f"{share}. The images have no labels, so whether for better or worse is not known."
+    else:
+        elsewhere = found.changed - found.corrected - found.broken
+        text = f"{share}: {found.corrected} corrected, {found.broken} broken, {elsewhere} wrong before and after."
+    if found.agreement is not None:
+        text += f" The tuned model predicts the same on {found.agreement:.1f} %."
+    return text
+
+
+def _sure(found: Knowledge) -> str:
+    rows = [
+        (row.name, _number(row.accuracy), _number(row.confidence), _number(row.calibration_error))
+        for row in found.confidence
+    ]
+    made = _table(("", "accuracy", "mean confidence", "calibration error"), rows)
+    note = f"{made}\n\nPercent. Temperature without labels: {found.temperature_note}."
+    if found.temperature is not None:
+        note += (
+            " It makes the adapter about as sure as the tuned model agrees with it, which is how often it is right "
+            "where the two are about equally good: check it on a few labels before dividing logits by it."
+        )
+    return note
+
+
+def _changes(changes: Sequence[ClassChange]) -> str:
+    labelled = any(change.images is not None for change in changes)
+    header = ["class", "mean probability (points)", "mean logit", "predicted before", "after"]
+    header += ["images", "accuracy before", "after"] if labelled else []
+    rows = []
+    for change in changes:
+        row = [change.name, f"{change.probability_shift:+.2f}", f"{change.logit_shift:+.2f}"]
+        row += [f"{change.share_before:.1f} %", f"{change.share_after:.1f} %"]
+        row += [change.images, _number(change.accuracy_before), _number(change.accuracy_after)] if labelled else []
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _neighbours(found: Knowledge, count: int) -> str:
+    digits = 2 if found.measure == COSINE else 3
+
+    def listed(pairs: Iterable[tuple[str, float]]) -> str:
+        return ", ".join(f"{name} ({value:+.{digits}f})" for name, value in pairs)
+
+    rows = [(change.name, listed(change.towards), listed(change.away)) for change in found.changed_most(count)]
+    if not any(towards for _, towards, _ in rows):
+        return ""
+    return _table(("class", "towards", "away from"), rows)
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    if not rows:
+        return "None."
+    return table(header, ([cell_text(str(value)) for value in row] for row in rows)).strip()

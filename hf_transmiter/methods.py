@@ -1,23 +1,24 @@
 """[`METHODS`]: every way to upgrade a task and every cheap alternative, as functions of one [`Task`].
 
-A row of a comparison is a [`Variant`]: one of these methods, with settings of its own where it takes any.
+A row of a comparison is a [`Variant`]: one of these methods, with settings where it takes any.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
+import yaml
 from torch import Tensor
 
 from . import attaching, baselines
 from .anchors import Anchors
 from .bridge import Bridge
 from .classifier import AnchorClassifier
-from .comparison_task import Answer, Task, stored_bytes
+from .comparison_task import Answer, Impossible, Task, stored_bytes
 from .label_tuning import label_tune
 from .settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
 from .transferring import transfer
@@ -27,77 +28,45 @@ from .vocabulary import STRATEGIES
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One row of a comparison: a method, with settings of its own where it takes any. What is not given stays as the
-    comparison has it.
+class RowSettings:
+    """Settings of a row that are none of a step's own.
 
     Args:
-        method (`str`): a key of [`METHODS`].
-        name (`str`, *optional*): of the row; the method when omitted.
-        extraction (`Mapping`, *optional*): fields of [`ExtractionConfig`], but `solver`.
-        transfer (`Mapping`, *optional*):
-            Fields of [`TransferConfig`], but `refit`. ``{"beta": float("inf")}`` (YAML: ``.inf``) is no basis change.
-        anchors (`Mapping`, *optional*):
-            Of the published adapter: `num_anchors` (K, task names included) or `num_auxiliary` (0 leaves the task
-            names), `strategy` and `seed` of `Anchors.build`.
-        label_tuning (`Mapping`, *optional*): fields of [`LabelTuningConfig`].
-        tuning (`Mapping`, *optional*): fields of [`TuningConfig`], of ``"tuned strong"``.
+        average (`bool`): EFT: the mean of its logits and the tuned weak model's.
+        solver (`str`): of class vectors: `"discriminant"`, or `"ridge"` for the teacher's logits.
+        images (`str`): TransMiter: what its basis change is computed on, `"unlabelled"` or `"general"` images.
+        space (`str`): of a bridge from task images: `"embedding"` or `"logit"`.
+        teacher_logits (`bool`): refit: whether the tuned model's logits on the images take part.
+        start (`str`):
+            Label tuning: `"refit"`, `"TransMiter"` (published: its transferred adapter), `"class vectors"` (the strong
+            model's own) or `"untrained TransMiter"` (published: from zero-shot).
 
     Raises:
-        ValueError: an unknown method or setting (with the nearest names), one that the method does not read or that
-            is part of the method, or a value of the wrong kind.
+        ValueError: none of these.
     """
 
-    method: str
-    name: str | None = None
-    extraction: Mapping = field(default_factory=dict)
-    transfer: Mapping = field(default_factory=dict)
-    anchors: Mapping = field(default_factory=dict)
-    label_tuning: Mapping = field(default_factory=dict)
-    tuning: Mapping = field(default_factory=dict)
+    average: bool = False
+    solver: str = "discriminant"
+    images: str = "unlabelled"
+    space: str = "embedding"
+    teacher_logits: bool = True
+    start: str = "refit"
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"there is no method {self.method!r}; {did_you_mean(self.method, METHODS)}")
-        object.__setattr__(self, "name", self.name or self.method)
-        takes = METHODS[self.method].takes
-        for part, kind in _PARTS.items():
-            given = getattr(self, part)
-            if not isinstance(given, Mapping):
-                raise ValueError(f"{part} of the row {self.name!r} must hold settings by name, got {given!r}.")
-            if given and part not in takes:
-                known = f"it takes {', '.join(takes)}" if takes else "it takes none"
-                raise ValueError(f"{self.method!r} has no settings of {part!r}; {known}.")
-            where = f"{part} of the row {self.name!r}"
-            values = {key: _value(kind, key, value, where) for key, value in given.items()}
-            object.__setattr__(self, part, values)
-            try:
-                kind(**values)  # says what is wrong now and not after hours
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-
-    @classmethod
-    def of(cls, value: Variant | str | Mapping) -> Variant:
-        """A row from what people write: a method's name, or the fields by name.
-
-        Raises:
-            ValueError: an unknown field, no method, or what [`Variant`] refuses.
-        """
-        if isinstance(value, Variant):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
-            raise ValueError(f"a row is the name of a method, or settings with a 'method', got {value!r}.")
-        unknown = [key for key in value if key not in _FIELDS]
-        if unknown:
-            raise ValueError(f"a row has no setting {unknown[0]!r}; {did_you_mean(str(unknown[0]), _FIELDS)}")
-        return cls(**value)
+        check_choice("solver", self.solver, tuple(_READ_BY))
+        check_choice("images", self.images, ("unlabelled", "general"))
+        check_choice("space", self.space, ("embedding", "logit"))
+        check_choice("start", self.start, tuple(_STARTS))
 
 
 @dataclass(frozen=True)
 class AnchorSettings:
-    """What `anchors` of a [`Variant`] may hold.
+    """Which names the published adapter reads, see `Anchors.build`.
+
+    Args:
+        num_anchors (`int`, *optional*): K, task names included.
+        num_auxiliary (`int`, *optional*): the same without the task names; 0 leaves those alone.
+        strategy (`str`): how auxiliary names are chosen.
 
     Raises:
         ValueError: an unknown strategy, or the number of names given twice.
@@ -106,7 +75,6 @@ class AnchorSettings:
     num_anchors: int | None = None
     num_auxiliary: int | None = None
     strategy: str = "random"
-    seed: int = 0
 
     def __post_init__(self):
         check_choice("strategy", self.strategy, STRATEGIES)
@@ -114,26 +82,97 @@ class AnchorSettings:
             raise ValueError("num_anchors or num_auxiliary, not both.")
 
 
-_PARTS = {
-    "extraction": ExtractionConfig,
-    "transfer": TransferConfig,
-    "anchors": AnchorSettings,
-    "label_tuning": LabelTuningConfig,
-    "tuning": TuningConfig,
-}
-_FIELDS = tuple(item.name for item in fields(Variant))
-_DECIDED = ("solver", "refit")  # by the choice of the method
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison: a method, with settings where it takes any. What is not given stays as the comparison
+    has it.
+
+    Args:
+        method (`str`): a key of [`METHODS`].
+        settings (`Mapping`, *optional*):
+            By name, of the row itself ([`RowSettings`]) and of the steps it is made of; `Method.takes` says which.
+            ``{"beta": float("inf")}`` (YAML: ``.inf``) is no basis change.
+        name (`str`, *optional*): of the row; the method and its settings when omitted.
+
+    Raises:
+        ValueError: an unknown method, a setting that it does not read (with the nearest names), or a value that is
+            not possible.
+    """
+
+    method: str
+    settings: Mapping = field(default_factory=dict)
+    name: str | None = None
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"there is no method {self.method!r}; {did_you_mean(self.method, METHODS)}")
+        where, takes = f"the row {self.method!r}", METHODS[self.method].takes
+        if not isinstance(self.settings, Mapping):
+            raise ValueError(f"{where} must hold settings by name, got {self.settings!r}.")
+        kinds = {key: kind for kind, keys in takes.items() for key in keys}
+        for key in self.settings:
+            if key not in kinds:
+                known = did_you_mean(str(key), kinds) if kinds else "it takes none."
+                raise ValueError(f"{where} has no setting {key!r}; {known}")
+        try:
+            settings = {key: _value(kinds[key], key, value) for key, value in self.settings.items()}
+            object.__setattr__(self, "settings", settings)
+            for kind in takes:
+                kind(**self.of_step(kind))  # says what is wrong now and not after hours
+            for solver, key in _READ_BY.items():
+                if key in self.of_step(ExtractionConfig) and solver != self.own.solver:
+                    raise ValueError(f"{key} is read by the solver {solver!r} alone.")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        said = ", ".join(f"{key}: {value}" for key, value in settings.items())
+        object.__setattr__(self, "name", self.name or self.method + (f" ({said})" if said else ""))
+
+    @classmethod
+    def of(cls, value: Variant | str | Mapping) -> Variant:
+        """A row from what people write, in YAML or on the command line: ``refit``, ``refit: {solver: ridge}``, or
+        ``{refit: {solver: ridge}, name: mine}``.
+
+        Raises:
+            ValueError: none of these, or what [`Variant`] refuses.
+        """
+        if isinstance(value, Variant):
+            return value
+        try:
+            found = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            found = None
+        found = {found: {}} if isinstance(found, str) else found
+        methods = [key for key in found if key != "name"] if isinstance(found, Mapping) else []
+        if len(methods) != 1:
+            raise ValueError(
+                f"a row is the name of a method or {{method: {{setting: value}}}}, with a name or not, got {value!r}."
+            )
+        return cls(methods[0], found[methods[0]] or {}, found.get("name"))
+
+    def of_step(self, kind: type) -> dict:
+        """The settings that are fields of a step's configuration, such as [`TransferConfig`]."""
+        return {key: value for key, value in self.settings.items() if key in METHODS[self.method].takes.get(kind, ())}
+
+    @property
+    def own(self) -> RowSettings:
+        """Those of the row itself."""
+        return RowSettings(**self.of_step(RowSettings))
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks for."""
+        found = METHODS[self.method].needs
+        return replace(found, task_images=found.task_images and self.own.start not in _UNTRAINED)
 
 
-def _value(kind: type, key: str, value, where: str):
+_READ_BY = {"discriminant": "shrinkage", "ridge": "lambdas"}
+
+
+def _value(kind: type, key: str, value):
     """A setting as its field wants it: numbers that YAML reads as words (``1e-3``) and lists included."""
-    if key in _DECIDED:
-        raise ValueError(f"{where}: {key!r} is not a setting, it is what makes the method: choose another method.")
-    hints = get_type_hints(kind)
-    if key not in hints:
-        raise ValueError(f"{where} has no setting {key!r}; {did_you_mean(key, hints)}")
-    wanted = tuple(getattr(one, "__origin__", one) for one in get_args(hints[key]) or (hints[key],))
-    wanted = (tuple,) if get_origin(hints[key]) is tuple else wanted
+    hint = get_type_hints(kind)[key]
+    wanted = tuple(getattr(one, "__origin__", one) for one in get_args(hint) or (hint,))
+    wanted = (tuple,) if get_origin(hint) is tuple else wanted
     try:
         if float in wanted and isinstance(value, (int, str)) and not isinstance(value, bool):
             return float(value)
@@ -143,7 +182,7 @@ def _value(kind: type, key: str, value, where: str):
         pass
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         kinds = " or ".join("nothing" if one is NoneType else one.__name__ for one in wanted)
-        raise ValueError(f"{where}: {key} must be {kinds}, got {value!r}.")
+        raise ValueError(f"{key} must be {kinds}, got {value!r}.")
     return value
 
 
@@ -169,59 +208,45 @@ class Method:
     """One entry of [`METHODS`].
 
     Args:
-        run: makes it; what it returns is scored by [`Task.answer`].
+        run:
+            Makes it; what it returns is scored by [`Task.answer`]. Raises [`Impossible`] where a task does not allow
+            it.
         needs ([`Needs`]): what it asks for.
-        possible: why a task does not allow it, `None` where it does.
-        takes (`tuple[str, ...]`): the parts of a [`Variant`] that change it.
-        default (`bool`): whether a comparison runs it without being asked.
+        takes (`Mapping[type, tuple[str, ...]]`): the settings it reads, by what they are fields of.
     """
 
     run: Callable[[Task, Variant], AnchorClassifier | Answer]
     needs: Needs = Needs()
-    possible: Callable[[Task], str | None] = lambda task: None
-    takes: tuple[str, ...] = ()
-    default: bool = True
-
-
-def _having(*conditions: str | Callable[[Task], str | None]) -> Callable[[Task], str | None]:
-    """The first reason against a method: sets of images that are not there, or what a function says."""
-
-    def possible(task: Task) -> str | None:
-        reasons = (task.missing(one) if isinstance(one, str) else one(task) for one in conditions)
-        return next((reason for reason in reasons if reason is not None), None)
-
-    return possible
+    takes: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
 
 
 # Baselines
 
 
-def _emulated(task: Task) -> Tensor:
-    return baselines.emulated_fine_tuning(task.zero_shot_strong, task.tuned, task.zero_shot_weak)
+def _emulated(task: Task, variant: Variant) -> Answer:
+    logits = baselines.emulated_fine_tuning(task.zero_shot_strong, task.tuned, task.zero_shot_weak)
+    if variant.own.average:
+        logits = (logits + task.tuned) / 2
+    return Answer(logits, stored_bytes(task.teacher))
 
 
-def _of_both(logits: Callable[[Task], Tensor]) -> Callable[[Task, Variant], Answer]:
-    """A mixture of the answers of strong, tuned and weak."""
-    return lambda task, variant: Answer(logits(task), stored_bytes(task.teacher))
-
-
-def _reattachable(task: Task) -> str | None:
-    return "no prompt was tuned" if task.prompted is None else attaching.why_not_reattached(task.prompted, task.strong)
+def _ensemble(task: Task, variant: Variant) -> Answer:
+    return Answer(baselines.logit_ensemble(task.zero_shot_strong, task.tuned), stored_bytes(task.teacher))
 
 
 def _reattached(task: Task, variant: Variant) -> AnchorClassifier:
+    reason = attaching.why_not_reattached(task.prompted, task.strong)
+    if reason is not None:
+        raise Impossible(reason)
     return task.prompting(attaching.reattach_prompt(task.prompted, task.strong))
 
 
-def _context_transferable(task: Task) -> str | None:
-    if task.prompted is None:
-        return "no prompt was tuned"
-    return baselines.why_no_prompt_transfer(task.prompted, task.strong)
-
-
 def _prompt_transfer(task: Task, variant: Variant) -> AnchorClassifier:
-    options = {key: task.options[key] for key in ("accelerator", "progress") if key in task.options}
     x = task.table(task.strong, "unlabelled").embeds
+    reason = baselines.why_no_prompt_transfer(task.prompted, task.strong)
+    if reason is not None:
+        raise Impossible(reason)
+    options = {key: task.options[key] for key in ("accelerator", "progress") if key in task.options}
     return task.prompting(
         baselines.prompt_transfer(task.prompted, task.strong, x, task.teacher_soft, task.names, **options)
     )
@@ -241,154 +266,137 @@ def _linear_probe(task: Task, variant: Variant) -> Answer:
     return _head(task, "labelled", target, labelled)
 
 
+def _distilled_head(task: Task, variant: Variant) -> Answer:
+    return _head(task, "unlabelled", task.teacher_soft)
+
+
 def _tuned_strong(task: Task, variant: Variant) -> AnchorClassifier | Answer:
-    if task.tuned_strong is None or variant.tuning:
-        if task.labelled is None:
-            raise ValueError(f"with settings of its own {task.missing('labelled')}.")
-        return task.tune_strong(variant)
+    if task.tuned_strong is None or variant.settings:
+        return task.tune_strong(variant.settings)
     said = task.said_by(task.tuned_strong, "test", task.strong)
     return Answer(said, stored_bytes(task.tuned_strong), given=True)
-
-
-def _tunable(task: Task) -> str | None:
-    return None if task.tuned_strong is not None else task.missing("labelled")
 
 
 # Upgrades
 
 
 def _transfer(task: Task, variant: Variant, adapter: AnchorClassifier, images=None, refit=False, **options):
-    config = TransferConfig(refit=refit, **variant.transfer)
+    config = TransferConfig(refit=refit, **variant.of_step(TransferConfig))
     options |= {"seen_classes": task.seen_classes, "config": config, **task.options}
     return transfer(adapter, task.strong, images, **options)
 
 
-def _published(task: Task, variant: Variant, over: str = "unlabelled") -> AnchorClassifier:
-    """The published adapter with the published basis change, computed on one of the sets of images."""
-    return _transfer(task, variant, task.extract("gradient", variant), task.sets[over])
+def _published(task: Task, variant: Variant) -> AnchorClassifier:
+    """The published adapter with the published basis change."""
+    images, config = task.need(variant.own.images), replace(task.gradient, **variant.of_step(ExtractionConfig))
+    adapter = task.extract(config, task.anchors_for(variant.of_step(AnchorSettings)))
+    return _transfer(task, variant, adapter, images)
 
 
-def _bridged(over: str, solver: str = "discriminant") -> Callable[[Task, Variant], AnchorClassifier]:
-    """Class vectors over a bridge in embedding space."""
+def _class_vectors(task: Task, variant: Variant) -> AnchorClassifier:
+    return task.extract(ExtractionConfig(solver=variant.own.solver, **variant.of_step(ExtractionConfig)))
+
+
+def _bridged(over: str) -> Callable[[Task, Variant], AnchorClassifier]:
+    """Class vectors over a bridge."""
 
     def run(task: Task, variant: Variant) -> AnchorClassifier:
-        return _transfer(task, variant, task.extract(solver, variant), bridge=task.embedding_bridge(over))
+        if variant.own.space == "embedding":
+            bridge = task.embedding_bridge(over)
+        else:
+            options = {"space": "logit", "anchors": task.anchors_for({}), **task.options}
+            bridge = Bridge.build(task.weak, task.strong, task.need(over), **options)
+        return _transfer(task, variant, _class_vectors(task, variant), bridge=bridge)
 
     return run
 
 
-def _logit_bridged(task: Task, variant: Variant) -> AnchorClassifier:
-    config = TransferConfig(**variant.transfer)
-    beta = {"beta": config.beta, "beta_per_image": config.beta_per_image}
-    options = {"space": "logit", "anchors": task.anchors_for(variant), **beta, **task.options}
-    bridge = Bridge.build(task.weak, task.strong, task.sets["unlabelled"], **options)
-    return _transfer(task, variant, task.extract("discriminant", variant), bridge=bridge)
-
-
-def _refit(task: Task, variant: Variant, solver: str = "discriminant", packed: bool = True) -> AnchorClassifier:
-    adapter = task.extract(solver, variant)
-    if not packed:
+def _refit(task: Task, variant: Variant) -> AnchorClassifier:
+    images, adapter = task.need("unlabelled"), _class_vectors(task, variant)
+    if not variant.own.teacher_logits:
         adapter = copy.copy(adapter)  # the one that others use keeps its pack
         adapter.calibration = None
-    return _transfer(task, variant, adapter, task.sets["unlabelled"], refit=True)
+    return _transfer(task, variant, adapter, images, refit=True)
 
 
 # TransMiter+
 
 
-def _label_tuned(start: Callable[[Task, Variant], AnchorClassifier]) -> Callable[[Task, Variant], AnchorClassifier]:
-    def run(task: Task, variant: Variant) -> AnchorClassifier:
-        config = LabelTuningConfig(**variant.label_tuning)
-        options = {"seen_classes": task.seen_classes, "config": config, **task.options}
-        return label_tune(start(task, variant), task.labelled_table, **options)
-
-    return run
+def _label_tuned(task: Task, variant: Variant) -> AnchorClassifier:
+    labelled, config = task.labelled_table, LabelTuningConfig(**variant.of_step(LabelTuningConfig))
+    options = {"seen_classes": task.seen_classes, "config": config, **task.options}
+    return label_tune(_STARTS[variant.own.start](task, variant), labelled, **options)
 
 
-def _identity(task: Task, variant: Variant) -> AnchorClassifier:
+def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:
     """Class vectors that are the strong model's own."""
     config = TransMiterConfig(class_names=list(task.names), templates=list(task.templates), form="class_vectors")
     text = task.text[task.strong].to(task.strong.device)
     return AnchorClassifier(task.strong, Anchors(task.names, (), task.templates), text).add_adapter(config)
 
 
-def _published_identity(task: Task, variant: Variant) -> AnchorClassifier:
+def _untrained(task: Task, variant: Variant) -> AnchorClassifier:
     """The published adapter before any training, which changes nothing."""
-    anchors = task.anchors_for(variant)
+    anchors = task.anchors_for({})
     config = TransMiterConfig.for_anchors(anchors, form="mlp", seed=task.gradient.seed)
     return AnchorClassifier(task.strong, anchors).add_adapter(config)
+
+
+_UNTRAINED = {"class vectors": _own_vectors, "untrained TransMiter": _untrained}
+_STARTS = {"refit": _refit, "TransMiter": _published, **_UNTRAINED}
+
+
+def _names(kind: type, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(kind) if item.name not in without)
 
 
 _WEAK = Needs(weak_at_run_time=True)
 _IMAGES = Needs(task_images=True)
 _FITTED = Needs(task_images=True, backprop=True)
 _LABELS = Needs(labels=True, backprop=True)
-_BOTH = Needs(labels=True, task_images=True, backprop=True)
-_CLOSED, _GRADIENT = ("extraction", "transfer"), ("extraction", "transfer", "anchors")
-_vectors = Task.why_no_vectors  # own class vectors, or images to extract some from
+_VECTORS = {
+    RowSettings: ("solver",),
+    ExtractionConfig: ("shrinkage", "lambdas"),
+    TransferConfig: ("zero_shot_weight",),
+}
+_REFIT = {
+    RowSettings: ("solver", "teacher_logits"),
+    ExtractionConfig: ("lambdas",),
+    TransferConfig: ("zero_shot_weight", "shrinkage", "pseudo_count", "carried_images"),
+}
+_GRADIENT = {
+    RowSettings: ("images",),
+    ExtractionConfig: _names(ExtractionConfig, without=("solver", "shrinkage", "lambdas")),
+    TransferConfig: ("beta", "beta_per_image"),
+    AnchorSettings: _names(AnchorSettings),
+}
 
 
 METHODS: dict[str, Method] = {
     "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), _WEAK),
     "zero-shot strong": Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
-    "tuned weak": Method(_of_both(lambda task: task.tuned), _WEAK),
-    "EFT": Method(_of_both(_emulated), _WEAK),
-    "EFT averaged with tuned weak": Method(_of_both(lambda task: (_emulated(task) + task.tuned) / 2), _WEAK),
-    "logit ensemble": Method(
-        _of_both(lambda task: baselines.logit_ensemble(task.zero_shot_strong, task.tuned)), _WEAK
-    ),
-    "re-attached prompt": Method(_reattached, possible=_reattachable),
-    "prompt transfer": Method(_prompt_transfer, _FITTED, _having("unlabelled", _context_transferable)),
-    "distilled head": Method(
-        lambda task, _: _head(task, "unlabelled", task.teacher_soft), _FITTED, _having("unlabelled")
-    ),
-    "linear probe": Method(_linear_probe, _LABELS, _having("labelled")),
-    # The published adapter.
-    "TransMiter (gradient)": Method(_published, _FITTED, _having("unlabelled"), _GRADIENT),
-    "TransMiter (gradient), general bridge": Method(
-        lambda task, variant: _published(task, variant, "general"),
-        _FITTED,
-        _having("unlabelled", "general"),
-        _GRADIENT,
-    ),
-    # Class vectors in closed form; "ridge, ..." solves for the teacher's logits instead of a discriminant.
-    "logit bridge from task images": Method(_logit_bridged, _IMAGES, _having("unlabelled"), _GRADIENT),
-    "ridge, bridge from text": Method(_bridged("text", "ridge"), Needs(), _vectors, _CLOSED, default=False),
-    "ridge, bridge from general images": Method(
-        _bridged("general", "ridge"), Needs(), _having("general", _vectors), _CLOSED, default=False
-    ),
-    "ridge, bridge from task images": Method(
-        _bridged("unlabelled", "ridge"), _IMAGES, _having("unlabelled"), _CLOSED, default=False
-    ),
-    "ridge, given bridge": Method(
-        _bridged("given", "ridge"), Needs(), _having("given", _vectors), _CLOSED, default=False
-    ),
-    "ridge, refit": Method(lambda t, v: _refit(t, v, "ridge"), _IMAGES, _having("unlabelled"), _CLOSED),
-    "bridge from text": Method(_bridged("text"), Needs(), _vectors, _CLOSED),
-    "bridge from general images": Method(_bridged("general"), Needs(), _having("general", _vectors), _CLOSED),
-    "given bridge": Method(_bridged("given"), Needs(), _having("given", _vectors), _CLOSED),
-    "bridge from task images": Method(_bridged("unlabelled"), _IMAGES, _having("unlabelled"), _CLOSED),
-    "refit without teacher logits": Method(
-        lambda task, variant: _refit(task, variant, packed=False), _IMAGES, _having("unlabelled"), _CLOSED
-    ),
-    "refit": Method(_refit, _IMAGES, _having("unlabelled"), _CLOSED),
-    # A few labelled steps on an adapter.
-    "TransMiter+ from identity": Method(_label_tuned(_identity), _LABELS, _having("labelled"), ("label_tuning",)),
-    "TransMiter+ from zero-shot": Method(
-        _label_tuned(_published_identity), _LABELS, _having("labelled"), ("label_tuning", "anchors"), default=False
-    ),
-    "TransMiter+ from gradient transfer": Method(
-        _label_tuned(_published),
-        _BOTH,
-        _having("labelled", "unlabelled"),
-        ("label_tuning", *_GRADIENT),
-        default=False,
-    ),
-    "TransMiter+ from refit": Method(
-        _label_tuned(_refit), _BOTH, _having("labelled", "unlabelled"), ("label_tuning", *_CLOSED)
+    "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), _WEAK),
+    "EFT": Method(_emulated, _WEAK, {RowSettings: ("average",)}),
+    "logit ensemble": Method(_ensemble, _WEAK),
+    "re-attached prompt": Method(_reattached),
+    "prompt transfer": Method(_prompt_transfer, _FITTED),
+    "distilled head": Method(_distilled_head, _FITTED),
+    "linear probe": Method(_linear_probe, _LABELS),
+    "TransMiter": Method(_published, _FITTED, _GRADIENT),  # as published
+    # Class vectors in closed form.
+    "bridge from text": Method(_bridged("text"), Needs(), _VECTORS),
+    "bridge from general images": Method(_bridged("general"), Needs(), _VECTORS),
+    "given bridge": Method(_bridged("bridge"), Needs(), _VECTORS),
+    "bridge from task images": Method(_bridged("unlabelled"), _IMAGES, {**_VECTORS, RowSettings: ("solver", "space")}),
+    "refit": Method(_refit, _IMAGES, _REFIT),
+    # A few labelled steps on an adapter (TransMiter+).
+    "label tuning": Method(
+        _label_tuned,
+        Needs(labels=True, task_images=True, backprop=True),
+        {RowSettings: ("start",), LabelTuningConfig: _names(LabelTuningConfig)},
     ),
     # The ceiling: the strong model tuned on labels, as given or here.
-    "tuned strong": Method(_tuned_strong, _LABELS, _tunable, ("tuning",)),
+    "tuned strong": Method(_tuned_strong, _LABELS, {TuningConfig: _names(TuningConfig)}),
 }
 """Every method by the name of its row, in the order of a table. Those that need labels have an advantage over those
 that do not, and those that need the weak model at run time cost its time in every prediction."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from . import figures
 from .files import replace_file
+from .knowledge import AFTER, BEFORE, Knowledge, markdown
 from .scores import NOTHING, Score, cell_text, column, markdown_table, mean_cost, metric_title, table
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from .comparison import Comparison
 
 logger = logging.getLogger(__name__)
@@ -119,6 +124,40 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
         logger.info("%s is replaced.", path)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
+
+
+def write_analysis(
+    directory: str | os.PathLike, found: Knowledge, dataset: Dataset, *, title: str, image_column: str | None = None
+) -> Path:
+    """Writes `report.md`, `analysis.json` (every class) and `figures/`. Files are replaced one by one, atomically.
+
+    Args:
+        directory (`str` or `os.PathLike`): made if need be.
+        found (`Knowledge`): of `analyse` on `dataset`.
+        dataset (`datasets.Dataset`): the images, for the examples.
+        title (`str`): heading.
+        image_column (`str`, *optional*): guessed when omitted.
+
+    Returns:
+        `Path`: of `report.md`.
+    """
+    directory = Path(directory)
+    folder = directory / "figures"
+    drawn = [figures.shift_figure(found, folder / "shifts.png")]
+    if found.labels is not None:
+        pair, title_ = (found.logits[BEFORE], found.logits[AFTER]), "With the adapter, against zero-shot"
+        path = folder / "confusions.png"
+        drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, title=title_))
+        series, path = dict(found.logits), folder / "reliability.png"
+        if found.temperature is not None:
+            series[f"{AFTER}, temperature {found.temperature:.2f}"] = found.logits[AFTER] / found.temperature
+        title_ = "How far confidence can be believed"
+        drawn.append(figures.reliability_figure(series, found.labels, path, title=title_))
+    drawn += figures.example_figures(found, dataset, folder, image_column)
+    values = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(directory / "analysis.json", lambda path: path.write_text(values, encoding="utf-8"))
+    sections = [Section("Figures", figures=drawn)] if any(drawn) else []
+    return write_report(directory, sections, title=title, intro=markdown(found))
 
 
 def _link(figure: Path, directory: Path) -> str:

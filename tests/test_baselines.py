@@ -13,7 +13,7 @@ from hf_transmiter import sandbox
 from hf_transmiter.attaching import TOKEN_RIDGE, reattach_prompt, solve_token_map, why_not_reattached
 from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.baselines import (
-    carry_context,
+    carried_contexts,
     emulated_fine_tuning,
     linear_head,
     logit_ensemble,
@@ -197,7 +197,7 @@ def test_what_is_not_reattached(model_dir, wide):
 @pytest.mark.parametrize("learner", CONTEXTS)
 def test_the_context_goes_through_the_planted_map(model_dir, wide, learner):
     tuned = prompted(model_dir("clip"), LEARNERS[learner])
-    start = carry_context(tuned, wide)
+    start = carried_contexts(tuned, wide)[0]
     tables = [prompt_layer(model).get_base_layer().weight for model in (tuned.model, start.model)]
     assert torch.allclose(tables[1], tables[0] @ wide.planted, atol=1e-4)
     assert torch.allclose(context(start), context(tuned) @ solve_token_map(*tables, TOKEN_RIDGE), atol=1e-5)
@@ -213,7 +213,7 @@ def test_the_context_goes_through_the_planted_map(model_dir, wide, learner):
 def test_with_other_words_the_phrase_is_written_anew(model_dir):
     tuned = prompted(model_dir("clip"), LEARNERS["coop"])
     strong = DualEncoder.from_pretrained(model_dir("siglip"))
-    start = carry_context(tuned, strong)
+    start = carried_contexts(tuned, strong)[0]
     assert torch.allclose(start.embed_names(NAMES, ("{}.",)), strong.embed_names(NAMES), atol=1e-5)
     ids = phrase_token_ids(strong.processor.tokenizer, PHRASE)
     assert prompt_layer(start.model).active_config.init_token_ids == ids
@@ -227,7 +227,7 @@ def test_what_cannot_be_carried(model_dir):
         reason = why_no_prompt_transfer(tuned, plain)
         assert reason.endswith(f"the tuned model has a {LEARNERS[learner].peft_type.value} adapter")
         with pytest.raises(ValueError, match="no prompt transfer: it is for contexts of CoOp or KgCoOp"):
-            carry_context(tuned, plain)
+            carried_contexts(tuned, plain)[0]
     lora = DualEncoder.from_pretrained(model_dir("clip"))
     inject(lora.model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert "no prompt learner" in why_no_prompt_transfer(lora, plain)
@@ -256,7 +256,7 @@ def test_prompt_transfer_learns_the_context_and_nothing_else(model_dir, wide, le
         said = wide.logits(x, encoder.embed_names(NAMES, ("{}.",))).log_softmax(1)
         return float(kl_div(said, target, reduction="batchmean"))
 
-    assert kl(found[0]) < kl(carry_context(tuned, wide)) - 0.02
+    assert kl(found[0]) < kl(carried_contexts(tuned, wide)[0]) - 0.02
     assert kl(found[0]) < kl(wide) - 0.02
     after = found[0].model.state_dict()
     table = "text_model.embeddings.token_embedding."  # PEFT renames what it wraps
@@ -275,7 +275,7 @@ def test_of_two_starts_the_lower_loss_is_kept(model_dir, wide):
     torch.manual_seed(0)
     tuned, x = prompted(model_dir("clip"), LEARNERS["coop"]), normalize(torch.randn(40, 24), dim=-1)
     config = FitConfig(epochs=2, batch_size=20, lr=1e-3, weight_decay=0.0)
-    mapped = carry_context(tuned, wide)
+    mapped = carried_contexts(tuned, wide)[0]
     layer = prompt_layer(mapped.model)
     phrase = layer.get_base_layer().weight[layer.active_config.learned_ids]
     answers = {"mapped": mapped.embed_names(NAMES, ("{}.",)), "written": wide.embed_names(NAMES)}
@@ -310,7 +310,7 @@ def test_prompt_transfer_on_the_sandbox():
     learnt, held_out = slice(0, 300), slice(300, None)
     fit = FitConfig(epochs=12, batch_size=32, lr=1e-2, weight_decay=0.0)
     moved = prompt_transfer(tuned.encoder, strong, x[learnt], said[learnt].softmax(1), names, fit, progress=False)
-    start = carry_context(tuned.encoder, strong)
+    start = carried_contexts(tuned.encoder, strong)[0]
     texts = {"zero-shot": strong.embed_names(names)}
     texts |= {name: e.embed_names(names, ("{}.",)) for name, e in (("start", start), ("moved", moved))}
     z = {name: strong.logits(x[held_out], text) for name, text in texts.items()}

@@ -152,8 +152,8 @@ def test_a_larger_grid_adds_cells(content, finished, tmp_path):
     larger = {**content, "seeds": [1, 2, 3]}
     assert run(larger, output).made == 1
     assert {name: (output / "cells" / name).read_text() for name in before} == before
-    # Another row, and another name for one: cells are made again, nothing is tuned again, and the rest stays the same.
-    rows = ["zero-shot strong", {"method": "EFT", "name": "emulated"}, "bridge from task images", "logit ensemble"]
+    # Another row, and another name for one: nothing is tuned again, and what was measured stays.
+    rows = ["zero-shot strong", {"EFT": {}, "name": "emulated"}, "bridge from task images", "logit ensemble"]
     wider = {**content, "variants": rows}
     assert run(wider, output).made == 2
     narrow = list(cells(BenchConfig.from_dict(content)))
@@ -383,11 +383,7 @@ def test_a_strong_model_that_cannot_be_tuned_alike(content, tmp_path):
     """Its row says why and costs no other; with settings of its own it has a number."""
     tiny_models.save("vision-text-dual-encoder", tmp_path / "strong", 1)
     weak = content["models"][0]["weak"]
-    own = {
-        "method": "tuned strong",
-        "name": "head",
-        "tuning": {"method": "lora", "epochs": 1, "target_modules": "visual_projection"},
-    }
+    own = {"tuned strong": {"method": "lora", "epochs": 1, "target_modules": "visual_projection"}, "name": "head"}
     other = {
         **content,
         "models": [{"weak": weak, "strong": str(tmp_path / "strong")}],

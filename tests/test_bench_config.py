@@ -81,9 +81,10 @@ def test_defaults_are_those_of_the_papers():
     found = config()
     assert found.protocol == "base-to-base" and found.shots == (16,) and found.seeds == (1, 2, 3)
     rows = [variant.method for variant in found.variants]
-    assert set(METHODS) - set(rows) == {name for name, m in METHODS.items() if not m.default} | {"given bridge"}
-    assert [spec.name for spec in found.datasets] == ["dtd", "eurosat"]
-    assert config(train_on="imagenet").train_on.name == "imagenet"
+    assert set(METHODS) - set(rows) == {"given bridge"}
+    assert found.encoders() == ("sandbox:weak", "sandbox:strong")
+    assert [spec.name for spec in found.specs()] == ["dtd", "eurosat"]
+    assert config(train_on="imagenet").specs()[-1].name == "imagenet"
 
 
 def test_overrides():
@@ -140,8 +141,8 @@ def test_reading_a_file(tmp_path, monkeypatch):
         ({"tunings": [{"method": "coop", "per_dataset": {"dtd": {"lr": -1, "rat": 1}}}]}, "'rat'"),
         ({"tunings": ["coop"]}, "a tuning is a mapping such as"),
         ({"variants": ["ETF"]}, "there is no method 'ETF'; did you mean 'EFT'"),
-        ({"variants": ["EFT", {"method": "refit", "name": "EFT"}]}, "variants has EFT twice"),
-        ({"variants": [{"method": "refit", "betta": 1}]}, "'betta'"),
+        ({"variants": ["EFT", {"refit": {}, "name": "EFT"}]}, "variants has 'EFT' twice"),
+        ({"variants": [{"refit": {"betta": 1}}]}, "'betta'"),
         ({"allow_fewer": "no"}, "allow_fewer must be true or false, got 'no'"),
         ({"title": 5}, "title must be a text, got 5"),
         ({"general": ["a"]}, "general must be a text"),

@@ -34,11 +34,11 @@ variants:
   - zero-shot strong
   - tuned weak
   - EFT
-  - {method: "TransMiter (gradient)", name: TransMiter, extraction: {basis: fixed, epochs: 3}}
+  - {TransMiter: {basis: fixed, epochs: 3}, name: TransMiter}
   - bridge from text
   - refit
   - linear probe
-  - TransMiter+ from refit
+  - label tuning
 """
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],

@@ -16,7 +16,7 @@ CONFIG = {
     "datasets": ["dtd", "eurosat"],
     "tunings": [{"name": "PromptSRC", "method": "promptsrc"}],
     "seeds": [1, 2],
-    "variants": ["zero-shot strong", "EFT", {"method": "refit", "name": "mine | yours"}],
+    "variants": ["zero-shot strong", "EFT", {"refit": {}, "name": "mine | yours"}],
 }
 NEEDS = {"labels": False, "task_images": False, "backprop": False, "weak_at_run_time": False}
 
@@ -186,7 +186,7 @@ def halves_by_name(cell, name) -> dict:
 def test_figures(tmp_path):
     variants = [
         *("zero-shot strong", "tuned weak"),
-        *({"method": "refit", "name": f"{n} images", "transfer": {"carried_images": n}} for n in (1, 4, 16)),
+        *({"refit": {"carried_images": n}, "name": f"{n} images"} for n in (1, 4, 16)),
     ]
     found = config(protocol="base-to-novel", variants=variants, sweep="transfer.carried_images")
     (tmp_path / "figures").mkdir()

@@ -11,6 +11,7 @@ from hf_transmiter.cli import app
 from hf_transmiter.cli_compare import _few_shot, _judge, _rows
 from hf_transmiter.cli_options import DataOptions, Result
 from hf_transmiter.comparison import Comparison
+from hf_transmiter.methods import METHODS
 from hf_transmiter.scores import Score
 
 
@@ -63,14 +64,15 @@ def test_a_folder_with_labels(command, out):
     header, _, *table = [line for line in result.stdout.splitlines() if line.startswith("|")]
     assert header.startswith("| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop")
     assert [line.split(" | ")[0].strip("| ") for line in table] == list(ROWS)
-    assert "Recommended: refit, since prompts or class vectors were tuned" in result.stdout
+    assert result.stdout.startswith("Recommended: refit, since prompts or class vectors were tuned")
     assert "3 of 3 classes have fewer than 8 labelled pictures, first 'car'" in result.stderr  # they have 6
     report = (out / "report" / "report.md").read_text()
-    assert result.stdout.split("\n\n")[0] in report and str(out) not in report
+    assert result.stdout.strip() in report and str(out) not in report
     for name in ("methods", "reliability"):
         assert f"figures/{name}.png" in report and (out / "report" / "figures" / f"{name}.png").is_file()
-    scores = json.loads((out / "report" / "scores.json").read_text())
-    assert {score["metric"] for score in scores} == {"accuracy", "ece"}
+    found = json.loads((out / "report" / "comparison.json").read_text())
+    assert found["recommended"] == "refit" and [row["name"] for row in found["rows"]] == list(ROWS)
+    assert all(set(row["scores"]) == {"accuracy", "ece"} and row["needs"] for row in found["rows"])
     assert "--overwrite" in run(*command, *data, "--output-dir", out / "report", "--quiet", code=1).stderr
 
 
@@ -79,14 +81,15 @@ def test_a_folder_without_labels(command, out):
     data = ("--dataset", out / "plain", "--unlabelled", out / "plain", "--json", "--quiet")
     folder = ("--output-dir", out / "agreement")
     found = json.loads(run(*command, *data, *rows("tuned weak", "refit", "linear probe"), *folder).stdout)
-    assert [score["method"] for score in found["scores"]] == ["tuned weak"] * 3 + ["refit"] * 3
-    values = {(score["method"], score["metric"]): score["value"] for score in found["scores"]}
-    assert values["tuned weak", "agreement"] == 100 and 0 <= values["refit", "agreement"] <= 100
-    assert {metric for _, metric in values} == {"agreement", "confidence", "calibration gap"}
-    assert found["needs"]["refit"] == {
+    assert next(iter(found)) == "recommended" and found["verdict"] == ""
+    assert [row["name"] for row in found["rows"]] == ["tuned weak", "refit"]
+    tuned, refit = found["rows"]
+    assert set(tuned["scores"]) == {"agreement", "confidence", "calibration gap"} == set(refit["scores"])
+    assert tuned["scores"]["agreement"] == 100 and 0 <= refit["scores"]["agreement"] <= 100
+    assert refit["needs"] == {
         "labels": False, "task_images": True, "backprop": False, "weak_at_run_time": False,
     }  # fmt: skip
-    assert found["sizes"]["refit"] == 4 * (2 * 3 * 16 + 3)  # class vectors, zero-shot ones and the bias
+    assert refit["bytes"] == 4 * (2 * 3 * 16 + 3)  # class vectors, zero-shot ones and the bias
     assert found["skipped"] == {"linear probe": "it needs labelled images: pass `labelled`"}
     assert "agreement" in (out / "agreement" / "report.md").read_text()
     assert not (out / "agreement" / "figures" / "reliability.png").exists()
@@ -98,7 +101,7 @@ def test_the_gate(command, out):
     data = ("--dataset", out / "photos", *rows("EFT"), "--json", "--quiet", "--gate", "EFT")
     failed = run(*command, *data, "--min-gain", "100.5", code=1)
     found = json.loads(failed.stdout)  # the result is there all the same
-    values = {score["method"]: score["value"] for score in found["scores"] if score["metric"] == "accuracy"}
+    values = {row["name"]: row["scores"]["accuracy"] for row in found["rows"]}
     assert found["gate"] == {
         "method": "EFT",
         "gain": pytest.approx(values["EFT"] - values["zero-shot strong"]),
@@ -122,10 +125,10 @@ def test_the_gate_needs_something_to_look_at():
     assert "no row 'refit' (it failed: broken)" in judged("refit", skipped={"refit": "it failed: broken"}).failed
     assert judged("zero-shot strong").data["gate"]["passed"]  # no gain is asked for
     names = [row.name for row in _rows(["EFT"], 1.0, "refit")]
-    assert names == ["EFT", "refit", "zero-shot strong"]
-    assert _rows(None, 1.0, "refit") is None  # runs anyway
-    more = [row.name for row in _rows(None, 1.0, "ridge, bridge from text")]
-    assert "refit" in more and more[-1] == "ridge, bridge from text"
+    assert names == ["EFT", "zero-shot strong", "refit"]
+    assert [row.name for row in _rows(None, 1.0, "refit")] == list(METHODS)  # runs anyway
+    more = [row.name for row in _rows(None, 1.0, "refit: {solver: ridge}")]
+    assert more == [*METHODS, "refit (solver: ridge)"]
 
 
 def test_labelled_pictures(make_dataset, caplog):

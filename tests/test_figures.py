@@ -18,13 +18,32 @@ from hf_transmiter.figures import (
     confusion_difference,
     corrected_first,
     curves,
+    example_figures,
     picture_grid,
+    reliability_figure,
+    shift_figure,
 )
+from hf_transmiter.knowledge import AFTER, BEFORE, COSINE, TUNED, compare_logits
+from hf_transmiter.reliability import expected_calibration_error
 from hf_transmiter.report import Section, write_report
 
 
 def one_hot(predicted, classes):
     return torch.nn.functional.one_hot(torch.tensor(predicted), classes).float()
+
+
+def found(classes: int, images: int = 60, labelled: bool = True, tuned: bool = False):
+    generator = torch.Generator().manual_seed(0)
+    logits = {BEFORE: 2 * torch.randn(images, classes, generator=generator)}
+    logits[AFTER] = logits[BEFORE] + torch.randn(images, classes, generator=generator)
+    if tuned:
+        logits[TUNED] = logits[AFTER] + torch.randn(images, classes, generator=generator)
+    labels = torch.arange(images) % classes if labelled else None
+    names = [f"a class with a rather long name, number {c}" if c == 1 else f"class {c}" for c in range(classes)]
+    near = [{"towards": ((f"near {c}", 0.5), ("$ & co", 0.25)), "away": (("far", -0.1),)} for c in range(classes)]
+    made = compare_logits(logits, names, labels, near)
+    made.measure = COSINE
+    return made
 
 
 @pytest.fixture
@@ -38,6 +57,22 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(figures, "_save", keep)
     return kept
+
+
+def ticks(axes) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def names(axes) -> list[str]:
+    return [label.get_text() for label in axes.get_xticklabels()]
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def row(method, old, upgraded, retrained, harmonic):
+    return SimpleNamespace(method=method, old=old, upgraded=upgraded, retrained=retrained, harmonic=harmonic)
 
 
 def check_png(path, width, height):
@@ -231,38 +266,44 @@ def test_picture_grid_shows_every_picture_with_its_caption(tmp_path, drawn):
             picture_grid(wrong, captions, path, title="t")
 
 
-def test_without_matplotlib_figures_are_left_out_with_one_line(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    figures._say_missing.cache_clear()
-    logits = torch.eye(3)
-    image = Image.new("RGB", (8, 8))
-    with caplog.at_level(logging.INFO, "hf_transmiter"):
-        made = [
-            bars({"a": [1.0]}, tmp_path / "a.png", title="t"),
-            curves({"a": [(1, 1.0)]}, tmp_path / "b.png", title="t", xlabel="x"),
-            confusion_change(logits, logits, torch.arange(3), "abc", tmp_path / "c.png", title="t"),
-            picture_grid([image], ["c"], tmp_path / "d.png", title="t"),
-        ]
-    assert made == [None] * 4 and not list(tmp_path.iterdir())
-    assert [record.message for record in caplog.records if "hf-transmiter[plots]" in record.message] == [
-        caplog.records[0].message
-    ] and len(caplog.records) == 1
-    assert "# Report" in write_report(tmp_path, [Section("s", figures=made)], title="Report").read_text()
-    # The module itself loads without it.
-    assert "bars" in runpy.run_path(figures.__file__)
-    figures._say_missing.cache_clear()
+def test_shifts_show_the_classes_that_changed_most(tmp_path, drawn):
+    many = found(40, labelled=False)
+    assert shift_figure(many, tmp_path / "many.png") == tmp_path / "many.png"
+    (axes,) = drawn[0].axes
+    ranked = sorted(many.classes, key=lambda change: -change.probability_shift)
+    rows = [*ranked[:12], *ranked[-12:]]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([change.probability_shift for change in rows])
+    assert [tick.rstrip("…") for tick in ticks(axes)] == [change.name[:23] for change in rows]
+    assert axes.texts[0].get_text() == f"+{rows[0].probability_shift:.1f}"
+    assert [text.get_window_extent().x1 <= drawn[0].bbox.x1 for text in axes.texts]
 
 
-def row(method, old, upgraded, retrained, harmonic):
-    return SimpleNamespace(method=method, old=old, upgraded=upgraded, retrained=retrained, harmonic=harmonic)
+def test_reliability_has_a_line_per_classifier(tmp_path, drawn):
+    made = found(4, 400, tuned=True)
+    reliability_figure(made.logits, made.labels, tmp_path / "reliability.png", title="sure?", bins=5)
+    top, bottom = drawn[0].axes
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    errors = {name: expected_calibration_error(z, made.labels, 5) for name, z in made.logits.items()}
+    assert names == [f"{name} (calibration error {error:.1f} %)" for name, error in errors.items()]
+    diagonal, *lines = top.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) and len(lines) == 3
+    for stairs in bottom.patches:
+        assert sum(stairs.get_data().values) == pytest.approx(100)
+    with pytest.raises(ValueError, match="no classifier"):
+        reliability_figure({}, made.labels, tmp_path / "none.png", title="")
 
 
-def ticks(axes) -> list[str]:
-    return [label.get_text() for label in axes.get_xticklabels()]
-
-
-def legend(figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+def test_examples_are_the_surest_of_those_corrected_and_broken(tmp_path, drawn, make_dataset):
+    images, made = make_dataset(24), found(3, 24)
+    folder = tmp_path / "figures"
+    assert example_figures(made, images, folder) == [folder / "corrected.png", folder / "broken.png"]
+    was, now = (made.logits[name].argmax(1) for name in (BEFORE, AFTER))
+    right = (now == made.labels) & (was != made.labels)
+    sure = made.logits[AFTER].softmax(1).max(1).values.where(right, torch.tensor(0.0))
+    first, caption = int(sure.argmax()), drawn[0].axes[0].texts[0].get_text().replace("\n", " ")
+    assert caption.endswith(f"{100 * float(sure.max()):.0f}\u00a0%") and "→" in caption
+    assert np.array_equal(drawn[0].axes[0].images[0].get_array(), np.asarray(images[first]["image"]))
+    assert example_figures(found(3, 24, labelled=False), images, folder) == [folder / "changed.png"]
 
 
 def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn):
@@ -280,7 +321,7 @@ def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn)
     assert diamonds.get_offsets()[:, 1].tolist() == [67.5, 31.5]
     (refused,) = axes.texts
     assert refused.get_text() == "refused" and refused.get_position()[0] == 1
-    assert ticks(axes) == ["ContCoOp\n67.5 ± 0.7", "MaPLe", "IVLP\n31.5"]
+    assert names(axes) == ["ContCoOp\n67.5 ± 0.7", "MaPLe", "IVLP\n31.5"]
     assert {"zero-shot old (55.0)", "zero-shot upgraded (60.0)", "old model", "re-trained"} < set(legend(drawn[0]))
     # Every bar stands beside, not on, its neighbours.
     spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
@@ -308,3 +349,25 @@ def test_compatibility_refuses_what_it_cannot_draw(tmp_path):
         with pytest.raises(ValueError, match=message):
             compatibility_figure(rows, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_figures_are_left_out_with_one_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    figures._say_missing.cache_clear()
+    logits = torch.eye(3)
+    image = Image.new("RGB", (8, 8))
+    with caplog.at_level(logging.INFO, "hf_transmiter"):
+        made = [
+            bars({"a": [1.0]}, tmp_path / "a.png", title="t"),
+            curves({"a": [(1, 1.0)]}, tmp_path / "b.png", title="t", xlabel="x"),
+            confusion_change(logits, logits, torch.arange(3), "abc", tmp_path / "c.png", title="t"),
+            picture_grid([image], ["c"], tmp_path / "d.png", title="t"),
+        ]
+    assert made == [None] * 4 and not list(tmp_path.iterdir())
+    assert [record.message for record in caplog.records if "hf-transmiter[plots]" in record.message] == [
+        caplog.records[0].message
+    ] and len(caplog.records) == 1
+    assert "# Report" in write_report(tmp_path, [Section("s", figures=made)], title="Report").read_text()
+    # The module itself loads without it.
+    assert "bars" in runpy.run_module(figures.__name__)
+    figures._say_missing.cache_clear()

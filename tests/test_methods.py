@@ -13,7 +13,7 @@ from hf_transmiter.backbone import DualEncoder
 from hf_transmiter.baselines import linear_head
 from hf_transmiter.bridge import Bridge
 from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.comparison_task import Answer, Task, stored_bytes
+from hf_transmiter.comparison_task import Answer, Impossible, Task, stored_bytes
 from hf_transmiter.extraction import extract
 from hf_transmiter.label_tuning import label_tune
 from hf_transmiter.methods import METHODS, Needs, Variant
@@ -52,11 +52,12 @@ def task(models, sets):
     return Task(*models, names=NAMES, **sets, **own, gradient=gradient, seen_classes=("cat", "car"), options=options)
 
 
+def made(task, row, **settings):
+    return METHODS[row].run(task, Variant(row, settings))
+
+
 def logits(task, row, **settings):
-    variant = Variant(row, **settings)
-    reason = METHODS[row].possible(task)
-    assert reason is None, reason
-    return task.answer(METHODS[row].run(task, variant)).logits
+    return task.answer(made(task, row, **settings)).logits
 
 
 def same(a, b):
@@ -65,48 +66,62 @@ def same(a, b):
 
 def test_settings_are_checked_when_a_row_is_written():
     for wrong, message in (
-        ({"method": "refitt"}, "no method 'refitt'; did you mean 'refit'"),
-        ({"method": "refit", "extracton": {}}, "no setting 'extracton'; did you mean 'extraction'"),
-        ({"name": "mine"}, "settings with a 'method'"),
-        (["refit"], "settings with a 'method'"),
-        ({"method": "refit", "transfer": {"shrinkge": 1}}, "transfer of the row 'refit' has no setting 'shrinkge'; "),
-        ({"method": "refit", "transfer": {"refit": False}}, "'refit' is not a setting, it is what makes the method"),
-        ({"method": "refit", "extraction": {"solver": "ridge"}}, "'solver' is not a setting"),
-        ({"method": "refit", "extraction": 3}, "must hold settings by name, got 3"),
-        ({"method": "EFT", "transfer": {"beta": 1.0}}, "'EFT' has no settings of 'transfer'; it takes none"),
-        ({"method": "refit", "anchors": {"seed": 1}}, "of 'anchors'; it takes extraction, transfer"),
-        ({"method": "TransMiter (gradient)", "extraction": {"epochs": "many"}}, "epochs must be int, got 'many'"),
-        ({"method": "TransMiter (gradient)", "extraction": {"epochs": True}}, "epochs must be int, got True"),
-        ({"method": "TransMiter (gradient)", "transfer": {"beta": "much"}}, "beta must be float, got 'much'"),
-        ({"method": "TransMiter (gradient)", "anchors": {"strategy": "best"}}, "strategy must be one of random, "),
-        ({"method": "TransMiter (gradient)", "anchors": {"num_anchors": 5, "num_auxiliary": 2}}, "not both"),
-        ({"method": "tuned strong", "tuning": {"method": "magic"}}, "tuning of the row 'tuned strong': method must"),
+        ("refitt", "no method 'refitt'; did you mean 'refit'"),
+        ({"refit": {}, "naem": "mine"}, "a row is the name of a method or {method: {setting: value}}, with a name"),
+        ({"name": "mine"}, "a row is the name of a method"),
+        (["refit"], "a row is the name of a method"),
+        (None, "a row is the name of a method"),
+        ("refit: {", "a row is the name of a method"),
+        ({"refit": {"shrinkge": 1}}, "the row 'refit' has no setting 'shrinkge'; did you mean 'shrinkage'"),
+        ({"refit": {"refit": False}}, "the row 'refit' has no setting 'refit'"),
+        ({"refit": {"solver": "gradient"}}, "the row 'refit': solver must be one of discriminant, ridge"),
+        ({"refit": {"solver": "discriminant", "lambdas": [1]}}, "lambdas is read by the solver 'ridge' alone"),
+        ({"bridge from text": {"solver": "ridge", "shrinkage": 1}}, "shrinkage is read by the solver 'discriminant'"),
+        ({"refit": 3}, "the row 'refit' must hold settings by name, got 3"),
+        ({"EFT": {"beta": 1.0}}, "the row 'EFT' has no setting 'beta'; there are average"),
+        ({"linear probe": {"beta": 1.0}}, "the row 'linear probe' has no setting 'beta'; it takes none"),
+        ({"refit": {"strategy": "all"}}, "the row 'refit' has no setting 'strategy'"),
+        ({"bridge from text": {"space": "logit"}}, "the row 'bridge from text' has no setting 'space'"),
+        ({"TransMiter": {"epochs": "many"}}, "the row 'TransMiter': epochs must be int, got 'many'"),
+        ({"TransMiter": {"epochs": True}}, "epochs must be int, got True"),
+        ({"TransMiter": {"beta": "much"}}, "beta must be float, got 'much'"),
+        ({"TransMiter": {"strategy": "best"}}, "strategy must be one of random, "),
+        ({"TransMiter": {"images": "test"}}, "images must be one of unlabelled, general"),
+        ({"TransMiter": {"num_anchors": 5, "num_auxiliary": 2}}, "not both"),
+        ({"label tuning": {"start": "EFT"}}, "start must be one of refit, TransMiter, class vectors, untrained"),
+        ({"tuned strong": {"method": "magic"}}, "the row 'tuned strong': method must"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             Variant.of(wrong)
 
 
 def test_rows_are_read_as_people_write_them():
-    row = Variant.of({"method": "ridge, refit", "name": "mine", "extraction": {"lambdas": [1, 2]}})
-    assert row.name == "mine" and row.extraction == {"lambdas": (1, 2)}
-    assert Variant.of(row) is row and Variant.of("EFT") == Variant("EFT", "EFT")
-    row = Variant("TransMiter (gradient)", extraction={"lr": "1e-3", "width": None}, transfer={"beta": math.inf})
-    assert row.extraction == {"lr": 1e-3, "width": None} and row.transfer == {"beta": math.inf}
-    assert replace(row, name="other").transfer == row.transfer
+    row = Variant.of({"refit": {"solver": "ridge", "lambdas": [1, 2]}, "name": "mine"})
+    assert row == Variant("refit", {"solver": "ridge", "lambdas": (1, 2)}, "mine")
+    assert Variant.of(row) is row and Variant.of("EFT") == Variant("EFT") and Variant("EFT").name == "EFT"
+    assert Variant.of({"EFT": None, "name": "emulated"}) == Variant("EFT", name="emulated")
+    # As on the command line; a row without a name of its own is told by its settings.
+    row = Variant.of("refit: {solver: ridge, zero_shot_weight: 1e-3}")
+    assert row.settings == {"solver": "ridge", "zero_shot_weight": 1e-3}
+    assert row.name == "refit (solver: ridge, zero_shot_weight: 0.001)"
+    row = Variant("TransMiter", {"lr": "1e-3", "width": None, "beta": math.inf})
+    assert row.of_step(ExtractionConfig) == {"lr": 1e-3, "width": None}
+    assert row.of_step(TransferConfig) == {"beta": math.inf}
+    assert replace(row, name="other").settings == row.settings
     tuning = {"method": "coop", "adapter": {"position": "middle"}, "epochs": 3}
-    assert TuningConfig(**Variant("tuned strong", tuning=tuning).tuning).adapter_options == {"position": "middle"}
+    assert TuningConfig(**Variant("tuned strong", tuning).settings).adapter_options == {"position": "middle"}
 
 
-def test_needs_and_defaults_of_the_table():
+def test_needs_of_the_table():
     free = [row for row, method in METHODS.items() if method.needs == Needs()]
     assert "bridge from text" in free and "zero-shot strong" in free and "refit" not in free
-    assert all(method.needs.labels == ("labelled" in str(row) or row in {
-        "linear probe", "tuned strong", "TransMiter+ from identity", "TransMiter+ from zero-shot",
-        "TransMiter+ from gradient transfer", "TransMiter+ from refit",
-    }) for row, method in METHODS.items())  # fmt: skip
+    labelled = {row for row, method in METHODS.items() if method.needs.labels}
+    assert labelled == {"linear probe", "tuned strong", "label tuning"}
     assert {row for row, method in METHODS.items() if method.needs.weak_at_run_time} == {
-        "zero-shot weak", "tuned weak", "EFT", "EFT averaged with tuned weak", "logit ensemble",
+        "zero-shot weak", "tuned weak", "EFT", "logit ensemble",
     }  # fmt: skip
+    starts = {start: Variant("label tuning", {"start": start}).needs for start in ("refit", "class vectors")}
+    assert starts["refit"].task_images and starts["class vectors"] == Needs(labels=True, backprop=True)
 
 
 # The published adapter
@@ -125,22 +140,21 @@ def test_an_infinite_beta_leaves_the_basis(task, models, sets):
     x = task.table(strong, "test").embeds
     with torch.no_grad():
         expected = unchanged.classify(x)
-    row = "TransMiter (gradient)"
-    same(logits(task, row, transfer={"beta": math.inf}), expected)
-    same(logits(task, row, transfer={"beta_per_image": 1e9}), expected)  # the limit
+    row = "TransMiter"
+    same(logits(task, row, beta=math.inf), expected)
+    same(logits(task, row, beta_per_image=1e9), expected)  # the limit
     assert (logits(task, row) - expected).abs().max() > 1e-2  # the published basis change does something
     # Its provenance can be written.
-    made = METHODS[row].run(task, Variant(row, transfer={"beta": math.inf}))
-    assert made.adapter_config.provenance["bridge"]["beta"] == 1e300
+    assert made(task, row, beta=math.inf).adapter_config.provenance["bridge"]["beta"] == 1e300
 
 
 def test_rows_of_the_published_ablation(task, models, sets):
-    row, alone, none, change = "TransMiter (gradient)", {"num_auxiliary": 0}, {"beta": math.inf}, {"beta": 1.0}
+    row, alone, none, change = "TransMiter", {"num_auxiliary": 0}, {"beta": math.inf}, {"beta": 1.0}
     found = {
-        "both": logits(task, row, transfer=change),
-        "auxiliary": logits(task, row, transfer=none),
-        "basis change": logits(task, row, anchors=alone, transfer=change),
-        "adapter": logits(task, row, anchors=alone, transfer=none),
+        "both": logits(task, row, **change),
+        "auxiliary": logits(task, row, **none),
+        "basis change": logits(task, row, **alone, **change),
+        "adapter": logits(task, row, **alone, **none),
     }
     differences = {(a, b): (found[a] - found[b]).abs().max() for a in found for b in found if a < b}
     assert min(differences.values()) > 1e-3, differences
@@ -154,14 +168,14 @@ def test_rows_of_the_published_ablation(task, models, sets):
 
 def test_anchors_are_chosen_as_the_row_wants(task):
     def chosen(**settings):
-        return task.anchors_for(Variant("TransMiter (gradient)", anchors=settings))
+        return task.anchors_for(Variant("TransMiter", settings).settings)
 
     assert chosen() is task.anchors and chosen(num_anchors=None) == Anchors.build(
         NAMES, vocabulary=WORDS, num_anchors=6
     )
     assert chosen(num_auxiliary=0).names == NAMES and chosen(strategy="none").names == NAMES
-    assert len(chosen(seed=1)) == len(task.anchors)  # as many as the comparison has
-    assert chosen(num_anchors=7, seed=1) == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=7, seed=1)
+    assert len(chosen(strategy="random")) == len(task.anchors)  # as many as the comparison has
+    assert chosen(num_anchors=7) == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=7)
     pool = Anchors.build(NAMES, vocabulary=WORDS, strategy="all")
     embeds = task.weak.embed_names(pool.names)
     said = task.weak.logits(task.table(task.weak, "unlabelled").embeds, embeds)
@@ -179,26 +193,57 @@ def test_anchors_are_chosen_as_the_row_wants(task):
 def test_class_vectors_over_every_bridge(task, models, sets, solver):
     weak, strong, teacher = models
     quiet = {"progress": False}
-    config = ExtractionConfig(solver=solver, shrinkage=3.0, lambdas=(1.0,))
+    own = {"shrinkage": 3.0} if solver == "discriminant" else {"lambdas": (1.0,)}
+    config = ExtractionConfig(solver=solver, **own)
     adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
-    settings = {"extraction": {"shrinkage": 3, "lambdas": [1.0]}, "transfer": {"zero_shot_weight": 0.25}}
+    settings = {"solver": solver, "zero_shot_weight": 0.25, **own}
     bridges = {
         "bridge from text": Bridge.build(weak, strong, anchors=Anchors((), WORDS)),
         "bridge from task images": Bridge.build(weak, strong, sets["unlabelled"], **quiet),
     }
-    prefix, x = "ridge, " if solver == "ridge" else "", task.table(strong, "test").embeds
+    x = task.table(strong, "test").embeds
     for row, bridge in bridges.items():
         moved = transfer(adapter, strong, bridge=bridge, config=TransferConfig(zero_shot_weight=0.25), **quiet)
         with torch.no_grad():
-            same(logits(task, prefix + row, **settings), moved.classify(x))
+            same(logits(task, row, **settings), moved.classify(x))
         given = replace(task, bridge=bridge)
         with torch.no_grad():
-            same(logits(given, prefix + "given bridge", **settings), moved.classify(x))
-    config = TransferConfig(refit=True, zero_shot_weight=0.25)
+            same(logits(given, "given bridge", **settings), moved.classify(x))
+    bridge = Bridge.build(weak, strong, sets["unlabelled"], space="logit", anchors=task.anchors, **quiet)
+    moved = transfer(adapter, strong, bridge=bridge, config=TransferConfig(zero_shot_weight=0.25), **quiet)
+    with torch.no_grad():
+        same(logits(task, "bridge from task images", space="logit", **settings), moved.classify(x))
+    with pytest.raises(Impossible, match="it needs a finished bridge: pass `bridge`"):
+        made(task, "given bridge", **settings)
+
+
+@pytest.mark.parametrize("solver", ["discriminant", "ridge"])
+def test_refits(task, models, sets, solver):
+    weak, strong, teacher = models
+    quiet, own = {"progress": False}, {} if solver == "discriminant" else {"lambdas": (1.0,)}
+    config = ExtractionConfig(solver=solver, **own)
+    adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
+    settings, x = {"zero_shot_weight": 0.25, "shrinkage": 2.0}, task.table(strong, "test").embeds
+    config = TransferConfig(refit=True, **settings)
     moved = transfer(adapter, strong, sets["unlabelled"], config=config, **quiet)
     with torch.no_grad():
-        same(logits(task, prefix + "refit", **settings), moved.classify(x))
-    assert METHODS[prefix + "given bridge"].possible(task) == "it needs a finished bridge: pass `bridge`"
+        same(logits(task, "refit", solver=solver, **own, **settings), moved.classify(x))
+    adapter.calibration = None
+    moved = transfer(adapter, strong, sets["unlabelled"], config=config, **quiet)
+    with torch.no_grad():
+        same(logits(task, "refit", solver=solver, teacher_logits=False, **own, **settings), moved.classify(x))
+
+
+def test_emulated_fine_tuning_may_be_averaged_with_the_tuned_model(task):
+    same(logits(task, "EFT", average=True), (logits(task, "EFT") + logits(task, "tuned weak")) / 2)
+
+
+def test_the_basis_change_may_be_of_other_images(task, sets, make_dataset):
+    other = replace(task, general=make_dataset(20, seed=7))
+    same(logits(replace(task, general=sets["unlabelled"]), "TransMiter", images="general"), logits(task, "TransMiter"))
+    assert (logits(other, "TransMiter", images="general") - logits(task, "TransMiter")).abs().max() > 1e-4
+    with pytest.raises(Impossible, match="it needs images of any kind: pass `general`"):
+        made(task, "TransMiter", images="general")
 
 
 def test_labels_are_matched_by_name(task, models, sets):
@@ -208,24 +253,28 @@ def test_labels_are_matched_by_name(task, models, sets):
     few = few.cast_column("label", ClassLabel(names=list(NAMES)))
     assert task.labelled_table.labels.tolist() == few["label"] == [2, 0] * 4 + [2]
     config = LabelTuningConfig(epochs=2)
-    start = METHODS["refit"].run(task, Variant("refit"))
+    start = made(task, "refit")
     tuned = label_tune(start, few, seen_classes=("cat", "car"), config=config, progress=False)
     with torch.no_grad():
         expected = tuned.classify(task.table(models[1], "test").embeds)
-    same(logits(task, "TransMiter+ from refit", label_tuning={"epochs": 2}), expected)
-    start = METHODS["TransMiter (gradient)"].run(task, Variant("TransMiter (gradient)"))
+    same(logits(task, "label tuning", epochs=2), expected)
+    start = made(task, "TransMiter")
     tuned = label_tune(start, few, seen_classes=("cat", "car"), config=config, progress=False)
     with torch.no_grad():
         expected = tuned.classify(task.table(models[1], "test").embeds)
-    same(logits(task, "TransMiter+ from gradient transfer", label_tuning={"epochs": 2}), expected)
+    same(logits(task, "label tuning", start="TransMiter", epochs=2), expected)
     # Both start from the strong model as it is.
-    for row in ("TransMiter+ from identity", "TransMiter+ from zero-shot"):
-        same(logits(task, row, label_tuning={"epochs": 0}), task.zero_shot_strong)
-        assert (logits(task, row, label_tuning={"epochs": 1}) - task.zero_shot_strong).abs().max() > 1e-4
+    for start in ("class vectors", "untrained TransMiter"):
+        same(logits(task, "label tuning", start=start, epochs=0), task.zero_shot_strong)
+        bare = replace(task, unlabelled=None)
+        found = logits(bare, "label tuning", start=start, epochs=1)
+        assert (found - task.zero_shot_strong).abs().max() > 1e-4
+    with pytest.raises(Impossible, match="it needs unlabelled images of the task"):
+        made(bare, "label tuning")
 
 
 def test_the_strong_model_is_tuned_on_all_labelled_images(task, models, sets):
-    found = METHODS["tuned strong"].run(task, Variant("tuned strong", tuning=QUICK))
+    found = made(task, "tuned strong", **QUICK)
     few = sets["labelled"].map(lambda row: {"label": 1 - row["label"]})
     few = few.cast_column("label", ClassLabel(names=["cat", "car"]))
     expected = tune(models[1], few, config=TuningConfig(shots=5, **QUICK), progress=False)
@@ -237,12 +286,12 @@ def test_the_strong_model_is_tuned_on_all_labelled_images(task, models, sets):
     # The comparison's own settings, unless the row wants another method.
     coop = {"method": "coop", "epochs": 1, "lr": 0.01, "init_phrase": "a photo of a"}
     own = replace(task, tuning=TuningConfig(**QUICK))
-    (adapter,) = own.tune_strong(Variant("tuned strong", tuning=coop)).encoder.model.peft_config.values()
+    (adapter,) = own.tune_strong(coop).encoder.model.peft_config.values()
     assert adapter.peft_type == "COOP"
-    same(own.answer(own.tune_strong(Variant("tuned strong"))).logits, task.answer(found).logits)
+    same(own.answer(own.tune_strong({})).logits, task.answer(found).logits)
     # A finished one is taken as it is.
     given = replace(task, tuned_strong=expected.encoder)
-    answer = METHODS["tuned strong"].run(given, Variant("tuned strong"))
+    answer = made(given, "tuned strong")
     same(answer.logits[:, [0, 2]], expected.classify(x).detach())
     assert answer.size == stored_bytes(expected) == stored_bytes(expected.encoder)
 
@@ -250,9 +299,9 @@ def test_the_strong_model_is_tuned_on_all_labelled_images(task, models, sets):
 def test_settings_of_its_own_need_labelled_images(task, models):
     """A finished ceiling is there, but the row wants another one."""
     given = replace(task, labelled=None, tuned_strong=models[1])
-    assert METHODS["tuned strong"].possible(given) is None
-    with pytest.raises(ValueError, match="with settings of its own it needs labelled images"):
-        METHODS["tuned strong"].run(given, Variant("tuned strong", tuning=QUICK))
+    assert made(given, "tuned strong").given
+    with pytest.raises(Impossible, match="it needs labelled images"):
+        made(given, "tuned strong", **QUICK)
 
 
 def test_a_linear_probe_leaves_classes_without_labels_alone(task, models):
@@ -271,32 +320,31 @@ def test_a_linear_probe_leaves_classes_without_labels_alone(task, models):
 
 
 def test_what_is_shared_is_made_once_and_charged_to_each(task):
-    fresh, made = replace(task), []
-    variant = Variant("TransMiter (gradient)")
+    fresh, adapters = replace(task), []
     costs = []
     for _ in range(2):
         with fresh.charged() as cost:
-            made.append(fresh.extract("gradient", variant))
+            adapters.append(fresh.extract(task.gradient, task.anchors))
         costs.append(cost["seconds"])
-    assert made[0] is made[1] and costs[1] >= 0.5 * costs[0]
-    other = fresh.extract("gradient", Variant("TransMiter (gradient)", extraction={"seed": 1}))
-    assert other is not made[0]
-    pack = fresh.extract("discriminant", variant).calibration
-    METHODS["refit without teacher logits"].run(fresh, Variant("refit without teacher logits"))
-    assert pack is not None and fresh.extract("discriminant", variant).calibration is pack
+    assert adapters[0] is adapters[1] and costs[1] >= 0.5 * costs[0]
+    other = fresh.extract(replace(task.gradient, seed=1), task.anchors)
+    assert other is not adapters[0]
+    pack = fresh.extract(ExtractionConfig()).calibration
+    made(fresh, "refit", teacher_logits=False)
+    assert pack is not None and fresh.extract(ExtractionConfig()).calibration is pack
 
 
 def test_sizes_are_those_of_what_is_saved(task, models, tmp_path):
-    for row in ("refit", "TransMiter (gradient)"):
-        made = METHODS[row].run(task, Variant(row))
-        made.save_pretrained(tmp_path / row)
+    for row in ("refit", "TransMiter"):
+        found = made(task, row)
+        found.save_pretrained(tmp_path / row)
         size = (tmp_path / row / "adapter_model.safetensors").stat().st_size
-        assert stored_bytes(made) <= size < stored_bytes(made) + 4000  # the header
+        assert stored_bytes(found) <= size < stored_bytes(found) + 4000  # the header
     whole = sum(4 * p.numel() for p in models[2].model.parameters())
     assert stored_bytes(models[2]) == whole and stored_bytes([models[2]] * 2) == 2 * whole
-    assert METHODS["EFT"].run(task, Variant("EFT")).size == whole
+    assert made(task, "EFT").size == whole
     assert stored_bytes("logits.safetensors") is None
-    assert METHODS["distilled head"].run(task, Variant("distilled head")).size == 4 * 3 * 16
+    assert made(task, "distilled head").size == 4 * 3 * 16
 
 
 def test_an_answer_stays_as_it_is(task):

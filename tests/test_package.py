@@ -32,7 +32,7 @@ ORDER = (
         "baselines",
     ),
     *("evaluation", "reliability", "comparison_task", "methods", "comparison"),
-    *("neighbours", "knowledge"),
+    "knowledge",
     "drift",
     *(
         "catalog",
@@ -56,7 +56,6 @@ ORDER = (
         "cli_bench",
         "cli_transfer",
         "cli_compare",
-        "cli_analyse",
         "cli_upgrade",
         "cli_hub",
         "cli_app",

@@ -41,7 +41,7 @@ def upgrades(task: Task, teacher: AnchorClassifier, names: list[str], seed: int)
     published = extract(task.weak, teacher, unlabelled, anchors=task.anchors, config=config, **quiet)
     plain = TransferConfig(refit=False)
     return {
-        "TransMiter (gradient)": transfer(published, task.strong, unlabelled, **quiet),
+        "TransMiter": transfer(published, task.strong, unlabelled, **quiet),
         "bridge from text": transfer(adapter, task.strong, config=plain, **quiet),
         "bridge from task images": transfer(adapter, task.strong, unlabelled, config=plain, **quiet),
         "refit": transfer(adapter, task.strong, unlabelled, **quiet),

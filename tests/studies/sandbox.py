@@ -1,6 +1,6 @@
 """Every way to upgrade on the sandbox, per task and per kind of teacher, over seeds.
 
-    python tests/studies/sandbox.py [--tasks print:lora jargon:coop ...] [--seeds 3] [--ceiling] [--novel]
+    python tests/benchmarks/sandbox.py [--tasks print:lora jargon:coop ...] [--seeds 3] [--ceiling] [--novel]
 
 Each seed draws another 16 shots per class and tunes the weak model anew. Prints mean and standard deviation, and the
 paired differences (same seed) to zero-shot strong and to the tuned weak model. `--novel` tunes on the first half of
@@ -16,7 +16,18 @@ from datasets import ClassLabel
 
 from hf_transmiter.comparison import Comparison
 from hf_transmiter.demo import Task
+from hf_transmiter.methods import METHODS
 from hf_transmiter.splits import base_novel
+
+
+ROWS = (
+    *METHODS,
+    {"EFT": {"average": True}, "name": "EFT averaged with tuned weak"},
+    {"refit": {"teacher_logits": False}, "name": "refit without the tuned model's logits"},
+    {"refit": {"solver": "ridge"}, "name": "refit after a ridge extraction"},
+    {"bridge from task images": {"space": "logit"}, "name": "bridge between logits"},
+)
+"""Those of `compare`, and settings of some."""
 
 
 class HalfSeen(Task):
@@ -65,7 +76,8 @@ def main() -> None:
         domain, method = pair.split(":")
         task = (HalfSeen if arguments.novel else Task).load(domain, arguments.strong)
         runs = [
-            task.compare(seed, method, ceiling=arguments.ceiling, progress=False)[0] for seed in range(arguments.seeds)
+            task.compare(seed, method, ceiling=arguments.ceiling, rows=ROWS, progress=False)[0]
+            for seed in range(arguments.seeds)
         ]
         metrics = ("base", "novel", "hm", "joint") if arguments.novel else ("accuracy",)
         print(

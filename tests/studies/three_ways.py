@@ -34,7 +34,7 @@ ROWS = {
     "re-attached prompt": "prompt re-attached",
     "bridge from text": "class vectors, bridge from text",
     "bridge from task images": "class vectors, bridge from task images",
-    "TransMiter (gradient)": "logits, TransMiter as published",
+    "TransMiter": "logits, TransMiter as published",
     "EFT": "logits, EFT (old models at run time)",
     "refit": "refit",
     "prompt transfer": "prompt transfer",
