@@ -15,7 +15,7 @@ import yaml
 
 from .dataset_specs import DatasetSpec, find_spec
 from .hub import public_name
-from .methods import Variant
+from .methods import METHODS, Variant
 from .protocols import ELSEWHERE, PROTOCOLS, parts
 from .settings import TuningConfig, check_choice
 from .trust import did_you_mean

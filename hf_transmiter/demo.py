@@ -83,7 +83,8 @@ class Task:
         seen, names = (tuple(images.features["label"].names) for images in (train, test))
         models = (self.weak, self.strong) if ceiling else (self.weak,)
         tuned = [tune(model, train, config=config, progress=progress) for model in models]
-        tuned = [AnchorClassifier(t.encoder, Anchors(names, (), t.anchors.templates)) for t in tuned]
+        if seen != names:
+            tuned = [AnchorClassifier(t.encoder, Anchors(names, (), t.anchors.templates)) for t in tuned]
         left_out = () if ceiling else ("tuned strong",)
         found = compare(
             self.weak,
