@@ -1,6 +1,6 @@
 """`python -m hf_transmiter`, the same as `hf-transmiter`; what `accelerate launch -m hf_transmiter COMMAND` runs."""
 
-from .cli import main
+from .cli.main import main
 
 
 if __name__ == "__main__":

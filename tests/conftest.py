@@ -34,7 +34,7 @@ import transformers.integrations.peft  # noqa: E402
 from packaging import version  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from hf_transmiter.backbone import DualEncoder  # noqa: E402
+from hf_transmiter.encoders.dual_encoder import DualEncoder  # noqa: E402
 
 
 torch.set_num_threads(1)

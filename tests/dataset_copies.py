@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pictures
 
-from hf_transmiter.dataset_specs import DatasetSpec, catalogue
+from hf_transmiter.data.catalogue import DatasetSpec, catalogue
 
 
 @cache

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from hf_transmiter.backbone import load_encoder
-from hf_transmiter.demo import SANDBOX_TUNING
-from hf_transmiter.extraction import extract
-from hf_transmiter.prompt_tuning import starting_templates, tune
+from hf_transmiter.cli.demo import SANDBOX_TUNING
+from hf_transmiter.encoders.dual_encoder import load_encoder
+from hf_transmiter.method.extract import extract
+from hf_transmiter.method.transfer import transfer
+from hf_transmiter.method.tune import starting_templates, tune
 from hf_transmiter.sandbox import load_dataset
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.transferring import transfer
 
 
 TASK = "jargon"

@@ -6,16 +6,16 @@ from peft import PeftModel
 from transformers import CLIPModel
 
 from hf_transmiter import sandbox
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.bridge import Bridge
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.demo import SANDBOX_TUNING
-from hf_transmiter.evaluation import evaluate
-from hf_transmiter.extraction import extract
-from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.cli.demo import SANDBOX_TUNING
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.evaluate import evaluate
+from hf_transmiter.method.bridge import Bridge
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.extract import extract
+from hf_transmiter.method.transfer import transfer
+from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.transferring import transfer
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import hf_transmiter
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, sandbox
-from hf_transmiter.cli import app
-from hf_transmiter.hub import model_location
+from hf_transmiter.cli.main import app
+from hf_transmiter.hub.repo import model_location
 
 
 ROOT = Path(hf_transmiter.__file__).parents[1]

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from hf_transmiter import Bridge, DualEncoder, TuningConfig, extract, push, sandbox, transfer, tune
-from hf_transmiter.hub import model_location
+from hf_transmiter.hub.repo import model_location
 
 
 BEFORE = """

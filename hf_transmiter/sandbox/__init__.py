@@ -16,8 +16,8 @@ Read `words` (what things are called), `world` (the renderer), `tokenizer`, then
 the models were made is in `tests/making/` of the source repository.
 """
 
-from hf_transmiter.sandbox.data import domains, load_dataset, model_path
-from hf_transmiter.sandbox.words import vocabulary
+from .data import domains, load_dataset, model_path
+from .words import vocabulary
 
 
 __all__ = ["domains", "load_dataset", "model_path", "vocabulary"]

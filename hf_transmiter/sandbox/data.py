@@ -8,9 +8,9 @@ from datasets import ClassLabel, Dataset, Features, Image, NamedSplit
 from datasets.fingerprint import Hasher
 from PIL import Image as PillowImage
 
-from hf_transmiter.hub import SANDBOX, model_location
-from hf_transmiter.sandbox.words import TASKS
-from hf_transmiter.sandbox.world import STYLES, render
+from ..hub.repo import SANDBOX, model_location
+from .words import TASKS
+from .world import STYLES, render
 
 
 SPLITS = ("train", "unlabelled", "validation", "test")

@@ -6,7 +6,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_transmiter.sandbox.world import IMAGE_SIZE
+from .world import IMAGE_SIZE
 
 
 CONTEXT_LENGTH = 24

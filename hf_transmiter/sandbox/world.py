@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 
-from hf_transmiter.sandbox.words import SHAPES
+from .words import SHAPES
 
 
 IMAGE_SIZE = 32

@@ -1,6 +1,6 @@
 """What a page of the app says, and what the models say themselves."""
 
-from hf_transmiter.app import TITLES, TOP_K
+from hf_transmiter.cli.app_page import TITLES, TOP_K
 
 
 def shown(page) -> dict[str, list[tuple[str, str]]]:

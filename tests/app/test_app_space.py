@@ -7,8 +7,8 @@ import demo_folder
 from reading import expected, shown, upload, wait_for
 
 import hf_transmiter
-from hf_transmiter.app import load_models
-from hf_transmiter.hub import push_folder
+from hf_transmiter.cli.app_page import load_models
+from hf_transmiter.hub.repo import push_folder
 from hf_transmiter.sandbox import load_dataset
 
 

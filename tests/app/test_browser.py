@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from reading import expected, shown, upload, wait_for
 
-from hf_transmiter.app import build_app, load_models
-from hf_transmiter.catalog import load_classifier
-from hf_transmiter.classifier import AnchorClassifier
+from hf_transmiter.cli.app_page import build_app, load_models
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.saved import load_classifier
 from hf_transmiter.sandbox import load_dataset
 
 

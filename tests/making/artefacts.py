@@ -17,23 +17,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.bridge import Bridge
-from hf_transmiter.cards import write_card
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.demo import SANDBOX_TUNING
-from hf_transmiter.evaluation import evaluate
-from hf_transmiter.extraction import extract
-from hf_transmiter.files import new_folder
-from hf_transmiter.hub import SANDBOX
-from hf_transmiter.prompt_tuning import tune
-from hf_transmiter.provenance import library_versions
+from hf_transmiter.cli.demo import SANDBOX_TUNING
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.evaluate import evaluate
+from hf_transmiter.hub.card import write_card
+from hf_transmiter.hub.files import new_folder
+from hf_transmiter.hub.provenance import library_versions
+from hf_transmiter.hub.repo import SANDBOX
+from hf_transmiter.hub.scores import THIS, Score, write_scores
+from hf_transmiter.method.bridge import Bridge
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.extract import extract
+from hf_transmiter.method.transfer import transfer
+from hf_transmiter.method.tune import tune
 from hf_transmiter.sandbox.data import load_dataset
 from hf_transmiter.sandbox.words import vocabulary
-from hf_transmiter.scores import THIS, Score, write_scores
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.transferring import transfer
 
 
 DOMAIN, METHOD = "jargon", "coop"

@@ -20,7 +20,7 @@ from huggingface_hub.utils import tqdm
 from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from hf_transmiter.hub import SANDBOX_MODELS
+from hf_transmiter.hub.repo import SANDBOX_MODELS
 from hf_transmiter.sandbox.data import domains, load_dataset, model_path
 from hf_transmiter.sandbox.words import CLASSES
 

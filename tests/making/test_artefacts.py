@@ -11,11 +11,11 @@ import typer
 from artefacts import ARTEFACTS, make_artefacts
 from huggingface_hub import ModelCard
 
-from hf_transmiter.catalog import load_classifier
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.cli import app
+from hf_transmiter.cli.main import app
+from hf_transmiter.hub.scores import read_scores
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.saved import load_classifier
 from hf_transmiter.sandbox.data import load_dataset
-from hf_transmiter.scores import read_scores
 
 
 CARDS = Path(__file__).parents[2] / "model_cards"

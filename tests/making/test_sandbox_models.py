@@ -12,7 +12,7 @@ from pretrain import RECIPES
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from hf_transmiter import sandbox
-from hf_transmiter.hub import SANDBOX_MODELS
+from hf_transmiter.hub.repo import SANDBOX_MODELS
 from hf_transmiter.sandbox.tokenizer import build_tokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny_open_clip
 from PIL import Image
 
-from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
 def pytest_collection_modifyitems(config, items):

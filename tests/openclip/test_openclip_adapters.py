@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.attaching import attach
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.drift import feature_drift
-from hf_transmiter.image_classification import TransMiterForImageClassification
-from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.drift import feature_drift
+from hf_transmiter.method.attach import attach
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.image_classifier import TransMiterForImageClassification
+from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import VISION_LINEARS, TuningConfig
 from hf_transmiter.tuners import (
     CoCoOpConfig,

@@ -8,15 +8,15 @@ import torch
 from peft import get_peft_model
 from typer.testing import CliRunner
 
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.cli import app
-from hf_transmiter.extraction import extract
-from hf_transmiter.open_clip_model import CONFIG, WEIGHTS
-from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.cli.main import app
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.encoders.open_clip import CONFIG, WEIGHTS
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.extract import extract
+from hf_transmiter.method.transfer import transfer
+from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.transferring import transfer
 from hf_transmiter.tuners import CoOpConfig, TransMiterConfig
 
 

@@ -10,11 +10,11 @@ import tiny_open_clip
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_transmiter import open_clip_model
-from hf_transmiter.backbone import DualEncoder, load_encoder
-from hf_transmiter.families import dummy_text_inputs, image_inputs
-from hf_transmiter.fingerprint import vocabulary_hash
-from hf_transmiter.open_clip_model import CONFIG, WEIGHTS, OpenClipModel, load_processor, load_tokenizer
+from hf_transmiter.encoders import open_clip as ours
+from hf_transmiter.encoders.dual_encoder import DualEncoder, load_encoder
+from hf_transmiter.encoders.families import dummy_text_inputs, image_inputs
+from hf_transmiter.encoders.identity import vocabulary_hash
+from hf_transmiter.encoders.open_clip import CONFIG, WEIGHTS, OpenClipModel, load_processor, load_tokenizer
 
 
 TEXTS = ["a photo of a cat.", "2012 Chevrolet Silverado 2500HD Regular Cab", "Été (red) bird's nest.", "dog " * 90]
@@ -78,7 +78,7 @@ def test_the_papers_architectures(architecture, tag, tmp_path, pictures, monkeyp
         asked.append((source, file))
         return tmp_path / file
 
-    monkeypatch.setattr(open_clip_model, "fetch", fetch)
+    monkeypatch.setattr(ours, "fetch", fetch)
     encoder = DualEncoder.from_pretrained(f"open_clip:{architecture}/{tag}")
     assert asked == [(repository, WEIGHTS[0])]
     images = [picture.resize((300, 260)) for picture in pictures(2)]
@@ -240,7 +240,7 @@ def test_every_entry_of_the_table_is_readable_or_refused():
     readable, refused = set(), set()
     for architecture, tag in open_clip.list_pretrained():
         try:
-            config = open_clip_model._config(open_clip_model._find(f"open_clip:{architecture}/{tag}"))
+            config = ours._config(ours._find(f"open_clip:{architecture}/{tag}"))
         except ValueError as error:
             assert "does not read texts as CLIP does" in str(error)
             refused.add(architecture)

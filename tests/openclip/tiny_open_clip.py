@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from hf_transmiter.open_clip_model import OpenClipConfig, OpenClipModel, load_tokenizer
+from hf_transmiter.encoders.open_clip import OpenClipConfig, OpenClipModel, load_tokenizer
 
 
 # The whole vocabulary of CLIP, so that its tokenizer fits; all else is small.

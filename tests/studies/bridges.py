@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, evaluate, extract, sandbox, transfer, tune
-from hf_transmiter.demo import SANDBOX_TUNING
-from hf_transmiter.moments import RANK_TOLERANCE
+from hf_transmiter.algebra import polar
+from hf_transmiter.cli.demo import SANDBOX_TUNING
+from hf_transmiter.method.moments import RANK_TOLERANCE
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.solvers import polar
 
 
 ROUTES = (

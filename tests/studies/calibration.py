@@ -18,16 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.demo import METHODS, SANDBOX_TUNING, Task
-from hf_transmiter.extraction import extract
-from hf_transmiter.features import embed_dataset
-from hf_transmiter.files import replace_file
-from hf_transmiter.prompt_tuning import tune
-from hf_transmiter.reliability import expected_calibration_error, fit_temperature
+from hf_transmiter.cli.demo import METHODS, SANDBOX_TUNING, Task
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.evaluation.reliability import expected_calibration_error, fit_temperature
+from hf_transmiter.hub.files import replace_file
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.extract import extract
+from hf_transmiter.method.teacher import teacher_logits
+from hf_transmiter.method.transfer import interpolate, transfer
+from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import ExtractionConfig, TransferConfig, TuningConfig
-from hf_transmiter.teachers import teacher_logits
-from hf_transmiter.transferring import interpolate, transfer
 
 
 SPLITS = ("unlabelled", "validation", "test")

@@ -23,16 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from hf_transmiter.baselines import emulated_fine_tuning, linear_head, logit_ensemble
-from hf_transmiter.bridge import Bridge
-from hf_transmiter.calibration import CalibrationPack
-from hf_transmiter.extraction import gradient
-from hf_transmiter.features import FeatureTable
-from hf_transmiter.fingerprint import ModelId
-from hf_transmiter.moments import CrossMoment, image_moment
+from hf_transmiter.data.embeddings import FeatureTable
+from hf_transmiter.data.splits import few_shot
+from hf_transmiter.encoders.identity import ModelId
+from hf_transmiter.evaluation.baselines import emulated_fine_tuning, linear_head, logit_ensemble
+from hf_transmiter.method.bridge import Bridge
+from hf_transmiter.method.extract import gradient
+from hf_transmiter.method.moments import CrossMoment, image_moment
+from hf_transmiter.method.stored_logits import CalibrationPack
+from hf_transmiter.method.transfer import interpolate, refit
 from hf_transmiter.settings import ExtractionConfig, FitConfig, TransferConfig
-from hf_transmiter.splits import few_shot
-from hf_transmiter.transferring import interpolate, refit
 from hf_transmiter.tuners.transmiter.layer import refine
 
 

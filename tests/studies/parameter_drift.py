@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.drift import LayerDrift
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.drift import LayerDrift
 
 
 # In this order: the first pattern that fits a parameter's name says which part of the text tower it belongs to.

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from hf_transmiter import sandbox
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.evaluation import evaluate
-from hf_transmiter.files import replace_file
-from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.evaluate import evaluate
+from hf_transmiter.hub.files import replace_file
+from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import TuningConfig
 
 

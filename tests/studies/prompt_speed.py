@@ -20,10 +20,11 @@ import time
 import torch
 from transformers import CLIPModel
 
-from hf_transmiter import prompt_tuning, sandbox
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.evaluation import measured
-from hf_transmiter.prompt_tuning import tune
+from hf_transmiter import sandbox
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.evaluate import measured
+from hf_transmiter.method import tune as tuning
+from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import TuningConfig
 from hf_transmiter.tuners import CoOpConfig, inject
 from hf_transmiter.tuners.prompts import class_vectors, phrase_token_ids, prompt_layer
@@ -77,13 +78,13 @@ def cached_features() -> None:
     config = TuningConfig(method="coop", epochs=10, lr=2e-2)
     seconds, vectors = {}, {}
     for cached in (True, False):
-        moves = prompt_tuning._moves_images
+        moves = tuning._moves_images
         if not cached:
-            prompt_tuning._moves_images = lambda tuned, config: True
+            tuning._moves_images = lambda tuned, config: True
         start = time.perf_counter()
         tuned = tune(weak, train, config=config, progress=False)
         seconds[cached] = time.perf_counter() - start
-        prompt_tuning._moves_images = moves
+        tuning._moves_images = moves
         vectors[cached] = tuned.text_embeds
     apart = (vectors[True] - vectors[False]).abs().max()
     print(

@@ -29,8 +29,8 @@ from upgrade_studies import (
 )
 
 from hf_transmiter import sandbox
-from hf_transmiter.compatibility import tune_seeds
-from hf_transmiter.drift import drift_table, feature_drift
+from hf_transmiter.evaluation.drift import drift_table, feature_drift
+from hf_transmiter.evaluation.upgrade import tune_seeds
 from hf_transmiter.settings import TuningConfig
 
 

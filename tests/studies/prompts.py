@@ -19,10 +19,10 @@ from datasets import ClassLabel
 from upgrade_studies import mean_std
 
 from hf_transmiter import sandbox
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.compatibility import UpgradeScore, score_upgrade, tune_seeds
+from hf_transmiter.data.splits import base_novel
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.upgrade import UpgradeScore, score_upgrade, tune_seeds
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.splits import base_novel
 
 
 TASKS = ("print", "night", "neon", "jargon")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from datasets import ClassLabel
 
-from hf_transmiter.comparison import Comparison
-from hf_transmiter.demo import Task
-from hf_transmiter.methods import METHODS
-from hf_transmiter.splits import base_novel
+from hf_transmiter.cli.demo import Task
+from hf_transmiter.data.splits import base_novel
+from hf_transmiter.evaluation.compare import Comparison
+from hf_transmiter.evaluation.methods import METHODS
 
 
 ROWS = (

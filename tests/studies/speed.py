@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from hf_transmiter.evaluation import measured
-from hf_transmiter.extraction import closed_form, gradient
-from hf_transmiter.features import FeatureTable
-from hf_transmiter.moments import image_moment
+from hf_transmiter.data.embeddings import FeatureTable
+from hf_transmiter.evaluation.evaluate import measured
+from hf_transmiter.method.extract import closed_form, gradient
+from hf_transmiter.method.moments import image_moment
+from hf_transmiter.method.transfer import refit
 from hf_transmiter.settings import ExtractionConfig, TransferConfig
-from hf_transmiter.transferring import refit
 
 
 class Recorded:
@@ -106,7 +106,7 @@ def forward(repeats: int) -> None:
     from peft import get_peft_model
     from transformers import CLIPConfig, CLIPModel
 
-    from hf_transmiter.families import dummy_text_inputs
+    from hf_transmiter.encoders.families import dummy_text_inputs
     from hf_transmiter.tuners import TransMiterConfig
 
     torch.manual_seed(0)

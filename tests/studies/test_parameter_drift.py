@@ -6,7 +6,7 @@ import torch
 from parameter_drift import parameter_drift
 from peft import LoraConfig, get_peft_model
 
-from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
 ENDS = ["token table", "positions", "layer 1", "layer 2", "final norm", "projection"]

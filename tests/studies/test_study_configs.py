@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_transmiter.bench_cells import cells
-from hf_transmiter.bench_config import BenchConfig
+from hf_transmiter.bench.cells import cells
+from hf_transmiter.bench.config import BenchConfig
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -3,8 +3,8 @@ import upgrade_figures
 from PIL import Image
 from upgrade_figures import context_length_figure, drift_figure, layer_study_figure
 
-from hf_transmiter import figures
-from hf_transmiter.drift import LayerDrift
+from hf_transmiter.evaluation import figures
+from hf_transmiter.evaluation.drift import LayerDrift
 
 
 PARAMETERS = [

@@ -12,12 +12,12 @@ from upgrade_studies import (
 )
 
 from hf_transmiter import sandbox
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.attaching import attach
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.compatibility import tune_seeds
-from hf_transmiter.evaluation import evaluate
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.evaluate import evaluate
+from hf_transmiter.evaluation.upgrade import tune_seeds
+from hf_transmiter.method.attach import attach
+from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.settings import TuningConfig
 from hf_transmiter.tuners.prompts import prompt_layer
 

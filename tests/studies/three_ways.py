@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.comparison import compare
-from hf_transmiter.demo import SANDBOX_TUNING, Task
-from hf_transmiter.files import replace_file
-from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.cli.demo import SANDBOX_TUNING, Task
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.compare import compare
+from hf_transmiter.hub.files import replace_file
+from hf_transmiter.method.tune import tune
 from hf_transmiter.sandbox import model_path
 from hf_transmiter.settings import METHOD_SETTINGS, ExtractionConfig, TuningConfig
 

@@ -54,9 +54,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.features import embed_dataset
-from hf_transmiter.splits import base_novel, few_shot
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.data.splits import base_novel, few_shot
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
 SIDE, FEATURES, WIDTH = 64, 1280, 192

@@ -17,13 +17,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.demo import SANDBOX_TUNING
-from hf_transmiter.features import embed_dataset
-from hf_transmiter.prompt_tuning import tune
+from hf_transmiter.algebra import standardise
+from hf_transmiter.cli.demo import SANDBOX_TUNING
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.method.tune import tune
 from hf_transmiter.sandbox import load_dataset, model_path
 from hf_transmiter.settings import TuningConfig
-from hf_transmiter.solvers import standardise
 
 
 SETTINGS = {

@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_transmiter.drift import LayerDrift
-from hf_transmiter.figures import (
-    _COLORS,
-    _MARKERS,
-    _check_series,
-    _drawn,
-    _figure,
-    _legend,
-    _save,
-    curves,
-)
+from hf_transmiter.evaluation.drift import LayerDrift
+from hf_transmiter.evaluation.figures import _COLORS, _MARKERS, _check_series, _drawn, _figure, _legend, _save, curves
 
 
 if TYPE_CHECKING:

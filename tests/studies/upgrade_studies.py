@@ -15,13 +15,13 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from hf_transmiter.anchors import PROMPTED, Anchors
-from hf_transmiter.attaching import attach, read_config
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.compatibility import UpgradeScore, score_upgrade, tune_seeds
-from hf_transmiter.evaluation import evaluate
-from hf_transmiter.image_sources import guess_columns
+from hf_transmiter.data.anchors import PROMPTED, Anchors
+from hf_transmiter.data.images import guess_columns
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.evaluate import evaluate
+from hf_transmiter.evaluation.upgrade import UpgradeScore, score_upgrade, tune_seeds
+from hf_transmiter.method.attach import attach, read_config
+from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.settings import TuningConfig
 from hf_transmiter.tuners import CoOpConfig
 from hf_transmiter.tuners.injection import inject

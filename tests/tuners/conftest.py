@@ -9,15 +9,15 @@ from contract import ask, stir
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
-from hf_transmiter import backbone
-from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.encoders import dual_encoder
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.tuners.prompts import prompt_layer, texts
 
 
 # Every new adapter looks for the tokenizer beside its model: here a thousand times in the same few folders.
 READ_ONCE = {
     (texts, "AutoTokenizer"): SimpleNamespace(from_pretrained=functools.cache(AutoTokenizer.from_pretrained)),
-    (backbone, "load_processor"): functools.cache(backbone.load_processor),
+    (dual_encoder, "load_processor"): functools.cache(dual_encoder.load_processor),
 }
 
 

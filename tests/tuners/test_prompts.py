@@ -10,7 +10,7 @@ from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.tuners import CoOpConfig, PeftType
 from hf_transmiter.tuners.prompts import phrase_token_ids
 

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from prompting import NAMES, PHRASE, close, features, parameters, stir
 from torch.nn.functional import layer_norm, linear, softmax
 
-from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.tuners import ContCoOpConfig, CoOpConfig
 from hf_transmiter.tuners.prompts import phrase_token_ids, prompt_layer
 

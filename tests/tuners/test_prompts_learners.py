@@ -9,7 +9,7 @@ from peft import get_peft_model
 from prompting import NAMES, PHRASE, close, features, parameters
 from transformers import CLIPConfig, CLIPModel
 
-from hf_transmiter.backbone import DualEncoder
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.tuners import (
     CoCoOpConfig,
     ContCoOpConfig,

@@ -10,8 +10,8 @@ from prompting import NAMES, PHRASE, close, features, inputs_of, parameters, sti
 from safetensors.torch import load_file
 from torch.nn.functional import linear, normalize, relu
 
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.families import logit_scale_and_bias
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.encoders.families import logit_scale_and_bias
 from hf_transmiter.tuners import (
     CoCoOpConfig,
     ContCoOpConfig,
@@ -22,12 +22,7 @@ from hf_transmiter.tuners import (
     PromptSRCConfig,
     set_classes,
 )
-from hf_transmiter.tuners.prompts import (
-    class_vectors,
-    image_conditioned,
-    image_conditioned_logits,
-    prompt_layer,
-)
+from hf_transmiter.tuners.prompts import class_vectors, image_conditioned, image_conditioned_logits, prompt_layer
 
 
 LEARNERS = {

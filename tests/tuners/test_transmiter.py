@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
-from hf_transmiter.anchors import Anchors
-from hf_transmiter.backbone import DualEncoder
-from hf_transmiter.bridge import Bridge
-from hf_transmiter.classifier import AnchorClassifier
-from hf_transmiter.families import image_inputs
-from hf_transmiter.fingerprint import ModelId
-from hf_transmiter.moments import CrossMoment
-from hf_transmiter.solvers import standardise
+from hf_transmiter.algebra import standardise
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.encoders.families import image_inputs
+from hf_transmiter.encoders.identity import ModelId
+from hf_transmiter.method.bridge import Bridge
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.moments import CrossMoment
 from hf_transmiter.tuners import PeftType, TransMiterConfig, register
 from hf_transmiter.tuners.transmiter.layer import TransMiterLayer, refine
 from hf_transmiter.tuners.transmiter.model import TransMiterModel

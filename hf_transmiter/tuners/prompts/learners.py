@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu, scaled_dot_product_attention
 
-from ...families import shared_width
+from ...encoders.families import shared_width
 from .config import ContCoOpConfig, IVLPConfig, MaPLeConfig, PromptConfig
 from .layer import NO_TOKENIZER, PromptLayer, layers
 from .logits import image_conditioned_logits

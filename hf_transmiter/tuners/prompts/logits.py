@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from ...families import logit_scale_and_bias, unwrap
+from ...encoders.families import logit_scale_and_bias, unwrap
 from .layer import PromptLayer
 from .texts import class_inputs, load_tokenizer
 

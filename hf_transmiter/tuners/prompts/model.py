@@ -5,8 +5,8 @@ from __future__ import annotations
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ...families import FAMILIES, is_dual_encoder, shared_width, text_positions
-from ...fingerprint import vocabulary_hash
+from ...encoders.families import FAMILIES, is_dual_encoder, shared_width, text_positions
+from ...encoders.identity import vocabulary_hash
 from .config import PromptConfig
 from .layer import PromptLayer, layers, takes_image_prompts
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer

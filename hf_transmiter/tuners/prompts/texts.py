@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ...families import SIGLIP, text_positions, tokenize
-from ...hub import model_location
-from ...open_clip_model import load_tokenizer as load_open_clip_tokenizer
+from ...encoders.families import SIGLIP, text_positions, tokenize
+from ...encoders.open_clip import load_tokenizer as load_open_clip_tokenizer
+from ...hub.repo import model_location
 from .config import check_class_names
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ...anchors import DEFAULT_TEMPLATES, Anchors
-from ...transfers import read_config
+from ...data.anchors import DEFAULT_TEMPLATES, Anchors
+from ...hub.adapter_files import read_config
 from ..registration import PeftType
 
 

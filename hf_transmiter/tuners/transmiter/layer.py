@@ -7,9 +7,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...backbone import DualEncoder
-from ...families import dummy_text_inputs, logit_scale_and_bias
-from ...solvers import check_finite, standardise
+from ...algebra import check_finite, standardise
+from ...encoders.dual_encoder import DualEncoder
+from ...encoders.families import dummy_text_inputs, logit_scale_and_bias
 from .config import TransMiterConfig
 
 

@@ -8,11 +8,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ...backbone import DualEncoder
-from ...families import is_dual_encoder, shared_width
-from ...fingerprint import ModelId
-from ...hub import model_location, public_name
-from ...solvers import check_finite, check_semi_orthogonal
+from ...algebra import check_finite, check_semi_orthogonal
+from ...encoders.dual_encoder import DualEncoder
+from ...encoders.families import is_dual_encoder, shared_width
+from ...encoders.identity import ModelId
+from ...hub.repo import model_location, public_name
 from .config import TransMiterConfig
 from .layer import TransMiterLayer
 

@@ -1,0 +1,330 @@
+"""[`write_bench_report`]: tables and figures of a bench, from its finished cells alone, so that two runs of one
+configuration write the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from ..evaluation import figures
+from ..evaluation.drift import LayerDrift, drift_table
+from ..evaluation.upgrade import ZERO_SHOT
+from ..hub.files import replace_file
+from ..hub.repo import public_name
+from ..hub.scores import NOTHING, table
+from .cells import Cell, cells, read_cell, read_failure, slug
+from .config import BenchConfig, Pair, published_table
+from .protocols import Summary, summarise
+
+
+_NEEDS = {
+    "labels": "labels",
+    "task_images": "task images",
+    "backprop": "backprop",
+    "weak_at_run_time": "weak model at run time",
+}
+_HALVES = tuple(f"{model} {metric}" for model in ("old", "upgraded") for metric in ("base", "novel", "hm"))
+_COLUMNS = ("base", "novel", "hm", "joint", "accuracy", "ece", "old", "upgraded", "h", "retrained", *_HALVES)
+_TITLES = {"hm": "HM", "h": "H (old, upgraded)", "ece": "ECE"}
+_PARTIAL = "†"
+_LOWER = ("ece",)
+"""Metrics of which less is better."""
+_MAIN = ("hm", "h", "accuracy")
+"""The metric of figures and of the first table per dataset: the first of these there is."""
+_DRIFT = (
+    "What the upgrade changed in the text tower, as it says 200 common nouns: mean distance of hidden states at the "
+    "pooled token, the same as a share of the old size, and similarity (linear CKA)."
+)
+
+
+@dataclass
+class Row:
+    """A method over all seeds and datasets of a group.
+
+    Args:
+        name (`str`): of the row.
+        measured (`dict`): scores by dataset, seed and metric.
+        needs (`str`): what it asks for.
+        reasons (`dict[str, list[str]]`): datasets by the reason why it could not be scored on them, and remarks.
+    """
+
+    name: str
+    measured: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
+    needs: str = ""
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, found: Mapping, cell: Cell) -> None:
+        """What a cell says about it."""
+        for text in filter(None, map(found.get, ("skipped", "failed", "remark"))):
+            names = self.reasons.setdefault(text, [])
+            names += [cell.spec.name] * (cell.spec.name not in names)
+        if not found.get("metrics"):
+            return
+        self.measured.setdefault(cell.spec.name, {})[cell.seed] = found["metrics"]
+        self.needs = ", ".join(text for need, text in _NEEDS.items() if (found.get("needs") or {}).get(need))
+
+    def summary(self, datasets: Iterable[str]) -> dict[str, Summary]:
+        """Averages over those of the datasets it was scored on."""
+        return summarise({name: self.measured[name] for name in datasets if name in self.measured})
+
+
+@dataclass
+class Group:
+    """What is compared in one table: the same models, tuning and shots (of an upgrade: the same models and shots)."""
+
+    pair: Pair
+    tuning: str | None
+    shots: int
+    rows: dict[str, Row] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
+    drift: list[LayerDrift] = field(default_factory=list)
+
+    def title(self, config: BenchConfig) -> str:
+        """What sets it apart from the others."""
+        words = [str(self.pair)]
+        words += [self.tuning] if self.tuning and len(config.tunings) > 1 else []
+        words += [f"{self.shots} shots"] if len(config.shots) > 1 else []
+        return ", ".join(words)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics that are shown, in their order."""
+        known = {m for row in self.rows.values() for s in row.measured.values() for found in s.values() for m in found}
+        return [m for m in _COLUMNS if m in known and not (m == "accuracy" and "joint" in known)]
+
+    @property
+    def main(self) -> str:
+        return next(metric for metric in _MAIN if metric in self.metrics)
+
+    @property
+    def main_title(self) -> str:
+        return _TITLES.get(self.main, self.main)
+
+    def whole(self, row: Row) -> bool:
+        """Whether a row was scored on all of its datasets."""
+        return all(name in row.measured for name in self.datasets)
+
+
+def gather(config: BenchConfig, output_dir: Path) -> list[Group]:
+    """Rows of all finished cells, by what is compared with each other."""
+    upgrade, groups = config.experiment == "upgrade", {}
+    for cell in cells(config):
+        content = read_cell(output_dir, cell)
+        if content is None:
+            continue
+        key = (cell.pair, None if upgrade else cell.tuning.name, cell.shots)
+        group = groups.setdefault(key, Group(*key))
+        group.datasets = tuple(dict.fromkeys((*group.datasets, cell.spec.name)))
+        group.drift = [LayerDrift(**row) for row in content.get("drift", ())]
+        for name, found in content["rows"].items():
+            group.rows.setdefault(name, Row(name)).add(found, cell)
+    return [group for group in groups.values() if any(row.measured for row in group.rows.values())]
+
+
+def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Path:
+    """Writes `report.md` and `figures/` from the finished cells of a configuration.
+
+    Returns:
+        `Path`: of `report.md`.
+
+    Raises:
+        FileNotFoundError: no cell is finished.
+    """
+    output = Path(output_dir)
+    groups = gather(config, output)
+    if not groups:
+        raise FileNotFoundError(f"there is no finished cell of this configuration in {output}: run it first.")
+    shutil.rmtree(output / "figures", ignore_errors=True)
+    parts = [f"# {config.title}", config.notes.strip(), *_progress(config, output)]
+    for number, group in enumerate(groups, 1):
+        title = group.title(config)
+        parts += [f"## {title}", *_tables(group, config)]
+        # Numbered, since what sets long titles apart may be at their end.
+        parts += _links(_draw(group, config, output / "figures" / f"{number}-{slug(title)}"))
+    parts += _links(_draw_over_shots(groups, config, output / "figures"))
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    replace_file(output / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return output / "report.md"
+
+
+def _links(drawn: Iterable[Path | None]) -> list[str]:
+    return [f"![{path.stem}](figures/{path.name})" for path in drawn if path is not None]
+
+
+def _progress(config: BenchConfig, output: Path) -> Iterator[str]:
+    every = list(cells(config))
+    missing = [cell for cell in every if read_cell(output, cell) is None]
+    yield (
+        f"{len(every) - len(missing)} of {len(every)} cells ({config.protocol}; {config.experiment}). Values in "
+        "percent: mean over seeds per dataset, then over datasets; harmonic means are of the averages; ± standard "
+        "deviation over seeds. Bold: best of the methods that need neither labels nor the weak model at run time."
+    )
+    failed = [f"- {cell}: {_one_line(message)}" for cell in missing if (message := read_failure(output, cell))]
+    if failed:
+        yield "\n".join(["Failed:", "", *failed])
+
+
+def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
+    published = published_table(config.published) if config.published else {}
+    if published and published["shots"] != group.shots:
+        yield f"Published scores are of {published['shots']} shots, and left out here."
+        published = {}
+    yield _averages(group, config, published.get("average", {}))
+    if published:
+        known = [name for name in published["datasets"] if name in group.datasets]
+        yield (
+            f"Published: {published['title']} ({published['source']}), average of {len(published['datasets'])} "
+            f"datasets. What was measured here goes over {len(group.datasets)}, {len(known)} of them among those."
+        )
+        yield from published.get("remarks", ())
+    reasons = [
+        f"- {row.name}: {_one_line(text)} ({', '.join(map(public_name, names))})"
+        for row in group.rows.values()
+        for text, names in row.reasons.items()
+    ]
+    if reasons:
+        yield "\n".join(["Remarks:", "", *reasons])
+    if len(group.datasets) > 1 or "per_dataset" in published:
+        for metric in sorted(group.metrics, key=lambda metric: metric != group.main):
+            yield f"### {_TITLES.get(metric, metric)}, by dataset"
+            yield _by_dataset(group, metric, published.get("per_dataset", {}))
+    if group.drift:
+        yield from ("### The text tower", _DRIFT, drift_table(group.drift).strip())
+
+
+def _averages(group: Group, config: BenchConfig, stated: Mapping[str, Mapping[str, float]]) -> str:
+    rows = {name: row for name, row in group.rows.items() if row.measured}
+    names = list(dict.fromkeys([*rows, *stated]))
+    partial = [row for row in rows.values() if not group.whole(row)]
+    columns = {"method": [_escape(name) + f" {_PARTIAL}" * (rows.get(name) in partial) for name in names]}
+    for metric in group.metrics:
+        columns[_TITLES.get(metric, metric)] = _column(group, names, metric)
+    for metric in group.metrics:
+        if any(metric in values for values in stated.values()):
+            column = [_plain(stated.get(name, {}).get(metric)) for name in names]
+            columns[f"published {_TITLES.get(metric, metric)}"] = column
+    if config.experiment == "transfer":
+        columns["needs"] = [rows[name].needs if name in rows else "" for name in names]
+    if not partial:
+        return table(list(columns), zip(*columns.values(), strict=True))
+    shares = ", ".join(f"{row.name}: {len(row.measured)} of {len(group.datasets)}" for row in partial)
+    note = f"{_PARTIAL} Averaged over fewer datasets, not to be compared with the others ({shares})."
+    return f"{table(list(columns), zip(*columns.values(), strict=True))}\n\n{note}"
+
+
+def _column(group: Group, names: Sequence[str], metric: str) -> list[str]:
+    """Averages over the datasets of a group, the best of what can be compared in bold."""
+    rows = [group.rows.get(name, Row(name)) for name in names]
+    found = {row.name: row.summary(group.datasets).get(metric) for row in rows}
+    advantages = (_NEEDS["labels"], _NEEDS["weak_at_run_time"])
+    fair = [row.name for row in rows if group.whole(row) and not any(need in row.needs for need in advantages)]
+    values = {name: round(found[name].value, 2) for name in fair if found[name] is not None}
+    best = (min if metric in _LOWER else max)(values.values()) if len(values) > 1 else None
+    texts = []
+    for name, summary in found.items():
+        text = _plain(None if summary is None else summary.value)
+        if summary is not None and summary.std is not None:
+            text += f" ± {summary.std:.2f}"
+        texts.append(f"**{text}**" if name in values and values[name] == best else text)
+    return texts
+
+
+def _by_dataset(group: Group, metric: str, stated: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    names = [
+        row.name
+        for row in group.rows.values()
+        if any(metric in scores for seeds in row.measured.values() for scores in seeds.values())
+    ]
+    told = {name: found for name, found in stated.items() if any(metric in values for values in found.values())}
+    columns = {"method": [*map(_escape, names), *(f"{name}, published" for name in told)]}
+    for dataset in group.datasets:
+        published = [_plain(found.get(dataset, {}).get(metric)) for found in told.values()]
+        columns[public_name(dataset)] = _column(replace(group, datasets=(dataset,)), names, metric) + published
+    return table(list(columns), zip(*columns.values(), strict=True))
+
+
+def _draw(group: Group, config: BenchConfig, stem: Path) -> Iterator[Path | None]:
+    """The figures of a group; their names begin with `stem`."""
+    title, count = f"{config.title}: {group.title(config)}", len(group.datasets)
+    what = group.main_title + (f", mean of {count} datasets" if count > 1 else "")
+    whole = {row.name: row.summary(group.datasets) for row in group.rows.values() if group.whole(row)}
+    main = {name: found[group.main] for name, found in whole.items() if group.main in found}
+    lines = {name: main[name].value for name in ("zero-shot strong", "tuned weak") if name in main}
+    if config.experiment == "upgrade":
+        yield _upgrade_bars(group, Path(f"{stem}-upgrade.png"), title)
+        lines = {ZERO_SHOT: main[ZERO_SHOT].value} if ZERO_SHOT in main else {}
+    else:
+        by_seed = {name: _seeds(found) for name, found in main.items()}
+        yield figures.bars(by_seed, Path(f"{stem}-methods.png"), title=f"{title} ({what})", reference=lines)
+    series = _swept(config, main) if config.sweep else {}
+    if series:
+        path, xlabel = Path(f"{stem}-{slug(config.sweep)}.png"), config.sweep.split(".")[-1].replace("_", " ")
+        options = {"xlabel": xlabel, "ylabel": f"{what} (%)", "reference": lines}
+        scale = "linear" if any(x == 0 for points in series.values() for x, *_ in points) else "log"
+        yield figures.curves(series, path, title=title, xscale=scale, **options)
+
+
+def _swept(config: BenchConfig, main: Mapping[str, Summary]) -> dict[str, list[tuple]]:
+    """Points (x, mean, std) of the rows that have the swept setting, by method; infinity is left to the table."""
+    part, setting = config.sweep.split(".")
+    if part == "tuning":
+        swept = [(tuning.name, {**tuning.settings, **tuning.settings.get("adapter", {})}) for tuning in config.tunings]
+    else:
+        swept = [(each.name, {"method": each.method, **each.settings}) for each in config.variants]
+    series: dict[str, list[tuple]] = {}
+    for name, settings in swept:
+        x = settings.get(setting)
+        if isinstance(x, (int, float)) and x < float("inf") and name in main:
+            point = (float(x), main[name].value, main[name].std or 0.0)
+            series.setdefault(str(settings.get("method", "lora")), []).append(point)
+    return {name: points for name, points in series.items() if len(points) > 1}
+
+
+def _upgrade_bars(group: Group, path: Path, title: str) -> Path | None:
+    rows, floors = [], {}
+    for row in group.rows.values():
+        found = row.summary(group.datasets)
+        if row.name == ZERO_SHOT:
+            floors = {f"zero-shot, {name} model": found[name].value for name in ("old", "upgraded") if name in found}
+        elif found:
+            attributes = {"old": "old", "upgraded": "upgraded", "retrained": "retrained", "harmonic": "h"}
+            values = {name: _seeds(found[m]) if m in found else None for name, m in attributes.items()}
+            rows.append(SimpleNamespace(method=row.name, **values))
+    return figures.compatibility_figure(rows, path, floors, title=title) if rows else None
+
+
+def _seeds(found: Summary) -> list[float]:
+    return list(found.by_seed.values()) or [found.value]
+
+
+def _draw_over_shots(groups: Sequence[Group], config: BenchConfig, folder: Path) -> Iterator[Path | None]:
+    alike = dict.fromkeys((group.pair, group.tuning) for group in groups)
+    for number, (pair, tuning) in enumerate(alike if len(config.shots) > 1 else (), 1):
+        same, series = [group for group in groups if (group.pair, group.tuning) == (pair, tuning)], {}
+        for group in same:
+            for row in group.rows.values():
+                found = row.summary(group.datasets).get(group.main)
+                if found is not None:
+                    point = (float(group.shots), found.value, found.std or 0.0)
+                    series.setdefault(row.name, []).append(point)
+        series = {name: points for name, points in series.items() if len(points) > 1}
+        if series:
+            title = f"{config.title}: {', '.join(filter(None, [str(pair), tuning]))}"
+            options = {"xlabel": "shots per class", "ylabel": f"{same[0].main_title} (%)"}
+            yield figures.curves(series, folder / f"shots-{number}.png", title=title, **options)
+
+
+def _plain(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _escape(text: str) -> str:
+    return _one_line(text).replace("|", "\\|")

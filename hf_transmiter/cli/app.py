@@ -1,0 +1,50 @@
+"""The command `app`; `cli` adds it to the others. Heavy imports are inside, as there."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .arguments import IMAGES, MODEL, TEST
+from .options import DataOptions, ModelOptions, NameOptions, Result, RunOptions, command
+
+
+NUM_EXAMPLES = 8
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Registers the command of this module."""
+    command(app)(app_command)
+
+
+def app_command(
+    names: NameOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    weak: Annotated[str | None, typer.Option(help=f"The weak model, if --tuned does not name it: {MODEL}")] = None,
+    tuned: Annotated[str | None, typer.Option(help="The tuned weak model, or its adapter: folder or Hub id.")] = None,
+    strong: Annotated[
+        str | None, typer.Option(help=f"The strong model, if --upgraded does not name it: {MODEL}")
+    ] = None,
+    upgraded: Annotated[str | None, typer.Option(help="Adapter of the strong model: folder or Hub id.")] = None,
+    examples: Annotated[str | None, typer.Option(help=f"Pictures to try: {IMAGES}")] = None,
+) -> Result:
+    """Drop a picture in the browser: what the weak, tuned, strong and upgraded models say of it, side by side.
+
+    Any of the models may be left out. Needs gradio: pip install 'hf-transmiter\\[app]'. Where it listens is gradio's
+    GRADIO_SERVER_NAME and GRADIO_SERVER_PORT; only this machine, from port 7860, if unset.
+
+    [bold]Example:[/bold] hf-transmiter app --tuned out/jargon/tuned --upgraded out/jargon/strong_adapter --examples sandbox:jargon
+    """  # noqa: E501
+    if run.accelerator is not None:
+        raise ValueError("the app runs in one process: start it without accelerate launch.")
+    from ..data.anchors import read_templates
+    from ..data.class_names import read_names
+    from .app_page import build_app, launch, load_models
+
+    templates = read_templates(names.template) if names.template else None
+    options = {"class_names": read_names(names.class_names), "templates": templates, **models.load(run)}
+    shown = load_models(weak, tuned, strong, upgraded, **options)
+    page = build_app(shown, DataOptions(max_images=NUM_EXAMPLES).load(examples, TEST))
+    return Result({"address": launch(page)}, "Ended.")

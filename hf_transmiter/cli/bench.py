@@ -1,0 +1,79 @@
+"""The command `bench`; `cli` adds it to the others. Heavy imports are inside, as there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import ModelOptions, Result, RunOptions, command
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Registers the command of this module."""
+    command(app, config_file=False)(bench_command)
+
+
+def bench_command(
+    models: ModelOptions,
+    run: RunOptions,
+    config: Annotated[
+        str | None, typer.Option(help="YAML file of a bench, or the name of a ready one (see --list).")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for cells, tuned models and the report; a second run goes on there.")
+    ] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option(help="Only these datasets, or others; may be repeated.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="These seeds instead; may be repeated.")] = None,
+    shots: Annotated[list[int] | None, typer.Option(help="These numbers of shots instead; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is to be done and what it takes.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report of finished cells.")] = False,
+    list_ready: Annotated[bool, typer.Option("--list", help="Only list the ready configurations.")] = False,
+    embed_batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 64,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Where embeddings are kept; a folder in the Hugging Face cache if unset.")
+    ] = None,
+) -> Result:
+    """Papers' experiments: models, datasets, tunings, shots and seeds in one YAML file, scored and reported.
+
+    Every finished cell of the grid is kept, so that an interrupted run goes on, and a failed cell is tried again. The
+    exit code is 1 while cells are missing.
+
+    [bold]Example:[/bold] hf-transmiter bench --config sandbox-smoke --output-dir out/bench
+    """
+    from ..bench.config import BenchConfig, ready_configs
+
+    if list_ready:
+        ready = ready_configs()
+        return Result(ready, "\n".join(f"{name}: {title}" for name, title in ready.items()))
+    if config is None or output_dir is None:
+        raise ValueError("--config and --output-dir are needed; --list names the ready configurations.")
+    if dry_run and report:
+        raise ValueError("--dry-run or --report, not both.")
+    wanted = BenchConfig.read(config).with_overrides(datasets, seeds, shots)
+    if dry_run:
+        from ..bench.cells import make_plan
+
+        plan = make_plan(wanted, output_dir)
+        missing = plan["total"] - plan["done"]
+        lines = [f"{plan['total']} cells: {plan['done']} done, {missing} to do ({plan['failed']} failed before)."]
+        lines += [f"Tune {model} ({name}) on {data}: {runs} runs" for model, name, data, runs in plan["tunings"]]
+        return Result(plan, "\n".join(lines))
+    if report:
+        from ..bench.report import write_bench_report
+
+        path = write_bench_report(wanted, output_dir) if run.main_process else output_dir / "report.md"
+        return Result({"report": str(path)}, f"Report: {path}")
+    from ..bench.run import run_bench
+
+    embedding = {"batch_size": embed_batch_size, "cache_dir": cache_dir}
+    options = {"models": models.load(run), "embedding": embedding, "progress": run.progress}
+    found = run_bench(wanted, output_dir, accelerator=run.accelerator, **options)
+    lines = [f"{found.done} of {found.total} cells are done, {found.made} of them now."]
+    lines += [f"Failed: {cell}: {message}" for cell, message in found.failed.items()]
+    lines += [f"Report: {found.report}"] if found.report else []
+    return Result(asdict(found), "\n".join(lines), exit_code=int(found.done < found.total))

@@ -1,0 +1,205 @@
+"""[`run_demo`]: the whole chain on the embedded sandbox, offline: tune a weak CLIP, upgrade a strong one, compare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import sandbox
+from ..data.anchors import Anchors
+from ..data.splits import few_shot
+from ..encoders.dual_encoder import DualEncoder
+from ..evaluation import figures, methods, report
+from ..evaluation.compare import STRONG, Comparison, compare
+from ..hub.adapter_files import SCORES
+from ..hub.scores import THIS, aggregate
+from ..method.classifier import AnchorClassifier
+from ..method.extract import extract
+from ..method.saved import teacher_facts
+from ..method.tune import tune
+from ..settings import ExtractionConfig, TuningConfig
+
+
+METHODS = {"print": "lora", "night": "lora", "neon": "lora", "jargon": "coop"}
+"""How the weak model is tuned: the image tower where pictures changed, a prompt where words are unknown."""
+DOMAINS = ("print", "jargon")
+SANDBOX_TUNING = {
+    **{"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "lr": 1e-2, "weight_decay": 1e-3},
+    **{"epochs": 20, "batch_size": 64, "keep_near": 0.1},
+}
+"""Its models are tiny; what TuningConfig does of itself is published for CLIPs of usual size."""
+NUM_ANCHORS = 320  # enough for the sandbox's few hundred phrases
+
+
+@dataclass
+class Task:
+    """One sandbox task, ready to be compared."""
+
+    domain: str
+    weak: DualEncoder
+    strong: DualEncoder
+    anchors: Anchors
+    text_anchors: Anchors
+
+    @classmethod
+    def load(cls, domain: str, strong: str = "strong") -> Task:
+        names = sandbox.load_dataset(domain, "test").features["label"].names
+        vocabulary = sandbox.vocabulary()
+        return cls(
+            domain,
+            DualEncoder.from_pretrained("sandbox:weak"),
+            DualEncoder.from_pretrained(f"sandbox:{strong}"),
+            Anchors.build(names, vocabulary=vocabulary, num_anchors=min(NUM_ANCHORS, len(vocabulary))),
+            Anchors((), tuple(vocabulary)),
+        )
+
+    def images(self, split: str):
+        return sandbox.load_dataset(self.domain, split)
+
+    def compare(
+        self,
+        seed: int,
+        method: str,
+        *,
+        ceiling: bool = True,
+        rows: Sequence = tuple(methods.METHODS),
+        progress: bool = True,
+    ) -> tuple[Comparison, AnchorClassifier]:
+        """Tunes the weak model with 16 shots per class drawn by `seed`, then scores every way to upgrade.
+
+        Args:
+            method (`str`): `"lora"` or `"coop"`.
+            ceiling (`bool`, *optional*, defaults to `True`): also tune the strong model on the same labels.
+            rows (`Sequence`, *optional*): what `compare` takes as `variants`.
+
+        Returns:
+            The comparison and the tuned weak model.
+        """
+        config = TuningConfig(method=method, seed=seed, **SANDBOX_TUNING)
+        train, test = self.images("train"), self.images("test")
+        seen, names = (tuple(images.features["label"].names) for images in (train, test))
+        models = (self.weak, self.strong) if ceiling else (self.weak,)
+        tuned = [tune(model, train, config=config, progress=progress) for model in models]
+        if seen != names:
+            tuned = [AnchorClassifier(t.encoder, Anchors(names, (), t.anchors.templates)) for t in tuned]
+        left_out = () if ceiling else ("tuned strong",)
+        found = compare(
+            self.weak,
+            self.strong,
+            tuned[0],
+            test,
+            unlabelled=self.images("unlabelled"),
+            labelled=train.select(few_shot(train["label"], config.shots, seed)),
+            general=sandbox.load_dataset("street", "unlabelled"),
+            tuned_strong=tuned[1] if ceiling else None,
+            variants=[row for row in rows if row not in left_out],
+            seen_classes=None if seen == names else seen,
+            anchors=self.anchors,
+            text_anchors=self.text_anchors,
+            gradient=ExtractionConfig(solver="gradient", basis="fixed", seed=seed),
+            progress=progress,
+        )
+        return found, tuned[0]
+
+
+def run_demo(
+    folder: str | os.PathLike,
+    *,
+    domains: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    progress: bool = True,
+) -> dict:
+    """Tunes, extracts, bridges, transfers and scores on the sandbox, and leaves a report behind.
+
+    Args:
+        folder (`str` or `os.PathLike`): gets `report.md`, `scores.json`, `figures/`, and per task `tuned/`,
+            `adapter/`, `bridge.safetensors` and `strong_adapter/`.
+        domains (`Sequence[str]`, *optional*): sandbox tasks; `DOMAINS` when omitted.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): draws of the few shots and of the tuning.
+        progress (`bool`, *optional*, defaults to `True`): show progress bars.
+
+    Returns:
+        `dict`: `scores` (`list[Score]` over all tasks, `split` names the task), `recommended` (by task), `table`, and
+        `verdict`: per task what is recommended, why, and whether it beats the strong model as it is.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    domains, folder = tuple(domains or DOMAINS), Path(folder)
+    unknown = [domain for domain in domains if domain not in METHODS]
+    if unknown:
+        raise ValueError(f"there is no sandbox task {unknown[0]!r}; there are {', '.join(METHODS)}.")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny: more threads bring little, and cost much on cores that are shared
+    try:
+        found = {domain: _run_task(domain, seeds, folder, progress) for domain in domains}
+    finally:
+        torch.set_num_threads(threads)
+    sections = [section for section, _ in found.values()]
+    scores = [score for section in sections for score in section.scores]
+    report.write_scores(folder / "scores.json", scores)
+    report.write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
+    return {
+        "scores": scores,
+        "recommended": {domain: recommended for domain, (_, recommended) in found.items()},
+        "table": "\n\n".join(s.title + "\n\n" + report.markdown_table(s.scores, notes=s.notes) for s in sections),
+        "verdict": "\n\n".join(f"{section.title}. {section.text}" for section in sections),
+    }
+
+
+_INTRO = (
+    "A weak CLIP was tuned on a few labelled pictures; every way to carry that over to a stronger CLIP, without "
+    "labels, is scored on 1,500 test pictures. Written by `hf-transmiter demo`."
+)
+
+
+def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -> tuple[report.Section, str]:
+    """A section of the report, and the way to upgrade that is recommended. All but the scores is of the first seed."""
+    task = Task.load(domain)
+    runs = [task.compare(seed, METHODS[domain], progress=progress) for seed in seeds]
+    found, teacher = runs[0]
+    _save(task, found, teacher, folder / domain, progress)
+    by_seed = {method: [run.value(method) for run, _ in runs] for method in found.logits}
+    scores = aggregate([[replace(score, split=domain) for score in run.scores] for run, _ in runs])
+    drawn = _figures(domain, found, by_seed, folder / "figures")
+    title = f"Task: {domain} ({METHODS[domain]})"
+    section = report.Section(title, _verdict(found), scores, drawn, found.notes, STRONG)
+    return section, found.recommended
+
+
+def _verdict(found: Comparison) -> str:
+    """What is recommended and why, and whether it beats doing nothing."""
+    reached, without = found.value(found.recommended), found.value(STRONG)
+    beats = "beats" if reached > without else "does not beat"
+    return (
+        f"Recommended: {found.recommended}, since {found.reason} It answers {reached:.1f}% of the test pictures "
+        f"rightly, the strong model as it is {without:.1f}%: the upgrade {beats} doing nothing "
+        f"({reached - without:+.1f} points)."
+    )
+
+
+def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path, progress: bool) -> None:
+    """Tuned model, adapter, bridge and strong adapter."""
+    teacher.save_pretrained(folder / "tuned")
+    adapter = extract(task.weak, teacher, task.images("unlabelled"), progress=progress)
+    adapter.adapter_config.provenance["teacher"] = teacher_facts(str(folder / "tuned"))
+    adapter.save_pretrained(folder / "adapter")
+    found.bridges["general"].save(folder / "bridge.safetensors")
+    named = {found.recommended: THIS}
+    on = {"dataset": f"sandbox:{task.domain}", "num_images": len(found.labels)}
+    rows = [replace(score, method=named.get(score.method, score.method), **on) for score in found.scores]
+    report.write_scores(folder / "strong_adapter" / SCORES, rows)
+    found.classifiers[found.recommended].save_pretrained(folder / "strong_adapter")
+
+
+def _figures(domain: str, found: Comparison, by_seed: dict[str, list[float]], folder: Path) -> list[Path | None]:
+    lines = {name: sum(by_seed[name]) / len(by_seed[name]) for name in (STRONG, "tuned weak")}
+    title, path = f"{domain}: accuracy on the strong model", folder / f"{domain}_methods.png"
+    bars = figures.bars(by_seed, path, title=title, reference=lines)
+    before, after = found.logits[STRONG], found.logits[found.recommended]
+    title, path = f"{domain}: {STRONG} to {found.recommended}", folder / f"{domain}_confusion.png"
+    return [bars, figures.confusion_change(before, after, found.labels, found.class_names, path, title=title)]

@@ -1,0 +1,359 @@
+"""From dataclasses to command-line options, and what every command shares: config files, errors, outputs.
+
+A command is a function whose parameters are dataclasses; each field becomes an option of its name with the help in
+its metadata. The same names are the keys of a YAML file (``--config``). Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from ..settings import FitConfig
+from .reporting import fail, reporting
+
+
+SETTINGS_FILE = "settings.yaml"
+_NOT_SAVED = ("config", "json", "quiet", "debug", "overwrite", "output_dir", "output")
+
+
+def _option(help: str, default: Any = None, **extra):
+    return field(default=default, metadata={"help": help, **extra})
+
+
+def _several(help: str):
+    return field(default_factory=list, metadata={"help": help})
+
+
+@dataclass
+class RunOptions:
+    """What every command takes."""
+
+    json: bool = _option("Print the result as JSON on stdout, everything else on stderr.", False)
+    quiet: bool = _option("No progress bars and no remarks.", False)
+    debug: bool = _option("Show the whole traceback of an error.", False)
+
+    @property
+    def progress(self) -> bool:
+        return not self.quiet
+
+    @property
+    def main_process(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
+
+    @cached_property
+    def accelerator(self):
+        """An `Accelerator` under `accelerate launch` or `torchrun` with several processes, else `None`.
+
+        Raises:
+            ValueError: the launched processes do not find each other, so that each would do the whole work.
+        """
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world < 2:
+            return None
+        import torch
+        from accelerate import Accelerator
+
+        # Without a GPU accelerate must be told, or every process believes to be the only one.
+        made = Accelerator(cpu=not torch.accelerator.is_available())
+        if made.num_processes != world:
+            raise ValueError(f"{world} processes were launched, but accelerate joined {made.num_processes} of them.")
+        return made
+
+
+@dataclass
+class ModelOptions:
+    """Where models run."""
+
+    device: str | None = _option("Where models run; a GPU if there is one.")
+    dtype: str = _option("'float32', 'bfloat16', 'float16' or 'auto' (as stored).", "float32")
+
+    def load(self, run: RunOptions) -> dict:
+        """Arguments of `catalog.load_encoder`."""
+        import torch
+
+        known = ("float32", "bfloat16", "float16", "auto")
+        if self.dtype not in known:
+            raise ValueError(f"dtype must be one of {', '.join(known)}, got {self.dtype!r}.")
+        if run.accelerator is not None:
+            device = run.accelerator.device
+        elif self.device is not None:
+            device = self.device
+        else:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {str(device)!r} cannot be used: {error}") from error
+        return {"device": device, "dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
+
+
+@dataclass
+class DataOptions:
+    """Which pictures."""
+
+    split: str | None = _option("Split of the dataset; chosen by what the command needs if unset.")
+    subset: str | None = _option("Configuration of a Hub dataset that has several.")
+    image_column: str | None = _option("Column with the pictures; guessed if unset.")
+    label_column: str | None = _option("Column with the labels; guessed if unset.")
+    max_images: int | None = _option("Use that many pictures, drawn at random.")
+    skip_unreadable: bool = _option("Leave out pictures that cannot be read; else they are an error.", False)
+    embed_batch_size: int = _option("Pictures per forward pass.", 64)
+    cache_dir: str | None = _option("Where embeddings are kept; a folder in the Hugging Face cache if unset.")
+
+    def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
+        """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
+        catalogue it is the one for the role that `prefer` begins with."""
+        from ..data.catalogue import find_row, load_split
+        from ..data.images import load_images
+
+        if source is None:
+            return None
+        options = {"max_images": self.max_images, "skip_unreadable": self.skip_unreadable}
+        spec = find_row(source)
+        if spec is not None:
+            return load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
+
+    def embedding(self, run: RunOptions) -> dict:
+        """Arguments of `embed_dataset`."""
+        return {
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "batch_size": self.embed_batch_size,
+            "cache_dir": self.cache_dir,
+            "progress": run.progress,
+            "accelerator": run.accelerator,
+        }
+
+
+@dataclass
+class NameOptions:
+    """What pictures are asked about."""
+
+    class_names: list[str] = _several("Class names in label order: repeated, 'a,b,c', or a file with one per line.")
+    template: list[str] = _several("Prompts with {}, or names of shipped ones; the teacher's or dataset's if unset.")
+
+
+@dataclass
+class OutputOptions:
+    """Where the result goes."""
+
+    output_dir: Path = field(metadata={"help": "Folder to write; must not exist yet."})
+    overwrite: bool = _option("Replace what an earlier run wrote there.", False)
+
+    def check(self, run: RunOptions) -> None:
+        """
+        Raises:
+            FileExistsError: the folder holds something else, or `overwrite` was not asked for.
+        """
+        folder = self.output_dir
+        if not run.main_process or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        if not (folder / SETTINGS_FILE).is_file():
+            raise FileExistsError(f"{folder} exists and was not written by this command: choose another folder.")
+        check_new(folder, self.overwrite)
+
+    def saved(self) -> dict | None:
+        """The settings of an earlier run that filled the folder, `None` where there was none."""
+        import yaml
+
+        path = self.output_dir / SETTINGS_FILE
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where an interrupted training goes on."""
+        return self.output_dir.with_name(f".{self.output_dir.name}.checkpoint.safetensors")
+
+    def write(self, save: Callable[[Path], None], values: dict, run: RunOptions) -> None:
+        """Fills the folder in one step by `save(folder)`, together with the settings; the main process only."""
+        if not run.main_process:
+            return
+        import yaml
+
+        parent = self.output_dir.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{self.output_dir.name}-", dir=parent))
+        try:
+            new, old = temporary / "new", temporary / "old"
+            new.mkdir()
+            save(new)
+            (new / SETTINGS_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            if self.output_dir.exists():
+                os.replace(self.output_dir, old)
+            os.replace(new, self.output_dir)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass
+class HubOptions:
+    """How to share."""
+
+    private: bool | None = _option("Whether a new repository is private; your account's default if unset.")
+    commit_message: str | None = _option("Title of the commit.")
+    create_pr: bool = _option("Propose the change instead of making it.", False)
+    token: str | None = _option("Hub token; the one of `hf auth login` if unset.")
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        FileExistsError: `path` is there already and is not to be overwritten.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another place, or pass --overwrite.")
+
+
+@dataclass
+class Result:
+    """What a command has to say.
+
+    Args:
+        data (`dict`): for `--json`.
+        text (`str`): for people.
+        exit_code (`int`, *optional*, defaults to 0): of the process.
+        failed (`str`, *optional*): why the command ends with exit code 1, after its result.
+    """
+
+    data: dict
+    text: str
+    exit_code: int = 0
+    failed: str = ""
+
+
+def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
+    """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
+    a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
+    `config_file` its options may stand in a YAML file (``--config``); with `no_args_is_help` it says how to be called
+    when it is called with nothing."""
+
+    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+        hints = get_type_hints(function, include_extras=True)
+        groups = {name: kind for name, kind in hints.items() if is_dataclass(kind) and name != "return"}
+        taken = inspect.signature(function).parameters
+        parameters = []
+        for name, parameter in taken.items():
+            if name in groups:
+                parameters += _parameters(groups[name])
+            elif name != "values":
+                parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+        if config_file:
+            parameters.append(_CONFIG)
+
+        def run_command(**values) -> None:
+            run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
+            with reporting(run):
+                arguments = {name: value for name, value in values.items() if name in taken}
+                for name, kind in groups.items():
+                    arguments[name] = _instance(kind, values)
+                arguments["run"] = run
+                if "values" in taken:
+                    arguments["values"] = _plain({k: v for k, v in values.items() if k not in _NOT_SAVED})
+                result = function(**arguments)
+                if run.main_process:
+                    print(json.dumps(result.data, indent=2, default=str) if run.json else result.text)
+                if result.failed:
+                    if run.accelerator is not None:  # the first process that ends with an error ends the others
+                        run.accelerator.wait_for_everyone()
+                    fail(result.failed, quiet=not run.main_process)
+                if result.exit_code:
+                    raise typer.Exit(result.exit_code)
+
+        run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
+        run_command.__signature__ = inspect.Signature(parameters)
+        run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        name = function.__name__.removesuffix("_command")
+        app.command(name=name, no_args_is_help=no_args_is_help)(run_command)
+        return function
+
+    return register
+
+
+def _parameters(kind: type) -> Iterator[inspect.Parameter]:
+    """One keyword parameter per field, as typer reads them."""
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        annotation, default = hints[item.name], item.default
+        if item.default_factory is not MISSING:
+            default = item.default_factory()
+        if get_origin(annotation) is tuple:  # of any length; typer knows that as a list
+            annotation, default = list[get_args(annotation)[0]], list(default)
+        panel = inspect.getdoc(kind).splitlines()[0].rstrip(".").replace("[`", "").replace("`]", "")
+        if item.name in FitConfig.__dataclass_fields__ and issubclass(kind, FitConfig):
+            panel = "Training"
+        elif issubclass(kind, RunOptions):
+            panel = "Options"
+        # A switch that is off needs no opposite.
+        flag = [f"--{item.name.replace('_', '-')}"] if default is False else []
+        option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel)
+        yield inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[annotation, option],
+            default=inspect.Parameter.empty if default is MISSING else default,
+        )
+
+
+def _instance(kind: type, values: dict):
+    hints = get_type_hints(kind)
+    given = {item.name: values[item.name] for item in fields(kind)}
+    return kind(**{name: tuple(v) if get_origin(hints[name]) is tuple else v for name, v in given.items()})
+
+
+def _plain(value):
+    """Paths and tuples as YAML can write them; unset options left out."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None and item != []}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, Path) else value
+
+
+def _read_config(context: typer.Context, path: Path | None) -> None:
+    """Takes the file's values as defaults, so that options on the command line win."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        fail(f"cannot read the config {str(path)!r}: {error.strerror}.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"{path} is not valid YAML: {error}")
+    if not isinstance(content, dict):
+        fail(f"{path} must hold 'option: value' lines, not a {type(content).__name__}.")
+    content = {str(key).replace("-", "_"): value for key, value in content.items()}
+    known = [parameter.name for parameter in context.command.params if parameter.name not in ("config", "help")]
+    unknown = [key for key in content if key not in known]
+    if unknown:
+        fail(f"{path} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
+    context.default_map = {**(context.default_map or {}), **content}
+
+
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with any of these options, spelt as here without the dashes in front.",
+            callback=_read_config,
+            is_eager=True,
+        ),
+    ],
+)

@@ -1,0 +1,142 @@
+"""Class names: files of them, and whose name in the data is whose among the names of a task.
+
+Datasets carry the same classes in different orders and spellings (``ApplyEyeMakeup``, ``apply_eye_makeup``). Names
+are therefore matched one by one, never by their position.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..hub.checks import nearest, simplified
+
+
+def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of a text file, one class a line in label order; after tabs, how datasets spell the same class.
+
+    ```text
+    # a comment
+    indoor church	/c/church/indoor
+    ```
+
+    Returns:
+        `tuple[str, ...]` and `dict[str, str]`: C names, and {other spelling: name}.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a name or spelling that occurs twice, or no name at all.
+    """
+    names, aliases = [], {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        name, *spellings = (part.strip() for part in line.split("\t"))
+        if not name or name.startswith("#"):
+            continue
+        names.append(name)
+        for spelling in spellings:
+            if aliases.setdefault(spelling, name) != name:
+                raise ValueError(f"{path}: {spelling!r} stands beside {aliases[spelling]!r} and {name!r}.")
+    check_names(names, str(path))
+    return tuple(names), aliases
+
+
+def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Class names as people write them: several values, one value with commas, or a text file with a name per line."""
+    if not values:
+        return None
+    if len(values) > 1:
+        return tuple(values)
+    try:
+        listed = Path(values[0]).is_file()
+    except OSError:  # a long list of names is no file name
+        listed = False
+    if listed:
+        lines = Path(values[0]).read_text(encoding="utf-8").splitlines()
+    else:
+        lines = values[0].split(",")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """
+    Raises:
+        ValueError: no name, an empty one, or one that occurs twice; the message begins with `where`.
+    """
+    if not names:
+        raise ValueError(f"{where}: there is no class name.")
+    odd = [name for name in names if not isinstance(name, str) or not name.strip()]
+    if odd:
+        raise ValueError(f"{where}: class names must be words, got {odd[0]!r}.")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where}: class names must differ, but {', '.join(map(repr, twice[:5]))} occur twice.")
+
+
+def match_names(
+    found: Sequence[str],
+    names: Sequence[str],
+    aliases: Mapping[str, str] | None = None,
+    left_out: Sequence[str] = (),
+) -> list[int]:
+    """For each name in the data, the position of its class among the names of the task.
+
+    A name matches when it is spelt the same, is an alias, or differs only in case, spaces and signs. Where no name
+    matches and all are whole numbers, they are positions: ``"10"`` is 10, however the names are sorted.
+
+    Args:
+        found (`Sequence[str]`): names in the data.
+        names (`Sequence[str]`): C names of the task.
+        aliases (`Mapping[str, str]`, *optional*): {spelling in the data: name of the task}.
+        left_out (`Sequence[str]`, *optional*): names in the data that are no classes of the task.
+
+    Returns:
+        `list[int]`: one position in `[0, C)` per name in `found`, or -1 for those left out.
+
+    Raises:
+        ValueError: names that match nothing (listed, with the nearest), two that match the same, or a number that
+            is no position.
+    """
+    position = {name: i for i, name in enumerate(names)}
+    exact = {**{spelling: position[name] for spelling, name in (aliases or {}).items()}, **position}
+    exact.update({name: -1 for name in left_out if name not in position})
+    loose: dict[str, set[int]] = {}
+    for spelling, i in exact.items():
+        loose.setdefault(simplified(spelling), set()).add(i)
+    matched = []
+    for name in found:
+        candidates = {exact[name]} if name in exact else loose.get(simplified(name), set())
+        matched.append(candidates.pop() if len(candidates) == 1 else None)
+    if found and not any(i is not None for i in matched) and all(re.fullmatch(r"\d+", name) for name in found):
+        return [_as_position(name, len(names)) for name in found]
+    unknown = [name for name, i in zip(found, matched, strict=True) if i is None]
+    if unknown:
+        raise ValueError(_unknown(unknown, list(exact), len(names)))
+    by_class: dict[int, list[str]] = {}
+    for name, i in zip(found, matched, strict=True):
+        by_class.setdefault(i, []).append(name)
+    for i, group in by_class.items():
+        if i >= 0 and len(group) > 1:
+            raise ValueError(f"the data's classes {', '.join(map(repr, group))} all match {names[i]!r}.")
+    return matched
+
+
+def _as_position(name: str, count: int) -> int:
+    # int(), because sorting such names puts "10" before "2".
+    if int(name) >= count:
+        raise ValueError(f"the class {name!r} of the data is no position among {count} names (0 to {count - 1}).")
+    return int(name)
+
+
+def _unknown(unknown: Sequence[str], known: Sequence[str], count: int) -> str:
+    said = []
+    for name in unknown[:5]:
+        near = nearest(name, known, 1)
+        said.append(f"{name!r} (nearest: {near[0]!r})" if near else repr(name))
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return (
+        f"no name among the {count} of the task matches the data's {', '.join(said)}{more}: give class_names that "
+        "cover them, or leave them out with left_out."
+    )

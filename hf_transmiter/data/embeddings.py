@@ -1,0 +1,267 @@
+"""Image embeddings of a whole dataset, made once and read many times.
+
+[`embed_dataset`] runs the image tower over a `datasets.Dataset` and keeps the unit rows on disk. The work is cut into
+parts of `PART_ROWS` images. Each process of an `accelerate launch` makes whole parts, an interrupted run goes on at
+the first missing part, and finished embeddings are never made again: their file name is a digest of everything they
+depend on (encoder, processor, data, split).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from datasets import ClassLabel, Dataset
+from huggingface_hub import cached_assets_path
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..encoders.dual_encoder import DualEncoder
+from ..hub.files import replace_file
+from .images import guess_columns
+
+
+logger = logging.getLogger(__name__)
+
+PART_ROWS = 1024
+
+
+class FeatureTable:
+    """Unit image rows ``x`` (N, d) with their labels.
+
+    Args:
+        embeds (`Tensor`): (N, d) in any float type; those of [`embed_dataset`] are mapped from disk, not loaded.
+        labels (`Tensor` or `Sequence[int]`, *optional*): (N,) class indices.
+        class_names (`Sequence[str]`, *optional*): names of the indices.
+        dataset_fingerprint (`str`, *optional*): identifies the images.
+
+    Raises:
+        ValueError: the labels do not fit the rows or the class names.
+    """
+
+    def __init__(
+        self,
+        embeds: Tensor,
+        labels: Tensor | Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
+        dataset_fingerprint: str = "",
+    ):
+        if embeds.ndim != 2:
+            raise ValueError(f"embeds must be (N, d), not {tuple(embeds.shape)}.")
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
+        self.class_names = None if class_names is None else list(class_names)
+        if self.labels is not None and self.labels.shape != embeds.shape[:1]:
+            raise ValueError(f"{tuple(self.labels.shape)} labels for {len(embeds)} rows.")
+        if self.labels is not None and self.class_names is not None and len(embeds):
+            if self.labels.max() >= len(self.class_names):
+                raise ValueError(f"label {int(self.labels.max())} has no name: there are {len(self.class_names)}.")
+        self._stored, self.dataset_fingerprint = embeds, dataset_fingerprint
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def embeds(self) -> Tensor:
+        """All rows, (N, d) float32; for large tables see [`batches`]."""
+        return self._stored.float()
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Blocks of at most `batch_size` rows in order, (B, d) float32; only one block is in memory at a time."""
+        for start in range(0, len(self), batch_size):
+            yield self._stored[start : start + batch_size].float()
+
+    def select(self, indices: Tensor | Sequence[int]) -> "FeatureTable":
+        """The rows `indices`, in that order, copied to memory."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        labels = None if self.labels is None else self.labels[indices]
+        return FeatureTable(self._stored[indices], labels, self.class_names, self.dataset_fingerprint)
+
+
+def embed_dataset(
+    encoder: DualEncoder,
+    dataset: Dataset,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int = 64,
+    cache_dir: str | os.PathLike | None = None,
+    accelerator=None,
+    progress: bool = True,
+) -> FeatureTable:
+    """Unit image rows of every picture in `dataset`, from the cache or computed and cached.
+
+    Under `accelerate launch` every process calls this with the same arguments, its encoder on its own device, and
+    gets the same table; `cache_dir` must be a folder that all of them see.
+
+    Args:
+        encoder ([`DualEncoder`]): the model. Its fingerprint, with the processor's settings, is part of the key.
+        dataset (`datasets.Dataset`):
+            One split. Formats and transforms set on it are not applied: the pictures are taken as stored.
+        image_column (`str`, *optional*): guessed when omitted.
+        label_column (`str`, *optional*): guessed when omitted; without any, the table has no labels.
+        batch_size (`int`, *optional*, defaults to 64): pictures per forward pass.
+        cache_dir (`str` or `os.PathLike`, *optional*): defaults to a folder among the Hub's cached assets.
+        accelerator (`accelerate.Accelerator`, *optional*): defaults to the state of the launched processes.
+        progress (`bool`, *optional*, defaults to `True`): show a bar on the main process.
+
+    Raises:
+        ValueError: no or several columns could be meant, the dataset is empty, labels are no indices, a picture cannot
+            be read, or the model answers with infinite or undefined numbers; rows are named by their index.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"dataset must be one split of a dataset, not a {type(dataset).__name__}.")
+    image_column, label_column = guess_columns(dataset, image_column, label_column)
+    if not len(dataset):
+        raise ValueError("the dataset is empty: there is no image to embed.")
+    labels, class_names = _labels(dataset, label_column)
+    # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
+    state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    facts = [encoder.fingerprint, dataset._fingerprint, str(dataset.split), image_column, PART_ROWS]
+    key, fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32], dataset._fingerprint
+    if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
+        key, fingerprint = broadcast_object_list([key, fingerprint])
+    root = Path(cache_dir or cached_assets_path("hf_transmiter", namespace="features"))
+    path, folder = root / f"{key}.npy", root / f"{key}.parts"
+    embeds = _open(path)
+    # Every process must have looked before the first of them can finish the table.
+    state.wait_for_everyone()
+    if embeds is None:
+        pictures = dataset.with_format(None).select_columns([image_column])
+        _make_parts_together(encoder, pictures, batch_size, folder, state, progress)
+        if state.is_main_process:
+            try:
+                _join(folder, path, (len(dataset), encoder.embed_dim))
+            except (OSError, SafetensorError):
+                # Another run of the very same job may have finished meanwhile and cleared the parts.
+                if _open(path) is None:
+                    raise
+            shutil.rmtree(folder, ignore_errors=True)
+        state.wait_for_everyone()
+        embeds = _open(path)
+    return FeatureTable(embeds, labels, class_names, fingerprint)
+
+
+def _labels(dataset: Dataset, column: str | None) -> tuple[list[int] | None, list[str] | None]:
+    """Class indices and, where the column has them, their names."""
+    if column is None:
+        return None, None
+    values = dataset.with_format(None)[column][:]
+    odd = [value for value in values if not isinstance(value, int)]
+    if odd:
+        raise ValueError(
+            f"column {column!r} holds {odd[0]!r}, not class indices: "
+            f"encode it with dataset.class_encode_column({column!r}), or pass another label_column=."
+        )
+    kind = dataset.features[column]
+    return values, kind.names if isinstance(kind, ClassLabel) else None
+
+
+def _open(path: Path) -> Tensor | None:
+    """The rows of a finished file; `None` where there is none, or a damaged one."""
+    try:
+        # Mapped: pages are read when touched and may be dropped again.
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is damaged and will be made again: %s", path, error)
+        return None
+
+
+def _make_parts_together(encoder, pictures, batch_size, folder, state, progress) -> None:
+    """[`_make_parts`] of every process; what goes wrong on one is an error on all, so that none waits for ever."""
+    fault = None
+    hidden = not (progress and state.is_main_process)
+    bar = {"desc": "Embedding images", "unit": "img", "leave": False, "name": "hf_transmiter.data.embeddings"}
+    try:
+        with tqdm(total=len(pictures), disable=hidden, **bar) as shown:
+            _make_parts(encoder, pictures, batch_size, folder, state, shown)
+    except Exception as error:
+        fault = error
+    if state.num_processes > 1:
+        faults = [text for text in gather_object([None if fault is None else str(fault)]) if text is not None]
+        fault = fault or (ValueError(faults[0]) if faults else None)
+    if fault is not None:
+        raise fault
+
+
+def _make_parts(encoder: DualEncoder, pictures: Dataset, batch_size: int, folder: Path, state, bar: tqdm) -> None:
+    """Writes this process's missing parts."""
+    for index, start in enumerate(range(0, len(pictures), PART_ROWS)):
+        rows = range(start, min(start + PART_ROWS, len(pictures)))
+        path = _part_path(folder, index)
+        if index % state.num_processes != state.process_index or _is_whole(path):
+            bar.update(len(rows))
+            continue
+        blocks = []
+        for first in rows[::batch_size]:
+            blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop))))
+            bar.update(len(blocks[-1]))
+        _write_part(path, torch.cat(blocks))
+
+
+def _embed(encoder: DualEncoder, pictures: Dataset, rows: range) -> Tensor:
+    """Unit rows (B, d) of some pictures."""
+    (column,) = pictures.column_names
+    try:
+        images = pictures[rows.start : rows.stop][column]
+    except Exception:
+        # Decoding fails for the batch as a whole; read row by row to say which picture it was.
+        for row in rows:
+            try:
+                pictures[row]
+            except Exception as error:
+                raise ValueError(f"the image in row {row} cannot be read: {error}") from error
+        raise
+    try:
+        block = encoder.embed_pixels(encoder.preprocess(images)).cpu()
+    except ValueError as error:
+        raise ValueError(f"in the batch of rows {rows.start} to {rows.stop - 1}: {error}") from error
+    finite = torch.isfinite(block).all(dim=1)
+    if not finite.all():
+        row = rows[int((~finite).nonzero()[0])]
+        raise ValueError(f"the embedding of row {row} is not finite: try float32 or bfloat16 weights.")
+    return block.float()
+
+
+def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:
+    """One file of all parts, written part by part: it may be larger than memory."""
+
+    def write(temporary: Path) -> None:
+        table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        for index, start in enumerate(range(0, len(table), PART_ROWS)):
+            table[start : start + PART_ROWS] = load_file(_part_path(folder, index))["embeds"]
+        table.flush()
+
+    replace_file(path, write)
+
+
+def _part_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.safetensors"
+
+
+def _write_part(path: Path, embeds: Tensor) -> None:
+    metadata = {"digest": _digest(embeds)}
+    replace_file(path, lambda temporary: save_file({"embeds": embeds}, temporary, metadata))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a part of an earlier run still has the values that it was written with."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("digest") == _digest(file.get_tensor("embeds"))
+    except (FileNotFoundError, SafetensorError):
+        return False
+
+
+def _digest(embeds: Tensor) -> str:
+    return hashlib.sha256(f"{tuple(embeds.shape)}".encode() + embeds.numpy().tobytes()).hexdigest()

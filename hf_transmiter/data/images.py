@@ -1,0 +1,270 @@
+"""Pictures from anywhere: a Hub id, a folder, files, or ``sandbox:DOMAIN``."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from glob import glob
+from pathlib import Path, PurePath
+
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    Image,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from ..hub.repo import SANDBOX, check_hub_id, hub_errors, split_revision
+
+
+logger = logging.getLogger(__name__)
+
+_FILES = {".parquet": "parquet", ".arrow": "arrow"}
+_NO_ROWS = "corresponds to no data"  # what `datasets` says of a split or slice without rows
+_SPLITS = re.compile(r"(?:^|\+)([^\[+]+)")  # the names in a slice ("train[:100]") or a sum ("train+test")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels")
+_LABEL_NAMES = ("label", "labels", "cls", "fine_label", "class", "target")
+
+
+def load_images(
+    source: str,
+    split: str | None = None,
+    *,
+    prefer: Sequence[str] = ("train",),
+    subset: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_images: int | None = None,
+    skip_unreadable: bool = False,
+) -> Dataset:
+    """One split of pictures from anywhere.
+
+    Args:
+        source (`str`):
+            A Hub id (``id@revision`` pins a version); a folder with pictures (a subfolder per class names the
+            labels), with the files of a data set, or written by `Dataset.save_to_disk`; a ``.parquet`` or ``.arrow``
+            file or a glob of such; ``sandbox:DOMAIN``.
+        split (`str`, *optional*): name of the split, slices such as ``"train[:10%]"`` included.
+        prefer (`Sequence[str]`, *optional*): splits to look for when none is named, best first; the only one is
+            taken under any name.
+        subset (`str`, *optional*): configuration of a Hub data set that has several.
+        image_column, label_column (`str`, *optional*): guessed when omitted. Labels that are words become a
+            `ClassLabel` with the words in alphabetical order.
+        max_images (`int`, *optional*): take that many pictures, drawn at random, always the same ones.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Decode every picture first and leave out those that cannot be read (of `max_images`, so many fewer remain);
+            they are listed in the log. Otherwise such a picture is an error when it is embedded.
+
+    Raises:
+        FileNotFoundError: no such folder, file or Hub data set.
+        ValueError: an unknown split or column, several that could be meant, a split without pictures, or files that
+            cannot be read.
+        ConnectionError: a Hub data set that is not in the cache while the Hub cannot be reached.
+    """
+    dataset = open_split(source, split, prefer=prefer, subset=subset)
+    image, label = guess_columns(dataset, image_column, label_column)
+    if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
+        dataset = dataset.class_encode_column(label)
+    return draw(dataset, image, max_images, skip_unreadable)
+
+
+def draw(dataset: Dataset, image_column: str, max_images: int | None, skip_unreadable: bool) -> Dataset:
+    """The last steps of [`load_images`]: fewer pictures, and only those that can be read."""
+    if max_images is not None:
+        if max_images < 1:
+            raise ValueError(f"max_images must be at least 1, got {max_images}.")
+        # Data from the Hub are often sorted by class.
+        dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
+    return _readable(dataset, image_column) if skip_unreadable else dataset
+
+
+def _readable(dataset: Dataset, image_column: str) -> Dataset:
+    """The rows whose picture can be decoded; the others are listed in the log.
+
+    `datasets` caches the outcome with data from files, so a second look costs nothing.
+    """
+    # In the default format nothing but the stored bytes and paths is read.
+    stored = dataset.with_format(None).select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    faults = stored.map(
+        _fault, input_columns=[image_column], remove_columns=[image_column], desc="Decoding every picture"
+    )["fault"][:]
+    bad = [row for row, fault in enumerate(faults) if fault is not None]
+    if not bad:
+        return dataset
+    names = [f"row {row}{faults[row]}" for row in bad]
+    if len(bad) == len(dataset):
+        raise ValueError(f"none of the {len(bad)} pictures can be read: {names[0]}")
+    listed = "\n  ".join(names)
+    logger.warning("%d of %d pictures cannot be read and are left out:\n  %s", len(bad), len(dataset), listed)
+    return dataset.select([row for row, fault in enumerate(faults) if fault is None])
+
+
+def _fault(picture: dict | None) -> dict[str, str | None]:
+    """What is wrong with a picture, after the end of its file's path, if it has one; `None` if it can be decoded."""
+    if picture is None:
+        return {"fault": ": there is no picture"}
+    try:
+        Image().decode_example(picture).convert("RGB")
+    except Exception as error:  # decoders raise whatever they like
+        file = "/".join(PurePath(picture["path"] or "").parts[-2:])  # enough to find it, and nothing of this machine
+        return {"fault": f"{f' ({file})' if file else ''}: {' '.join(str(error).split()) or type(error).__name__}"}
+    return {"fault": None}
+
+
+def guess_columns(
+    dataset: Dataset, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str | None]:
+    """Names of the image and the label column; a name that is given is only checked.
+
+    The image column is the one of type `Image`, or else one with a usual name; the label column is the one with a
+    usual name, or else the only `ClassLabel`. A dataset may have no label column.
+
+    Raises:
+        ValueError: a given column is missing, no image column is found, or several columns could be meant.
+    """
+    names, types = dataset.column_names, dataset.features
+    if not names:
+        raise ValueError("the dataset is empty: it has no columns.")
+    for given in (image_column, label_column):
+        if given is not None and given not in names:
+            raise ValueError(f"there is no column {given!r}; the columns are {', '.join(names)}.")
+    if image_column is None:
+        typed = [name for name in names if isinstance(types[name], Image)]
+        candidates = _usual(typed, _IMAGE_NAMES) or typed or _usual(names, _IMAGE_NAMES)
+        image_column = _only("image_column", candidates, names)
+        if image_column is None:
+            raise ValueError(f"no image column found among {', '.join(names)}: pass image_column=.")
+    if label_column is None:
+        typed = [name for name in names if isinstance(types[name], ClassLabel)]
+        label_column = _only("label_column", _usual(names, _LABEL_NAMES) or typed, names)
+    return image_column, label_column
+
+
+def _usual(names: list[str], usual: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name.lower() in usual]
+
+
+def _only(argument: str, candidates: list[str], names: list[str]) -> str | None:
+    if len(candidates) > 1:
+        raise ValueError(
+            f"{argument} could be {' or '.join(candidates)} (columns: {', '.join(names)}): pass {argument}=."
+        )
+    return candidates[0] if candidates else None
+
+
+def open_split(
+    source: str, split: str | None = None, *, prefer: Sequence[str] = ("train",), subset: str | None = None
+) -> Dataset:
+    """The rows of one split as they are stored; the arguments and errors are those of [`load_images`]."""
+    with _dataset_errors(source):
+        splits, load = _locate(source, subset)
+        split = _choose(splits, split, prefer, source)
+        try:
+            rows = load(split)
+        except ValueError as error:
+            if _NO_ROWS not in str(error):
+                raise
+            rows = ()
+        if not len(rows):
+            raise ValueError(f"{source!r}, split {split!r}: there are no pictures.")
+        return rows
+
+
+def list_splits(source: str, subset: str | None = None) -> list[str]:
+    """Names of the splits that a source of [`load_images`] has; no picture is read."""
+    with _dataset_errors(source):
+        return list(_locate(source, subset)[0])
+
+
+@contextmanager
+def _dataset_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except DatasetsError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"cannot load the dataset {source!r}: {error.__cause__ or error}") from error
+
+
+def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[str], Dataset]]:
+    """Names of the splits, and what loads one of them."""
+    if source.startswith(SANDBOX):
+        from .. import sandbox  # the synthetic world is not needed for real pictures
+
+        splits = ("train", "unlabelled", "validation", "test")
+        return splits, partial(_sliced, partial(sandbox.load_dataset, source.removeprefix(SANDBOX)))
+    name, revision = split_revision(source)
+    if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(name)
+        saved = saved if isinstance(saved, DatasetDict) else {re.split(r"\W", str(saved.split or "train"))[0]: saved}
+        return list(saved), partial(_sliced, saved.__getitem__)
+    where = _files(name) or ({"path": name, "name": subset} if Path(name).is_dir() else None)
+    builder = _hub_builder(name, subset, revision) if where is None else load_dataset_builder(**where)
+    splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
+    return splits, partial(_read, builder)
+
+
+def _hub_builder(name: str, subset: str | None, revision: str | None) -> DatasetBuilder:
+    try:
+        with hub_errors(name):
+            builder = load_dataset_builder(name, subset, revision=revision)
+    except (ConnectionError, LocalEntryNotFoundError):
+        builder = None
+    # Without a network `datasets` takes whatever version the cache got last.
+    if builder is None or (revision and _COMMIT.fullmatch(revision) and builder.hash != revision):
+        source = f"{name}@{revision}" if revision else name
+        raise ConnectionError(
+            f"the dataset {source!r} is not in the cache, and the Hub cannot be reached: load it once where it can be."
+        )
+    return builder
+
+
+def _read(builder: DatasetBuilder, split: str) -> Dataset:
+    builder.download_and_prepare()
+    return builder.as_dataset(split)
+
+
+def _sliced(load: Callable[[str], Dataset], split: str) -> Dataset:
+    """What `load_dataset` makes of ``"train[:80%]+test"``, from something that knows whole splits only."""
+    whole = {name: load(name) for name in _SPLITS.findall(split)}
+    if split in whole:
+        return whole[split]
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in whole.items()})
+    return concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _files(name: str) -> dict | None:
+    """What `load_dataset` needs for files, `None` for a folder or a Hub id."""
+    if Path(name).is_dir():
+        return None
+    found = sorted(path for path in glob(name, recursive=True) if Path(path).is_file())
+    if not found:
+        check_hub_id(name, "dataset")
+        return None
+    formats = {_FILES.get(Path(path).suffix) for path in found}
+    if len(formats) > 1 or None in formats:
+        raise ValueError(f"{name!r} must name .parquet or .arrow files, all of one kind; it matches {found[0]!r}.")
+    return {"path": formats.pop(), "data_files": found}
+
+
+def _choose(splits: Sequence[str], split: str | None, prefer: Sequence[str], source: str) -> str:
+    known = ", ".join(splits)
+    if split is not None:
+        if splits and not set(_SPLITS.findall(split)) <= set(splits):
+            raise ValueError(f"{source!r} has no split {split!r}; there are {known}.")
+        return split
+    found = next((name for name in prefer if name in splits), splits[0] if len(splits) == 1 else None)
+    if found is None:
+        raise ValueError(f"{source!r} has none of the splits {', '.join(prefer)}; name one with --split: {known}.")
+    return found

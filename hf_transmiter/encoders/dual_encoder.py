@@ -1,0 +1,451 @@
+"""[`DualEncoder`]: pictures and texts to unit rows in one space, for every two-tower family of transformers.
+
+With unit rows ``x`` (B, d) for images and ``a`` (K, d) for texts, the model's logits are ``z = s * x @ a.T + b``
+(B, K). What differs between families is in `families.py`; its functions are exported here too.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, BaseImageProcessor
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    has_file,
+)
+
+from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
+from .families import (
+    EMBEDDING_PARTS,
+    FAMILIES,
+    aligned,
+    check_family,
+    dummy_text_inputs,
+    image_inputs,
+    is_dual_encoder,
+    logit_scale_and_bias,
+    shared_width,
+    text_positions,
+    tokenize,
+    unit_rows,
+    unwrap,
+)
+from .identity import model_fingerprint, vocabulary_hash
+from .open_clip import OpenClipModel
+from .open_clip import load_processor as load_open_clip_processor
+
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "FAMILIES",
+    "DualEncoder",
+    "dummy_text_inputs",
+    "image_inputs",
+    "is_dual_encoder",
+    "logit_scale_and_bias",
+    "unwrap",
+]
+
+
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+
+
+def _has_only_pickles(where: str, **hub) -> bool:
+    with hub_errors(where):
+        safe, pickled = (
+            any(has_file(where, file, **hub) for file in files)
+            for files in (_WEIGHTS, (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+        )
+    return pickled and not safe
+
+
+@contextmanager
+def _frozen_pass(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside; every module gets its own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: its tensors could not be saved for a later backward.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class DualEncoder:
+    """A two-tower model with its tokenizer and image processor: images and texts to unit rows in one space.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            A model of a supported family (`FAMILIES`). Adapters inside it (LoRA, prompts) stay active. The model is
+            shared, not copied: its mode and `requires_grad` flags are left as they are.
+        processor (`ProcessorMixin`, *optional*):
+            Holds `tokenizer` and `image_processor`. Loaded from `name_or_path` when omitted.
+        name_or_path (`str`, *optional*): defaults to the model's `config._name_or_path`.
+        revision (`str`, *optional*): defaults to the commit the model was loaded from.
+
+    Raises:
+        ValueError: the model's type is not supported.
+
+    Attributes:
+        model (`PreTrainedModel`): the model without the PEFT wrapper, adapters active.
+        processor (`ProcessorMixin` or `None`): `None` only when there was no name to load it from.
+    """
+
+    def __init__(self, model: nn.Module, processor=None, name_or_path: str | None = None, revision: str | None = None):
+        self.model = unwrap(model)
+        config = getattr(self.model, "config", None)
+        check_family(getattr(config, "model_type", None), f"The model ({type(self.model).__name__})")
+        if not is_dual_encoder(self.model):
+            raise ValueError(f"{type(self.model).__name__} has only one tower; load the whole model with AutoModel.")
+        self.name_or_path = name_or_path or config._name_or_path or None
+        self.revision = getattr(config, "_commit_hash", None) or revision
+        if processor is None and self.name_or_path:
+            processor = load_processor(self.name_or_path, revision=self.revision)
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> "DualEncoder":
+        """Load a frozen model in eval mode, with its processor, from a local folder or else from the Hub.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`):
+                Folder, Hub id, ``sandbox:weak``, or a model of the open_clip library, such as
+                ``open_clip:RN50/openai`` (see [`OpenClipModel`]). Weights must be safetensors.
+            revision (`str`, *optional*):
+                Branch, tag or commit. When omitted: the main branch or, where that has only pickles, the safetensors
+                that the Hub's own converter proposes in a pull request, which transformers looks for.
+            dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
+                What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
+                even for checkpoints stored in half precision; `"auto"` keeps the stored type.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put the model.
+            token (`str` or `bool`, *optional*): Hub token.
+            cache_dir (`str` or `os.PathLike`, *optional*): download cache.
+            local_files_only (`bool`, *optional*, defaults to `False`): never ask the Hub.
+
+        Raises:
+            ValueError: the model's type is not supported.
+            OSError: the folder or repository, or safetensors weights in it, cannot be found.
+        """
+        name = os.fspath(name_or_path)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if is_open_clip(name):
+            model = aligned(OpenClipModel.from_pretrained(name, revision=revision, dtype=dtype, **hub))
+            commit = model.config._commit_hash
+            model = model.eval().requires_grad_(False).to(device or "cpu")
+            return cls(model, load_processor(name, revision=commit, **hub), name, commit)
+        where = model_location(name)
+        if os.path.isfile(os.path.join(where, "adapter_config.json")) and not os.path.isfile(
+            os.path.join(where, "config.json")
+        ):
+            raise ValueError(
+                f"{name!r} holds a PEFT adapter, not a model: load its base model and wrap both, "
+                "DualEncoder(PeftModel.from_pretrained(base, folder)); a TransMiter adapter is loaded by "
+                "AnchorClassifier.from_pretrained."
+            )
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **hub)
+        check_family(config.model_type, f"{name!r}")
+        options = {"dtype": torch.float32 if dtype is None else dtype, "use_safetensors": True, **hub}
+        try:
+            model = AutoModel.from_pretrained(where, revision=revision, trust_remote_code=False, **options)
+        except OSError as error:
+            if not _has_only_pickles(where, revision=revision, **hub):
+                raise
+            raise OSError(
+                f"{name!r} has no {SAFE_WEIGHTS_NAME}, and pickles such as {WEIGHTS_NAME} are not read because they "
+                "run the code in them: take a revision that has one, such as that of a pull request which you trust "
+                "(revision='refs/pr/N'), or ask the owner for it."
+            ) from error
+        model = aligned(model).eval().requires_grad_(False).to(device or "cpu")
+        model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
+        # The processor comes from the very commit of the weights, also when a branch moved in between. Weights that
+        # transformers took from the pull request of the Hub's converter are in no commit of the branch.
+        commit = cached_commit(where, _WEIGHTS, revision, cache_dir) or revision
+        return cls(model, load_processor(name, revision=commit, **hub), name, commit)
+
+    @property
+    def family(self) -> str:
+        return self.model.config.model_type
+
+    @property
+    def embed_dim(self) -> int:
+        """Width ``d`` of the shared space."""
+        return shared_width(self.model)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor ``s`` of the logits (0-dimensional float32, detached)."""
+        return logit_scale_and_bias(self.model)[0].detach().float()
+
+    @property
+    def logit_bias(self) -> float:
+        """The bias ``b`` of the logits; 0.0 outside the SigLIP families."""
+        return float(logit_scale_and_bias(self.model)[1])
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a text may have, special tokens included."""
+        limits = [text_positions(self.model)]
+        if self.processor is not None:
+            trained = getattr(self.processor, "text_kwargs", {}).get("max_length")
+            limits += [self.processor.tokenizer.model_max_length, *([trained] if trained else [])]
+        return min(limits)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square pictures that [`preprocess`] makes."""
+        vision = self.model.config.vision_config
+        if self.family == "siglip2":
+            return vision.patch_size * math.isqrt(self._max_patches)
+        processor = getattr(self.processor, "image_processor", None)
+        size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        size = size or getattr(processor, "size", None) or {}
+        side = dict(size).get("height") or dict(size).get("shortest_edge") or vision.image_size
+        return int(side if isinstance(side, int) else side[0])
+
+    @property
+    def _max_patches(self) -> int:
+        processor = getattr(self.processor, "image_processor", None)
+        return getattr(processor, "max_num_patches", self.model.config.vision_config.num_patches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of what the embeddings depend on: weights, config, processor settings, adapters and which of
+        them are active. Equal across processes and machines; computed again only after a weight was written.
+
+        Modules added to the root beside the two towers (a head on the logits) do not count.
+        """
+        return self.fingerprint_in(None)
+
+    def fingerprint_in(self, dtype: torch.dtype | None) -> str:
+        """The [`fingerprint`] that the model would have in another floating-point type."""
+        # Only what differs from transformers' defaults: a later version that adds an entry changes nothing.
+        settings = [self.model.config.to_diff_dict(), self._processor_facts]
+        return model_fingerprint(self.model, EMBEDDING_PARTS, settings, dtype)
+
+    def preprocess(self, images) -> Tensor:
+        """Pictures to normalised pixels.
+
+        Args:
+            images (`Sequence` of `PIL.Image.Image`, path or `np.ndarray`, or one of these):
+                Any colour mode (converted to RGB); arrays are uint8, (H, W), (H, W, 3) or (H, W, 4). Pictures given
+                by path are turned upright by their EXIF orientation, as `datasets` does.
+
+        Returns:
+            `Tensor`: (B, 3, S, S) float32 on the CPU, ``S = image_size``. SigLIP 2 NaFlex pictures are squeezed to a
+            square grid of patches, as the fixed-resolution SigLIP checkpoints do.
+
+        Raises:
+            ValueError: a picture cannot be read; the message names it.
+        """
+        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+            images = [images]
+        pictures = [_read_rgb(image, index) for index, image in enumerate(images)]
+        if not pictures:
+            raise ValueError("no images were given.")
+        image_processor = self._require("image_processor")
+        if self.family != "siglip2":
+            return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        side, patch = self.image_size, self.model.config.vision_config.patch_size
+        pictures = [picture.resize((side, side), image_processor.resample) for picture in pictures]
+        patches = image_processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
+        grid = side // patch
+        patches = patches[:, : grid * grid]  # the rest is padding up to max_num_patches
+        pixels = patches.reshape(len(pictures), grid, grid, patch, patch, 3)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(pictures), 3, side, side)
+
+    def embed_pixels(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device."""
+        inputs = image_inputs(self.model, pixel_values.to(self.device, self.dtype))
+        with _frozen_pass(self.model):
+            return unit_rows(self.model.get_image_features(**inputs))
+
+    def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
+        """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
+        blocks = [
+            self.embed_pixels(self.preprocess(images[start : start + batch_size]))
+            for start in range(0, len(images), batch_size)
+        ]
+        return torch.cat(blocks) if blocks else torch.empty(0, self.embed_dim, device=self.device)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Texts to (N, d) unit rows ``a``, float32, on the model's device.
+
+        A text longer than `context_length` tokens is cut, its end-of-text token kept; one warning per call names the
+        first such text.
+        """
+        embeds, cut = self._embed_texts(texts, batch_size)
+        self._warn_cut(cut)
+        return embeds
+
+    def embed_names(
+        self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",), batch_size: int = 256
+    ) -> Tensor:
+        """Class names to (K, d) unit rows: per name the mean over templates of unit text rows, made unit again.
+
+        Args:
+            names (`Sequence[str]`): K names; underscores become spaces.
+            templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): each with one ``{}``.
+            batch_size (`int`, *optional*, defaults to 256): texts per forward pass.
+
+        Raises:
+            ValueError: there are no templates, or one of them lacks ``{}``.
+        """
+        bad = [template for template in templates if "{}" not in template]
+        if bad or not templates:
+            raise ValueError(f"each template needs a {{}} where the name goes; got {bad or 'no template'}.")
+        total, cut = torch.zeros(len(names), self.embed_dim, device=self.device), []
+        for template in templates:
+            texts = [template.replace("{}", name.replace("_", " ")) for name in names]
+            embeds, too_long = self._embed_texts(texts, batch_size)
+            total, cut = total + embeds, cut + too_long
+        self._warn_cut(cut)
+        return normalize(total, dim=-1)
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts to the arguments of the text tower on the model's device: `input_ids` (B, L) and, outside the SigLIP
+        families, `attention_mask`. Texts longer than `context_length` tokens are cut."""
+        return self._tokenize(list(texts))[0]
+
+    def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """``z = s * x @ a.T + b`` for rows ``x`` (B, d) and ``a`` (K, d): (B, K), scale included."""
+        return self.logit_scale * image_embeds @ text_embeds.T + self.logit_bias
+
+    @cached_property
+    def _processor_facts(self) -> dict | None:
+        if self.processor is None:
+            return None
+        tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
+        return {
+            "image": {"backend": getattr(image_processor, "backend", None), **image_processor.to_dict()},
+            "vocabulary": vocabulary_hash(tokenizer),
+            "special_tokens": dict(tokenizer.special_tokens_map),
+            "text": [tokenizer.padding_side, self.context_length],
+        }
+
+    def _require(self, part: str):
+        if getattr(self.processor, part, None) is None:
+            raise ValueError(f"this DualEncoder has no {part}: pass processor= or the name_or_path to load it from.")
+        return getattr(self.processor, part)
+
+    def _embed_texts(self, texts: Sequence[str], batch_size: int) -> tuple[Tensor, list[str]]:
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of strings, not one string.")
+        blocks, cut = [torch.empty(0, self.embed_dim, device=self.device)], []
+        for start in range(0, len(texts), batch_size):
+            inputs, too_long = self._tokenize(list(texts[start : start + batch_size]))
+            cut += too_long
+            with _frozen_pass(self.model):
+                blocks.append(unit_rows(self.model.get_text_features(**inputs)))
+        return torch.cat(blocks), cut
+
+    def _tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+        tokenizer, limit = self._require("tokenizer"), self.context_length
+        lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+        cut = [text for text, length in zip(texts, lengths, strict=True) if length > limit]
+        inputs = tokenize(tokenizer, texts, self.family, limit)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}, cut
+
+    def _warn_cut(self, cut: list[str]) -> None:
+        if cut:
+            logger.warning(
+                "%d text(s) are longer than the %d tokens %s reads and were cut; the first is %r.",
+                len(cut), self.context_length, self.name_or_path or "the model", cut[0],
+            )  # fmt: skip
+
+
+def load_encoder(
+    source: str,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> DualEncoder:
+    """A frozen dual encoder: a Hub id (``id@revision`` too), a folder, ``sandbox:weak|strong|weak-upgraded``, or a
+    model of open_clip (``open_clip:RN50/openai``).
+
+    Raises:
+        FileNotFoundError: neither a folder nor a possible Hub id.
+        OSError: the Hub has no such model, or cannot be reached.
+        ValueError: a family that is not supported, or an unknown sandbox model.
+    """
+    name, suffix = split_revision(source)
+    revision = revision or suffix
+    if not (name.startswith(SANDBOX) or is_open_clip(name) or Path(name).is_dir()):
+        check_hub_id(name, "model")
+    try:
+        return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
+    except OSError as error:
+        raise OSError(f"cannot load the model {source!r}: {error}") from error
+
+
+def load_processor(name: str, *, revision: str | None = None, **hub):
+    if is_open_clip(name):
+        return load_open_clip_processor(name, revision=revision, **hub)
+    name = model_location(name)
+    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
+    if getattr(processor, "tokenizer", None) is None or not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{name!r} does not hold both a tokenizer and an image processor (found {type(processor).__name__})."
+        )
+    processor.image_processor = load_image_processor(name, revision=revision, **hub)
+    return processor
+
+
+def load_image_processor(name: str, *, revision: str | None = None, **hub) -> BaseImageProcessor:
+    """How a model's pictures become pixels; keywords as [`DualEncoder.from_pretrained`]."""
+    if is_open_clip(name):
+        return load_open_clip_processor(name, revision=revision, **hub).image_processor
+    # Pillow on every machine: torchvision, where installed, resizes slightly differently.
+    return AutoImageProcessor.from_pretrained(
+        model_location(name), revision=revision, backend="pil", trust_remote_code=False, **hub
+    )
+
+
+def _read_rgb(image, index: int) -> Image.Image:
+    name = f"image {index}"
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            name = repr(os.fspath(image))
+            with Image.open(image) as file:
+                return ImageOps.exif_transpose(file).convert("RGB")
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8:
+                raise ValueError(f"arrays must be uint8 with values 0 to 255, not {image.dtype}")
+            return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+        if getattr(image, "filename", ""):
+            name = repr(image.filename)
+        return image.convert("RGB")
+    except (OSError, ValueError, TypeError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"cannot read {name}: {error}") from error

@@ -1,0 +1,527 @@
+"""[`analyse`]: what an adapter changes, the analysis of the extracted knowledge of arXiv 2508.08604 on any images.
+
+A classifier with its adapter is held against its own zero-shot (same model, adapter off): which classes it prefers
+now, which predictions are corrected and broken, which confusions came and went, and which auxiliary names lie where
+each class moved to. Without labels: what changed, not whether it is right.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from ..algebra import standardise
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.vocabulary import load_vocabulary, name_key, universal_vocabulary
+from ..encoders.dual_encoder import DualEncoder
+from ..hub.repo import public_name
+from ..hub.scores import NOTHING, cell_text, table
+from ..method.classifier import AnchorClassifier
+from ..method.teacher import Teacher, teacher_logits
+from .evaluate import align_labels
+from .reliability import expected_calibration_error, fit_temperature
+
+
+BEFORE, AFTER, TUNED = "zero-shot", "with the adapter", "tuned model"
+COSINE, EFFECT = "cosine", "effect"
+_BLOCK = 4096  # images at a time
+_LAYER_NORM_EPS = 1e-5  # of nn.LayerNorm
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """What the adapter does to one class.
+
+    Args:
+        name (`str`): of the class.
+        logit_shift (`float`): mean over the images of the change of its logit minus the mean change of all classes.
+        probability_shift (`float`): change of its mean probability, in percentage points.
+        share_before, share_after (`float`): percent of the images that are predicted as this class.
+        images (`int`, *optional*): that have this label; with labels only, as the next two.
+        accuracy_before, accuracy_after (`float`, *optional*): percent of them predicted right; `None` without any.
+        towards, away (`tuple[tuple[str, float], ...]`):
+            Auxiliary names with the highest and lowest value of [`Knowledge.measure`], the farthest from 0 first.
+    """
+
+    name: str
+    logit_shift: float
+    probability_shift: float
+    share_before: float
+    share_after: float
+    images: int | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    towards: tuple[tuple[str, float], ...] = ()
+    away: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How sure a model is and how right; all in percent.
+
+    Args:
+        name (`str`): one of [`Knowledge.logits`], or that at the fitted temperature.
+        confidence (`float`): mean over the images of the largest probability.
+        accuracy (`float`, *optional*), calibration_error (`float`, *optional*): with labels, see `reliability`.
+    """
+
+    name: str
+    confidence: float
+    accuracy: float | None = None
+    calibration_error: float | None = None
+
+
+@dataclass
+class Knowledge:
+    """What [`analyse`] found. Before: zero-shot; after: with the adapter.
+
+    Args:
+        model (`str` or `None`), form (`str`): the model under the adapter (a folder without its path), and its form.
+        num_images (`int`): N.
+        classes (`list[ClassChange]`): in the order of the columns.
+        changed (`int`): images that are predicted otherwise.
+        corrected, broken (`int` or `None`): changed images that were wrong and are right, and the reverse.
+        moves (`list[tuple[str, str, int]]`): prediction before, after, and how many images; the most images first.
+        confusions (`list[tuple[str, str, int, int]]`):
+            Label, another prediction, and how many images before and after; those whose count changed most first.
+        confidence (`list[Confidence]`): before, after, after at the temperature, and the tuned model.
+        temperature (`float` or `None`): by which to divide the logits, fitted without labels.
+        temperature_note (`str`): what it was fitted to, or why there is none.
+        agreement (`float` or `None`): percent of the images on which the tuned model predicts the same as after.
+        measure (`str`):
+            What the values of `towards` and `away` are. `"cosine"`, for class vectors: of the direction in which a
+            class vector moved with the name's text embedding, see [`directions`]. `"effect"`, for the
+            published form: how far the class rises when the name's logit does, see [`auxiliary_effects`].
+        logits (`dict[str, Tensor]`): (N, C) by [`BEFORE`], [`AFTER`] and, if there was one, [`TUNED`].
+        labels (`Tensor` or `None`): (N,).
+    """
+
+    model: str | None
+    form: str | None
+    num_images: int
+    classes: list[ClassChange]
+    changed: int
+    corrected: int | None
+    broken: int | None
+    moves: list[tuple[str, str, int]]
+    confusions: list[tuple[str, str, int, int]]
+    confidence: list[Confidence]
+    temperature: float | None
+    temperature_note: str
+    agreement: float | None
+    measure: str | None
+    logits: dict[str, Tensor] = field(repr=False)
+    labels: Tensor | None = field(repr=False)
+
+    @property
+    def class_names(self) -> list[str]:
+        return [change.name for change in self.classes]
+
+    def changed_most(self, count: int) -> list[ClassChange]:
+        """The `count` classes whose accuracy (without labels: mean probability) changed most, from the largest rise to
+        the largest fall."""
+        chosen = sorted(self.classes, key=lambda change: -abs(self._change(change)))[:count]
+        return sorted(chosen, key=lambda change: -self._change(change))
+
+    def _change(self, change: ClassChange) -> float:
+        if self.labels is None:
+            return change.probability_shift
+        return 0.0 if change.accuracy_after is None else change.accuracy_after - change.accuracy_before
+
+    def to_dict(self) -> dict:
+        """Everything but the logits and labels, ready for JSON."""
+        found = asdict(replace(self, logits={}, labels=None))
+        return {key: value for key, value in found.items() if key not in ("logits", "labels")}
+
+
+def analyse(
+    classifier: AnchorClassifier,
+    dataset,
+    *,
+    vocabulary: str | os.PathLike | Sequence[str] | None = None,
+    neighbours: int = 5,
+    teacher: Teacher | None = None,
+    accelerator=None,
+    progress: bool = True,
+    **embedding,
+) -> Knowledge:
+    """What the adapter of a classifier changes on these images.
+
+    Args:
+        classifier (`AnchorClassifier`): with an adapter: what `extract`, `transfer` or `label_tune` returned, or a
+            saved one.
+        dataset (`datasets.Dataset`): images of the task; labels, if there are any, are matched by name.
+        vocabulary (*optional*): auxiliary names to explain class vectors by, what `load_vocabulary` accepts; those of
+            the adapter, or the universal vocabulary, when omitted. The published form has names of its own.
+        neighbours (`int`, *optional*, defaults to 5): auxiliary names per class and direction.
+        teacher (*optional*): the tuned weak model or its logits on these images, see [`Teacher`]; for the
+            temperature. Defaults to the adapter's calibration pack where that belongs to these images.
+        accelerator (`Accelerator`, *optional*): embedding is shared by its processes, the rest done by each.
+        **embedding: passed to `embed_dataset`.
+
+    Raises:
+        ValueError: no adapter, one class only, a vocabulary for the published form, or labels of unknown classes.
+    """
+    config = classifier.adapter_config
+    if config is None:
+        raise ValueError(
+            "there is no adapter to analyse: pass what extract or transfer returned, or load a saved one."
+        )
+    if config.form == "mlp" and vocabulary is not None:
+        raise ValueError("an adapter of the published form reads its own auxiliary names: leave out the vocabulary.")
+    names = list(config.class_names)
+    if len(names) < 2:
+        raise ValueError(f"there is nothing to change with one class, {names[0]!r}.")
+    encoder, options = classifier.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
+    table = embed_dataset(encoder, dataset, **options)
+    labels = None if table.labels is None else align_labels(table, names)
+    tensors = classifier.transmiter.tensors(classifier.transmiter.active_name)
+    logits = _both(classifier, table, tensors["anchors"][: len(names)])
+    teacher, why = _teacher(classifier, table, teacher)
+    if teacher is not None:
+        logits[TUNED] = teacher_logits(teacher, dataset, names, templates=config.templates, **options)
+    if config.form == "mlp":
+        auxiliary, measure = list(config.auxiliary_names), EFFECT
+        values = auxiliary_effects(table, tensors, len(names), encoder)
+    else:
+        auxiliary, measure = _auxiliary_names(names, vocabulary or config.auxiliary_names), COSINE
+        text = encoder.embed_names(auxiliary, config.templates)
+        values = directions(tensors["class_vectors"], tensors["anchors"][: len(names)], text)
+    found = compare_logits(logits, names, labels, nearest(values, auxiliary, neighbours))
+    found.model = encoder.name_or_path and public_name(encoder.name_or_path)
+    found.form, found.measure = config.form, measure
+    found.temperature_note = found.temperature_note or why
+    return found
+
+
+@torch.no_grad()
+def _both(classifier: AnchorClassifier, table: FeatureTable, zero_shot: Tensor) -> dict[str, Tensor]:
+    """Logits without and with the adapter."""
+    encoder, parts = classifier.encoder, {BEFORE: [], AFTER: []}
+    for x in table.batches(_BLOCK):
+        x = x.to(encoder.device)
+        parts[BEFORE].append(encoder.logits(x, zero_shot.to(x)).float().cpu())
+        parts[AFTER].append(classifier.classify(x).float().cpu())
+    return {name: torch.cat(blocks) for name, blocks in parts.items()}
+
+
+def _teacher(classifier: AnchorClassifier, table: FeatureTable, teacher: Teacher | None) -> tuple[Teacher | None, str]:
+    """Who stands for the truth when the temperature is fitted, and why nobody does."""
+    if teacher is not None:
+        return teacher, ""
+    pack = classifier.calibration
+    if pack is None:
+        return None, "not available: no tuned model was given, and the adapter has no calibration pack"
+    try:
+        pack.check_images(len(table), table.dataset_fingerprint)
+    except ValueError:
+        return None, "not available: no tuned model was given, and the adapter's calibration pack is of other images"
+    return pack, ""
+
+
+def _auxiliary_names(names: Sequence[str], vocabulary) -> list[str]:
+    task = {name_key(name) for name in names}
+    candidates = load_vocabulary(vocabulary) if vocabulary else universal_vocabulary()
+    return [name for name in candidates if name_key(name) not in task]
+
+
+def compare_logits(
+    logits: dict[str, Tensor],
+    names: Sequence[str],
+    labels: Tensor | None = None,
+    neighbours: Sequence[dict[str, tuple]] | None = None,
+) -> Knowledge:
+    """The part of [`analyse`] that needs no model, for any two classifiers on the same images.
+
+    Args:
+        logits (`dict[str, Tensor]`): (N, C) by [`BEFORE`], [`AFTER`] and, *optional*, [`TUNED`].
+        names (`Sequence[str]`): C.
+        labels (`Tensor`, *optional*): (N,).
+        neighbours (`Sequence[dict[str, tuple]]`, *optional*): `towards` and `away` of each class.
+
+    Raises:
+        ValueError: shapes do not fit, or there is no image.
+    """
+    before, after = logits[BEFORE], logits[AFTER]
+    shapes = {tuple(z.shape) for z in logits.values()}
+    if len(shapes) > 1 or before.ndim != 2 or before.shape[1] != len(names) or not len(before):
+        raise ValueError(f"the logits must all be (N, {len(names)}) on the same images, got {sorted(shapes)}.")
+    was, now = before.argmax(1), after.argmax(1)
+    corrected = broken = None
+    if labels is not None:
+        corrected = int(((was != labels) & (now == labels)).sum())
+        broken = int(((was == labels) & (now != labels)).sum())
+    temperature, note = _temperature(logits)
+    rows = [_confidence(name, z, labels) for name, z in logits.items()]
+    if temperature is not None:
+        rows.insert(2, _confidence(f"{AFTER}, temperature {temperature:.2f}", after / temperature, labels))
+    return Knowledge(
+        model=None,
+        form=None,
+        num_images=len(was),
+        classes=_classes(before, after, names, labels, neighbours or [{}] * len(names)),
+        changed=int((was != now).sum()),
+        corrected=corrected,
+        broken=broken,
+        moves=[(*pair, count) for pair, count in _counted(was[was != now], now[was != now], names).items()],
+        confusions=[] if labels is None else _confusions(labels, was, now, names),
+        confidence=rows,
+        temperature=temperature,
+        temperature_note=note,
+        agreement=_percent(logits[TUNED].argmax(1) == now) if TUNED in logits else None,
+        measure=None,
+        logits=logits,
+        labels=labels,
+    )
+
+
+def _temperature(logits: dict[str, Tensor]) -> tuple[float | None, str]:
+    if TUNED not in logits:
+        return None, ""
+    said = logits[TUNED]
+    try:
+        found = fit_temperature(logits[AFTER], one_hot(said.argmax(1), said.shape[1]))
+    except ValueError as error:
+        return None, f"not available: {error}"
+    return found, "fitted to the tuned model's predictions as if they were labels"
+
+
+def _confidence(name: str, logits: Tensor, labels: Tensor | None) -> Confidence:
+    confidence = 100 * float(logits.softmax(1).max(1).values.mean())
+    if labels is None:
+        return Confidence(name, confidence)
+    return Confidence(
+        name, confidence, _percent(logits.argmax(1) == labels), expected_calibration_error(logits, labels)
+    )
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.double().mean())
+
+
+def _classes(
+    before: Tensor, after: Tensor, names: Sequence[str], labels: Tensor | None, neighbours: Sequence[dict]
+) -> list[ClassChange]:
+    shift, count = (after - before).double(), len(names)
+    said = [logits.argmax(1) for logits in (before, after)]
+    columns = {
+        "logit_shift": (shift - shift.mean(1, keepdim=True)).mean(0),
+        "probability_shift": 100 * (after.double().softmax(1) - before.double().softmax(1)).mean(0),
+        "share_before": 100 * torch.bincount(said[0], minlength=count) / len(shift),
+        "share_after": 100 * torch.bincount(said[1], minlength=count) / len(shift),
+    }
+    if labels is not None:
+        columns["images"] = torch.bincount(labels, minlength=count)
+        for when, prediction in zip(("before", "after"), said, strict=True):
+            hits = torch.bincount(labels[prediction == labels], minlength=count)
+            columns[f"accuracy_{when}"] = 100 * hits / columns["images"]  # NaN for a class without images
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
+    return [ClassChange(name, **row, **more) for name, row, more in zip(names, rows, neighbours, strict=True)]
+
+
+def _counted(source: Tensor, target: Tensor, names: Sequence[str]) -> dict[tuple[str, str], int]:
+    """How often each pair of names occurs, the most frequent first."""
+    pairs, counts = torch.unique(source * len(names) + target, return_counts=True)
+    order = counts.argsort(descending=True, stable=True).tolist()
+    found = [(int(pairs[i]), int(counts[i])) for i in order]
+    return {(names[pair // len(names)], names[pair % len(names)]): count for pair, count in found}
+
+
+def _confusions(labels: Tensor, was: Tensor, now: Tensor, names: Sequence[str]) -> list[tuple[str, str, int, int]]:
+    counts = [_counted(labels[said != labels], said[said != labels], names) for said in (was, now)]
+    pairs = dict.fromkeys([*counts[0], *counts[1]])
+    found = [(*pair, *(count.get(pair, 0) for count in counts)) for pair in pairs]
+    changed = [row for row in found if row[2] != row[3]]
+    return sorted(changed, key=lambda row: -abs(row[3] - row[2]))
+
+
+# Which auxiliary names explain a change
+
+
+def nearest(values: Tensor, auxiliary: Sequence[str], count: int) -> list[dict[str, tuple]]:
+    """Per class the auxiliary names with the highest positive and the lowest negative values."""
+    found, count = [], min(count, len(auxiliary))
+    for row in values.cpu():
+        sides = {}
+        for side, sign in (("towards", 1.0), ("away", -1.0)):
+            best = (sign * row).topk(count)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            sides[side] = tuple((auxiliary[i], sign * value) for i, value in pairs if value > 0)
+        found.append(sides)
+    return found
+
+
+def directions(class_vectors: Tensor, zero_shot: Tensor, auxiliary: Tensor) -> Tensor:
+    """Cosine of the direction in which each class vector moved with each auxiliary name.
+
+    ``m_c = (t̂_c - mean t̂) - (a_c - mean a)`` with t̂ the class vectors at unit length, means over the classes: what
+    moves all classes alike changes no prediction. Text embeddings are centred too, they share most of their length.
+
+    Args:
+        class_vectors (`Tensor`): T (C, d). zero_shot (`Tensor`): a (C, d), unit rows.
+        auxiliary (`Tensor`): (A, d) unit text embeddings.
+
+    Returns:
+        `Tensor`: (C, A) in [-1, 1]; 0 for a class that did not move.
+    """
+    moved, start = (v - v.mean(0) for v in (normalize(class_vectors.float(), dim=-1), zero_shot.float()))
+    text = auxiliary.float().to(moved.device)
+    move = moved - start
+    move[move.norm(dim=1) < 1e-5 * start.norm(dim=1).clamp(min=1)] = 0  # rounding has no direction
+    return normalize(move, dim=-1) @ normalize(text - text.mean(0), dim=-1).T
+
+
+def auxiliary_effects(table: FeatureTable, tensors: dict[str, Tensor], classes: int, encoder: DualEncoder) -> Tensor:
+    """How the published adapter's change of each class depends on each auxiliary logit.
+
+    ``E_cj = σ_j · mean_n ∂δ_c(z_n) / ∂z_nj``, minus the mean over c, with ``δ(z) = MLP(LN(z Wᵀ)) W`` the change of the
+    standardised logits and σ_j the standard deviation of z_j over the images: how far class c rises above the others
+    when auxiliary logit j is one standard deviation higher. For a linear δ these are its standardised coefficients.
+
+    The mean of the Jacobians has a closed form. With ``ĥ = (h - mean h) / s``, ``u = Up(γ ∘ ĥ + β)``, ``g = GELU'(u)``
+
+    ``mean_n J_n = M [diag(mean g/s) Up_γ (1 - 11ᵀ/D) - mean(((g/s) ∘ Up_γ ĥ) ĥᵀ) / D] W``, ``M = W_taskᵀ Down``,
+    ``Up_γ = Up diag(γ)``: one pass over all images, no class-by-class gradients.
+
+    Args:
+        table (`FeatureTable`): N images. tensors (`dict[str, Tensor]`): weights of the adapter.
+        classes (`int`): C. encoder (`DualEncoder`): the model.
+
+    Returns:
+        `Tensor`: (C, A).
+    """
+    basis, anchors, gamma = tensors["basis"], tensors["anchors"], tensors["norm.weight"]
+    width = len(basis)
+    up = tensors["up.weight"] * gamma
+    shift = tensors["up.weight"] @ tensors["norm.bias"] + tensors["up.bias"]
+    slope, outer = torch.zeros_like(up[:, 0]), torch.zeros_like(up)
+    total, squares = (torch.zeros(len(anchors), dtype=torch.float64) for _ in range(2))
+    for x in table.batches(_BLOCK):
+        z = standardise(encoder.logits(x.to(anchors.device), anchors))[0].to(basis.dtype)
+        h = z @ basis.T
+        spread = (h.var(1, unbiased=False, keepdim=True) + _LAYER_NORM_EPS).sqrt()
+        h = (h - h.mean(1, keepdim=True)) / spread
+        product = h @ up.T
+        u = product + shift
+        normal = torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
+        g = (0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * normal) / spread
+        slope += g.sum(0)
+        outer += (g * product).T @ h
+        total += z.double().sum(0).cpu()
+        squares += z.double().square().sum(0).cpu()
+    count = len(table)
+    inner = slope[:, None] * (up - up.mean(1, keepdim=True)) - outer / width
+    jacobian = (tensors["down.weight"].T @ basis[:, :classes]).T @ inner @ basis / count
+    std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+    effects = jacobian.cpu()[:, classes:] * std[classes:].float()
+    return effects - effects.mean(0)
+
+
+# In words
+
+
+_MEASURES = {
+    COSINE: (
+        "Auxiliary names whose text embedding points where the class vector moved (cosine in brackets). They say "
+        "something where the class moved and the model knows the names."
+    ),
+    EFFECT: (
+        "Auxiliary names whose logit raises the class (how far, in units of the standardised logits, when the name's "
+        "logit is one standard deviation higher)."
+    ),
+}
+
+
+def markdown(found: Knowledge, count: int = 10) -> str:
+    """Sections of a report, headings of the second level, tables of at most `count` rows.
+
+    Args:
+        found (`Knowledge`): of `analyse`.
+        count (`int`, *optional*, defaults to 10): rows per table.
+
+    Returns:
+        `str`: markdown, ending in a newline.
+    """
+    parts = [summary(found), "## Confidence", _sure(found)]
+    parts += ["## Classes that changed most", _changes(found.changed_most(count))]
+    if found.labels is None:
+        parts += ["## Changed predictions", _table(("before", "after", "images"), found.moves[:count])]
+    else:
+        rows = [(*row, f"{row[3] - row[2]:+d}") for row in found.confusions[:count]]
+        header = ("true class", "predicted", "before", "after", "change")
+        parts += ["## Confusions that came and went", _table(header, rows)]
+    names = _neighbours(found, count)
+    if names:
+        parts += ["## What the changes look like", _MEASURES[found.measure], names]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(found: Knowledge) -> str:
+    """The findings in a few words."""
+    part = 100 * found.changed / found.num_images
+    share = f"{found.changed} of {found.num_images} predictions changed ({part:.1f} %)"
+    if found.labels is None:
+        text = f"{share}. The images have no labels, so whether for better or worse is not known."
+    else:
+        elsewhere = found.changed - found.corrected - found.broken
+        text = f"{share}: {found.corrected} corrected, {found.broken} broken, {elsewhere} wrong before and after."
+    if found.agreement is not None:
+        text += f" The tuned model predicts the same on {found.agreement:.1f} %."
+    return text
+
+
+def _sure(found: Knowledge) -> str:
+    rows = [
+        (row.name, _number(row.accuracy), _number(row.confidence), _number(row.calibration_error))
+        for row in found.confidence
+    ]
+    made = _table(("", "accuracy", "mean confidence", "calibration error"), rows)
+    note = f"{made}\n\nPercent. Temperature without labels: {found.temperature_note}."
+    if found.temperature is not None:
+        note += (
+            " It makes the adapter about as sure as the tuned model agrees with it, which is how often it is right "
+            "where the two are about equally good: check it on a few labels before dividing logits by it."
+        )
+    return note
+
+
+def _changes(changes: Sequence[ClassChange]) -> str:
+    labelled = any(change.images is not None for change in changes)
+    header = ["class", "mean probability (points)", "mean logit", "predicted before", "after"]
+    header += ["images", "accuracy before", "after"] if labelled else []
+    rows = []
+    for change in changes:
+        row = [change.name, f"{change.probability_shift:+.2f}", f"{change.logit_shift:+.2f}"]
+        row += [f"{change.share_before:.1f} %", f"{change.share_after:.1f} %"]
+        row += [change.images, _number(change.accuracy_before), _number(change.accuracy_after)] if labelled else []
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _neighbours(found: Knowledge, count: int) -> str:
+    digits = 2 if found.measure == COSINE else 3
+
+    def listed(pairs: Iterable[tuple[str, float]]) -> str:
+        return ", ".join(f"{name} ({value:+.{digits}f})" for name, value in pairs)
+
+    rows = [(change.name, listed(change.towards), listed(change.away)) for change in found.changed_most(count)]
+    if not any(towards for _, towards, _ in rows):
+        return ""
+    return _table(("class", "towards", "away from"), rows)
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    if not rows:
+        return "None."
+    return table(header, ([cell_text(str(value)) for value in row] for row in rows)).strip()

@@ -1,0 +1,192 @@
+"""What a transfer has to beat: every cheap alternative a practitioner has, on the same embeddings and scored alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, normalize
+
+from ..algebra import check_finite
+from ..encoders.dual_encoder import DualEncoder
+from ..encoders.identity import vocabulary_hash
+from ..method.attach import TOKEN_RIDGE, active_prompts, solve_token_map, why_closed, with_prompts
+from ..settings import FitConfig
+from ..training.loop import fit
+from ..tuners import CoOpConfig
+from ..tuners.prompts import class_inputs, class_vectors, phrase_token_ids, prompt_layer
+from ..tuners.prompts.model import base_facts
+
+
+def emulated_fine_tuning(strong: Tensor, tuned: Tensor, weak: Tensor, alpha: float = 1.0) -> Tensor:
+    """``z_strong + α (z_tuned - z_weak)`` (EFT, Mitchell et al., arXiv 2310.12962): needs the weak model and its tuned
+    version for every prediction.
+
+    Args:
+        strong, tuned, weak (`Tensor`): task logits (N, C), scale included.
+        alpha (`float`, *optional*, defaults to 1.0): strength of the change.
+    """
+    return strong + alpha * (tuned - weak)
+
+
+def logit_ensemble(strong: Tensor, tuned: Tensor) -> Tensor:
+    """Sum of log-probabilities (N, C) of the strong and the tuned weak model; needs both for every prediction."""
+    return strong.log_softmax(1) + tuned.log_softmax(1)
+
+
+def linear_head(
+    x: Tensor, target: Tensor, zero_shot: Tensor, scale: float, config: FitConfig | None = None, progress: bool = True
+) -> Tensor:
+    """Unit class vectors fitted by cross-entropy on ``s · x Tᵀ``, from the zero-shot ones.
+
+    With labels (N,) as `target` this is a linear probe, with a teacher's probabilities (N, C) its distillation.
+
+    Args:
+        x (`Tensor`): (N, d) unit image embeddings.
+        target (`Tensor`): labels (N,) or probabilities (N, C).
+        zero_shot (`Tensor`): (C, d) unit text embeddings.
+        scale (`float`): s.
+        config (`FitConfig`, *optional*): settings; 30 epochs of AdamW at 2e-3 without decay when omitted.
+
+    Returns:
+        `Tensor`: T (C, d), unit rows.
+    """
+    config = config or FitConfig(epochs=30, lr=2e-3, weight_decay=0.0)
+    vectors = nn.Parameter(zero_shot.clone())
+
+    def step(rows: Tensor, generator: torch.Generator) -> Tensor:
+        return cross_entropy(scale * x[rows] @ normalize(vectors, dim=-1).T, target[rows])
+
+    fit([vectors], step, len(x), config, description="Linear head", progress=progress)
+    return normalize(vectors.detach(), dim=-1)
+
+
+def why_no_prompt_transfer(tuned: DualEncoder, strong: DualEncoder) -> str | None:
+    """Why [`prompt_transfer`] is not possible between two models, `None` where it is."""
+    layer = active_prompts(tuned)
+    if layer is None or not isinstance(layer.active_config, CoOpConfig):
+        kind = "no prompt learner" if layer is None else f"a {layer.active_config.peft_type.value} adapter"
+        return f"it is for contexts of CoOp or KgCoOp, and the tuned model has {kind}"
+    if layer.active_config.layer:
+        return "a context at a deeper layer is none among token embeddings"
+    return why_closed(strong)
+
+
+def prompt_transfer(
+    tuned: DualEncoder,
+    strong: DualEncoder,
+    x: Tensor,
+    target: Tensor,
+    class_names: Sequence[str],
+    config: FitConfig | None = None,
+    *,
+    accelerator=None,
+    progress: bool = True,
+) -> DualEncoder:
+    """Prompt Transfer, the baseline of arXiv 2508.08604: the context moves and is then taught by the tuned model.
+
+    Minimises ``KL(q ‖ softmax(s · x wᵀ))`` over unlabelled images, batch mean, with q the tuned weak model's
+    probabilities and w the strong model's class vectors with the context in it. Needs a backward pass through its text
+    tower in every step, for all C classes.
+
+    With one vocabulary it is trained twice, from both of [`carried_contexts`], and the lower loss on these images is
+    kept: either start alone ends in a bad minimum now and then, from the map above all where the two models have
+    nothing in common.
+
+    Args:
+        tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
+        strong (`DualEncoder`): stays untouched.
+        x (`Tensor`): (N, d) unit image embeddings of the strong model.
+        target (`Tensor`): q (N, C), the tuned model's probabilities on the same images.
+        class_names (`Sequence[str]`): C names, columns of q.
+        config (`FitConfig`, *optional*): settings; 20 epochs of AdamW at 1e-2 without decay when omitted.
+        accelerator (`Accelerator`, *optional*): for several processes.
+
+    Returns:
+        `DualEncoder`: the strong model with its context; prompts of it are ``"{}."``. Saved and loaded as any PEFT
+        adapter: ``save_adapter(found.model, folder)``.
+
+    Raises:
+        ValueError: another kind of adapter, or a model that cannot take it; embeddings, probabilities and names that
+            do not go together; a name too long for the text tower beside the context.
+    """
+    config = config or FitConfig(epochs=20, batch_size=64, lr=1e-2, weight_decay=0.0)
+    if x.shape != (len(target), strong.embed_dim) or target.shape[1:] != (len(class_names),):
+        raise ValueError(
+            f"prompt transfer takes embeddings (N, {strong.embed_dim}) and probabilities (N, {len(class_names)}) of "
+            f"the same images, got {tuple(x.shape)} and {tuple(target.shape)}."
+        )
+    check_finite(x, "the embeddings")
+    check_finite(target, "the tuned model's probabilities")
+    starts = carried_contexts(tuned, strong)
+    layer = prompt_layer(starts[0].model)
+    length = len(layer.slot_ids(layer.active_config))
+    inputs = class_inputs(class_names, strong.processor.tokenizer, strong.family, strong.context_length, length)
+    inputs = {key: value.to(strong.device) for key, value in inputs.items()}
+    x, target, scale = x.to(strong.device), target.to(strong.device), strong.logit_scale
+
+    def loss(model: nn.Module, rows: Tensor | slice) -> Tensor:
+        z = scale * x[rows] @ class_vectors(model, inputs).T
+        return kl_div(z.log_softmax(1), target[rows], reduction="batchmean")
+
+    ends, options = [], {"accelerator": accelerator, "description": "Prompt transfer", "progress": progress}
+    for prompted in starts:
+        layer = prompt_layer(prompted.model)
+        context = layer.part("ctx", layer.active_name).requires_grad_()
+        fit([context], lambda rows, _, model=prompted.model: loss(model, rows.to(x.device)), len(x), config, **options)
+        context.requires_grad_(False)
+        ends.append(float(loss(prompted.model, slice(None))))
+    return starts[ends.index(min(ends))]
+
+
+def carried_contexts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncoder]:
+    """Copies of the strong model with the contexts that Prompt Transfer starts from.
+
+    With one vocabulary first ``v @ M``, v (M, width) the tuned model's context and M the map between the two token
+    tables (`solvers.token_map`); then, or with two vocabularies alone, the strong model's own embeddings of the phrase
+    the context started from.
+
+    Args:
+        tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
+        strong (`DualEncoder`): of any width; stays untouched.
+
+    Raises:
+        ValueError: another kind of adapter, or a model that cannot take it.
+    """
+    reason = why_no_prompt_transfer(tuned, strong)
+    if reason is not None:
+        raise ValueError(f"no prompt transfer: {reason}.")
+    layer = active_prompts(tuned)
+    old, tokenizer = layer.active_config, strong.processor.tokenizer
+    shared = vocabulary_hash(tuned.processor.tokenizer) == vocabulary_hash(tokenizer)
+    ids, count = old.init_token_ids if shared else None, old.n_ctx
+    if not shared and old.init_phrase is not None:
+        ids = phrase_token_ids(tokenizer, old.init_phrase)
+        count = max(count, len(ids))
+    config = type(old)(
+        n_ctx=count,
+        init_phrase=old.init_phrase,
+        init_token_ids=ids,
+        seed=old.seed,
+        class_names=old.class_names,
+        position=old.position,
+        class_specific=old.class_specific,
+        period_id=old.period_id if shared else None,
+        base=base_facts(strong.model, tokenizer),
+        provenance={"step": "prompt transfer", "before": old.provenance},
+        revision=strong.revision,
+    )
+    written = with_prompts(strong, copy.deepcopy(config))
+    if not shared:
+        return [written]
+    mapped = with_prompts(strong, config)
+    new = prompt_layer(mapped.model)
+    tables = [found.get_base_layer().weight for found in (layer, new)]
+    rows = min(map(len, tables))  # some tables are padded
+    context = layer.part("ctx", layer.active_name).detach().cpu().float()
+    new.part("ctx", new.active_name).data.copy_(
+        context @ solve_token_map(*(table[:rows] for table in tables), TOKEN_RIDGE)
+    )
+    return [mapped, written]

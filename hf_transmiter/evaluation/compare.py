@@ -1,0 +1,342 @@
+"""[`compare`]: every way to upgrade and every cheap alternative on one task, in one table, with a recommendation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from ..data.anchors import DEFAULT_TEMPLATES, Anchors
+from ..data.images import guess_columns
+from ..encoders.dual_encoder import DualEncoder
+from ..hub.scores import Score
+from ..method.bridge import Bridge
+from ..method.classifier import AnchorClassifier
+from ..method.stored_logits import CalibrationPack
+from ..method.teacher import Teacher
+from ..settings import ExtractionConfig, TuningConfig
+from .evaluate import score_logits
+from .methods import METHODS, Needs, Variant
+from .reliability import expected_calibration_error
+from .task import Answer, Impossible, Task
+
+
+logger = logging.getLogger(__name__)
+
+AT_RUN_TIME = "needs the weak model and its tuned version for every prediction"
+LABELS = "needs labelled images"
+STRONG = "zero-shot strong"
+_WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
+_WITH_LABELS = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
+# What may go wrong with one method's data or settings; anything else is a fault of the program.
+_FORESEEN = (ValueError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError)
+
+
+@dataclass
+class Comparison:
+    """What [`compare`] found.
+
+    Args:
+        scores (`list[Score]`): one per row and metric, in the order of the rows.
+        logits (`dict[str, Tensor]`): task logits (N, C) of every row on the test images, for figures.
+        labels (`Tensor`, *optional*), class_names (`tuple[str, ...]`): of the test images.
+        classifiers (`dict[str, AnchorClassifier]`):
+            The rows that are one model; those with a TransMiter adapter are written by their `save_pretrained`.
+        bridges (`dict[str, Bridge]`): the embedding-space bridges by what they were built from.
+        notes (`dict[str, str]`): the advantage a row has over those that need neither labels nor the weak model.
+        recommended, reason (`str`): the way to upgrade to take, chosen without labels, and why.
+        verdict (`str`): what the labels of the test images say about that, see [`verdict`].
+        needs (`dict[str, Needs]`): what each row asks for.
+        sizes (`dict[str, int]`): bytes to be stored for a row beside the pre-trained models, where that is known.
+        skipped (`dict[str, str]`): rows that could not be had, and why.
+        failed (`dict[str, Exception]`): what those of them raised that were possible.
+    """
+
+    scores: list[Score]
+    logits: dict[str, Tensor]
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    classifiers: dict[str, AnchorClassifier] = field(default_factory=dict)
+    bridges: dict[str, Bridge] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    recommended: str = ""
+    reason: str = ""
+    verdict: str = ""
+    needs: dict[str, Needs] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
+
+    @property
+    def advice(self) -> str:
+        """Which way to take, why, and what speaks against it."""
+        return f"Recommended: {self.recommended}, since {self.reason} {self.verdict}".strip()
+
+    def to_dict(self) -> dict:
+        """For JSON: the advice, then every row with its scores (percent), what it costs and what it needs."""
+        rows = []
+        for row in self.logits:
+            scores = [score for score in self.scores if score.method == row]
+            values = {score.metric: None if math.isnan(score.value) else score.value for score in scores}
+            cost = {"seconds": scores[0].seconds, "peak_mb": scores[0].peak_mb, "bytes": self.sizes.get(row)}
+            what = {"needs": asdict(self.needs[row]), "note": self.notes.get(row)}
+            rows.append({"name": row, "scores": values, **cost, **what})
+        said = {key: getattr(self, key) for key in ("recommended", "reason", "verdict")}
+        return {**said, "split": self.scores[0].split if rows else None, "rows": rows, "skipped": self.skipped}
+
+    def value(self, method: str, metric: str = "accuracy") -> float:
+        """One score. Raises `KeyError` for a method that was not run."""
+        for score in self.scores:
+            if (score.method, score.metric) == (method, metric):
+                return score.value
+        raise KeyError(f"no score {metric!r} of {method!r}; methods: {list(self.logits)}.")
+
+
+def recommend(
+    *, own_class_vectors: bool, unlabelled: bool, general: bool, unseen: bool = False, bridge: bool = False
+) -> tuple[str, str]:
+    """The way to upgrade to take, from what is known without labels, and why (figures: README, "What to expect").
+
+    Args:
+        own_class_vectors (`bool`): whether prompts or class vectors were tuned, and not the image tower.
+        unlabelled, general (`bool`): whether there are unlabelled images of the task, or any images.
+        unseen (`bool`, *optional*, defaults to `False`): whether the tuning saw only some of the classes.
+        bridge (`bool`, *optional*, defaults to `False`): whether there is a finished bridge from images.
+    """
+    if unlabelled and unseen:
+        return "bridge from task images", (
+            "the tuning saw only some of the classes: the bridge carries the change to all of them, while a refit on "
+            "the tuned model's labels would take accuracy from the others."
+        )
+    if unlabelled:
+        tuned = "prompts or class vectors were" if own_class_vectors else "the image tower was"
+        return "refit", (
+            f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model, the strong "
+            "model's own knowledge and the carried class vectors, and costs nothing at run time."
+        )
+    if not own_class_vectors:
+        return STRONG, (
+            "there is no task image, and no class vectors that a bridge could carry: pass unlabelled task images."
+        )
+    method = "given bridge" if bridge else f"bridge from {'general images' if general else 'text'}"
+    source = "images" if bridge else "general images" if general else "text"
+    return method, (
+        f"there is no task image: a bridge from {source} carries the class vectors; a few hundred unlabelled task "
+        "images would allow the refit, which is better on every task measured."
+    )
+
+
+def compare(
+    weak: DualEncoder,
+    strong: DualEncoder,
+    teacher: Teacher,
+    test,
+    *,
+    unlabelled=None,
+    labelled=None,
+    general=None,
+    tuned_strong: Teacher | None = None,
+    tuning: TuningConfig | None = None,
+    bridge: Bridge | None = None,
+    class_names: Sequence[str] | None = None,
+    seen_classes: Sequence[str] | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    variants: Sequence[Variant | str | Mapping] | None = None,
+    anchors: Anchors | None = None,
+    text_anchors: Anchors | None = None,
+    vocabulary: str | Sequence[str] = "common-nouns",
+    gradient: ExtractionConfig | None = None,
+    split: str = "test",
+    accelerator=None,
+    progress: bool = True,
+    **embedding,
+) -> Comparison:
+    """Scores every method that the data at hand allows.
+
+    With labels each row has its accuracy and its expected calibration error (`ece`). Without, it has `agreement`
+    (percent of the images where it predicts what the tuned weak model does), `confidence` (mean of the highest
+    probability, in percent) and `calibration gap` (the calibration error with the tuned weak model's predictions in
+    place of labels).
+
+    Args:
+        weak, strong (`DualEncoder`): the pre-trained models.
+        teacher: the tuned weak model, see [`Teacher`]; must be a model, since it is scored on the test images.
+        test (`datasets.Dataset`): images to score on, labelled or not.
+        unlabelled (`datasets.Dataset`, *optional*): images of the task; labels are not read.
+        labelled (`datasets.Dataset`, *optional*): a few labelled images of the seen classes, for what needs labels.
+        general (`datasets.Dataset`, *optional*): any images, not the task's, for a bridge without task images.
+        tuned_strong (*optional*): a tuned strong model, as a ceiling; tuned here on `labelled` when omitted.
+        tuning (`TuningConfig`, *optional*):
+            How it is tuned here, on all images of `labelled`: by default LoRA in its published settings.
+        bridge (`Bridge`, *optional*): a finished one between the two models.
+        class_names (`Sequence[str]`, *optional*):
+            In label order; the test set's names when omitted, or without labels those the teacher was tuned on.
+        seen_classes (`Sequence[str]`, *optional*): names the tuning saw; adds base, novel, harmonic mean and joint.
+        variants (`Sequence`, *optional*):
+            The rows: what [`Variant.of`] reads, such as ``"refit"`` or ``{"refit": {"solver": "ridge"}}``; all of
+            [`METHODS`] when omitted.
+        anchors (`Anchors`, *optional*): K names of the published adapter; class names and common nouns when omitted.
+        text_anchors (`Anchors`, *optional*): names for the bridge from text; the universal vocabulary when omitted.
+        vocabulary (`str` or `Sequence[str]`, *optional*, defaults to `"common-nouns"`):
+            Auxiliary names of anchors made here, see `Anchors.build`.
+        gradient (`ExtractionConfig`, *optional*): settings of the published solver.
+        **embedding: passed to `embed_dataset`.
+
+    Returns:
+        [`Comparison`]: a row that is not possible, or fails for a foreseen reason, is among its `skipped`. What a
+        given `tuned_strong` cost is not known, so its scores have neither seconds nor memory.
+
+    Raises:
+        ValueError: no class names, the teacher only has stored logits or does not know a class, labelled images of
+            a class that is not among the names, or two rows of one name.
+    """
+    rows = _rows(variants)
+    names = tuple(class_names or _names_of(test, teacher, embedding))
+    sets = {"unlabelled": unlabelled, "labelled": labelled, "general": general}
+    names_and_prompts = {"seen_classes": seen_classes, "templates": tuple(templates), "vocabulary": vocabulary}
+    task = Task(
+        weak,
+        strong,
+        teacher,
+        test,
+        names,
+        **sets,
+        **names_and_prompts,
+        tuned_strong=tuned_strong,
+        tuning=tuning,
+        bridge=bridge,
+        anchors=anchors,
+        text_anchors=text_anchors,
+        gradient=gradient or ExtractionConfig(solver="gradient"),
+        options={"accelerator": accelerator, "progress": progress, **embedding},
+    )
+    base = None if seen_classes is None else [names.index(name) for name in seen_classes]
+    found = Comparison([], {}, task.labels, names)
+    quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
+    with tqdm(rows, desc="Comparing", disable=quiet, leave=False) as bar:
+        for variant in bar:
+            bar.set_description(f"Comparing: {variant.name}")
+            _run(task, variant, found, split, base)
+    found.bridges = task.bridges
+    found.recommended, found.reason = recommend(
+        own_class_vectors=task.own_class_vectors,
+        unlabelled=unlabelled is not None,
+        general=general is not None,
+        unseen=base is not None and len(base) < len(names),
+        bridge=bridge is not None and bridge.source == "images",
+    )
+    found.verdict = verdict(found)
+    if task.seen_in_test:
+        found.verdict += (
+            f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
+            "rows that need labels are scored on what they learnt."
+        )
+    found.verdict = found.verdict.strip()
+    return found
+
+
+def _rows(variants: Sequence[Variant | str | Mapping] | None) -> list[Variant]:
+    rows = [Variant.of(one) for one in (METHODS if variants is None else variants)]
+    names = [row.name for row in rows]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two rows are called {twice!r}: give one of them another name.")
+    return rows
+
+
+def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequence[int] | None) -> None:
+    """One row, or why there is none."""
+    row = variant.name
+    try:
+        with task.charged() as cost:
+            made = METHODS[variant.method].run(task, variant)
+        answer = task.answer(made)
+    except Impossible as error:
+        found.skipped[row] = str(error)
+        return
+    except _FORESEEN as error:
+        found.skipped[row], found.failed[row] = f"it failed: {error}", error
+        logger.warning("%s failed and is left out: %s", row, error)
+        return
+    _note(found, task, variant, answer)
+    cost = {} if answer.given else cost
+    metrics = _agreement(answer.logits, task.tuned) if task.labels is None else _accuracy(answer.logits, task, base)
+    found.scores += [Score(row, split, metric, value, **cost) for metric, value in metrics.items()]
+
+
+def _note(found: Comparison, task: Task, variant: Variant, answer: Answer) -> None:
+    """All but the scores of a row."""
+    row, method, needs = variant.name, METHODS[variant.method], variant.needs
+    found.logits[row] = answer.logits
+    if answer.classifier is not None:
+        found.classifiers[row] = answer.classifier
+    if answer.size is not None:
+        found.sizes[row] = answer.size
+    # What was tuned in the image tower is extracted from images; a prompt's class vectors are there already.
+    extracted = ExtractionConfig in method.takes and not task.own_class_vectors
+    found.needs[row] = replace(needs, task_images=needs.task_images or extracted)
+    if needs.labels:
+        found.notes[row] = LABELS
+    elif needs.weak_at_run_time and variant.method not in _WEAK_ALONE:
+        found.notes[row] = AT_RUN_TIME
+
+
+def _accuracy(logits: Tensor, task: Task, base: Sequence[int] | None) -> dict[str, float]:
+    return {**score_logits(logits, task.labels, base), "ece": expected_calibration_error(logits, task.labels)}
+
+
+def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
+    said = tuned.argmax(1)
+    return {
+        "agreement": 100 * float((logits.argmax(1) == said).float().mean()),
+        "confidence": 100 * float(logits.softmax(1).amax(1).mean()),
+        "calibration gap": expected_calibration_error(logits, said),
+    }
+
+
+def verdict(found: Comparison) -> str:
+    """What the labels of the test images say about the recommendation; empty where nothing scored higher than what is
+    recommended, or there are no labels."""
+    if found.labels is None or found.recommended not in found.logits:
+        return ""
+    own, others = found.recommended, [row for row in found.logits if row != found.recommended]
+    said, best = [], found.value(own)
+    if STRONG in others and found.value(STRONG) >= best:
+        said.append(f"On these test images {_against(found, STRONG, own)}: no upgrade is needed.")
+    free = [row for row in others if row != STRONG and not found.needs[row].labels]
+    top = max(free, key=found.value, default=None)
+    if top is not None and found.value(top) > best:
+        note = f"; it {found.notes[top]}" if top in found.notes else ""
+        said.append(f"On these test images {_against(found, top, own)}{note}.")
+    labelled = max((row for row in others if found.needs[row].labels), key=found.value, default=None)
+    rival = max((row for row in found.logits if not found.needs[row].labels), key=found.value)
+    if labelled is not None and found.value(labelled) > found.value(rival):
+        advice = _WITH_LABELS.get(labelled, "take that")
+        said.append(f"With labels, {_against(found, labelled, rival)}: where there are labels, {advice}.")
+    return " ".join(said)
+
+
+def _against(found: Comparison, better: str, worse: str) -> str:
+    """Which is ahead, by how much, and whether that could be chance (McNemar's test at two standard errors)."""
+    right = [found.logits[row].argmax(1) == found.labels for row in (better, worse)]
+    ahead, behind = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    chance = ", which may be chance" if (ahead - behind) ** 2 <= 4 * (ahead + behind) else ""
+    verb = "equalled" if ahead == behind else "scored higher than"
+    return f"{better} {verb} {worse} ({found.value(better):.1f} against {found.value(worse):.1f}{chance})"
+
+
+def _names_of(test, teacher: Teacher, embedding: dict) -> Sequence[str]:
+    """Names of the test images' labels; without labels, those the tuned model knows."""
+    columns = {key: embedding.get(key) for key in ("image_column", "label_column")}
+    _, label = guess_columns(test, **columns)
+    names = getattr((test.features or {}).get(label), "names", None)
+    if names is None and label is None and isinstance(teacher, (AnchorClassifier, CalibrationPack)):
+        names = teacher.class_names
+    if names is None:
+        raise ValueError("the test images have no class names: pass class_names in label order.")
+    return names

@@ -1,0 +1,151 @@
+"""[`feature_drift`]: how far an upgrade of the base model moved the hidden states of its text tower, layer by layer.
+
+A prompt learnt for the old model enters the new one through the same door; how far the rooms behind it have moved says
+where a prompt may survive. Source of the idea: ContCoOp (arXiv 2412.20895).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..encoders.dual_encoder import DualEncoder
+from ..encoders.families import SIGLIP
+from ..hub.scores import NOTHING, table
+
+
+# These pool at their end token, the last one the mask shows; BERT-likes at the first token.
+_POOLS_AT_THE_END = ("clip", "metaclip_2", "open_clip")
+_TEMPLATE = "a photo of a {}."
+_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """How far one part of the text tower has moved.
+
+    Args:
+        name (`str`): of the part, layers counted from 1; ``"layer 2 (new: 4)"`` pairs layers of unequal depths.
+        absolute (`float` or `None`), relative (`float` or `None`):
+            Size of the change, and as a share of the old size (0.1 is a tenth). `None` where old and new have no
+            common coordinates, or the old size is 0.
+        similarity (`float`, *optional*):
+            [`linear_cka`] of hidden states, 1 for the same up to rotation and scale. `None` where one model says the
+            same for all texts.
+    """
+
+    name: str
+    absolute: float | None
+    relative: float | None
+    similarity: float | None = None
+
+
+def feature_drift(old: DualEncoder, new: DualEncoder, names: Sequence[str]) -> list[LayerDrift]:
+    """Change of what the text tower says about ``"a photo of a NAME."``, from its embeddings to the class vector.
+
+    With ``h`` the hidden state of a text at the position the tower pools, ``absolute = mean ‖h_new - h_old‖`` and
+    ``relative = mean (‖h_new - h_old‖ / ‖h_old‖)`` over texts; `similarity` is [`linear_cka`] with texts as samples,
+    which also compares towers of different widths. Layers of unequal depths are paired by their share of the depth.
+
+    Args:
+        old, new (`DualEncoder`): before and after the upgrade, without prompts inside.
+        names (`Sequence[str]`): K names. With few of them CKA lies near 1 for any two models: take a hundred or more.
+
+    Returns:
+        `list[LayerDrift]`: "embeddings", "layer 1" ... "layer D" of the old model, "class vector". `absolute` and
+        `relative` are `None` between widths or layer numbers that differ.
+
+    Raises:
+        ValueError: no name.
+    """
+    if not names:
+        raise ValueError("feature drift needs at least one name to ask both models about.")
+    before, after = (_text_states(encoder, names) for encoder in (old, new))
+    rows = [_state_drift("embeddings", before[0], after[0])]
+    depth, new_depth = len(before) - 2, len(after) - 2
+    for layer in range(1, depth + 1):
+        partner = max(1, (2 * layer * new_depth + depth) // (2 * depth))  # layer * new_depth / depth, rounded
+        if partner == layer:
+            rows.append(_state_drift(f"layer {layer}", before[layer], after[layer]))
+        else:
+            similarity = linear_cka(before[layer], after[partner])
+            rows.append(LayerDrift(f"layer {layer} (new: {partner})", None, None, similarity))
+    return [*rows, _state_drift("class vector", before[-1], after[-1])]
+
+
+def _state_drift(name: str, old: Tensor, new: Tensor) -> LayerDrift:
+    absolute = relative = None
+    if old.shape == new.shape:
+        change, size = (new - old).norm(dim=1), old.norm(dim=1)
+        absolute, relative = float(change.mean()), float((change / size).mean()) if size.all() else None
+    return LayerDrift(name, absolute, relative, linear_cka(old, new))
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float | None:
+    """Linear centred kernel alignment of two descriptions of the same N samples.
+
+    ``CKA(X, Y) = ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)`` with centred columns and Frobenius norms: between 0 and 1, unchanged by
+    rotations, reflections, shifts and scalings of either side.
+
+    Args:
+        x (`Tensor`): (N, p).
+        y (`Tensor`): (N, q), rows in the same order.
+
+    Returns:
+        `float` or `None`: `None` where all rows of one side are the same.
+
+    Source: Kornblith et al., "Similarity of Neural Network Representations Revisited" (arXiv 1905.00414), eq. 5.
+    """
+    centred = []
+    for side in (x.double(), y.double()):
+        centred.append(side - side.mean(dim=0))
+        # What rounding leaves of equal rows is no variation.
+        if centred[-1].norm() <= 1e-6 * side.norm():
+            return None
+    x, y = centred
+    value = float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+    return min(value, 1.0)  # rounding alone goes beyond
+
+
+@torch.no_grad()
+def _text_states(encoder: DualEncoder, names: Sequence[str]) -> list[Tensor]:
+    """(K, width) pooled hidden states after the embeddings and after each layer, then (K, d) class vectors."""
+    texts, batches = [_TEMPLATE.format(name.replace("_", " ")) for name in names], []
+    for start in range(0, len(texts), _BATCH_SIZE):
+        inputs = encoder.tokenize(texts[start : start + _BATCH_SIZE])
+        states = encoder.model.text_model(**inputs, output_hidden_states=True).hidden_states
+        where = _pooled_position(encoder.family, inputs.get("attention_mask"), states[0])
+        rows = torch.arange(len(where), device=where.device)
+        batches.append([state[rows, where].float().cpu() for state in states])
+    vectors = encoder.embed_texts(texts).cpu()
+    return [*(torch.cat(states).double() for states in zip(*batches, strict=True)), vectors.double()]
+
+
+def _pooled_position(family: str, mask: Tensor | None, states: Tensor) -> Tensor:
+    """(B,) position of each text (B, L, width) from which the tower makes its answer."""
+    count, length = states.shape[:2]
+    if family in SIGLIP:
+        return torch.full((count,), length - 1, device=states.device)
+    if family in _POOLS_AT_THE_END:
+        return length - 1 - mask.to(states.device).flip(1).argmax(1)
+    return torch.zeros(count, dtype=torch.long, device=states.device)
+
+
+def drift_table(rows: Sequence[LayerDrift]) -> str:
+    """Markdown: a row per part, with the columns that somebody has; changes relative to the old size in percent."""
+    columns = [(None, "part", "{}".format)]
+    for attribute, title, write in (
+        ("absolute", "change", "{:.3g}".format),
+        ("relative", "relative", "{:.1%}".format),
+        ("similarity", "similarity", "{:.3f}".format),
+    ):
+        if any(getattr(row, attribute) is not None for row in rows):
+            columns.append((attribute, title, write))
+    lines = []
+    for row in rows:
+        values = [(getattr(row, attribute), write) for attribute, _, write in columns[1:]]
+        lines.append([row.name, *(NOTHING if value is None else write(value) for value, write in values)])
+    return table([title for _, title, _ in columns], lines) + "\n"

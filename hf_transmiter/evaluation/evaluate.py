@@ -1,0 +1,186 @@
+"""[`evaluate`]: accuracy of one classifier.
+
+Protocols: all classes at once; base-to-novel (accuracy among the classes the tuning saw, among the others, their
+harmonic mean, and the *joint* accuracy over all classes, without which the two halves flatter).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..data.anchors import Anchors
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..hub.adapter_files import SCORES
+from ..hub.card import write_card
+from ..hub.scores import THIS, Score, read_scores, write_scores
+from ..method.classifier import AnchorClassifier
+
+
+ZERO_SHOT = "zero-shot"  # method of the rows about the plain model
+
+
+def score_logits(logits: Tensor, labels: Tensor, base: Sequence[int] | None = None) -> dict[str, float]:
+    """Top-1 accuracies in percent.
+
+    Args:
+        logits (`Tensor`): (N, C).
+        labels (`Tensor`): (N,) in [0, C).
+        base (`Sequence[int]`, *optional*): columns the tuning saw; the others are novel.
+
+    Returns:
+        `dict[str, float]`: `accuracy`; with `base`, and where there are other classes, also `base` and `novel` (each
+        among its own classes only), their harmonic mean `hm`, and `joint`, the same number as `accuracy`.
+
+    Raises:
+        ValueError: no image, or a label that has no column.
+    """
+    if not len(labels):
+        raise ValueError("there is no image to score.")
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        raise ValueError(f"labels must lie in [0, {logits.shape[1]}), found {int(labels.min())}..{int(labels.max())}.")
+    scores = {"accuracy": _percent(logits.argmax(1) == labels)}
+    columns = torch.zeros(logits.shape[1], dtype=torch.bool)
+    columns[list(base or [])] = True
+    if base is None or columns.all():
+        return scores
+    of_base = columns[labels]
+    for name, mask, rows in (("base", columns, of_base), ("novel", ~columns, ~of_base)):
+        best = logits[rows].masked_fill(~mask, -torch.inf).argmax(1)
+        scores[name] = _percent(best == labels[rows]) if rows.any() else float("nan")
+    total = scores["base"] + scores["novel"]
+    scores["hm"] = 2 * scores["base"] * scores["novel"] / total if total else 0.0
+    scores["joint"] = scores["accuracy"]
+    return scores
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.float().mean())
+
+
+def evaluate(
+    classifier: AnchorClassifier,
+    dataset,
+    *,
+    seen_classes: Sequence[str] | None = None,
+    method: str = "model",
+    split: str = "test",
+    dataset_name: str | None = None,
+    accelerator=None,
+    progress: bool = True,
+    **embedding,
+) -> list[Score]:
+    """Scores of a classifier, with or without an adapter, on labelled images.
+
+    Args:
+        classifier (`AnchorClassifier`): what to score.
+        dataset (`datasets.Dataset`): labelled images; label i means `classifier.class_names[i]`.
+        seen_classes (`Sequence[str]`, *optional*): adds base, novel, harmonic mean and joint.
+        method, split, dataset_name (`str`, *optional*): noted in the scores.
+        **embedding: passed to `embed_dataset`.
+
+    Raises:
+        ValueError: no labels, or class names of the dataset that are not the classifier's.
+    """
+    table = embed_dataset(classifier.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
+    labels = align_labels(table, classifier.class_names)
+    device = classifier.encoder.device
+    with torch.no_grad():
+        logits = torch.cat([classifier.classify(x.to(device)).cpu() for x in table.batches(4096)])
+    base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
+    scores = score_logits(logits, labels, base)
+    on = {"dataset": dataset_name, "num_images": len(labels)}
+    return [Score(method, split, metric, value, **on) for metric, value in scores.items()]
+
+
+def record_scores(
+    folder: str | os.PathLike, classifier: AnchorClassifier, dataset, scores: Sequence[Score], **options
+) -> None:
+    """Notes scores in ``scores.json`` of an adapter's folder, with those of its plain model, and writes its card.
+
+    Rows about the same dataset, split and metric are replaced, others stay.
+
+    Args:
+        folder (`str` or `os.PathLike`): of the adapter.
+        classifier (`AnchorClassifier`): what was scored.
+        dataset (`datasets.Dataset`): what it was scored on.
+        scores (`Sequence[Score]`): what `evaluate` returned.
+        **options: as they were passed to `evaluate`.
+    """
+    scores = [replace(score, method=THIS) for score in scores]
+    if classifier.adapter_config is not None:  # the encoder below a TransMiter adapter is the plain model
+        anchors = Anchors(classifier.class_names, (), classifier.anchors.templates)
+        scores += evaluate(AnchorClassifier(classifier.encoder, anchors), dataset, method=ZERO_SHOT, **options)
+    path = Path(folder) / SCORES
+    known = read_scores(path) if path.is_file() else []
+    new = {(score.dataset, score.split, score.metric, score.method) for score in scores}
+    kept = [score for score in known if (score.dataset, score.split, score.metric, score.method) not in new]
+    write_scores(path, [*kept, *scores])
+    write_card(folder)
+
+
+def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
+    """Labels (N,) of a table as positions in `class_names`, matched by name.
+
+    Raises:
+        ValueError: no labels, labels that are no class (-1, say), or a class of the table that `class_names` lacks.
+    """
+    if table.labels is None:
+        raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=...).")
+    count = len(table.class_names or class_names)
+    outside = ((table.labels < 0) | (table.labels >= count)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"image {row} has label {int(table.labels[row])}, and there are {count} classes: leave such images out, "
+            "or the whole column where it holds no labels."
+        )
+    if table.class_names is None or list(table.class_names) == list(class_names):
+        return table.labels
+    lookup = {name: i for i, name in enumerate(class_names)}
+    missing = [name for name in table.class_names if name not in lookup]
+    if missing:
+        raise ValueError(f"the dataset's class {missing[0]!r} is not among the classifier's names; pass those.")
+    return torch.tensor([lookup[name] for name in table.class_names])[table.labels]
+
+
+@contextmanager
+def measured() -> Iterable[dict[str, float]]:
+    """Wall seconds and peak memory (MB) of a block, in the dictionary it yields."""
+    process, found, done = psutil.Process(), {}, threading.Event()
+
+    def resident() -> int:
+        memory = process.memory_info()
+        return memory.rss - getattr(memory, "shared", 0)  # tables mapped from disk can be dropped at any time
+
+    start = peak = resident()
+    cuda = torch.cuda.is_available()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, resident())
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    since = time.perf_counter()
+    try:
+        yield found
+    finally:
+        found["seconds"] = time.perf_counter() - since
+        done.set()
+        watcher.join()
+        peak = torch.cuda.max_memory_allocated() if cuda else max(peak, resident())
+        found["peak_mb"] = max(0.0, (peak - start) / 2**20)

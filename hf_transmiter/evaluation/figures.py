@@ -1,0 +1,535 @@
+"""Figures of reports.
+
+Each function writes the PNG file `path` (its folder is made; atomic) and returns it. They need matplotlib
+(`pip install hf-transmiter[plots]`); without it each draws nothing and returns `None`, which is logged once. Colours
+are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which stay apart for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import statistics
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.images import guess_columns
+from ..hub.files import replace_file
+from .analyse import AFTER, BEFORE, Knowledge
+from .reliability import reliability_bins
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_GAIN, _LOSS = "#2166AC", "#B2182B"  # the ends of the map RdBu
+_GREY = "#555555"
+_GRID = {"color": "#E5E5E5", "linewidth": 0.7}
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    # A dollar sign in a class name is a dollar sign, not a formula.
+    "text.parse_math": False,
+}
+
+
+def _drawn(draw: Callable[..., Path]) -> Callable[..., Path | None]:
+    """Runs `draw` in the style above, or not at all without matplotlib."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs) -> Path | None:
+        try:
+            import matplotlib
+        except ImportError:
+            _say_missing()
+            return None
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+@functools.cache
+def _say_missing() -> None:
+    logger.warning("Figures are left out: matplotlib is missing. `pip install hf-transmiter[plots]` brings it.")
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=11)
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix != ".png":
+        raise ValueError(f"figures are PNG files: {path} must end in .png.")
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return path
+
+
+def _finite(values: Sequence[float], what: str) -> None:
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{what} must be finite numbers, found {list(values)}.")
+
+
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        room = int(16 * figure.get_figwidth())  # in characters
+        columns = max(1, min(len(labels), room // (max(map(len, labels)) + 7)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def _references(line: Callable, values: Mapping[str, float], colors: Sequence[str] = _COLORS[1:4]) -> None:
+    """Dashed lines, `line` is `axes.axvline` or `axes.axhline`."""
+    for i, (name, value) in enumerate(values.items()):
+        style = {"color": colors[i % len(colors)], "linestyle": _DASHES[i % 4], "linewidth": 1.4, "zorder": 2}
+        line(value, label=f"{name} ({value:.1f})", **style)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+@_drawn
+def bars(
+    scores_by_seed: Mapping[str, Sequence[float]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    xlabel: str = "accuracy (%)",
+    reference: Mapping[str, float] | None = None,
+) -> Path | None:
+    """Horizontal bars of the mean over seeds, with one dot per seed.
+
+    Args:
+        scores_by_seed (`Mapping[str, Sequence[float]]`): percent, by method, the first on top.
+        xlabel (`str`, *optional*, defaults to `"accuracy (%)"`): what is shown.
+        reference (`Mapping[str, float]`, *optional*): vertical lines: zero-shot strong, the ceiling...
+
+    Raises:
+        ValueError: no method, a method without values, or a value that is not finite.
+    """
+    reference = reference or {}
+    if not scores_by_seed or not all(len(values) for values in scores_by_seed.values()):
+        raise ValueError("bars need at least one method, and one value per method.")
+    for method, values in {**scores_by_seed, "reference": list(reference.values())}.items():
+        _finite(values, f"accuracies of {method}")
+    figure = _figure(7.0, 1.2 + 0.34 * len(scores_by_seed) + 0.1 * len(reference), title)
+    axes = figure.add_subplot()
+    for row, values in enumerate(scores_by_seed.values()):
+        axes.barh(row, statistics.fmean(values), height=0.66, color="#A6CEE8", zorder=1)
+        # Spread downwards, so that equal seeds do not hide each other.
+        heights = row + np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [row]
+        axes.scatter(values, heights, s=13, color=_COLORS[0], edgecolors="white", linewidths=0.4, zorder=3)
+        axes.text(1.01, row, _spread(values), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    _references(axes.axvline, reference)
+    axes.set_yticks(range(len(scores_by_seed)), list(scores_by_seed))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(scores_by_seed) - 0.45, -0.55)
+    highest = max([*reference.values(), *(max(values) for values in scores_by_seed.values())])
+    axes.set_xlim(0, 1.03 * highest or 1)
+    axes.set_xlabel(xlabel)
+    _legend(figure, axes)
+    return _save(figure, path)
+
+
+@_drawn
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float] | tuple[float, float, float]]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str = "accuracy (%)",
+    xscale: str = "log",
+    reference: Mapping[str, float] | None = None,
+) -> Path | None:
+    """Lines over one setting, such as beta or the number of unlabelled images.
+
+    Args:
+        series (`Mapping[str, Sequence[tuple]]`): points (x, y), or (x, y, std) for a band of one standard deviation.
+        xlabel, ylabel (`str`): with units.
+        xscale (`str`, *optional*, defaults to `"log"`): `"log"` or `"linear"`.
+        reference (`Mapping[str, float]`, *optional*): horizontal lines.
+
+    Raises:
+        ValueError: a series without points or with points of different lengths, a value that is not finite, an x that
+            a logarithmic axis cannot show, or another scale.
+    """
+    _check_series(series, xscale)
+    _finite(list((reference or {}).values()), "reference lines")
+    figure = _figure(6.4, 4.4, title)
+    axes = figure.add_subplot()
+    for i, (name, points) in enumerate(series.items()):
+        color, marker = _COLORS[i % 7], _MARKERS[i % 7]
+        x, y, *std = np.array(sorted(points), dtype=float).T
+        if std:
+            axes.fill_between(x, y - std[0], y + std[0], color=color, alpha=0.16, linewidth=0)
+        axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=name)
+    _references(axes.axhline, reference or {}, [_GREY])
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
+    axes.grid(axis="y", **_GRID)
+    if xscale == "log":
+        # Powers of ten say little about what was measured: ticks at the values themselves, where there is room.
+        ticks = _thinned(sorted({point[0] for points in series.values() for point in points}))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    elif all(float(point[0]).is_integer() for points in series.values() for point in points):
+        axes.locator_params(axis="x", integer=True)  # there is no half layer
+    _legend(figure, axes)
+    return _save(figure, path)
+
+
+def _check_series(series: Mapping[str, Sequence[tuple]], xscale: str) -> None:
+    if xscale not in ("log", "linear"):
+        raise ValueError(f"xscale must be 'log' or 'linear', found {xscale!r}.")
+    if not series:
+        raise ValueError("there is no series to draw.")
+    for name, points in series.items():
+        if len({len(point) for point in points}) != 1 or len(points[0]) not in (2, 3):
+            raise ValueError(
+                f"the points of {name!r} must all be (x, y) or all be (x, y, std), and there must be some."
+            )
+        _finite([value for point in points for value in point], f"the points of {name!r}")
+        if xscale == "log" and min(point[0] for point in points) <= 0:
+            raise ValueError(f"{name!r} has an x of 0 or less, which a logarithmic axis cannot show: xscale='linear'.")
+
+
+def _thinned(ticks: list[float]) -> list[float]:
+    """Positive ticks at least a twelfth of the logarithmic range apart."""
+    kept, gap = ticks[:1], math.log(ticks[-1] / ticks[0]) / 12
+    for tick in ticks[1:]:
+        if math.log(tick / kept[-1]) >= gap:
+            kept.append(tick)
+    return kept
+
+
+def confusion_difference(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
+    """Change of the row-normalised confusion matrix, in percentage points.
+
+    D[i, j] = 100 (|{n : label n = i, after says j}| - |{n : label n = i, before says j}|) / |{n : label n = i}|
+
+    Args:
+        before, after (`Tensor`): logits (N, C) on the same images.
+        labels (`Tensor`): (N,) in [0, C).
+
+    Returns:
+        `Tensor`: (C, C) float64; rows sum to 0, the diagonal is the change of each class's accuracy, and the row of a
+            class without images is NaN.
+
+    Raises:
+        ValueError: shapes do not fit, no image, or a label without a column.
+    """
+    if before.ndim != 2 or before.shape != after.shape or labels.shape != before.shape[:1]:
+        raise ValueError(
+            "before and after must be logits (N, C) on the same images and labels (N,); got "
+            f"{tuple(before.shape)}, {tuple(after.shape)} and {tuple(labels.shape)}."
+        )
+    classes = before.shape[1]
+    if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"labels must lie in [0, {classes}), and there must be one image at least.")
+    labels = labels.long().cpu()
+    difference = torch.zeros(classes, classes, dtype=torch.float64)
+    for logits, sign in ((after, 1.0), (before, -1.0)):
+        counts = torch.full((len(labels),), sign, dtype=torch.float64)
+        difference.index_put_((labels, logits.argmax(1).cpu()), counts, accumulate=True)
+    return 100 * difference / torch.bincount(labels, minlength=classes)[:, None]
+
+
+@_drawn
+def confusion_change(
+    before: Tensor, after: Tensor, labels: Tensor, names: Sequence[str], path: str | os.PathLike, *, title: str
+) -> Path | None:
+    """Map of [`confusion_difference`], and the classes whose accuracy rose and fell most.
+
+    Args:
+        before, after (`Tensor`): logits (N, C) on the same images.
+        labels (`Tensor`): (N,).
+        names (`Sequence[str]`): of the C classes; with many, only some are written along the map.
+
+    Raises:
+        ValueError: as [`confusion_difference`], or another number of names.
+    """
+    difference = confusion_difference(before, after, labels)
+    if len(names) != len(difference):
+        raise ValueError(f"there are {len(difference)} classes and {len(names)} names.")
+    names = [_short(name, 22) for name in names]
+    figure = _figure(8.6, 4.8, title)
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    limit = float(difference.nan_to_num().abs().max()) or 1.0
+    left.set_facecolor("#DDDDDD")
+    scale = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+    image = left.imshow(difference.numpy(), **scale, interpolation="nearest", aspect="auto")
+    figure.colorbar(image, ax=left, pad=0.02, label="change (points)").outline.set_visible(False)
+    shown = range(0, len(names), math.ceil(len(names) / 25))
+    left.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=7)
+    left.set_yticks(shown, [names[i] for i in shown], fontsize=7)
+    left.set(xlabel="predicted class", ylabel="true class", title="Change of the confusion matrix")
+    left.spines[:].set_visible(False)
+    _changed_most(right, difference.diagonal().nan_to_num().tolist(), names, 8, "{:+.0f}")
+    right.set_xlabel("change of accuracy (points)")
+    return _save(figure, path)
+
+
+def _changed_most(axes: Axes, change: Sequence[float], names: Sequence[str], count: int, form: str) -> None:
+    """Bars of the `count` largest gains and losses, if there are any."""
+    order = sorted(range(len(change)), key=lambda i: -change[i])
+    rows = [i for i in order if change[i] > 0][:count] + [i for i in order if change[i] < 0][-count:]
+    if not rows:
+        axes.set_axis_off()
+        axes.set_title("No class gained or lost")
+        return
+    values = [change[i] for i in rows]
+    axes.barh(range(len(rows)), values, height=0.66, color=[_GAIN if value > 0 else _LOSS for value in values])
+    for row, value in enumerate(values):
+        axes.annotate(
+            form.format(value).replace("-", "−"), (value, row), (3 if value > 0 else -3, 0),
+            textcoords="offset points", va="center", ha="left" if value > 0 else "right", fontsize=7,
+        )  # fmt: skip
+    axes.axvline(0, color=_GREY, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [names[i] for i in rows], fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    axes.set_title("Gained and lost most")  # short: the panel is narrow where names are long
+
+
+@_drawn
+def shift_figure(found: Knowledge, path: str | os.PathLike, *, title: str = "What the adapter prefers") -> Path | None:
+    """The classes whose mean probability rose and fell most; for images without labels, too.
+
+    Args:
+        found (`Knowledge`): of `analyse`.
+    """
+    figure = _figure(6.4, 4.8, title)
+    names = [_short(change.name) for change in found.classes]
+    axes = figure.add_subplot()
+    _changed_most(axes, [change.probability_shift for change in found.classes], names, 12, "{:+.1f}")
+    axes.set_xlabel("change of mean probability (points)")
+    return _save(figure, path)
+
+
+@_drawn
+def reliability_figure(
+    logits: Mapping[str, Tensor], labels: Tensor, path: str | os.PathLike, *, title: str, bins: int = 15
+) -> Path | None:
+    """Accuracy against confidence, a line per classifier, and how many images lie at which confidence.
+
+    On the diagonal confidence is right; below it the classifier is too sure, above it not sure enough. A bin with less
+    than 1 % of the images is left out of the line, it says too little.
+
+    Args:
+        logits (`Mapping[str, Tensor]`): (N, C) by the classifier's name, all on the same images.
+        labels (`Tensor`): (N,).
+        bins (`int`, *optional*, defaults to 15): of equal width.
+
+    Raises:
+        ValueError: nothing to draw, or as `reliability.reliability_bins`.
+    """
+    if not logits:
+        raise ValueError("there is no classifier to draw.")
+    figure = _figure(5.6, 6.6, title)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 100], [0, 100], color="#999999", linewidth=1, linestyle=_DASHES[0])
+    for i, (name, z) in enumerate(logits.items()):
+        found = reliability_bins(z, labels, bins)
+        share = found.count / found.count.sum()
+        kept = (share >= 0.01) & (share > 0)
+        style = {"color": _COLORS[i % 7], "marker": _MARKERS[(i + i // 7) % 7], "markersize": 4.5, "linewidth": 1.6}
+        line = 100 * found.confidence[kept], 100 * found.accuracy[kept]
+        top.plot(*line, **style, label=f"{name} (calibration error {found.error:.1f} %)")
+        edges, dash = np.linspace(0, 100, bins + 1), ("-", *_DASHES)[i % 5]
+        bottom.stairs((100 * share).numpy(), edges, color=_COLORS[i % 7], linewidth=1.5, linestyle=dash)
+    top.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
+    top.text(2, 97, "not sure enough", ha="left", va="top", color="#777777")
+    top.text(98, 3, "too sure", ha="right", va="bottom", color="#777777")
+    bottom.set(xlabel="confidence (%)", ylabel="images (%)")
+    for axes in (top, bottom):
+        axes.grid(**_GRID)
+    _legend(figure, top)
+    return _save(figure, path)
+
+
+def corrected_first(before: Tensor, after: Tensor, labels: Tensor) -> list[int]:
+    """Order in which to show images: those only `after` gets right, those only `before` gets right, those both get
+    wrong, those both get right.
+
+    Args:
+        before, after (`Tensor`): logits (N, C) on the same images.
+        labels (`Tensor`): (N,).
+    """
+    was, now = before.argmax(1) == labels, after.argmax(1) == labels
+    rank = torch.where(now & ~was, 0, torch.where(was & ~now, 1, torch.where(now, 3, 2)))
+    return rank.argsort(stable=True).tolist()
+
+
+@_drawn
+def picture_grid(
+    images: Sequence[Image], captions: Sequence[str], path: str | os.PathLike, *, title: str
+) -> Path | None:
+    """Pictures in rows of five with a caption under each; see [`corrected_first`] for an order.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): of any size.
+        captions (`Sequence[str]`): one each; lines are kept, long ones wrapped.
+
+    Raises:
+        ValueError: no image, or another number of captions.
+    """
+    if not len(images) or len(images) != len(captions):
+        raise ValueError(f"there must be images and a caption for each: {len(images)} and {len(captions)}.")
+    wrapped = ["\n".join(textwrap.fill(line, 24) for line in caption.splitlines()) for caption in captions]
+    columns = min(5, len(images))
+    rows = math.ceil(len(images) / columns)
+    lines = max(text.count("\n") + 1 for text in wrapped)
+    figure = _figure(1.7 * columns, rows * (1.75 + 0.128 * lines) + 0.35, title)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+        axes.set_anchor("N")  # what is left of its place belongs to the caption
+    for axes, image, text in zip(grid, images, wrapped, strict=False):
+        axes.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+        axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5)
+    return _save(figure, path)
+
+
+def example_figures(found: Knowledge, dataset: Dataset, folder: Path, image_column: str | None = None) -> list[Path]:
+    """Pictures that the adapter corrected and broke, the surest first; without labels, those it predicts otherwise.
+
+    Args:
+        found (`Knowledge`): of `analyse` on `dataset`.
+        folder (`Path`): for `corrected.png` and `broken.png`, or `changed.png`, ten pictures at most in each.
+        image_column (`str`, *optional*): guessed when omitted.
+
+    Returns:
+        `list[Path]`: of the PNGs that there was something to show in.
+    """
+    column, _ = guess_columns(dataset, image_column)
+    pictures = dataset.with_format(None)
+    was, now = (found.logits[name].argmax(1) for name in (BEFORE, AFTER))
+    sure = [found.logits[name].softmax(1).max(1).values for name in (BEFORE, AFTER)]
+    sets, drawn, labels = {"changed": was != now}, [], found.labels
+    if labels is not None:
+        sets = {"corrected": (was != labels) & (now == labels), "broken": (was == labels) & (now != labels)}
+
+    def caption(row: int) -> str:
+        said = (found.class_names[int(prediction[row])] for prediction in (was, now))
+        # The space in front of the percent sign keeps the two on one line.
+        return "\n→ ".join(f"{name} {100 * float(p[row]):.0f}\u00a0%" for name, p in zip(said, sure, strict=True))
+
+    for name, chosen in sets.items():
+        rows = chosen.nonzero()[:, 0]
+        rows = rows[sure[1][rows].argsort(descending=True, stable=True)][:10].tolist()
+        if rows:
+            title = f"{name.capitalize()} by the adapter (zero-shot → with it), the surest first"
+            shown, captions = [pictures[row][column] for row in rows], [caption(row) for row in rows]
+            drawn.append(picture_grid(shown, captions, folder / f"{name}.png", title=title))
+    return [path for path in drawn if path is not None]
+
+
+class UpgradedScores(Protocol):
+    """A row of [`compatibility_figure`]: accuracies in percent, one per seed.
+
+    Args:
+        method (`str`): name.
+        old (`Sequence[float]` or `None`): on the model it was learnt for.
+        upgraded (`Sequence[float]` or `None`): moved to the upgraded model as it is; `None` where that was refused.
+        retrained (`Sequence[float]` or `None`): learnt anew on the upgraded model; `None` where that was not done.
+        harmonic (`Sequence[float]` or `None`): harmonic mean of old and upgraded.
+    """
+
+    method: str
+    old: Sequence[float] | None
+    upgraded: Sequence[float] | None
+    retrained: Sequence[float] | None
+    harmonic: Sequence[float] | None
+
+
+@_drawn
+def compatibility_figure(
+    rows: Sequence[UpgradedScores],
+    path: str | os.PathLike,
+    floors: Mapping[str, float] | None = None,
+    *,
+    title: str = "Prompts before and after the upgrade",
+) -> Path | None:
+    """Three bars per method: on the old model, on the upgraded one unchanged, re-trained there. The diamond and the
+    number under the name are the harmonic mean of the first two; error bars are one standard deviation over seeds.
+
+    Args:
+        rows (`Sequence[UpgradedScores]`): the first on the left.
+        floors (`Mapping[str, float]`, *optional*): zero-shot accuracies, as dashed lines.
+
+    Raises:
+        ValueError: no rows, an empty list of accuracies, or a value that is not finite.
+    """
+    shown = {"old": ("old model", "#A6CEE8"), "upgraded": ("upgraded model, unchanged", "#4C9FD3")}
+    # Where nothing was re-trained there is no bar for it, no room, and nothing in the legend.
+    shown |= {"retrained": ("re-trained", "#CCCCCC")} if any(row.retrained is not None for row in rows) else {}
+    _check_rows(rows)
+    _finite(list((floors or {}).values()), "floors")
+    figure = _figure(max(6.4, 1.4 + 0.95 * len(rows)), 4.6, title)
+    axes, apart = figure.add_subplot(), 0.27  # of the middles of two bars
+    first = -apart * (len(shown) - 1) / 2
+    for i, (attribute, (label, color)) in enumerate(shown.items()):
+        known = [(row, values) for row, one in enumerate(rows) if (values := getattr(one, attribute)) is not None]
+        places, means = [row + first + i * apart for row, _ in known], [statistics.fmean(v) for _, v in known]
+        stds = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in known]
+        style = {"ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}, "zorder": 2}
+        axes.bar(places, means, 0.25, yerr=stds, label=label, color=color, **style)
+    means = {i + first + apart / 2: statistics.fmean(row.harmonic) for i, row in enumerate(rows) if row.harmonic}
+    axes.scatter(list(means), list(means.values()), s=30, marker="D", color=_COLORS[4], edgecolors="black",
+                 linewidths=0.7, zorder=4, label="harmonic mean of old and upgraded")  # fmt: skip
+    for i, row in enumerate(rows):
+        if row.upgraded is None:
+            axes.text(i + first + apart, 0.02, "refused", rotation=90, transform=axes.get_xaxis_transform(),
+                      ha="center", va="bottom", fontsize=8, color="#777777")  # fmt: skip
+    _references(axes.axhline, floors or {})
+    names = [textwrap.fill(row.method, 13) + (f"\n{_spread(row.harmonic)}" if row.harmonic else "") for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.55, len(rows) - 0.45)
+    axes.set_ylabel("accuracy (%)")
+    _legend(figure, axes)
+    return _save(figure, path)
+
+
+def _check_rows(rows: Sequence[UpgradedScores]) -> None:
+    if not rows:
+        raise ValueError("there is no method to draw.")
+    for row in rows:
+        for attribute in ("old", "upgraded", "retrained", "harmonic"):
+            values = getattr(row, attribute)
+            if values is not None:
+                if not len(values):
+                    raise ValueError(f"{attribute} of {row.method} must be None or hold a value per seed.")
+                _finite(values, f"{attribute} of {row.method}")

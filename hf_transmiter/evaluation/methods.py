@@ -1,0 +1,403 @@
+"""[`METHODS`]: every way to upgrade a task and every cheap alternative, as functions of one [`Task`].
+
+A row of a comparison is a [`Variant`]: one of these methods, with settings where it takes any.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
+
+import yaml
+from torch import Tensor
+
+from ..data.anchors import Anchors
+from ..data.vocabulary import STRATEGIES
+from ..hub.checks import did_you_mean
+from ..method import attach
+from ..method.bridge import Bridge
+from ..method.classifier import AnchorClassifier
+from ..method.label_tune import label_tune
+from ..method.transfer import transfer
+from ..settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
+from ..tuners import TransMiterConfig
+from . import baselines
+from .task import Answer, Impossible, Task, stored_bytes
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Settings of a row that are none of a step's own.
+
+    Args:
+        average (`bool`): EFT: the mean of its logits and the tuned weak model's.
+        solver (`str`): of class vectors: `"discriminant"`, or `"ridge"` for the teacher's logits.
+        images (`str`): TransMiter: what its basis change is computed on, `"unlabelled"` or `"general"` images.
+        space (`str`): of a bridge from task images: `"embedding"` or `"logit"`.
+        teacher_logits (`bool`): refit: whether the tuned model's logits on the images take part.
+        start (`str`):
+            Label tuning: `"refit"`, `"TransMiter"` (published: its transferred adapter), `"class vectors"` (the strong
+            model's own) or `"untrained TransMiter"` (published: from zero-shot).
+
+    Raises:
+        ValueError: none of these.
+    """
+
+    average: bool = False
+    solver: str = "discriminant"
+    images: str = "unlabelled"
+    space: str = "embedding"
+    teacher_logits: bool = True
+    start: str = "refit"
+
+    def __post_init__(self):
+        check_choice("solver", self.solver, tuple(_READ_BY))
+        check_choice("images", self.images, ("unlabelled", "general"))
+        check_choice("space", self.space, ("embedding", "logit"))
+        check_choice("start", self.start, tuple(_STARTS))
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """Which names the published adapter reads, see `Anchors.build`.
+
+    Args:
+        num_anchors (`int`, *optional*): K, task names included.
+        num_auxiliary (`int`, *optional*): the same without the task names; 0 leaves those alone.
+        strategy (`str`): how auxiliary names are chosen.
+
+    Raises:
+        ValueError: an unknown strategy, or the number of names given twice.
+    """
+
+    num_anchors: int | None = None
+    num_auxiliary: int | None = None
+    strategy: str = "random"
+
+    def __post_init__(self):
+        check_choice("strategy", self.strategy, STRATEGIES)
+        if None not in (self.num_anchors, self.num_auxiliary):
+            raise ValueError("num_anchors or num_auxiliary, not both.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison: a method, with settings where it takes any. What is not given stays as the comparison
+    has it.
+
+    Args:
+        method (`str`): a key of [`METHODS`].
+        settings (`Mapping`, *optional*):
+            By name, of the row itself ([`RowSettings`]) and of the steps it is made of; `Method.takes` says which.
+            ``{"beta": float("inf")}`` (YAML: ``.inf``) is no basis change.
+        name (`str`, *optional*): of the row; the method and its settings when omitted.
+
+    Raises:
+        ValueError: an unknown method, a setting that it does not read (with the nearest names), or a value that is
+            not possible.
+    """
+
+    method: str
+    settings: Mapping = field(default_factory=dict)
+    name: str | None = None
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"there is no method {self.method!r}; {did_you_mean(self.method, METHODS)}")
+        where, takes = f"the row {self.method!r}", METHODS[self.method].takes
+        if not isinstance(self.settings, Mapping):
+            raise ValueError(f"{where} must hold settings by name, got {self.settings!r}.")
+        kinds = {key: kind for kind, keys in takes.items() for key in keys}
+        for key in self.settings:
+            if key not in kinds:
+                known = did_you_mean(str(key), kinds) if kinds else "it takes none."
+                raise ValueError(f"{where} has no setting {key!r}; {known}")
+        try:
+            settings = {key: _value(kinds[key], key, value) for key, value in self.settings.items()}
+            object.__setattr__(self, "settings", settings)
+            for kind in takes:
+                kind(**self.of_step(kind))  # says what is wrong now and not after hours
+            for solver, key in _READ_BY.items():
+                if key in self.of_step(ExtractionConfig) and solver != self.own.solver:
+                    raise ValueError(f"{key} is read by the solver {solver!r} alone.")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        said = ", ".join(f"{key}: {value}" for key, value in settings.items())
+        object.__setattr__(self, "name", self.name or self.method + (f" ({said})" if said else ""))
+
+    @classmethod
+    def of(cls, value: Variant | str | Mapping) -> Variant:
+        """A row from what people write, in YAML or on the command line: ``refit``, ``refit: {solver: ridge}``, or
+        ``{refit: {solver: ridge}, name: mine}``.
+
+        Raises:
+            ValueError: none of these, or what [`Variant`] refuses.
+        """
+        if isinstance(value, Variant):
+            return value
+        try:
+            found = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            found = None
+        found = {found: {}} if isinstance(found, str) else found
+        methods = [key for key in found if key != "name"] if isinstance(found, Mapping) else []
+        if len(methods) != 1:
+            raise ValueError(
+                f"a row is the name of a method or {{method: {{setting: value}}}}, with a name or not, got {value!r}."
+            )
+        return cls(methods[0], found[methods[0]] or {}, found.get("name"))
+
+    def of_step(self, kind: type) -> dict:
+        """The settings that are fields of a step's configuration, such as [`TransferConfig`]."""
+        return {key: value for key, value in self.settings.items() if key in METHODS[self.method].takes.get(kind, ())}
+
+    @property
+    def own(self) -> RowSettings:
+        """Those of the row itself."""
+        return RowSettings(**self.of_step(RowSettings))
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks for."""
+        found = METHODS[self.method].needs
+        return replace(found, task_images=found.task_images and self.own.start not in _UNTRAINED)
+
+
+_READ_BY = {"discriminant": "shrinkage", "ridge": "lambdas"}
+
+
+def _value(kind: type, key: str, value):
+    """A setting as its field wants it: numbers that YAML reads as words (``1e-3``) and lists included."""
+    hint = get_type_hints(kind)[key]
+    wanted = tuple(getattr(one, "__origin__", one) for one in get_args(hint) or (hint,))
+    wanted = (tuple,) if get_origin(hint) is tuple else wanted
+    try:
+        if float in wanted and isinstance(value, (int, str)) and not isinstance(value, bool):
+            return float(value)
+        if tuple in wanted and isinstance(value, (list, dict)):
+            return value if isinstance(value, dict) else tuple(value)
+    except ValueError:
+        pass
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        kinds = " or ".join("nothing" if one is NoneType else one.__name__ for one in wanted)
+        raise ValueError(f"{key} must be {kinds}, got {value!r}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks for beyond the two models and the tuned one.
+
+    Args:
+        labels (`bool`): labelled images.
+        task_images (`bool`): unlabelled images of the task.
+        backprop (`bool`): steps of gradient descent, be it only on a head or an adapter.
+        weak_at_run_time (`bool`): every prediction runs the weak model, tuned or not.
+    """
+
+    labels: bool = False
+    task_images: bool = False
+    backprop: bool = False
+    weak_at_run_time: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of [`METHODS`].
+
+    Args:
+        run:
+            Makes it; what it returns is scored by [`Task.answer`]. Raises [`Impossible`] where a task does not allow
+            it.
+        needs ([`Needs`]): what it asks for.
+        takes (`Mapping[type, tuple[str, ...]]`): the settings it reads, by what they are fields of.
+    """
+
+    run: Callable[[Task, Variant], AnchorClassifier | Answer]
+    needs: Needs = Needs()
+    takes: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
+
+
+# Baselines
+
+
+def _emulated(task: Task, variant: Variant) -> Answer:
+    logits = baselines.emulated_fine_tuning(task.zero_shot_strong, task.tuned, task.zero_shot_weak)
+    if variant.own.average:
+        logits = (logits + task.tuned) / 2
+    return Answer(logits, stored_bytes(task.teacher))
+
+
+def _ensemble(task: Task, variant: Variant) -> Answer:
+    return Answer(baselines.logit_ensemble(task.zero_shot_strong, task.tuned), stored_bytes(task.teacher))
+
+
+def _reattached(task: Task, variant: Variant) -> AnchorClassifier:
+    reason = attach.why_not_reattached(task.prompted, task.strong)
+    if reason is not None:
+        raise Impossible(reason)
+    return task.prompting(attach.reattach_prompt(task.prompted, task.strong))
+
+
+def _prompt_transfer(task: Task, variant: Variant) -> AnchorClassifier:
+    x = task.table(task.strong, "unlabelled").embeds
+    reason = baselines.why_no_prompt_transfer(task.prompted, task.strong)
+    if reason is not None:
+        raise Impossible(reason)
+    options = {key: task.options[key] for key in ("accelerator", "progress") if key in task.options}
+    return task.prompting(
+        baselines.prompt_transfer(task.prompted, task.strong, x, task.teacher_soft, task.names, **options)
+    )
+
+
+def _head(task: Task, name: str, target: Tensor, learnt: Tensor | slice = slice(None)) -> Answer:
+    """Class vectors trained on one of the sets of images; those of the other classes stay zero-shot."""
+    strong, vectors = task.strong, task.text[task.strong].clone()
+    x, scale, progress = task.table(strong, name).embeds, float(strong.logit_scale), task.options.get("progress", True)
+    vectors[learnt] = baselines.linear_head(x, target, vectors[learnt], scale, progress=progress)
+    return Answer(strong.logits(task.table(strong, "test").embeds, vectors), 4 * vectors.numel())
+
+
+def _linear_probe(task: Task, variant: Variant) -> Answer:
+    """Among the labelled classes only, as all that is tuned here: others would be pushed away as never right."""
+    labelled, target = task.labelled_table.labels.unique(return_inverse=True)
+    return _head(task, "labelled", target, labelled)
+
+
+def _distilled_head(task: Task, variant: Variant) -> Answer:
+    return _head(task, "unlabelled", task.teacher_soft)
+
+
+def _tuned_strong(task: Task, variant: Variant) -> AnchorClassifier | Answer:
+    if task.tuned_strong is None or variant.settings:
+        return task.tune_strong(variant.settings)
+    said = task.said_by(task.tuned_strong, "test", task.strong)
+    return Answer(said, stored_bytes(task.tuned_strong), given=True)
+
+
+# Upgrades
+
+
+def _transfer(task: Task, variant: Variant, adapter: AnchorClassifier, images=None, refit=False, **options):
+    config = TransferConfig(refit=refit, **variant.of_step(TransferConfig))
+    options |= {"seen_classes": task.seen_classes, "config": config, **task.options}
+    return transfer(adapter, task.strong, images, **options)
+
+
+def _published(task: Task, variant: Variant) -> AnchorClassifier:
+    """The published adapter with the published basis change."""
+    images, config = task.need(variant.own.images), replace(task.gradient, **variant.of_step(ExtractionConfig))
+    adapter = task.extract(config, task.anchors_for(variant.of_step(AnchorSettings)))
+    return _transfer(task, variant, adapter, images)
+
+
+def _class_vectors(task: Task, variant: Variant) -> AnchorClassifier:
+    return task.extract(ExtractionConfig(solver=variant.own.solver, **variant.of_step(ExtractionConfig)))
+
+
+def _bridged(over: str) -> Callable[[Task, Variant], AnchorClassifier]:
+    """Class vectors over a bridge."""
+
+    def run(task: Task, variant: Variant) -> AnchorClassifier:
+        if variant.own.space == "embedding":
+            bridge = task.embedding_bridge(over)
+        else:
+            options = {"space": "logit", "anchors": task.anchors_for({}), **task.options}
+            bridge = Bridge.build(task.weak, task.strong, task.need(over), **options)
+        return _transfer(task, variant, _class_vectors(task, variant), bridge=bridge)
+
+    return run
+
+
+def _refit(task: Task, variant: Variant) -> AnchorClassifier:
+    images, adapter = task.need("unlabelled"), _class_vectors(task, variant)
+    if not variant.own.teacher_logits:
+        adapter = copy.copy(adapter)  # the one that others use keeps its pack
+        adapter.calibration = None
+    return _transfer(task, variant, adapter, images, refit=True)
+
+
+# TransMiter+
+
+
+def _label_tuned(task: Task, variant: Variant) -> AnchorClassifier:
+    labelled, config = task.labelled_table, LabelTuningConfig(**variant.of_step(LabelTuningConfig))
+    options = {"seen_classes": task.seen_classes, "config": config, **task.options}
+    return label_tune(_STARTS[variant.own.start](task, variant), labelled, **options)
+
+
+def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:
+    """Class vectors that are the strong model's own."""
+    config = TransMiterConfig(class_names=list(task.names), templates=list(task.templates), form="class_vectors")
+    text = task.text[task.strong].to(task.strong.device)
+    return AnchorClassifier(task.strong, Anchors(task.names, (), task.templates), text).add_adapter(config)
+
+
+def _untrained(task: Task, variant: Variant) -> AnchorClassifier:
+    """The published adapter before any training, which changes nothing."""
+    anchors = task.anchors_for({})
+    config = TransMiterConfig.for_anchors(anchors, form="mlp", seed=task.gradient.seed)
+    return AnchorClassifier(task.strong, anchors).add_adapter(config)
+
+
+_UNTRAINED = {"class vectors": _own_vectors, "untrained TransMiter": _untrained}
+_STARTS = {"refit": _refit, "TransMiter": _published, **_UNTRAINED}
+
+
+def _names(kind: type, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(kind) if item.name not in without)
+
+
+_WEAK = Needs(weak_at_run_time=True)
+_IMAGES = Needs(task_images=True)
+_FITTED = Needs(task_images=True, backprop=True)
+_LABELS = Needs(labels=True, backprop=True)
+_VECTORS = {
+    RowSettings: ("solver",),
+    ExtractionConfig: ("shrinkage", "lambdas"),
+    TransferConfig: ("zero_shot_weight",),
+}
+_REFIT = {
+    RowSettings: ("solver", "teacher_logits"),
+    ExtractionConfig: ("lambdas",),
+    TransferConfig: ("zero_shot_weight", "shrinkage", "pseudo_count", "carried_images"),
+}
+_GRADIENT = {
+    RowSettings: ("images",),
+    ExtractionConfig: _names(ExtractionConfig, without=("solver", "shrinkage", "lambdas")),
+    TransferConfig: ("beta", "beta_per_image"),
+    AnchorSettings: _names(AnchorSettings),
+}
+
+
+METHODS: dict[str, Method] = {
+    "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), _WEAK),
+    "zero-shot strong": Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
+    "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), _WEAK),
+    "EFT": Method(_emulated, _WEAK, {RowSettings: ("average",)}),
+    "logit ensemble": Method(_ensemble, _WEAK),
+    "re-attached prompt": Method(_reattached),
+    "prompt transfer": Method(_prompt_transfer, _FITTED),
+    "distilled head": Method(_distilled_head, _FITTED),
+    "linear probe": Method(_linear_probe, _LABELS),
+    "TransMiter": Method(_published, _FITTED, _GRADIENT),  # as published
+    # Class vectors in closed form.
+    "bridge from text": Method(_bridged("text"), Needs(), _VECTORS),
+    "bridge from general images": Method(_bridged("general"), Needs(), _VECTORS),
+    "given bridge": Method(_bridged("bridge"), Needs(), _VECTORS),
+    "bridge from task images": Method(_bridged("unlabelled"), _IMAGES, {**_VECTORS, RowSettings: ("solver", "space")}),
+    "refit": Method(_refit, _IMAGES, _REFIT),
+    # A few labelled steps on an adapter (TransMiter+).
+    "label tuning": Method(
+        _label_tuned,
+        Needs(labels=True, task_images=True, backprop=True),
+        {RowSettings: ("start",), LabelTuningConfig: _names(LabelTuningConfig)},
+    ),
+    # The ceiling: the strong model tuned on labels, as given or here.
+    "tuned strong": Method(_tuned_strong, _LABELS, {TuningConfig: _names(TuningConfig)}),
+}
+"""Every method by the name of its row, in the order of a table. Those that need labels have an advantage over those
+that do not, and those that need the weak model at run time cost its time in every prediction."""

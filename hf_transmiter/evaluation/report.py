@@ -1,0 +1,173 @@
+"""A comparison as one table, and a report: sections of text, tables of scores and figures (drawn by `figures`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from ..hub.files import replace_file
+from ..hub.scores import NOTHING, Score, cell_text, column, markdown_table, mean_cost, metric_title, table
+from . import figures
+from .analyse import AFTER, BEFORE, Knowledge, markdown
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .compare import Comparison
+
+logger = logging.getLogger(__name__)
+
+_NEEDS = {
+    "labels": "labels",
+    "task_images": "task images",
+    "backprop": "backprop",
+    "weak_at_run_time": "weak model at run time",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report, in this order: heading, text, table, figures.
+
+    Args:
+        title (`str`): heading.
+        text (`str`, *optional*): markdown.
+        scores (`Sequence[Score]`, *optional*): shown by [`markdown_table`].
+        figures (`Sequence[Path | None]`, *optional*): PNG files inside the report's directory. What the functions of
+            `figures` return can be passed as it is: `None`, a figure that could not be drawn, is left out.
+        notes (`Mapping[str, str]`, *optional*), baseline (`str`, *optional*): as in [`markdown_table`].
+    """
+
+    title: str
+    text: str = ""
+    scores: Sequence[Score] = ()
+    figures: Sequence[Path | None] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+    baseline: str | None = None
+
+
+def comparison_table(found: Comparison) -> str:
+    """A comparison for people who have to choose: one row per method with its scores, what making it cost, the bytes
+    to be stored for it, and what it needs. Rows that could not be had follow, with the reasons.
+
+    Bold as in [`markdown_table`]: methods that need labels, or strong, tuned and weak model at run time, are never.
+
+    Args:
+        found (`Comparison`): what `compare` returned.
+
+    Returns:
+        `str`: markdown, ending in a newline.
+    """
+    methods, header, body = list(found.logits), ["method"], [[cell_text(method) for method in found.logits]]
+    cells = {(score.method, score.metric): score for score in found.scores}
+    for metric in dict.fromkeys(score.metric for score in found.scores):
+        header.append(cell_text(metric_title(metric)))
+        body.append(column({m: cells.get((m, metric)) for m in methods}, None, found.notes, metric))
+    header += ["seconds", "peak MB", "size", *_NEEDS.values()]
+    body += [[mean_cost(found.scores, method, name) for method in methods] for name in ("seconds", "peak_mb")]
+    body.append([_size(found.sizes.get(method)) for method in methods])
+    body += [["yes" if getattr(found.needs[method], need) else "no" for method in methods] for need in _NEEDS]
+    left_out = "".join(f"- {cell_text(method)}: {cell_text(reason)}\n" for method, reason in found.skipped.items())
+    shown = table(header, zip(*body, strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
+    return shown + (f"\nNot in the table:\n\n{left_out}" if left_out else "")
+
+
+_TABLE_LEGEND = (
+    "Scores in percent; seconds and memory of making it, without embedding the images; size: what is stored beside "
+    "the pre-trained models; bold: best of the methods that need neither labels nor several models at run time.\n"
+)
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return NOTHING
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB" if count else "0"
+    return f"{count / 1e6:.1f} MB"
+
+
+def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, title: str, intro: str = "") -> Path:
+    """Writes `report.md`: the sections' texts, tables and figures, figures by relative links. Atomic; a report that is
+    there already is replaced, which is logged.
+
+    Args:
+        directory (`Path`): made if need be; the figures are in it already, by custom under `figures/`.
+        sections (`Sequence[Section]`): in order.
+        title, intro (`str`): heading and first paragraph.
+
+    Returns:
+        `Path`: of `report.md`.
+
+    Raises:
+        FileNotFoundError: a figure that does not exist.
+        ValueError: a figure outside the directory, or scores that make no table.
+    """
+    directory = Path(directory)
+    parts = [f"# {title}", intro.strip()]
+    for section in sections:
+        parts += [f"## {section.title}", section.text.strip()]
+        if section.scores:
+            parts.append(markdown_table(section.scores, baseline=section.baseline, notes=section.notes).strip())
+        for figure in section.figures:
+            if figure is not None:
+                parts.append(f"![{Path(figure).stem.replace('_', ' ')}]({_link(Path(figure), directory)})")
+    path = directory / "report.md"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    if path.exists():
+        logger.info("%s is replaced.", path)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
+
+
+def write_analysis(
+    directory: str | os.PathLike, found: Knowledge, dataset: Dataset, *, title: str, image_column: str | None = None
+) -> Path:
+    """Writes `report.md`, `analysis.json` (every class) and `figures/`. Files are replaced one by one, atomically.
+
+    Args:
+        directory (`str` or `os.PathLike`): made if need be.
+        found (`Knowledge`): of `analyse` on `dataset`.
+        dataset (`datasets.Dataset`): the images, for the examples.
+        title (`str`): heading.
+        image_column (`str`, *optional*): guessed when omitted.
+
+    Returns:
+        `Path`: of `report.md`.
+    """
+    directory = Path(directory)
+    folder = directory / "figures"
+    drawn = [figures.shift_figure(found, folder / "shifts.png")]
+    if found.labels is not None:
+        pair, title_ = (found.logits[BEFORE], found.logits[AFTER]), "With the adapter, against zero-shot"
+        path = folder / "confusions.png"
+        drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, title=title_))
+        series, path = dict(found.logits), folder / "reliability.png"
+        if found.temperature is not None:
+            series[f"{AFTER}, temperature {found.temperature:.2f}"] = found.logits[AFTER] / found.temperature
+        title_ = "How far confidence can be believed"
+        drawn.append(figures.reliability_figure(series, found.labels, path, title=title_))
+    drawn += figures.example_figures(found, dataset, folder, image_column)
+    values = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(directory / "analysis.json", lambda path: path.write_text(values, encoding="utf-8"))
+    sections = [Section("Figures", figures=drawn)] if any(drawn) else []
+    return write_report(directory, sections, title=title, intro=markdown(found))
+
+
+def _link(figure: Path, directory: Path) -> str:
+    if not figure.is_file():
+        raise FileNotFoundError(f"the figure {figure} does not exist.")
+    try:
+        relative = figure.resolve().relative_to(directory.resolve())
+    except ValueError:
+        raise ValueError(
+            f"the figure {figure} is outside {directory}, so the report could not be moved: "
+            f"draw it under {directory / 'figures'}."
+        ) from None
+    return quote(relative.as_posix())

@@ -1,0 +1,319 @@
+"""[`Task`]: the models, images and names of one comparison; what several methods share is made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from datasets import ClassLabel, Dataset
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.images import guess_columns
+from ..data.vocabulary import NUM_ANCHORS
+from ..encoders.dual_encoder import DualEncoder
+from ..method.bridge import Bridge
+from ..method.classifier import AnchorClassifier
+from ..method.extract import extract
+from ..method.teacher import Teacher, as_classifier, teacher_class_vectors, teacher_logits
+from ..method.tune import starting_templates, tune
+from ..settings import ExtractionConfig, TuningConfig
+from ..tuners.prompts import prompt_layer
+from .evaluate import align_labels, measured
+
+
+SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
+SPREAD_IMAGES = 2048  # so many tell which names spread most; their logits over a whole vocabulary stay in memory
+_MISSING = {
+    "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
+    "labelled": "it needs labelled images: pass `labelled`",
+    "general": "it needs images of any kind: pass `general`",
+    "bridge": "it needs a finished bridge: pass `bridge`",
+}
+T = TypeVar("T")
+
+
+class Impossible(ValueError):
+    """A task does not allow a method; the message says why."""
+
+
+@dataclass
+class Answer:
+    """What a method ends with.
+
+    Args:
+        logits (`Tensor`): (N, C) on the test images.
+        size (`int`, *optional*): bytes to be stored for it beside the pre-trained models, see [`stored_bytes`].
+        classifier (`AnchorClassifier`, *optional*): what gives those logits, where that is one model.
+        given (`bool`, *optional*, defaults to `False`): made before the comparison, at a cost that nobody saw here.
+    """
+
+    logits: Tensor
+    size: int | None
+    classifier: AnchorClassifier | None = None
+    given: bool = False
+
+
+@dataclass(eq=False)
+class Task:
+    """One comparison before anything is compared; arguments as of `comparison.compare`.
+
+    Images are embedded at once, so that no method is charged for what all of them share.
+
+    Raises:
+        ValueError: a class of the test or labelled images that is not among the names, or a name in `seen_classes`.
+    """
+
+    weak: DualEncoder
+    strong: DualEncoder
+    teacher: Teacher
+    test: Dataset
+    names: tuple[str, ...]
+    unlabelled: Dataset | None = None
+    labelled: Dataset | None = None
+    general: Dataset | None = None
+    tuned_strong: Teacher | None = None
+    bridge: Bridge | None = None
+    seen_classes: Sequence[str] | None = None
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    anchors: Anchors | None = None
+    text_anchors: Anchors | None = None
+    vocabulary: str | Sequence[str] = "common-nouns"
+    gradient: ExtractionConfig = field(default_factory=lambda: ExtractionConfig(solver="gradient"))
+    tuning: TuningConfig | None = None
+    options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        unknown = [name for name in self.seen_classes or () if name not in self.names]
+        if unknown:
+            raise ValueError(
+                f"seen_classes holds {unknown[0]!r}, which is not among the {len(self.names)} class names."
+            )
+        self._made: dict[str, tuple] = {}
+        self._reused: dict[str, dict] = {}
+        self.bridges: dict[str, Bridge] = {}
+        for model in (self.weak, self.strong):
+            for name in ("test", "unlabelled", "labelled", "general"):
+                if getattr(self, name) is not None and (model is self.strong or name != "labelled"):
+                    self.table(model, name)
+        self.text = {model: model.embed_names(self.names, self.templates).cpu() for model in (self.weak, self.strong)}
+        test = self.table(self.strong, "test")
+        self.labels = None if test.labels is None else self._aligned(test, "test")
+        if self.labelled is not None:
+            _ = self.labelled_table  # says what is wrong with the labels
+        vectors = teacher_class_vectors(self.teacher, self.weak, self.names, self.templates)
+        self.own_class_vectors = vectors is not None
+        self.tuned = self.said_by(self.teacher, "test", self.weak)
+        if self.unlabelled is not None:
+            _ = self.teacher_soft
+
+    def _aligned(self, table: FeatureTable, name: str) -> Tensor:
+        try:
+            return align_labels(table, self.names)
+        except ValueError as error:
+            raise ValueError(f"the {name} images: {error}") from error
+
+    def need(self, name: str) -> Dataset:
+        """One of the sets of images, or the given bridge.
+
+        Raises:
+            Impossible: it is not there.
+        """
+        if getattr(self, name) is None:
+            raise Impossible(_MISSING[name])
+        return getattr(self, name)
+
+    def table(self, model: DualEncoder, name: str) -> FeatureTable:
+        """Embeddings of one of the sets of images."""
+        return embed_dataset(model, self.need(name), **self.options)
+
+    def said_by(self, teacher: Teacher, name: str, base: DualEncoder) -> Tensor:
+        """Task logits (N, C) on one of the sets of images; `base` is the model that was tuned."""
+        options = {"templates": self.templates, "weak": base, "table": self.table(base, name), **self.options}
+        return teacher_logits(teacher, self.need(name), self.names, **options)
+
+    def answer(self, found: AnchorClassifier | Answer) -> Answer:
+        """What a classifier says about the test images, and what it takes to keep it."""
+        if isinstance(found, Answer):
+            return found
+        return Answer(self.said_by(found, "test", self.strong), stored_bytes(found), found)
+
+    # What methods cost
+
+    @contextmanager
+    def charged(self) -> Iterator[dict[str, float]]:
+        """Seconds and peak memory (MB) of a method, in the dictionary it yields; what an earlier method has made
+        already is charged again, as if this one were alone."""
+        self._reused = {}
+        with measured() as cost:
+            yield cost
+        costs = [cost, *self._reused.values()]
+        cost["seconds"] = sum(one["seconds"] for one in costs)
+        cost["peak_mb"] = max(one["peak_mb"] for one in costs)
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """Made when first asked for."""
+        if key in self._made:
+            value, self._reused[key] = self._made[key]
+            return value
+        with measured() as cost:
+            value = make()
+        self._made[key] = (value, cost)
+        return value
+
+    # What methods share
+
+    @cached_property
+    def labelled_table(self) -> FeatureTable:
+        """Embeddings of the labelled images, labels as positions in the names."""
+        table = self.table(self.strong, "labelled")
+        return FeatureTable(table.embeds, self._aligned(table, "labelled"), self.names)
+
+    @cached_property
+    def teacher_soft(self) -> Tensor:
+        """The tuned model's probabilities (N, C) on the unlabelled images."""
+        return self.said_by(self.teacher, "unlabelled", self.weak).softmax(1)
+
+    @cached_property
+    def seen_in_test(self) -> int:
+        """Labelled images that are among the test images: what learns from them is scored on what it saw."""
+        if self.labelled is None:
+            return 0
+        test, nearest = self.table(self.strong, "test").embeds, []
+        for x in self.labelled_table.batches(256):
+            nearest.append((x @ test.T).amax(1))
+        return int((torch.cat(nearest) > 1 - SAME).sum())
+
+    @cached_property
+    def zero_shot_weak(self) -> Tensor:
+        return self.weak.logits(self.table(self.weak, "test").embeds, self.text[self.weak])
+
+    @cached_property
+    def zero_shot_strong(self) -> Tensor:
+        return self.strong.logits(self.table(self.strong, "test").embeds, self.text[self.strong])
+
+    @cached_property
+    def prompted(self) -> DualEncoder:
+        """The tuned model.
+
+        Raises:
+            Impossible: what was tuned is no prompt.
+        """
+        several = isinstance(self.teacher, (list, tuple))
+        classifier = None if several else as_classifier(self.teacher, self.names, self.templates)
+        if classifier is None or classifier.adapter_config or prompt_layer(classifier.encoder.model) is None:
+            raise Impossible("no prompt was tuned")
+        return classifier.encoder
+
+    def prompting(self, prompted: DualEncoder) -> AnchorClassifier:
+        """The strong model with prompts in it."""
+        return AnchorClassifier(prompted, Anchors(self.names, (), PROMPTED))
+
+    def anchors_for(self, wanted: Mapping) -> Anchors:
+        """Names of the published adapter: those of the comparison, or chosen by the settings that are given."""
+        if not wanted and self.anchors is not None:
+            return self.anchors
+        wanted, names = {key: value for key, value in wanted.items() if value is not None}, self.names
+        default = NUM_ANCHORS if self.anchors is None else len(self.anchors)
+        auxiliary = wanted.pop("num_auxiliary", None)
+        wanted.setdefault("num_anchors", default if auxiliary is None else len(names) + auxiliary)
+        build = {"vocabulary": self.vocabulary, "templates": self.templates}
+        strategy = wanted.get("strategy", "random")
+        if "spread" not in strategy and "farthest" not in strategy:
+            return Anchors.build(names, **build, **wanted)
+
+        def chosen() -> Anchors:
+            pool = Anchors.build(names, **build, strategy="all")
+            embeds = self.weak.embed_names(pool.names, pool.templates).cpu()
+            logits = self._spread_logits(embeds) if "spread" in strategy else None
+            return Anchors.build(names, **build, **wanted, embeds=embeds, logits=logits)
+
+        return self.once(f"anchors {sorted(wanted.items())}", chosen)
+
+    def _spread_logits(self, text: Tensor) -> Tensor:
+        """Logits of the weak model on at most `SPREAD_IMAGES` unlabelled images, evenly spaced."""
+        table = self.table(self.weak, "unlabelled")
+        rows = torch.linspace(0, len(table) - 1, min(len(table), SPREAD_IMAGES)).long()
+        return self.weak.logits(table.select(rows).embeds, text)
+
+    def extract(self, config: ExtractionConfig, anchors: Anchors | None = None) -> AnchorClassifier:
+        """The weak model's adapter; not to be changed, other methods use it.
+
+        Raises:
+            Impossible: there are neither class vectors nor images to extract some from.
+        """
+        if anchors is not None:
+            self.need("unlabelled")
+        elif self.unlabelled is None and not self.own_class_vectors:
+            raise Impossible(f"the tuned model has no class vectors of its own, so {_MISSING['unlabelled']}")
+
+        def make() -> AnchorClassifier:
+            options = {"anchors": anchors, "templates": self.templates, "config": config, **self.options}
+            return extract(self.weak, self.teacher, self.unlabelled, class_names=self.names, **options)
+
+        return self.once(f"adapter {json.dumps(asdict(config))} {anchors and anchors.fingerprint}", make)
+
+    def embedding_bridge(self, source: str) -> Bridge:
+        """From `"text"`, one of the sets of images, or the given one (`"bridge"`)."""
+        if source == "bridge":
+            return self.need("bridge")
+        images, options = None if source == "text" else self.need(source), {"anchors": self.text_anchors}
+        make = lambda: Bridge.build(self.weak, self.strong, images, **options, **self.options)  # noqa: E731
+        self.bridges[source] = self.once(f"bridge {source}", make)
+        return self.bridges[source]
+
+    def tune_strong(self, own: Mapping) -> AnchorClassifier:
+        """The strong model tuned on all the labelled images; `own` are settings in place of the comparison's."""
+        labels = self.labelled_table.labels
+        seen = labels.unique().tolist()
+        shots = {"shots": int(labels.bincount().max())}
+        if self.tuning is None or own.get("method", self.tuning.method) != self.tuning.method:
+            config = TuningConfig(**{**shots, **own})
+        else:
+            config = replace(self.tuning, **{**shots, **own})
+        columns = {key: self.options.get(key) for key in ("image_column", "label_column")}
+        options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
+        images = self.labelled.with_format(None)
+        _, column = guess_columns(images, **columns)
+        names = [self.names[i] for i in seen]
+        feature = images.features[column]
+        if not isinstance(feature, ClassLabel) or feature.names != names:
+            positions = {label: i for i, label in enumerate(seen)}
+            images = images.remove_columns(column)
+            images = images.add_column(column, [positions[label] for label in labels.tolist()])
+            images = images.cast_column(column, ClassLabel(names=names))
+        templates = starting_templates(config.method) if config.method == "promptsrc" else self.templates
+        tuned = tune(self.strong, images, config=config, templates=templates, **columns, **options)
+        return AnchorClassifier(tuned.encoder, Anchors(self.names, (), tuned.anchors.templates))
+
+
+def stored_bytes(model: Teacher) -> int | None:
+    """Bytes to be kept for a tuned model beside the pre-trained one, as its tensors are: an adapter's, or all
+    parameters where there is no adapter; several models add up. `None` for a file, whose size says it."""
+    if isinstance(model, (list, tuple)):
+        sizes = [stored_bytes(one) for one in model]
+        return None if None in sizes else sum(sizes)
+    if isinstance(model, AnchorClassifier):
+        if model.adapter_config is not None:
+            return _bytes(model.adapter_tensors()[1].values())
+        model = model.encoder
+    if isinstance(model, DualEncoder):
+        model = model.model
+    if not isinstance(model, torch.nn.Module):
+        return None
+    if getattr(model, "peft_config", None):
+        name = next(iter(model.peft_config))
+        # Without the flag PEFT looks on the Hub whether the vocabulary grew.
+        return _bytes(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).values())
+    return _bytes(model.parameters())
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,140 @@
+"""An adapter's files, read and written without its model: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+One folder or repository, or one subfolder of it, holds one adapter of one model. What an adapter has become on another
+model goes into a subfolder (``subfolder="vit-l14"``) or a repository of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save
+
+from ..algebra import check_finite, check_semi_orthogonal
+from .checks import KEY_PREFIX, check_adapter_tensors, refuse_pickles
+from .files import replace_file
+from .repo import fetch, public_name, read_json
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCORES = "scores.json"
+WEIGHTS = "adapter_model.safetensors"
+BRIDGE = "bridge.safetensors"
+CONFIG = "adapter_config.json"
+CALIBRATION = "calibration.safetensors"
+TEACHER_FILE = "teacher.json"
+
+
+@dataclass
+class TeacherFacts:
+    """What `teacher.json` beside a tuned model's adapter says, so that the teacher can be put together again.
+
+    Args:
+        weak (`str`), revision (`str` or `None`), fingerprint (`str`): the model that was tuned.
+        class_names (`list[str]`): C names in label order.
+        templates (`list[str]`): prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
+        zero_shot_templates (`list[str]`): prompts of the weak model's class vectors it started from.
+        settings (`dict`): the [`TuningConfig`].
+    """
+
+    weak: str
+    revision: str | None
+    fingerprint: str
+    class_names: list[str]
+    templates: list[str]
+    zero_shot_templates: list[str]
+    settings: dict
+
+    @classmethod
+    def read(cls, source: str) -> TeacherFacts | None:
+        """From a folder or Hub repository; `None` where there is no such file."""
+        content = read_json(source, TEACHER_FILE)
+        if content is None:
+            return None
+        return cls(**content)
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Into a folder, beside the adapter."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        replace_file(Path(folder) / TEACHER_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_config(source: str | os.PathLike, **hub) -> dict:
+    """The checked content of a TransMiter adapter's ``adapter_config.json``. The weights beside it are not loaded, but
+    must be there, as safetensors, and have the shapes that the configuration says.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: another kind of adapter, or damaged files.
+    """
+    if Path(source).is_dir():
+        refuse_pickles(Path(source) / (hub.get("subfolder") or ""))
+    config, path = read_json(source, CONFIG, **hub), fetch(source, WEIGHTS, **hub)
+    if config is None or path is None:
+        raise FileNotFoundError(f"{os.fspath(source)!r} has no {CONFIG if config is None else WEIGHTS}: no adapter.")
+    if config.get("peft_type") != "TRANSMITER":
+        raise ValueError(f"{os.fspath(source)!r} holds a {config.get('peft_type')} adapter, not a TransMiter adapter.")
+    check_adapter_tensors(path, config)
+    return config
+
+
+def read_adapter(source: str | os.PathLike, **hub) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and weights of a TransMiter adapter, without its model.
+
+    Returns:
+        The content of ``adapter_config.json``, and the tensors by part (`anchors`, `class_vectors`, ...).
+
+    Raises:
+        FileNotFoundError, ValueError: as [`read_config`].
+    """
+    config, path = read_config(source, **hub), fetch(source, WEIGHTS, **hub)
+    # Copies: a loaded tensor is a view of the file, which may be written again while it is in use.
+    return config, _parts(config, {key: tensor.clone() for key, tensor in load_file(path).items()}, str(path))
+
+
+def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Inverse of [`read_adapter`]; each file is replaced in one step.
+
+    Raises:
+        FileExistsError: the folder holds another adapter, with scores that would not be this one's.
+    """
+    folder = Path(folder)
+    named = {KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()}
+    content = save(named)
+    scored = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
+    if scored and (folder / WEIGHTS).read_bytes() != content:
+        raise FileExistsError(f"{folder} holds another adapter with its {SCORES}: choose another folder.")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace_file(folder / WEIGHTS, lambda path: path.write_bytes(content))
+    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _parts(config: dict, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """By part, and checked: finite, and a basis that nobody trained is orthonormal."""
+    parts = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+    for part, tensor in parts.items():
+        check_finite(tensor.reshape(1, -1), f"{part} of {where}")
+    if "basis" in parts and not config.get("train_basis"):
+        check_semi_orthogonal(parts["basis"], f"the basis of {where}", full_rank=True)
+    return parts
+
+
+# Keys of facts about adapters and bridges whose values are names of models and datasets.
+_NAMES = ("base_model_name_or_path", "weak", "strong", "name", "dataset", "derived", "through")
+
+
+def without_paths(value, base: dict[str, str] | None = None, key: str = ""):
+    """Facts about an adapter with [`public_name`]s of models and datasets, or what `base` says instead."""
+    if isinstance(value, dict):
+        return {name: without_paths(item, base, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, base, key) for item in value]
+    if isinstance(value, str) and key in _NAMES:
+        return (base or {}).get(value, public_name(value))
+    return value

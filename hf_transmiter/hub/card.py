@@ -1,0 +1,501 @@
+"""Model cards: [`write_card`] writes the ``README.md`` of an adapter, bridge or tuned model from the files beside it.
+
+A card says what its repository holds, what was measured and what was not. It is made again with every save, from the
+other files and from the metadata that people added to it (licence, data sets, language, tags, newer version), and
+nothing in it is guessed: of a file that is missing or damaged (which is logged) the facts are not known. A README that
+people wrote keeps its text; only its metadata is completed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .card_text import METHOD_NAMES, NamedDataset, NamedModel, Noted, Raw, Step, escape, fill, one_line
+from .checks import check_json, load_json, parse_json, read_header
+from .files import replace_file
+from .repo import is_hub_id
+from .scores import THIS, Score, markdown_table, read_scores
+
+
+logger = logging.getLogger(__name__)
+
+README = "README.md"
+MARKER = "<!-- hf_transmiter writes this card again with every save; delete this line to write it yourself. -->"
+KEPT = ("license", "license_name", "license_link", "datasets", "language", "tags", "new_version")
+"""Metadata that people give, and that a card takes over from the one before."""
+_LISTS = ("datasets", "language", "tags")
+_TASK = "zero-shot-image-classification"
+_CLASS_VECTORS = ("COOP", "KGCOOP", "CONTCOOP")
+_PROMPTS = (*_CLASS_VECTORS, "COCOOP", "IVLP", "MAPLE", "PROMPTSRC")
+_ACCURACIES = {
+    **{"accuracy": "accuracy, %", "base": "accuracy on base classes, %", "novel": "accuracy on novel classes, %"},
+    **{"hm": "harmonic mean of base and novel accuracy, %", "joint": "accuracy over all classes, %"},
+}
+METRIC_NAMES = {**_ACCURACIES, "ece": "expected calibration error, %"}
+_MAX_STEPS = 8
+
+
+def _history(provenance: object) -> list[Step]:
+    """The steps an adapter went through, the first one first."""
+    found = []
+    while isinstance(provenance, dict) and "step" in provenance and len(found) < _MAX_STEPS:
+        found.insert(0, Step(provenance))
+        provenance = provenance.get("extracted", provenance.get("before"))
+    return found
+
+
+def _optional(path: Path, read: Callable):
+    """`read(path)`; `None` where there is no such file, or (logged) a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except (ValueError, OSError) as error:
+        logger.warning("%s is left out of the card: %s", path.name, error)
+        return None
+
+
+# ---- cards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Card:
+    """What the cards have in common.
+
+    Args:
+        name (`str`): Hub id, or the folder's name.
+        base (`NamedModel`): the model it belongs on.
+        versions (`dict[str, str]`): of the libraries it was made with, as far as they were noted.
+        scores (`list[Score]`): ``scores.json``; rows of the method [`scores.THIS`] are about it.
+        given (`dict`): metadata that people gave, see `KEPT`.
+    """
+
+    name: str
+    base: NamedModel
+    versions: dict[str, str]
+    scores: list[Score]
+    given: dict
+
+    tags: ClassVar[tuple[str, ...]]
+    template: ClassVar[str]
+    pipeline_tag: ClassVar[str | None] = _TASK
+    is_scored: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.is_scored and len({score.method for score in self.scores}) == 1:
+            self.scores = [replace(score, method=THIS) for score in self.scores]  # about what else would they be?
+
+    @property
+    def own(self) -> list[Score]:
+        """The scores of the artefact itself, as far as they are known."""
+        return [score for score in self.scores if score.method == THIS and not math.isnan(score.value)]
+
+    def metadata(self) -> ModelCardData:
+        """The metadata, as the Hub reads it. The base model is named only if it is on the Hub, and only the one the
+        weights belong on: of a list the Hub would conclude that models were merged."""
+        results, base = self.results(), self.base.name if self.base.kind == "hub" else None
+        datasets = [data.name for data in self.training_data() if data.kind == "hub"]
+        entries = {
+            **self.given,
+            "base_model": base,
+            "base_model_relation": "adapter" if base else None,
+            "library_name": "hf-transmiter",
+            "pipeline_tag": self.pipeline_tag,
+            "tags": list(dict.fromkeys([*self.tags, *self.given.get("tags", ())])),
+            "datasets": list(dict.fromkeys([*self.given.get("datasets", ()), *datasets])) or None,
+            "metrics": ["accuracy"] if results else None,
+        }
+        return ModelCardData(**entries, **({"model_name": self.name, "eval_results": results} if results else {}))
+
+    def results(self) -> list[EvalResult]:
+        """The card's own scores for the Hub's model index. It wants to know the data set: rows without are left out,
+        and stand in the card's tables only."""
+        found = []
+        for score, data in ((score, NamedDataset.of(score.dataset)) for score in self.own):
+            if data is None:
+                continue
+            arguments = {"seeds": score.seeds, "num_images": score.num_images}
+            arguments |= {"std": round(score.std, 2)} if score.seeds > 1 and not math.isnan(score.std) else {}
+            found.append(
+                EvalResult(
+                    task_type=_TASK,
+                    dataset_type=data.name,
+                    dataset_name=data.name,
+                    dataset_split=one_line(score.split),
+                    dataset_revision=data.revision,
+                    metric_type="accuracy" if score.metric in _ACCURACIES else one_line(score.metric),
+                    metric_name=METRIC_NAMES.get(score.metric, one_line(score.metric)),
+                    metric_value=round(score.value, 2),
+                    metric_args={key: value for key, value in arguments.items() if value is not None},
+                )
+            )
+        return found
+
+    def training_data(self) -> list[NamedDataset]:
+        """Data sets that went into it, as far as they were noted."""
+        return []
+
+    def warnings(self) -> list[str]:
+        """Where a plain model was measured to be better."""
+        found = []
+        for own in (score for score in self.own if score.metric in _ACCURACIES):
+            for other in self.scores:
+                same = (own.dataset, own.split, own.metric) == (other.dataset, other.split, other.metric)
+                if same and other.method.startswith("zero-shot") and round(own.value, 1) < round(other.value, 1):
+                    where = (
+                        f"{other.method} on {own.split}: {own.metric} {own.value:.1f} % against {other.value:.1f} %"
+                    )
+                    found.append(f"This model is worse than {where}.")
+        return found
+
+    def tables(self) -> Iterator[dict]:
+        """The scores, one table per data set, and what it was measured on."""
+        for name, images in dict.fromkeys((score.dataset, score.num_images) for score in self.scores):
+            rows = [score for score in self.scores if (score.dataset, score.num_images) == (name, images)]
+            methods = {row.method for row in rows}
+            baseline = next((method for method in ("zero-shot strong", "zero-shot") if method in methods), None)
+            texts = ("method", "split", "metric")
+            shown = [replace(row, **{key: escape(getattr(row, key)) for key in texts}) for row in rows]
+            try:
+                table = Raw(markdown_table(shown, baseline=baseline))
+            except ValueError as error:  # a row that is there twice
+                logger.warning("scores are left out of the card: %s", error)
+                continue
+            yield {
+                "dataset": NamedDataset.of(name),
+                "splits": dict.fromkeys(row.split for row in rows),
+                "num_images": images,
+                "one_run": all(row.seeds == 1 for row in rows),
+                "table": table,
+            }
+
+    def gaps(self) -> list[str]:
+        """What was not measured."""
+        kinds = {"accuracy": "accuracy", "novel": "accuracy on classes that the tuning did not see"}
+        found = [words for metric, words in kinds.items() if metric not in {score.metric for score in self.own}]
+        if len({score.dataset for score in self.scores if score.method == THIS}) < 2:
+            found.append("accuracy on images of another kind (other cameras, styles or places)")
+        return [
+            *found,
+            "calibration: whether 0.8 means right in 8 of 10 cases",
+            "differences between groups of people, where images show some",
+        ]
+
+    def render(self) -> str:
+        """The whole ``README.md``.
+
+        Raises:
+            jinja2.TemplateError: the template asks for a fact that the card does not have.
+        """
+        body = fill(self.template, card=self)
+        return str(ModelCard(f"---\n{self.metadata().to_yaml()}\n---\n\n{body}\n\n{MARKER}\n"))
+
+
+@dataclass
+class AdapterCard(Card):
+    """Card of a TransMiter adapter.
+
+    Args:
+        config (`dict`): ``adapter_config.json``.
+        steps (`list[Step]`): how it came about, the first step first.
+    """
+
+    config: dict
+    steps: list[Step]
+
+    tags: ClassVar[tuple[str, ...]] = ("peft", "clip", "transmiter", "weak-to-strong")
+    template: ClassVar[str] = "adapter.md.jinja"
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike, *, name: str | None = None, **facts) -> AdapterCard:
+        """The facts in an adapter's folder.
+
+        Args:
+            folder (`str` or `os.PathLike`): the folder.
+            name (`str`, *optional*): Hub id, if it has one; the folder's name when omitted.
+            **facts: metadata, see [`write_card`].
+
+        Raises:
+            FileNotFoundError, ValueError: no ``adapter_config.json``, or a damaged one.
+        """
+        folder = Path(folder)
+        config = load_json(folder / "adapter_config.json", "adapter_config")
+        return cls(
+            **_common(folder, name, facts),
+            base=NamedModel(*map(config.get, ("base_model_name_or_path", "revision", "base_fingerprint"))),
+            versions=_versions(config),
+            config=config,
+            steps=_history(config.get("provenance")),
+        )
+
+    def step(self, kind: str) -> Step | None:
+        """The first of this kind."""
+        return next((step for step in self.steps if step.kind == kind), None)
+
+    def training_data(self) -> list[NamedDataset]:
+        return [step.dataset for step in self.steps if step.dataset]
+
+
+@dataclass
+class BridgeCard(Card):
+    """Card of a bridge; `base` is its strong model.
+
+    Args:
+        weak (`NamedModel`): where it begins.
+        facts (`dict`): what ``bridge.safetensors`` says of it, see `Bridge`.
+    """
+
+    weak: NamedModel
+    facts: dict
+
+    tags: ClassVar[tuple[str, ...]] = ("clip", "transmiter", "weak-to-strong", "bridge")
+    template: ClassVar[str] = "bridge.md.jinja"
+    pipeline_tag: ClassVar[str | None] = None
+    is_scored: ClassVar[bool] = False  # scores are of adapters that crossed it: for the text, not for leaderboards
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike, *, name: str | None = None, **facts) -> BridgeCard:
+        """The facts in a bridge's folder, see [`AdapterCard.of_folder`].
+
+        Raises:
+            FileNotFoundError, ValueError: no ``bridge.safetensors``, or a damaged one.
+        """
+        path = Path(folder) / "bridge.safetensors"
+        header, _ = read_header(path, "bridge", "write one with Bridge.save_pretrained")
+        where = f"the metadata of {path}"
+        content = check_json(parse_json(header.get("bridge", "{}"), where), "bridge", where)
+        return cls(
+            **_common(path.parent, name, facts),
+            base=NamedModel(**content["strong"]),
+            versions=content.get("versions", {}),
+            weak=NamedModel(**content["weak"]),
+            facts=content,
+        )
+
+    @property
+    def dataset(self) -> NamedDataset | None:
+        """The images, or the names it was built from."""
+        return NamedDataset.of(self.facts.get("dataset"))
+
+    @property
+    def through(self) -> list[NamedModel]:
+        """Models between the two, of a composed bridge."""
+        return [NamedModel(name) for name in self.facts.get("through", ())]
+
+    def anchors(self, *parts: str) -> list[str]:
+        """The names or templates that both models were asked about."""
+        noted = Noted(self.facts).inner("anchors")
+        return [text for part in parts for text in _texts(noted.get(part))]
+
+    def gaps(self) -> list[str]:
+        found = ["its fit on pairs that it was not built from"] if self.facts.get("held_out") is None else []
+        found += [] if self.scores else ["what an adapter that crosses it is worth"]
+        return [*found, "what it is worth for other tasks and other kinds of tuning"]
+
+
+@dataclass
+class TunedCard(Card):
+    """Card of a tuned model: a LoRA or a learnt prompt, as `tune` makes them, or any other PEFT adapter.
+
+    Args:
+        peft_type (`str`): PEFT's name of the method.
+        settings (`dict[str, str]`): of the tuning.
+        noted (`Noted`): what else `tune` noted: number, split and fingerprint of the labelled images.
+        class_names (`list[str]`): what it was tuned on; empty where that is not noted.
+        by_tune (`bool`): whether `tune` made it.
+    """
+
+    peft_type: str
+    settings: dict[str, str]
+    noted: Noted
+    class_names: list[str]
+    by_tune: bool
+
+    template: ClassVar[str] = "tuned.md.jinja"
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike, *, name: str | None = None, **facts) -> TunedCard:
+        """The facts in a tuned model's folder, see [`AdapterCard.of_folder`]."""
+        folder = Path(folder)
+        config = load_json(folder / "adapter_config.json", "adapter_config")
+        teacher = _optional(folder / "teacher.json", lambda path: load_json(path, "teacher")) or {}
+        noted = Noted(config).inner("provenance")
+        names = teacher.get("class_names") or config.get("class_names")
+        base = NamedModel(config.get("base_model_name_or_path"), config.get("revision"))
+        if teacher:
+            base = NamedModel(teacher["weak"], teacher["revision"], teacher["fingerprint"])
+        return cls(
+            **_common(folder, name, facts),
+            base=base,
+            versions=_versions(config),
+            peft_type=config["peft_type"],
+            settings=(Noted(teacher).inner("settings") or noted.inner("settings")).texts(),
+            noted=noted,
+            class_names=_texts(names),
+            by_tune=bool(teacher),
+        )
+
+    @property
+    def method(self) -> str | None:
+        """Of `tune`, in words."""
+        return METHOD_NAMES.get(self.settings.get("method"))
+
+    @property
+    def dataset(self) -> NamedDataset | None:
+        return NamedDataset.of(self.noted.get("dataset"))
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.peft_type in _PROMPTS
+
+    @property
+    def has_class_vectors(self) -> bool:
+        """Whether `extract` needs no image of the task: a prompt that leaves images alone and does not read them."""
+        return self.peft_type in _CLASS_VECTORS
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The settings that the method reads."""
+        unread = () if self.peft_type == "LORA" else ("rank", "alpha", "target_modules")
+        return {key: value for key, value in self.settings.items() if key not in unread}
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return ("peft", "clip", *(("prompt-learning",) if self.is_prompt else ()), self.peft_type.lower())
+
+    def training_data(self) -> list[NamedDataset]:
+        return [self.dataset] if self.dataset else []
+
+
+def _common(folder: Path, name: str | None, facts: dict) -> dict:
+    """What every card takes from the folder and from the card that is in there."""
+    named, given = given_metadata(folder / README, facts)
+    return {
+        "name": name or named or folder.resolve().name,
+        "given": given,
+        "scores": _optional(folder / "scores.json", read_scores) or [],
+    }
+
+
+def _versions(config: dict) -> dict[str, str]:
+    noted = Noted(config).inner("provenance").inner("versions").texts()
+    return noted or Noted(peft=config.get("peft_version")).texts()
+
+
+def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> AdapterCard | BridgeCard | TunedCard:
+    """The card of a folder, of the kind its files say. See [`write_card`].
+
+    Raises:
+        FileNotFoundError: no adapter, no bridge and no tuned model in there.
+        ValueError: a damaged file, or an unknown fact.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        config = load_json(folder / "adapter_config.json", "adapter_config")
+        kind = AdapterCard if config["peft_type"] == "TRANSMITER" else TunedCard
+    elif (folder / "bridge.safetensors").is_file():
+        kind = BridgeCard
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds neither adapter_config.json nor bridge.safetensors: no card to write."
+        )
+    return kind.of_folder(folder, name=name, **facts)
+
+
+def write_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> Path:
+    """Writes the ``README.md`` of an adapter, bridge or tuned model, atomically.
+
+    It never costs the artefact: where a card cannot be made, that is logged, and a README that is there stays, else a
+    short one says so.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder.
+        name (`str`, *optional*): Hub id, if it has one: for the title, the snippets and the model index.
+        **facts: metadata that people give: `license`, `license_name`, `license_link`, `datasets`, `language`, `tags`,
+            `new_version` (Hub id of the model that takes this one's place). What an existing card says of these is
+            kept unless given here; lists are joined.
+
+    Returns:
+        `Path`: of the card.
+
+    Raises:
+        FileNotFoundError: nothing in the folder that has a card.
+        TypeError: an unknown fact.
+    """
+    unknown = sorted(set(facts) - set(KEPT))
+    if unknown:
+        raise TypeError(f"write_card knows no fact {unknown[0]!r}; it knows {', '.join(KEPT)}.")
+    folder, path = Path(folder), Path(folder) / README
+    try:
+        card = read_card(folder, name=name, **facts)
+        written = by_people(path)
+        text = card.render() if written is None else _completed(written, card.metadata())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever it is: what was trained matters more than what is said about it
+        logger.warning("the card of %s could not be written: %s: %s", folder, type(error).__name__, error)
+        if path.exists():
+            return path
+        data = ModelCardData(library_name="hf-transmiter", tags=["transmiter"])
+        said = f"Made with hf_transmiter. Its card could not be written: {escape(error)}"
+        text = f"---\n{data.to_yaml()}\n---\n\n# {escape(name or folder.resolve().name)}\n\n{said}\n\n{MARKER}\n"
+    replace_file(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
+    return path
+
+
+# ---- what people wrote ----------------------------------------------------------------------------------------------
+
+
+def given_metadata(path: Path, facts: dict) -> tuple[str | None, dict]:
+    """Name and metadata (`KEPT`) of the card at `path`, if there is one, with new `facts`, which go first."""
+    data = {} if not path.is_file() else ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    index = data.get("model-index")
+    named = index[0].get("name") if isinstance(index, list) and index and isinstance(index[0], dict) else None
+    given = {}
+    for key in KEPT:
+        old, new = data.get(key), facts.get(key)
+        if key in _LISTS:
+            value = list(dict.fromkeys([*_texts(old), *_texts(new)]))
+        else:
+            value = next(iter([*_texts(new), *_texts(old)]), None)
+        if key == "tags":  # PEFT notes paths, the Hub makes such tags by itself
+            value = [tag for tag in value if not tag.startswith("base_model:")]
+        if value:
+            given[key] = value
+    return next(iter(_texts(named)), None), given
+
+
+def _texts(value: object) -> list[str]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one_line(text) for text in values if isinstance(text, str) and one_line(text)]
+
+
+def by_people(path: Path) -> ModelCard | None:
+    """The card at `path` if people wrote it: it is neither ours nor the form that PEFT leaves to be filled in."""
+    if not path.is_file():
+        return None
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    blank = "# Model Card for Model ID" in card.text and card.text.count("[More Information Needed]") > 10
+    return None if MARKER in card.text or blank or not card.text.strip() else card
+
+
+def _completed(written: ModelCard, ours: ModelCardData) -> str:
+    """A README of people with the metadata it lacks. What they state stays, except where PEFT wrote it."""
+    data = written.data
+    results = ours.eval_results or []
+    kept = [r for r in data.eval_results or [] if not any(r.is_equal_except_value(own) for own in results)]
+    for key, value in ours.__dict__.items():
+        odd = key == "library_name" and data.get(key) == "peft" or key == "base_model" and not is_hub_id(data.get(key))
+        if value is not None and (data.get(key) in (None, []) or odd or key in _LISTS):
+            data[key] = value
+    if results or kept:
+        data.model_name, data.eval_results = data.model_name or ours.model_name, [*results, *kept]
+    return str(written)

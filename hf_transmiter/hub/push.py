@@ -1,0 +1,167 @@
+"""[`push`]: a saved adapter, tuned model or bridge to the Hub, in one commit, with its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from .adapter_files import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
+from .card import by_people, given_metadata, write_card
+from .checks import check_json, load_json, read_header
+from .files import read_metadata_json, replace_metadata
+from .repo import SANDBOX, fetch, hub_errors, is_hub_id, is_public_open_clip, public_name, push_folder
+from .scores import read_scores, write_scores
+
+
+CARD = "README.md"
+# What belongs into a repository; settings, checkpoints and whatever else lies in the folder stay at home.
+SHARED = (CONFIG, WEIGHTS, BRIDGE, SCORES, CARD, CALIBRATION, TEACHER_FILE)
+# What describes an adapter's weights, and would be wrong beside others.
+_OF_THE_WEIGHTS = (SCORES, CALIBRATION)
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    base_model: str | None = None,
+    subfolder: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """Uploads what `save_pretrained`, `hf-transmiter tune` or `Bridge.save_pretrained` wrote, in one commit.
+
+    The card is written anew from the files; what people added to its metadata (license, datasets, tags), or a card of
+    their own, stays, whether it lies in the folder or in the repository. New weights in the place of others take their
+    scores and calibration away, which belonged to the old ones; the history keeps them.
+
+    Args:
+        folder (`str` or `os.PathLike`): what to share.
+        repo_id (`str`): ``user/name``; made if it is not there.
+        private (`bool`, *optional*): whether a new repository is private.
+        commit_message (`str`, *optional*): the commit's title.
+        create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
+        token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
+        base_model (`str`, *optional*): Hub id of the base model, where it was loaded from a local folder.
+        subfolder (`str`, *optional*):
+            Folder of the repository that it goes to, such as what an adapter there has become on another model. The
+            Hub shows one card per repository, so none is written.
+        license (`str`, *optional*), tags (`Sequence[str]`, *optional*): for the card.
+
+    Raises:
+        FileNotFoundError: nothing to share in the folder.
+        ValueError: the base model is a local folder and `base_model` is not given.
+        OSError: the Hub refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    if not any((folder / file).is_file() for file in (CONFIG, BRIDGE)):
+        raise FileNotFoundError(f"there is neither {CONFIG} nor {BRIDGE} in {str(folder)!r}: nothing to share.")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / (subfolder or "")
+        place.mkdir(parents=True, exist_ok=True)
+        for file in SHARED:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, place / file)
+        if "/" not in repo_id:
+            with hub_errors(repo_id):
+                repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+        if (place / CONFIG).is_file():
+            _name_base_model(place, base_model)
+        if (place / BRIDGE).is_file():
+            _hide_paths(place / BRIDGE)
+        if (place / SCORES).is_file():
+            rows = read_scores(place / SCORES)
+            write_scores(place / SCORES, [replace(r, dataset=r.dataset and public_name(r.dataset)) for r in rows])
+        there = {"revision": _head(repo_id, token), "subfolder": subfolder, "token": token}
+        stale = _stale(place, _file_there(repo_id, WEIGHTS, **there))
+        theirs = None if stale else _file_there(repo_id, SCORES, **there)
+        if (
+            theirs is not None and not (place / SCORES).is_file()
+        ):  # what the repository has stays: the card tells of it
+            shutil.copyfile(theirs, place / SCORES)
+        if subfolder is None:
+            facts = {"license": license, "tags": list(tags)}
+            _write_card(place, repo_id, _file_there(repo_id, CARD, **there), facts)
+        else:
+            (place / CARD).unlink(missing_ok=True)
+        what = "bridge" if (place / BRIDGE).is_file() else "adapter"
+        return push_folder(
+            scratch,
+            repo_id,
+            commit_message=commit_message or f"Upload {what} with hf_transmiter",
+            private=private,
+            create_pr=create_pr,
+            token=token,
+            delete=[f"{subfolder}/{file}" if subfolder else file for file in stale],
+        )
+
+
+def _write_card(folder: Path, repo_id: str, theirs: Path | None, said: dict) -> None:
+    """The card, with what people said in the repository's card, in the folder's and now; their text goes before
+    ours."""
+    mine = folder / CARD
+    facts = {} if theirs is None else given_metadata(theirs, {})[1]
+    for more in (given_metadata(mine, {})[1], {key: value for key, value in said.items() if value}):
+        for key, value in more.items():
+            facts[key] = [*facts.get(key, ()), *value] if isinstance(value, list) else value
+    if theirs is not None and (not mine.is_file() or (by_people(mine) is None and by_people(theirs) is not None)):
+        shutil.copyfile(theirs, mine)
+    write_card(folder, name=repo_id, **facts)
+
+
+def _hide_paths(path: Path) -> None:
+    """Puts names where paths of this machine stand in the facts of a bridge."""
+    metadata, _ = read_header(path, "bridge")
+    facts = check_json(read_metadata_json(path, metadata, "bridge", dict), "bridge", str(path))
+    replace_metadata(path, {**metadata, "bridge": json.dumps(without_paths(facts))})
+
+
+def _name_base_model(folder: Path, base_model: str | None) -> None:
+    """Puts the model's Hub id where a path of this machine stood, in every file that names models."""
+    local = load_json(folder / CONFIG, "adapter_config").get("base_model_name_or_path")
+    named = local is None or is_hub_id(local) or local.startswith(SANDBOX) or is_public_open_clip(local)
+    if base_model is None and not named:
+        raise ValueError(
+            f"the base model is the local folder {local!r}, which nobody else has: pass the Hub id it can be found "
+            "under, base_model='user/model' (--base-model)."
+        )
+    names = {} if base_model is None or local is None else {local: base_model}
+    for file in (CONFIG, TEACHER_FILE):
+        if (folder / file).is_file():
+            text = json.dumps(without_paths(load_json(folder / file), names), indent=2, sort_keys=True)
+            (folder / file).write_text(text + "\n", encoding="utf-8")
+
+
+def _head(repo_id: str, token: str | bool | None) -> str | None:
+    """The repository's last commit, `None` where there is no such repository."""
+    try:
+        with hub_errors(repo_id):
+            return HfApi(token=token).model_info(repo_id).sha
+    except OSError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            return None
+        raise
+
+
+def _file_there(repo_id: str, file: str, revision: str | None, **hub) -> Path | None:
+    return None if revision is None else fetch(repo_id, file, revision=revision, strict=True, **hub)
+
+
+def _stale(folder: Path, theirs: Path | None) -> list[str]:
+    """Patterns of what the repository's weights `theirs` leave behind when other ones take their place."""
+    mine = folder / WEIGHTS
+    if theirs is None or not mine.is_file() or theirs.read_bytes() == mine.read_bytes():
+        return []
+    return list(_OF_THE_WEIGHTS)

@@ -1,0 +1,361 @@
+"""What the JSON files of a repository must hold, by kind: a [`Rule`] each, in `KINDS`. `trust` applies them."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+SHORT = reprlib.Repr()
+"""Quotes the values of strangers, however long they are."""
+SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxlist = SHORT.maxdict = 3
+SHORT.maxlevel = 2
+
+
+class Misfit(Exception):
+    """A value that does not fit its [`Rule`]: where it stands (``.class_names[1]``), and what is wrong with it."""
+
+    def __init__(self, place: str, problem: str):
+        super().__init__(place, problem)
+        self.place, self.problem = place.removeprefix("."), problem
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be.
+
+    Args:
+        words (`str`): in words, after "must be".
+        fits (`Callable`): whether a value is that, whatever is inside it.
+        item (`Rule`, *optional*): of the items of a list, and of the values of an object that `keys` does not name.
+        keys (`Mapping[str, Rule]`, *optional*): of the values of an object.
+        name (`Rule`, *optional*): of its keys.
+        required (`Collection[str]`, *optional*): keys that must be there.
+        closed (`bool`, *optional*, defaults to `False`): whether there may be no others than `keys`.
+    """
+
+    words: str
+    fits: Callable[[Any], bool]
+    item: Rule | None = None
+    keys: Mapping[str, Rule] = field(default_factory=dict)
+    name: Rule | None = None
+    required: Collection[str] = ()
+    closed: bool = False
+
+    def check(self, value, place: str = "") -> None:
+        """
+        Raises:
+            Misfit: `value`, which stands at `place`, is not what it must be.
+        """
+        if not self.fits(value):
+            raise Misfit(place, f"must be {self.words}, found {SHORT.repr(value)}")
+        if isinstance(value, dict):
+            self._check_keys(value, place)
+        elif isinstance(value, list) and self.item is not None:
+            for number, item in enumerate(value):
+                self.item.check(item, f"{place}[{number}]")
+
+    def _check_keys(self, value: dict, place: str) -> None:
+        missing, unknown = sorted(set(self.required) - set(value)), sorted(set(value) - set(self.keys))
+        if missing:
+            raise Misfit(place, f"lacks {', '.join(missing)}")
+        if self.closed and unknown:
+            listed = SHORT.repr(unknown)[1:-1]
+            raise Misfit(place, f"has the unknown key(s) {listed}; the keys are {', '.join(self.keys)}")
+        for key, item in value.items():
+            if self.name is not None:
+                self.name.check(key, place)
+            rule = self.keys.get(key, self.item)
+            if rule is not None:
+                rule.check(item, f"{place}.{key}")
+
+
+def _or_null(rule: Rule) -> Rule:
+    return replace(rule, words=f"{rule.words}, or null", fits=lambda value: value is None or rule.fits(value))
+
+
+def _object(words: str = "an object", **inside) -> Rule:
+    return Rule(words, lambda value: isinstance(value, dict), **inside)
+
+
+def _list(words: str, item: Rule, most: int, least: int = 0) -> Rule:
+    return Rule(words, lambda value: isinstance(value, list) and least <= len(value) <= most, item)
+
+
+def _text(words: str, most: int = 1000, least: int = 0, pattern: str | None = None) -> Rule:
+    """`pattern` must match the whole text."""
+
+    def fits(value) -> bool:
+        known = isinstance(value, str) and least <= len(value) <= most
+        return known and (pattern is None or re.fullmatch(pattern, value) is not None)
+
+    return Rule(words, fits)
+
+
+def _whole(least: int, most: int, words: str | None = None) -> Rule:
+    words = words or f"a whole number of {least:,} to {most:,}"
+    return Rule(words, lambda value: type(value) is int and least <= value <= most)  # torch takes no 4.0 as a size
+
+
+def _number(words: str, least: float, most: float = 1e300) -> Rule:
+    """Not-a-number does not fit, nor does what is infinite."""
+
+    def fits(value) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+    return Rule(words, fits)
+
+
+def _one_of(*texts: str) -> Rule:
+    return Rule(" or ".join(f'"{text}"' for text in texts), lambda value: value in texts)
+
+
+def _one_or_some(one: Rule, most: int) -> Rule:
+    some = _list("", one, most)
+
+    def fits(value) -> bool:
+        return value is None or one.fits(value) or some.fits(value) and all(map(one.fits, value))
+
+    return Rule(f"{one.words}, or a list of at most {most} such, or null", fits)
+
+
+_BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
+_NULL = Rule("null", lambda value: value is None)
+_LABEL = _or_null(_text("a text of at most 1,000 characters"))
+_FILLED = _text("a text that is not empty, of at most 1,000 characters", pattern=r"(?s:.*\S.*)")
+_NAME = _text("a name of 1 to 1,000 characters", least=1)
+_NAMES = _list("a list of at most 100,000 names", _NAME, 100_000)
+_SOME_NAMES = _list("a list of 1 to 100,000 names", _NAME, 100_000, least=1)
+_TEMPLATE = _text("a template of at most 1,000 characters with one {}", pattern=r"[^{}]*\{\}[^{}]*")
+_TEMPLATES = _list("a list of 1 to 1,000 templates", _TEMPLATE, 1000, least=1)
+_DIGEST = _text("a SHA-256 (64 hexadecimal digits)", pattern="[0-9a-f]{64}")
+_REVISION = _text(
+    "the name of a branch, tag or commit", most=255, pattern=r"(?![-/])(?!.*\.\.)[^\s~^:?*\[\\\x00-\x1f\x7f]+"
+)
+_NUMBER = _number("a finite number", least=-1e300)
+_POSITIVE = _number("a finite number of at least 0", least=0)
+_COUNT = _whole(0, 9 * 10**15, "a whole number of at least 0")
+_FROM_ONE = _whole(1, 9 * 10**15, "a whole number of at least 1")
+_SEED = _whole(-(2**63), 2**64 - 1, "a whole number of 64 bits")
+_MODEL_ID = _object(
+    "an object that names a model",
+    required=("name", "revision", "fingerprint"),
+    closed=True,
+    keys={
+        "name": _LABEL,
+        "revision": _or_null(_REVISION),
+        "fingerprint": _text("a text of at most 64 characters", most=64),
+    },
+)
+
+_ADAPTER = _object(
+    "the configuration of a PEFT adapter (an object)",
+    required=("peft_type",),
+    name=_text("the name of a setting", pattern="(?!(self|cls)$)[A-Za-z_][A-Za-z0-9_]{0,99}"),
+    keys={
+        "peft_type": _text("the name of a PEFT method", pattern="[A-Z0-9_]{1,64}"),
+        "base_model_name_or_path": _LABEL,
+        "revision": _or_null(_REVISION),
+        "rank_pattern": _or_null(_object()),
+    },
+)
+_TRANSMITER = _object(
+    required=("class_names", "templates", "form"),
+    keys={
+        "class_names": _SOME_NAMES,
+        "auxiliary_names": _NAMES,
+        "templates": _TEMPLATES,
+        "form": _one_of("mlp", "class_vectors"),
+        "width": _or_null(_whole(1, 1_000_000)),
+        "mlp_ratio": _whole(1, 64),
+        "train_basis": _BOOLEAN,
+        "embed_dim": _or_null(_whole(1, 65_536)),
+        "seed": _SEED,
+        "anchors_fingerprint": _or_null(_DIGEST),
+        "base_fingerprint": _or_null(_DIGEST),
+        "provenance": _object(),
+        "target_modules": _LABEL,
+        "exclude_modules": _NULL,
+        "inference_mode": _BOOLEAN,
+        "task_type": _LABEL,
+    },
+)
+_PROMPT = _object(
+    keys={
+        "n_ctx": _or_null(_whole(1, 10_000)),
+        "n_vision": _whole(1, 10_000),
+        **{key: _whole(0, 10_000) for key in ("text_depth", "vision_depth", "depth", "layer")},
+        "heads": _or_null(_whole(1, 10_000)),
+        "init_phrase": _LABEL,
+        "init_token_ids": _or_null(
+            _list("a list of at most 10,000 token ids", _whole(0, 10**8, "a token id"), 10_000)
+        ),
+        "class_names": _or_null(_SOME_NAMES),
+        "class_specific": _BOOLEAN,
+        "seed": _SEED,
+        "base": _or_null(_object()),
+        "provenance": _or_null(_object()),
+        "inference_mode": _BOOLEAN,
+    },
+)
+METHODS = {
+    "TRANSMITER": _TRANSMITER,
+    **dict.fromkeys(("COOP", "KGCOOP", "COCOOP", "CONTCOOP", "IVLP", "MAPLE", "PROMPTSRC"), _PROMPT),
+}
+"""By `peft_type`: what ``adapter_config.json`` must hold besides what it must of every adapter."""
+
+_ANCHORS = _object(
+    "anchors: a JSON object as Anchors.save writes it",
+    required=("task",),
+    closed=True,
+    keys={"task": _NAMES, "auxiliary": _NAMES, "templates": _TEMPLATES},
+)
+_VERSIONS = Rule(
+    "an object of at most 100 versions by library",
+    lambda value: isinstance(value, dict) and len(value) <= 100,
+    item=_text("a text of at most 100 characters", most=100),
+)
+_BRIDGE = _object(
+    "the facts of a bridge (an object)",
+    required=("space", "scale", "source", "num_pairs", "alignment", "beta", "strong", "weak", "anchors"),
+    closed=True,
+    keys={
+        "space": _one_of("embedding", "logit"),
+        "source": _one_of("images", "text"),
+        "scale": _NUMBER,
+        "scale_back": _or_null(_NUMBER),
+        "alignment": _or_null(_NUMBER),
+        "held_out": _or_null(_NUMBER),
+        "beta": _NUMBER,
+        "num_pairs": _COUNT,
+        "strong": _MODEL_ID,
+        "weak": _MODEL_ID,
+        "anchors": _or_null(_object("anchors (an object)")),
+        "dataset": _LABEL,
+        "through": _NAMES,
+        "versions": _VERSIONS,
+    },
+)
+_SCORE = _object(
+    required=("method", "split", "metric", "value", "std", "seconds", "peak_mb", "seeds"),
+    closed=True,
+    keys={
+        "method": _FILLED,
+        "split": _FILLED,
+        "metric": _FILLED,
+        "value": _or_null(_NUMBER),
+        "std": _or_null(_POSITIVE),
+        "seconds": _or_null(_POSITIVE),
+        "peak_mb": _or_null(_POSITIVE),
+        "seeds": _FROM_ONE,
+        "dataset": _or_null(_FILLED),
+        "num_images": _or_null(_FROM_ONE),
+    },
+)
+_TEACHER = _object(
+    "the facts of a tuned model (an object), as save_teacher writes them",
+    required=("weak", "revision", "fingerprint", "class_names", "templates", "zero_shot_templates", "settings"),
+    closed=True,
+    keys={
+        "weak": _LABEL,
+        "revision": _or_null(_REVISION),
+        "fingerprint": _DIGEST,
+        "class_names": _SOME_NAMES,
+        "templates": _TEMPLATES,
+        "zero_shot_templates": _TEMPLATES,
+        "settings": _object(),
+    },
+)
+
+_SIZE = _or_null(_whole(1, 1_000_000))
+_TOWER = _or_null(_object(keys={"hidden_size": _SIZE}))
+_MODEL = _object(
+    "the configuration of a model (an object)",
+    keys={"model_type": _LABEL, "projection_dim": _SIZE, "vision_config": _TOWER, "text_config": _TOWER},
+)
+_WIDTH, _FEW = _or_null(_whole(1, 16_384)), _or_null(_whole(1, 1024))
+_RATIO = _or_null(_number("a number above 0 and up to 64", least=1e-300, most=64))
+_VISION_CFG = _object(
+    keys={
+        "width": _WIDTH,
+        "head_width": _FEW,
+        "patch_size": _FEW,
+        "mlp_ratio": _RATIO,
+        "layers": _one_or_some(_whole(1, 1000), 16),
+        "image_size": _one_or_some(_whole(1, 4096), 2),
+    }
+)
+_TEXT_CFG = _object(
+    keys={
+        "width": _WIDTH,
+        "heads": _FEW,
+        "layers": _or_null(_whole(1, 1000)),
+        "context_length": _or_null(_whole(1, 100_000)),
+        "vocab_size": _SIZE,
+        "mlp_ratio": _RATIO,
+    }
+)
+_MODEL_CFG = _object(keys={"embed_dim": _WIDTH, "vision_cfg": _VISION_CFG, "text_cfg": _TEXT_CFG})
+_OPEN_CLIP = _object(
+    "the configuration of an open_clip model (an object)",
+    keys={"model_cfg": _MODEL_CFG, "preprocess_cfg": _or_null(_object())},
+)
+
+_TRANSFER = _object(
+    required=("file", "kind", "model", "num_bytes", "sha256"),
+    closed=True,
+    keys={
+        "file": _text(
+            "a file in the folder transfers: transfers/NAME.safetensors",
+            most=255,
+            pattern=r"(?!.*\.\.)transfers/[A-Za-z0-9][A-Za-z0-9._@-]*\.safetensors",
+        ),
+        "kind": _one_of("adapter", "bridge"),
+        "model": _MODEL_ID,
+        "num_bytes": _COUNT,
+        "sha256": _DIGEST,
+    },
+)
+_TRANSFERS = _object(
+    "an index of finished transfers (an object)",
+    required=("format", "version", "transfers"),
+    closed=True,
+    keys={
+        "format": _one_of("hf_transmiter.hub.adapter_files"),
+        "version": _whole(1, 1, "1; a later version of this package may read others"),
+        "transfers": _list("a list of at most 10,000 transfers", _TRANSFER, 10_000),
+    },
+)
+
+KINDS: dict[str, tuple[Rule, str]] = {
+    "adapter_config": (_ADAPTER, "Restore the adapter_config.json that save_pretrained wrote."),
+    "anchors": (_ANCHORS, "Write anchors with Anchors.save."),
+    "bridge": (_BRIDGE, "Write a bridge with Bridge.save."),
+    "calibration": (
+        _object("the facts of a calibration pack (an object)", keys={"class_names": _SOME_NAMES}),
+        "Write a pack with CalibrationPack.save.",
+    ),
+    "model_config": (_MODEL, "Restore the config.json that was saved with the model."),
+    "open_clip_config": (_OPEN_CLIP, "Restore the open_clip_config.json that open_clip wrote."),
+    "scores": (
+        _list("a list of scores, as write_scores makes it", _SCORE, 100_000),
+        "Write scores with write_scores.",
+    ),
+    "teacher": (_TEACHER, "Restore the teacher.json that was saved with the tuned model."),
+    "transfers": (_TRANSFERS, "Restore the transfers/index.json that save_transfer wrote, or delete the folder."),
+}
+"""What each kind of content must be, and how to mend one that is not."""
+KIND_OF = {
+    "adapter_config.json": "adapter_config",
+    "anchors.json": "anchors",
+    "scores.json": "scores",
+    "teacher.json": "teacher",
+    "transfers/index.json": "transfers",
+    "config.json": "model_config",
+    "open_clip_config.json": "open_clip_config",
+}
+"""The kind of a repository's file."""

@@ -1,0 +1,357 @@
+"""[`Bridge`]: the orthogonal map between two models, computed once per pair and reused by every adapter.
+
+In logit space (published, arXiv 2508.08604 section 4) it maps the strong model's standardised logits over the anchors
+to the weak model's; in embedding space (after arXiv 2602.17584) the weak model's centred embeddings to the strong
+model's. Neither depends on an adapter or a task, so a bridge is worth sharing: it has a repository and a card of its
+own, it turns round ([`Bridge.invert`]) and two of them make a third ([`Bridge.compose`]).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..data.anchors import Anchors
+from ..encoders.dual_encoder import DualEncoder
+from ..encoders.identity import ModelId
+from ..hub.provenance import library_versions
+from ..settings import BETA
+from .bridge_files import BridgeFiles
+from .moments import CrossMoment, sum_dataset
+
+
+SPAN_TOLERANCE = 0.05  # weaker text directions, in shares of the strongest, do not carry class vectors (logit space)
+MIN_HELD_OUT = 10  # pairs; fewer do not tell what a bridge is worth
+# Held-out alignment of a bridge from text. The sandbox's is 0.19 from names its models do not know, 0.87 from its own.
+LITTLE = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Bridge(BridgeFiles):
+    """The transfer matrix of a pair of models.
+
+    Args:
+        space (`str`): `"embedding"` or `"logit"`.
+        matrix (`Tensor`):
+            Embedding space: Q (d_strong, d_weak), semi-orthogonal, ``x_strong - μ_s ≈ s · (x_weak - μ_w) Qᵀ``.
+            Logit space: P (K, K), orthogonal, ``z_strong P ≈ z_weak``.
+        scale (`float`): the Procrustes factor s (1 in logit space).
+        mean_strong, mean_weak (`Tensor`): μ_s and μ_w (zero in logit space).
+        strong, weak (`ModelId`): the pair.
+        source (`str`): `"images"` or `"text"`, what the pairs were.
+        num_pairs (`int`): N.
+        alignment (`float`, *optional*):
+            Correlation of mapped and actual rows ([`CrossMoment.alignment`]) on the pairs of the fit, 1 for a perfect
+            bridge. With few pairs it flatters. `None` for a composed bridge, which was fitted to no pairs.
+        beta (`float`): β of the logit-space solution, absolute.
+        anchors (`Anchors`, *optional*): the K names of a logit-space bridge.
+        dataset (`str`, *optional*): what the images were, in words for people, such as ``"mteb/dtd (train)"``.
+        held_out (`float`, *optional*):
+            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth;
+            of a composed bridge what [`measure`] found. `None` where that tenth would be fewer than `MIN_HELD_OUT`
+            pairs, and before a composed bridge was measured.
+        scale_back (`float`, *optional*): s of the bridge the other way round, see [`invert`].
+        through (`tuple[str, ...]`): names of the models between the two, of a composed bridge.
+        versions (`dict[str, str]`): of the libraries it was built with.
+    """
+
+    space: Literal["embedding", "logit"]
+    matrix: Tensor
+    scale: float
+    mean_strong: Tensor
+    mean_weak: Tensor
+    strong: ModelId
+    weak: ModelId
+    source: Literal["images", "text"]
+    num_pairs: int
+    alignment: float | None
+    beta: float = 0.0
+    anchors: Anchors | None = None
+    dataset: str | None = None
+    held_out: float | None = None
+    scale_back: float | None = None
+    through: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        weak: DualEncoder,
+        strong: DualEncoder,
+        dataset=None,
+        *,
+        space: Literal["embedding", "logit"] = "embedding",
+        anchors: Anchors | None = None,
+        beta: float = BETA,
+        beta_per_image: float | None = None,
+        accelerator=None,
+        progress: bool = True,
+        **embedding,
+    ) -> Bridge:
+        """A bridge from unlabelled images, or from text alone when there are none.
+
+        From names that the models do not know alike it is worth little; that is logged as a warning.
+
+        Args:
+            weak, strong (`DualEncoder`): any two models: families, widths, tokenizers and image sizes may differ.
+            dataset (`datasets.Dataset`, *optional*): images; they need not be the task's.
+            space (`str`, *optional*, defaults to `"embedding"`): `"embedding"` or `"logit"` (published).
+            anchors (`Anchors`, *optional*):
+                Logit space: the K names both models answer about. Without images: the names both models embed.
+                Defaults to the universal vocabulary of 1,024 common nouns.
+            beta (`float`, *optional*, defaults to 500.0):
+                Pull towards the identity in logit space, absolute; infinite gives the identity.
+            beta_per_image (`float`, *optional*): β = this times N instead, since X grows with N.
+            **embedding: passed to `embed_dataset`.
+
+        Raises:
+            ValueError: an unknown space, or a logit-space bridge without images.
+            TypeError: a keyword that `embed_dataset` does not have.
+        """
+        if space not in ("embedding", "logit"):
+            raise ValueError(f"space must be 'embedding' or 'logit', got {space!r}.")
+        if dataset is None and space == "logit":
+            raise ValueError("a logit-space bridge needs images; without them build one in embedding space.")
+        anchors = anchors or Anchors.universal()
+        options = {"accelerator": accelerator, "progress": progress, **embedding}
+        moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **options)
+        made = cls.from_moment(
+            moment,
+            ModelId.of(weak),
+            ModelId.of(strong),
+            space=space,
+            source="text" if dataset is None else "images",
+            beta=beta if beta_per_image is None else beta_per_image * moment.n,
+            anchors=anchors if space == "logit" or dataset is None else None,
+            held_out=held_out,
+        )
+        if dataset is None and made.held_out is not None and made.held_out < LITTLE:
+            logger.warning(
+                "the bridge from text between %s and %s is worth little: alignment %.2f on names it was not built "
+                "from, of at most 1. The models do not know these %d names alike: pass anchors (--anchors) with names "
+                "that they know, such as the task's and others like them, or unlabelled pictures (--dataset).",
+                weak.name_or_path, strong.name_or_path, made.held_out, made.num_pairs,
+            )  # fmt: skip
+        return replace(made, versions=library_versions())
+
+    @classmethod
+    def from_moment(
+        cls,
+        moment: CrossMoment,
+        weak: ModelId,
+        strong: ModelId,
+        *,
+        space: Literal["embedding", "logit"],
+        source: Literal["images", "text"] = "images",
+        beta: float = BETA,
+        anchors: Anchors | None = None,
+        held_out: CrossMoment | None = None,
+    ) -> Bridge:
+        """The bridge of a finished moment.
+
+        Logit space: ``P = polar(X + βI)``, the orthogonal argmin of ``‖Z_strong P - Z_weak‖² + β‖P - I‖²``; β > 0 is
+        needed where z has fewer directions than anchors. Embedding space: ``Q = polar(X)`` of centred rows, a
+        partial isometry that drops directions without evidence, and ``s = tr(Qᵀ X) / ‖(x_weak - μ_w) Qᵀ‖²``.
+
+        Args:
+            held_out (`CrossMoment`, *optional*):
+                Of some of the same pairs. They are in the bridge like the others; one from the others alone is
+                aligned on them, for the attribute `held_out`.
+        """
+        matrix, fit = moment.solve(space, beta)
+        scales, means = (1.0, 1.0), (torch.zeros_like(fit.strong), torch.zeros_like(fit.weak))
+        if space == "embedding":
+            overlap, means, beta = float((matrix * fit.cross).sum()), (fit.strong, fit.weak), 0.0
+            mapped = ((matrix @ fit.weak_gram * matrix).sum(), (fit.strong_gram @ matrix * matrix).sum())
+            scales = tuple(overlap / max(float(size), 1e-12) for size in mapped)
+        kept = None
+        if held_out is not None and held_out.n >= MIN_HELD_OUT:
+            others, _ = (moment - held_out).solve(space, beta)
+            kept = (held_out.centred() if space == "embedding" else held_out).alignment(others)
+        return cls(
+            space,
+            matrix.float(),
+            scales[0],
+            means[0].float(),
+            means[1].float(),
+            strong,
+            weak,
+            source,
+            int(moment.n),
+            fit.alignment(matrix),
+            min(beta, 1e300),  # as far as files go, and for this β the map is the same
+            anchors,
+            held_out=kept,
+            scale_back=scales[1],
+        )
+
+    @property
+    def derived(self) -> str | None:
+        """How a composed bridge came about, ``"composed of A -> B and B -> C"``; `None` for a built one."""
+        names = [self.weak.name, *self.through, self.strong.name]
+        steps = [f"{weak} -> {strong}" for weak, strong in zip(names, names[1:], strict=False)]
+        return f"composed of {' and '.join(steps)}" if self.through else None
+
+    def compose(self, then: Bridge) -> Bridge:
+        """From A to C, of this bridge from A to B and another from B to C: one after the other, exactly.
+
+        Embedding space: ``x_C ≈ μ_C + s₂Q₂(μ_B - μ'_B) + s₂s₁ · Q₂Q₁ (x_A - μ_A)``, where μ_B and μ'_B are what the
+        two took for B's mean. Where a bridge drops directions, or B is wider than A and C, Q₂Q₁ is no partial
+        isometry: it shrinks what Q₁ writes outside of what Q₂ reads. It is left that way; its polar factor, which
+        turns without shrinking, is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``,
+        orthogonal.
+
+        `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger;
+        `source` is images only if both are.
+
+        Args:
+            then (`Bridge`): from this one's strong model to a third.
+
+        Raises:
+            ValueError: `then` begins at another model or is in another space, or the anchors differ (logit space).
+        """
+        if self.strong.fingerprint != then.weak.fingerprint:
+            raise ValueError(
+                f"these bridges do not meet: one ends at {self.strong.name!r} (revision {self.strong.revision}), the "
+                f"other begins at {then.weak.name!r} (revision {then.weak.revision})."
+            )
+        if self.space != then.space:
+            raise ValueError(f"one bridge is in {self.space} space, the other in {then.space} space.")
+        if self.space == "logit" and self.anchors is not None and then.anchors is not None:
+            self.anchors.check_same(then.anchors)
+        carry, backs = then.scale * then.matrix.double(), (self.scale_back, then.scale_back)
+        shift = carry @ (self.mean_strong.double() - then.mean_weak.double())
+        datasets = {bridge.dataset: None for bridge in (self, then) if bridge.dataset}
+        return replace(
+            self,
+            matrix=(then.matrix.double() @ self.matrix.double()).float(),
+            scale=self.scale * then.scale,
+            mean_strong=(then.mean_strong.double() + shift).float(),
+            strong=then.strong,
+            source="images" if (self.source, then.source) == ("images", "images") else "text",
+            num_pairs=min(self.num_pairs, then.num_pairs),
+            alignment=None,
+            beta=max(self.beta, then.beta),
+            dataset=" and ".join(datasets) or None,
+            held_out=None,
+            scale_back=None if None in backs else backs[0] * backs[1],
+            through=(*self.through, self.strong.name or self.strong.fingerprint[:12], *then.through),
+            versions=self.versions if self.versions == then.versions else {},
+        )
+
+    def invert(self) -> Bridge:
+        """The bridge from the strong model back to the weak: for a built one what building it from the same pairs
+        would give. Not so for a composed one whose parts knew different means of the model between: its shift is that
+        of the way there turned round, not what composing the inverted parts gives.
+
+        ``polar(Xᵀ) = polar(X)ᵀ`` and ``polar(Xᵀ + βI) = polar(X + βI)ᵀ``: the matrix is transposed, the means change
+        places, the alignment stays. The factor is the slope of the other regression,
+        ``s' = tr(Qᵀ X) / ‖(x_strong - μ_s) Q‖²``, stored as `scale_back`; s·s' ≤ 1 with equality only without noise,
+        so there and back is no identity but shrinks what was lost on the way.
+
+        Raises:
+            ValueError: a file that does not hold `scale_back`.
+        """
+        if self.scale_back is None and self.space == "embedding":
+            raise ValueError("this bridge was saved without the factor of the way back: build it again.")
+        return replace(
+            self,
+            matrix=self.matrix.T.contiguous(),
+            scale=1.0 if self.scale_back is None else self.scale_back,
+            scale_back=self.scale,
+            mean_strong=self.mean_weak,
+            mean_weak=self.mean_strong,
+            strong=self.weak,
+            weak=self.strong,
+            through=self.through[::-1],
+        )
+
+    def measure(
+        self,
+        weak: DualEncoder,
+        strong: DualEncoder,
+        dataset=None,
+        *,
+        anchors: Anchors | None = None,
+        accelerator=None,
+        progress: bool = True,
+        **embedding,
+    ) -> float:
+        """The alignment on images (or names, without images) that may be other ones than the bridge was built from.
+
+        A composed bridge keeps it as `held_out`.
+
+        Args:
+            weak, strong (`DualEncoder`): the pair.
+            dataset (`datasets.Dataset`, *optional*): images.
+            anchors (`Anchors`, *optional*): without images, the names; a vocabulary of common nouns when omitted.
+            **embedding: passed to `embed_dataset`.
+
+        Returns:
+            `float`: at most 1, see [`CrossMoment.alignment`].
+
+        Raises:
+            ValueError: another pair of models, or no images for a logit-space bridge.
+        """
+        self.weak.check(weak, "weak")
+        self.strong.check(strong, "strong")
+        if dataset is None and self.space == "logit":
+            raise ValueError("a logit-space bridge is measured on images: pass some.")
+        anchors = (self.anchors if self.space == "logit" else anchors) or Anchors.universal()
+        options = {"accelerator": accelerator, "progress": progress, **embedding}
+        moment, _ = sum_dataset(weak, strong, dataset, self.space, anchors, **options)
+        found = (moment.centred() if self.space == "embedding" else moment).alignment(self.matrix)
+        if self.derived:
+            self.held_out = found
+        return found
+
+    def carry_basis(self, basis: Tensor) -> Tensor:
+        """The strong model's basis ``W Pᵀ`` (D, K) of a published adapter: ``z_strong (W Pᵀ)ᵀ = z_strong P Wᵀ``.
+
+        Raises:
+            ValueError: an embedding-space bridge, or another number of anchors.
+        """
+        if self.space != "logit":
+            raise ValueError("the published adapter reads logits: build the bridge with space='logit'.")
+        if basis.shape[1] != len(self.matrix):
+            raise ValueError(f"the basis reads {basis.shape[1]} anchors, the bridge has {len(self.matrix)}.")
+        return (basis.double() @ self.matrix.double().T).to(basis.dtype)  # the same to the bit wherever it is loaded
+
+    def carry_class_vectors(
+        self, tuned: Tensor, weak_text: Tensor, strong_text: Tensor, anchor_texts: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Class vectors of the tuned weak model, moved to the strong model.
+
+        ``full = μ_s + s·Q (T - μ_w)`` and ``delta = A_strong + s·Q (T - A_weak)`` in embedding space. In logit space
+        only ``delta``: the change is written over the anchors, ``T - A_weak = Bᵀ Ā_w``, and read as
+        ``A_strong + (P B)ᵀ Ā_s`` with Ā the anchors minus their mean; what lies outside the span of the names, up to
+        `SPAN_TOLERANCE`, stays behind.
+
+        Args:
+            tuned (`Tensor`): T (C, d_weak).
+            weak_text, strong_text (`Tensor`): zero-shot vectors A (C, d_weak) and (C, d_strong).
+            anchor_texts (`Sequence[Tensor]`, *optional*): weak and strong anchor embeddings, for logit space.
+
+        Returns:
+            `dict[str, Tensor]`: unit rows (C, d_strong) by name.
+        """
+        change = tuned - weak_text
+        if self.space == "logit":
+            if anchor_texts is None:
+                raise ValueError("a logit-space bridge carries class vectors by its anchors: pass anchor_texts.")
+            weak_anchors, strong_anchors = (a - a.mean(0) for a in anchor_texts)
+            coefficients = torch.linalg.pinv(weak_anchors.T.double(), rtol=SPAN_TOLERANCE) @ change.T.double()
+            carried = (self.matrix.double() @ coefficients).T @ strong_anchors.double()
+            return {"delta": normalize(strong_text + carried.float(), dim=-1)}
+        carry = self.scale * self.matrix
+        full = self.mean_strong + (tuned - self.mean_weak) @ carry.T
+        delta = strong_text + change @ carry.T
+        return {"full": normalize(full, dim=-1), "delta": normalize(delta, dim=-1)}

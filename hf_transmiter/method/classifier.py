@@ -1,0 +1,290 @@
+"""[`AnchorClassifier`]: a dual encoder and the names it answers about, with or without an adapter."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import CommitInfo
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers.utils import ModelOutput
+
+from ..data.anchors import Anchors
+from ..encoders.dual_encoder import DualEncoder
+from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
+from ..hub.card import write_card
+from ..hub.push import push
+from ..hub.repo import fetch, split_revision
+from ..tuners import TransMiterConfig, TransMiterLayer
+from ..tuners.injection import save_adapter
+from ..tuners.prompts import image_conditioned, image_conditioned_logits
+from ..tuners.transmiter.model import check_base
+from .stored_logits import CalibrationPack
+
+
+@dataclass
+class AnchorClassifierOutput(ModelOutput):
+    """
+    Args:
+        logits_per_image (`Tensor`): (B, K) over all anchors; (B, C) over the task names once an adapter is attached.
+        image_embeds (`Tensor`): (B, d) unit rows.
+    """
+
+    logits_per_image: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+class AnchorClassifier(nn.Module):
+    """Zero-shot classifier over anchors: ``logits = s · x aᵀ + b``; with an adapter, logits over its class names.
+
+    The dual encoder is shared, not copied, and stays as it is: the adapter belongs to the classifier, so that one
+    model can serve many classifiers. To switch between adapters, load them onto the model itself with PEFT.
+
+    Args:
+        encoder (`DualEncoder`): weak, tuned or strong.
+        anchors (`Anchors`): the K names.
+        text_embeds (`Tensor`, *optional*): (K, d) unit embeddings of the anchors; computed when first needed.
+
+    Example:
+
+    ```python
+    >>> classifier = AnchorClassifier(DualEncoder.from_pretrained("openai/clip-vit-base-patch32"), Anchors(("cat", "dog")))
+    >>> classifier.predict(["tabby.jpg"])
+    [[{'label': 'cat', 'score': 0.99}]]
+    ```
+    """  # noqa: E501
+
+    def __init__(self, encoder: DualEncoder, anchors: Anchors, text_embeds: Tensor | None = None):
+        super().__init__()
+        self.encoder, self.anchors = encoder, anchors
+        self.model = encoder.model
+        self._calibration: CalibrationPack | None = None
+        self.facts: TeacherFacts | None = None  # of a model that was tuned: what it was made of
+        self._saved: tuple[str, dict] | None = None  # the repository an adapter was loaded from
+        self.register_module("transmiter", None)  # the adapter's layer
+        if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
+            raise ValueError(
+                f"text_embeds must be {(len(anchors), encoder.embed_dim)} for these anchors, "
+                f"got {tuple(text_embeds.shape)}."
+            )
+        self.register_buffer("_text_embeds", text_embeds, persistent=False)
+
+    @property
+    def text_embeds(self) -> Tensor:
+        """(K, d) unit text embeddings of the anchors."""
+        if self._text_embeds is None:
+            self._text_embeds = self.encoder.embed_names(self.anchors.names, self.anchors.templates)
+        return self._text_embeds
+
+    @property
+    def adapter_config(self) -> TransMiterConfig | None:
+        """Configuration of the adapter, `None` without one."""
+        return None if self.transmiter is None else self.transmiter.configs["default"]
+
+    @property
+    def calibration(self) -> CalibrationPack | None:
+        """The teacher's logits an adapter was fitted to; read from the adapter's repository when first asked for."""
+        if self._calibration is None and self._saved is not None:
+            source, hub = self._saved
+            path = fetch(source, CALIBRATION, **hub)
+            self.calibration = None if path is None else CalibrationPack.load(path)
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, pack: CalibrationPack | None) -> None:
+        self._calibration, self._saved = pack, None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the columns of [`classify`]."""
+        config = self.adapter_config
+        return tuple(config.class_names) if config else self.anchors.task or self.anchors.names
+
+    def forward(self, pixel_values: Tensor) -> AnchorClassifierOutput:
+        """(B, 3, S, S) pixels to logits."""
+        image_embeds = self.encoder.embed_pixels(pixel_values)
+        if self.transmiter is not None:
+            # Unit rows once more, as the layer does on the model itself: the same logits to the bit.
+            logits = self.classify(normalize(image_embeds, dim=-1))
+        else:
+            logits = self._anchor_logits(image_embeds, len(self.anchors))
+        return AnchorClassifierOutput(logits_per_image=logits, image_embeds=image_embeds)
+
+    def classify(self, image_embeds: Tensor) -> Tensor:
+        """Task logits (B, C) from unit image embeddings (B, d): the head alone, for cached features."""
+        if self.transmiter is not None:
+            return self.transmiter(image_embeds, self.encoder.logit_scale, self.encoder.logit_bias)
+        return self._anchor_logits(image_embeds, len(self.class_names))
+
+    def _anchor_logits(self, image_embeds: Tensor, columns: int) -> Tensor:
+        """(B, columns) over the first anchors; with class vectors of each image's own where it makes them (CoCoOp)."""
+        layer = image_conditioned(self.model)
+        if layer is None:
+            return self.encoder.logits(image_embeds, self.text_embeds[:columns])
+        if len(self.anchors.templates) > 1:
+            raise ValueError("class vectors of each image's own (CoCoOp) are made from one template, '{}.'.")
+        names = [name.replace("_", " ") for name in self.anchors.names[:columns]]
+        inputs = self.encoder.tokenize([self.anchors.templates[0].replace("{}", name) for name in names])
+        with torch.no_grad():
+            return image_conditioned_logits(self.model, layer, image_embeds, inputs)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence, top_k: int = 1, batch_size: int = 32) -> list[list[dict]]:
+        """The best names per image, as the `image-classification` pipeline returns them.
+
+        Args:
+            images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
+            top_k (`int`, *optional*, defaults to 1): names per image.
+            batch_size (`int`, *optional*, defaults to 32): images per forward pass.
+
+        Returns:
+            `list[list[dict]]`: per image `{"label": name, "score": probability}`, best first.
+        """
+        images = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else list(images)
+        names, results = self.class_names, []
+        for start in range(0, len(images), batch_size):
+            pixels = self.encoder.preprocess(images[start : start + batch_size])
+            probabilities = self(pixel_values=pixels).logits_per_image[:, : len(names)].float().softmax(-1)
+            scores, columns = probabilities.topk(min(top_k, len(names)), dim=-1)
+            for row_scores, row in zip(scores.tolist(), columns.tolist(), strict=True):
+                pairs = zip(row_scores, row, strict=True)
+                results.append([{"label": names[column], "score": score} for score, column in pairs])
+        return results
+
+    def add_adapter(self, config: TransMiterConfig, tensors: dict[str, Tensor] | None = None) -> AnchorClassifier:
+        """Attaches an adapter, in the place of one that is there.
+
+        Args:
+            config (`TransMiterConfig`): its `class_names` and `auxiliary_names` need not be this classifier's anchors.
+            tensors (`dict[str, Tensor]`, *optional*): its weights, as `TransMiterLayer.tensors` gives them; starts as
+                the identity when omitted.
+
+        Returns:
+            `AnchorClassifier`: itself.
+        """
+        encoder = self.encoder
+        config.base_model_name_or_path, config.revision = encoder.name_or_path, encoder.revision
+        config.base_fingerprint = encoder.fingerprint
+        check_base(config, encoder.model, encoder)
+        config.embed_dim = encoder.embed_dim
+        self.calibration = None  # of the adapter before
+        self.transmiter = TransMiterLayer.holding(config, tensors, encoder.device)
+        if tensors is None:
+            known = config.anchors == self.anchors
+            embeds = self.text_embeds if known else encoder.embed_names(config.anchors.names, config.templates)
+            self.transmiter.set_anchors("default", embeds)
+        return self.requires_grad_(False)
+
+    def adapter_tensors(self) -> tuple[dict, dict[str, Tensor]]:
+        """Configuration and weights of the adapter, as `transfers.read_adapter` reads them from files.
+
+        Raises:
+            ValueError: there is no adapter.
+        """
+        if self.adapter_config is None:
+            raise ValueError("there is no adapter to save: attach one with add_adapter, or run extract or transfer.")
+        base = type(self.model)
+        auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        config = {**self.adapter_config.to_dict(), "inference_mode": True, "auto_mapping": auto_mapping}
+        tensors = self.transmiter.tensors("default")
+        return config, {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes the adapter in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`),
+        `calibration.safetensors` when there is a calibration pack, and the card (`README.md`). Each file is replaced
+        in one step; others in the folder stay.
+
+        Of a tuned model (what [`tune`] or [`attach`] made) the adapter inside it is written, and `teacher.json`
+        ([`TeacherFacts`]) where `tune` made it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+
+        Raises:
+            FileExistsError: the folder holds another adapter with scores of its own.
+            ValueError: there is no adapter to save.
+        """
+        if self.transmiter is None and getattr(self.model, "peft_config", None):
+            save_adapter(self.model, save_directory)
+            if self.facts is not None:
+                self.facts.write(save_directory)
+            write_card(save_directory)
+            return
+        write_adapter(save_directory, *self.adapter_tensors())
+        target = Path(save_directory)
+        if self.calibration is not None:
+            self.calibration.save(target / CALIBRATION)
+        else:  # one that is there belongs to the adapter that was there
+            (target / CALIBRATION).unlink(missing_ok=True)
+        write_card(target)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        base_model: str | None = None,
+    ) -> CommitInfo:
+        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and `sharing.push`.
+
+        Args:
+            repo_id (`str`): ``user/name``; made if it is not there.
+            private, commit_message, create_pr, token (*optional*): as everywhere in huggingface_hub.
+            base_model (`str`, *optional*): Hub id of the model, where it was loaded from a local folder.
+        """
+        options = {"private": private, "commit_message": commit_message, "create_pr": create_pr, "token": token}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(folder, repo_id, base_model=base_model, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | os.PathLike,
+        encoder: DualEncoder | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> AnchorClassifier:
+        """Loads an adapter that [`save_pretrained`] wrote, from a folder or the Hub, onto its model.
+
+        Args:
+            adapter (`str` or `os.PathLike`): folder or Hub id (``id@revision`` too).
+            encoder (`DualEncoder`, *optional*):
+                The model it was made for; loaded by the name in the adapter's config when omitted.
+            revision, subfolder, token, cache_dir, local_files_only (*optional*): as everywhere in transformers.
+
+        Raises:
+            ValueError: not a TransMiter adapter, made for another model, or a tensor is missing, of the wrong shape,
+                or not finite.
+        """
+        adapter, named = split_revision(os.fspath(adapter))
+        hub = {"revision": revision or named, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        hub = {key: value for key, value in hub.items() if value is not None}
+        hub |= {"local_files_only": True} if local_files_only else {}
+        content, tensors = read_adapter(adapter, **hub)
+        config = TransMiterConfig.from_peft_type(**content)
+        if encoder is None:
+            shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
+            encoder = DualEncoder.from_pretrained(config.base_model_name_or_path, revision=config.revision, **shared)
+        check_base(config, encoder.model, encoder)
+        config.embed_dim = encoder.embed_dim
+        classifier = cls(encoder, config.anchors)
+        classifier.transmiter = TransMiterLayer.holding(config, tensors, encoder.device)
+        classifier._saved = (adapter, hub)
+        if Path(adapter).is_dir():
+            _ = classifier.calibration  # read at once: a folder may be gone later
+        return classifier.requires_grad_(False).eval()

@@ -1,0 +1,271 @@
+"""[`extract`]: what a fine-tuning changed, as an adapter of the weak model. No labels.
+
+Three solvers: the published one by gradients (arXiv 2508.08604, section 3), and two in closed form that end in class
+vectors of the weak model: a linear discriminant of the teacher's soft labels, whose change of the zero-shot vectors
+carries over best, and a ridge regression of the teacher's logits, which stays truest to the teacher on the weak model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, normalize
+from torch.nn.utils.parametrizations import orthogonal
+
+from ..algebra import discriminant_head, ridge
+from ..data.anchors import DEFAULT_TEMPLATES, Anchors
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..encoders.dual_encoder import DualEncoder
+from ..hub.provenance import library_versions, named_dataset
+from ..settings import ExtractionConfig
+from ..training.draws import per_example
+from ..training.loop import fit
+from ..tuners import TransMiterConfig, TransMiterLayer
+from ..tuners.transmiter.layer import refine
+from .classifier import AnchorClassifier
+from .stored_logits import CalibrationPack
+from .teacher import Teacher, teacher_class_vectors, teacher_logits
+
+
+def extract(
+    weak: DualEncoder,
+    teacher: Teacher,
+    dataset=None,
+    *,
+    class_names: Sequence[str] | None = None,
+    anchors: Anchors | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    config: ExtractionConfig | None = None,
+    dataset_name: str | None = None,
+    accelerator=None,
+    checkpoint=None,
+    progress: bool = True,
+    **embedding,
+) -> AnchorClassifier:
+    """An adapter that turns the weak model's predictions into its fine-tuned version's.
+
+    What it is for is to be carried over. On the weak model itself the default solver stays short of the tuned model:
+    it keeps the directions that carry over and gives up others (`solver="ridge"` stays truest there).
+
+    Args:
+        weak (`DualEncoder`): the pre-trained model the teacher was tuned from.
+        teacher: any fine-tuned version of it, see [`Teacher`].
+        dataset (`datasets.Dataset`, *optional*):
+            Unlabelled images of the task's domain; labels, if there are any, are not read. Not needed for the closed
+            form when the teacher has class vectors on the weak model's own embeddings (prompt methods).
+        class_names (`Sequence[str]`, *optional*): the C names; the teacher's or the dataset's when omitted.
+        anchors (`Anchors`, *optional*): names the published adapter reads; 1,024 with random common nouns if omitted.
+        templates (`Sequence[str]`, *optional*): prompts of the anchors made here.
+        config (`ExtractionConfig`, *optional*): settings.
+        dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
+        accelerator (`Accelerator`, *optional*): for several processes.
+        checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
+        progress (`bool`, *optional*, defaults to `True`): show progress bars.
+        **embedding: passed to `embed_dataset` (`batch_size`, `cache_dir`, `image_column`, ...).
+
+    Returns:
+        `AnchorClassifier`: the weak model with the adapter, and the teacher's logits as its calibration pack.
+
+    Raises:
+        ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
+            begin with the class names, or logits that are not finite.
+    """
+    config = config or ExtractionConfig()
+    class_names = _class_names(class_names, anchors, teacher, dataset)
+    if anchors is None:
+        published = config.solver == "gradient"
+        anchors = Anchors.build(class_names, templates=templates) if published else Anchors(class_names, (), templates)
+    if anchors.task != class_names:
+        raise ValueError("the anchors' task names are not the class names, or in another order.")
+    table = logits = None
+    if dataset is not None:
+        table = embed_dataset(weak, dataset, accelerator=accelerator, progress=progress, **embedding)
+        logits = teacher_logits(
+            teacher,
+            dataset,
+            class_names,
+            templates=anchors.templates,
+            weak=weak,
+            table=table,
+            accelerator=accelerator,
+            progress=progress,
+            **embedding,
+        )
+    text = weak.embed_names(anchors.names, anchors.templates)
+    facts = {
+        "step": "extract",
+        "solver": config.solver,
+        "weak": {"name": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint},
+        "num_images": 0 if table is None else len(table),
+        "dataset_fingerprint": None if table is None else table.dataset_fingerprint,
+        "versions": library_versions(),
+    }
+    if config.solver != "gradient":
+        vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)
+        tensors, solved = closed_form(
+            table, logits, text[: len(class_names)].cpu(), weak, vectors, config, accelerator
+        )
+        adapter = TransMiterConfig(
+            class_names=list(class_names), templates=list(anchors.templates), form="class_vectors"
+        )
+    else:
+        if table is None:
+            raise ValueError("the gradient solver needs unlabelled images: pass a dataset.")
+        tensors, solved = gradient(table, logits, text, weak, config, accelerator, checkpoint, progress)
+        adapter = TransMiterConfig.for_anchors(anchors, form="mlp", width=config.width, seed=config.seed)
+    adapter.provenance = {**facts, **solved, **named_dataset(dataset, dataset_name)}
+    classifier = AnchorClassifier(weak, anchors, text).add_adapter(adapter, tensors)
+    if logits is not None:
+        own = torch.cat([weak.logits(x.to(text.device), text[: len(class_names)]).cpu() for x in table.batches(4096)])
+        about = {"dataset_fingerprint": table.dataset_fingerprint, "dataset": adapter.provenance.get("dataset")}
+        classifier.calibration = CalibrationPack(logits, class_names, **about, weak_logits=own)
+    return classifier
+
+
+def closed_form(
+    table: FeatureTable | None,
+    logits: Tensor | None,
+    text: Tensor,
+    weak: DualEncoder,
+    vectors: Tensor | None,
+    config: ExtractionConfig,
+    accelerator=None,
+) -> tuple[dict[str, Tensor], dict]:
+    """Class vectors of the weak model that say what the teacher says.
+
+    Discriminant: ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
+    `solvers.discriminant_head`), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
+    zero-shot vectors T₀ (delta form), ``t_i = x_i T₀ᵀ + centred(teacher_i / s - x_i T₀ᵀ)``: only differences between
+    classes count, so residuals are centred per image; λ by leave-one-out error. Both from streamed sums.
+
+    Args:
+        table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
+        text (`Tensor`): T₀ (C, d).
+        weak (`DualEncoder`): for its scale s.
+        vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are.
+
+    Returns:
+        The adapter's tensors, and facts for its provenance.
+
+    Raises:
+        ValueError: neither images nor vectors.
+    """
+    if vectors is not None:
+        tensors = {"anchors": text, "class_vectors": vectors.float().cpu(), "bias": torch.zeros(len(text))}
+        return tensors, {"own_class_vectors": True}
+    if table is None:
+        raise ValueError(
+            "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "
+            "its logits are stored): pass unlabelled images as dataset."
+        )
+    scale = float(weak.logit_scale)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+
+    def labelled():
+        start = 0
+        for number, x in enumerate(table.batches(4096)):
+            said = logits[start : start + len(x)]
+            start += len(x)
+            if number % world == rank:
+                yield x, said
+
+    def targets():
+        for x, said in labelled():
+            own = x @ text.T
+            change = said / scale - own
+            yield x, own + change - change.mean(1, keepdim=True)
+
+    if config.solver == "ridge":
+        solution = ridge(targets, text.T, config.lambdas, accelerator)
+        tensors = {"anchors": text, "class_vectors": solution.weight.T.contiguous(), "bias": solution.bias * scale}
+        return tensors, {"lambda": solution.lam, "leave_one_out_error": solution.errors.get(solution.lam)}
+    vectors, _, _ = discriminant_head(labelled, text, 1.0, config.shrinkage, accelerator=accelerator)
+    tensors = {"anchors": text, "class_vectors": normalize(vectors, dim=-1), "bias": torch.zeros(len(text))}
+    return tensors, {"shrinkage": config.shrinkage}
+
+
+def gradient(
+    table: FeatureTable,
+    logits: Tensor,
+    text: Tensor,
+    weak: DualEncoder,
+    config: ExtractionConfig,
+    accelerator=None,
+    checkpoint=None,
+    progress: bool = True,
+) -> tuple[dict[str, Tensor], dict]:
+    """The published adapter by its published training (arXiv 2508.08604, section 3).
+
+    Minimises ``τ · KL(softmax(teacher / τ) ‖ softmax(ẑ))`` over the C task classes, batch mean, with Gaussian noise
+    on the weak logits in some batches; W stays orthonormal by a parametrisation, or fixed.
+
+    Args:
+        table (`FeatureTable`): N image embeddings of the weak model.
+        logits (`Tensor`): the teacher's, (N, C).
+        text (`Tensor`): (K, d) anchor embeddings.
+
+    Returns:
+        The adapter's tensors, and facts for its provenance.
+
+    Raises:
+        ValueError: more anchors than the basis is wide, or a loss that is not finite.
+    """
+    k, classes, device = len(text), logits.shape[1], weak.device
+    layer_config = TransMiterConfig(
+        class_names=[str(i) for i in range(k)], width=config.width, seed=config.seed, embed_dim=text.shape[1]
+    )
+    layer = TransMiterLayer()
+    layer.update_layer("default", layer_config, text)
+    basis = nn.Linear(k, config.width or k, bias=False, device=device)
+    basis.weight.data.copy_(layer.transmiter_basis["default"])
+    if config.basis == "learned":
+        orthogonal(basis, orthogonal_map=config.orthogonal_map)
+    basis.requires_grad_(config.basis == "learned")
+    parts = [layer.transmiter_norm["default"], layer.transmiter_up["default"], layer.transmiter_down["default"]]
+    x = torch.cat(list(table.batches(4096))).to(device)
+    target = (logits / config.teacher_temperature).softmax(1).to(device)
+
+    def step(rows: Tensor, generator: torch.Generator) -> Tensor:
+        rows = rows.to(device)
+        z = weak.logits(x[rows], text)
+        if torch.rand((), generator=generator) < config.noise_probability:
+            noise = per_example(generator, len(z), lambda count: torch.randn(count, k, generator=generator))
+            z = z + config.noise_std * z.std(1, keepdim=True) * noise.to(device)
+        said = refine(z, basis.weight, *parts)[:, :classes].log_softmax(1)
+        return config.teacher_temperature * kl_div(said, target[rows], reduction="batchmean")
+
+    parameters = [p for module in (basis, *parts) for p in module.requires_grad_().parameters()]
+    if config.basis == "fixed":
+        parameters.remove(basis.weight)
+    losses = fit(
+        parameters,
+        step,
+        len(x),
+        config,
+        accelerator=accelerator,
+        checkpoint=checkpoint,
+        description="Extracting",
+        progress=progress,
+    )
+    layer.transmiter_basis["default"].data.copy_(basis.weight)
+    tensors = {**layer.tensors("default"), "anchors": text}
+    return tensors, {
+        "loss": losses[-1] if losses else None,
+        "settings": {**asdict(config), "lambdas": list(config.lambdas)},
+    }
+
+
+def _class_names(given, anchors: Anchors | None, teacher: Teacher, dataset) -> tuple[str, ...]:
+    if given is not None:
+        return tuple(given)
+    if anchors is not None and anchors.task:
+        return anchors.task
+    if isinstance(teacher, (AnchorClassifier, CalibrationPack)):
+        return tuple(teacher.class_names)
+    for feature in (getattr(dataset, "features", None) or {}).values():
+        if getattr(feature, "names", None):
+            return tuple(feature.names)
+    raise ValueError("no class names: pass class_names, or a dataset whose label column is a ClassLabel.")

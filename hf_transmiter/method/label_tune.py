@@ -1,0 +1,107 @@
+"""[`label_tune`]: TransMiter+, a few labelled steps on a transferred adapter (arXiv 2508.08604, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..hub.provenance import library_versions
+from ..settings import LabelTuningConfig
+from ..training.loop import fit
+from .classifier import AnchorClassifier
+
+
+def label_tune(
+    adapter: AnchorClassifier,
+    dataset,
+    *,
+    seen_classes: Sequence[str] | None = None,
+    config: LabelTuningConfig | None = None,
+    accelerator=None,
+    checkpoint=None,
+    progress: bool = True,
+    **embedding,
+) -> AnchorClassifier:
+    """Improves an adapter on its frozen model with a few labelled images: cross-entropy on the adapted logits.
+
+    The towers never run backwards: images are embedded once, only the adapter's weights learn. An identity adapter
+    (`AnchorClassifier(...).add_adapter(TransMiterConfig(...))`) works too: adapter tuning from zero-shot.
+
+    Args:
+        adapter (`AnchorClassifier`): a classifier with an adapter; a tuned copy is returned, this one stays.
+        dataset (`datasets.Dataset` or `FeatureTable`): labelled images; labels index the adapter's class names.
+        seen_classes (`Sequence[str]`, *optional*):
+            Only these names' columns enter the loss (base classes in base-to-novel runs). Defaults to all.
+        config (`LabelTuningConfig`, *optional*): settings.
+        **embedding: passed to `embed_dataset`.
+
+    Raises:
+        ValueError: no adapter, no labels, unknown names in `seen_classes`, or a label outside them.
+    """
+    config, source = config or LabelTuningConfig(), adapter.adapter_config
+    if source is None:
+        raise ValueError("there is no adapter to tune: attach one with add_adapter, or pass what transfer returned.")
+    table = dataset
+    if not isinstance(dataset, FeatureTable):
+        table = embed_dataset(adapter.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
+    if table.labels is None or not len(table):
+        raise ValueError("label_tune needs labelled images: pass a dataset with a label column (label_column=...).")
+    columns = torch.arange(len(source.class_names))
+    if seen_classes is not None:
+        unknown = sorted(set(seen_classes) - set(source.class_names))
+        if unknown:
+            raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
+        columns = torch.tensor([source.class_names.index(name) for name in seen_classes])
+    position = torch.full((len(source.class_names),), -1)
+    position[columns] = torch.arange(len(columns))
+    outside = (table.labels < 0) | (table.labels >= len(source.class_names))
+    labels = torch.where(outside, -1, position[table.labels.clamp(0, len(position) - 1)])
+    if (labels < 0).any():
+        row = int((labels < 0).nonzero()[0])
+        raise ValueError(
+            f"image {row} has label {int(table.labels[row])}, which is not one of the {len(columns)} classes tuned "
+            "here: select the images of those classes first, or pass seen_classes."
+        )
+    layer = adapter.transmiter
+    name = layer.active_name
+    moved = source.train_basis or config.train_basis  # such a basis is no longer orthonormal
+    tuned_config = type(source)(**{**source.to_dict(), "train_basis": moved, "inference_mode": False})
+    tuned = AnchorClassifier(adapter.encoder, adapter.anchors).add_adapter(tuned_config, layer.tensors(name))
+    frozen = {"anchors"} if config.train_basis else {"anchors", "basis"}
+    parameters = [p for key, p in _weights(tuned).items() if key not in frozen]
+    device = adapter.encoder.device
+    x = torch.cat(list(table.batches(4096))).to(device)
+    columns, labels = columns.to(device), labels.to(device)
+
+    def step(rows: Tensor, generator: torch.Generator) -> Tensor:
+        rows = rows.to(device)
+        return cross_entropy(tuned.classify(x[rows])[:, columns], labels[rows])
+
+    for p in parameters:
+        p.requires_grad_()
+    fit(
+        parameters,
+        step,
+        len(x),
+        config,
+        accelerator=accelerator,
+        checkpoint=checkpoint,
+        description="Label tuning",
+        progress=progress,
+    )
+    facts = {"step": "label_tune", "num_images": len(x), "before": source.provenance}
+    tuned_config.provenance = {**facts, "versions": library_versions()}
+    return tuned.requires_grad_(False)
+
+
+def _weights(classifier: AnchorClassifier) -> dict[str, torch.nn.Parameter]:
+    layer = classifier.transmiter
+    found = {}
+    for key, parameter in layer.named_parameters():
+        container, _, rest = key.removeprefix(layer.prefix).partition(".default")
+        found[container + rest] = parameter
+    return found

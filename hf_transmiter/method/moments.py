@@ -1,0 +1,181 @@
+"""[`CrossMoment`]: sums over paired rows of two models, all that a bridge is solved and judged from."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..algebra import Sums, check_finite, polar, standardise
+from ..data.anchors import Anchors
+from ..data.embeddings import embed_dataset
+from ..encoders.dual_encoder import DualEncoder
+
+
+RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
+HELD_OUT = 10  # every so many-th pair tells what a bridge from the others is worth
+
+
+@dataclass
+class CrossMoment(Sums):
+    """``X = Σ x_strongᵀ x_weak`` over paired rows, with the sums that centring and scaling need; all in float64.
+
+    One sum over images: memory does not grow with N, and it adds up over processes ([`reduce`]). It depends on the
+    pair of models (and the anchors, in logit space), not on an adapter.
+
+    Args:
+        n (`float`): pairs so far.
+        strong (`Tensor`): Σ x_strong (m,).
+        weak (`Tensor`): Σ x_weak (k,).
+        cross (`Tensor`): X (m, k).
+        strong_gram (`Tensor`): Σ x_strongᵀ x_strong (m, m).
+        weak_gram (`Tensor`): Σ x_weakᵀ x_weak (k, k).
+    """
+
+    n: float
+    strong: Tensor
+    weak: Tensor
+    cross: Tensor
+    strong_gram: Tensor
+    weak_gram: Tensor
+
+    @classmethod
+    def zeros(cls, strong_width: int, weak_width: int) -> CrossMoment:
+        m, k = strong_width, weak_width
+        shapes = ((m,), (k,), (m, k), (m, m), (k, k))
+        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def update(self, strong: Tensor, weak: Tensor) -> None:
+        """Adds paired rows: strong (B, m) and weak (B, k).
+
+        Raises:
+            ValueError: different numbers of rows, or a value that is not finite.
+        """
+        if len(strong) != len(weak):
+            raise ValueError(f"rows must come in pairs, got {len(strong)} of the strong and {len(weak)} of the weak.")
+        strong, weak = check_finite(strong, "strong rows").double(), check_finite(weak, "weak rows").double()
+        self.n += len(strong)
+        self.strong += strong.sum(0)
+        self.weak += weak.sum(0)
+        self.cross += strong.T @ weak
+        self.strong_gram += strong.T @ strong
+        self.weak_gram += weak.T @ weak
+
+    def __sub__(self, part: CrossMoment) -> CrossMoment:
+        """The moment without the pairs of `part`."""
+        return CrossMoment(*(getattr(self, field.name) - getattr(part, field.name) for field in fields(self)))
+
+    def centred(self) -> CrossMoment:
+        """The same moment of the rows minus their means; `strong` and `weak` become those means."""
+        if self.n < 2:
+            raise ValueError(f"a bridge needs at least two pairs, got {int(self.n)}: pass more images or names.")
+        strong, weak = self.strong / self.n, self.weak / self.n
+        return CrossMoment(
+            self.n,
+            strong,
+            weak,
+            self.cross - self.n * torch.outer(strong, weak),
+            self.strong_gram - self.n * torch.outer(strong, strong),
+            self.weak_gram - self.n * torch.outer(weak, weak),
+        )
+
+    def solve(self, space: str, beta: float = 0.0) -> tuple[Tensor, CrossMoment]:
+        """The best orthogonal map, and the moment it is judged by.
+
+        Args:
+            space (`str`):
+                `"logit"`: ``polar(X + βI)``, orthogonal, and this moment. `"embedding"`: ``polar(X)`` of the centred
+                rows, zero on directions with less evidence than `RANK_TOLERANCE`, and the centred moment.
+            beta (`float`, *optional*, defaults to 0.0): β; infinite is the limit, the identity.
+
+        Raises:
+            ValueError: β is negative or no number.
+        """
+        if space == "logit":
+            if not beta >= 0:
+                raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
+            if math.isinf(beta):
+                return torch.eye(len(self.cross), dtype=torch.float64), self
+            return polar(self.cross + beta * torch.eye(len(self.cross), dtype=torch.float64))[0], self
+        centred = self.centred()
+        return polar(centred.cross, RANK_TOLERANCE)[0], centred
+
+    def alignment(self, matrix: Tensor) -> float:
+        """``Σ ⟨x_strong, Q x_weak⟩ / √(Σ ‖x_strong‖² · Σ ‖x_weak‖²)``, the correlation of mapped and actual rows.
+
+        1 where Q maps every row to its partner (up to one factor), 0 for unrelated rows. A direction that Q drops
+        counts as missed. It says the same of Q and of Qᵀ the other way round.
+
+        Args:
+            matrix (`Tensor`): Q (m, k).
+        """
+        size = float(self.strong_gram.trace() * self.weak_gram.trace()) ** 0.5
+        return float((matrix.double() * self.cross).sum()) / max(size, 1e-12)
+
+
+def image_pairs(
+    weak: DualEncoder, strong: DualEncoder, tables: Sequence, texts: Sequence[Tensor] | None, accelerator=None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Paired rows (strong, weak) of two feature tables of the same images, in blocks.
+
+    Embeddings, or with `texts` (weak and strong, (K, d)) standardised logits over them. Processes take every other
+    block.
+    """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    for number, (x_weak, x_strong) in enumerate(zip(*(table.batches(4096) for table in tables), strict=True)):
+        if number % world != rank:
+            continue
+        if texts is not None:
+            x_weak = standardise(weak.logit_scale.cpu() * x_weak @ texts[0].T)[0]
+            x_strong = standardise(strong.logit_scale.cpu() * x_strong @ texts[1].T)[0]
+        yield x_strong, x_weak
+
+
+def image_moment(
+    weak: DualEncoder, strong: DualEncoder, tables: Sequence, texts: Sequence[Tensor] | None, accelerator=None
+) -> CrossMoment:
+    """The cross moment of [`image_pairs`], added up over processes."""
+    widths = (strong.embed_dim, weak.embed_dim) if texts is None else (len(texts[1]), len(texts[0]))
+    return sum_pairs(image_pairs(weak, strong, tables, texts, accelerator), *widths, accelerator)[0]
+
+
+def sum_pairs(
+    pairs: Iterable[tuple[Tensor, Tensor]], strong_width: int, weak_width: int, accelerator=None
+) -> tuple[CrossMoment, CrossMoment]:
+    """The cross moments of all pairs, and of every tenth of them (`HELD_OUT`), added up over processes.
+
+    Args:
+        pairs: blocks of strong (B, m) and weak (B, k) rows; with an `accelerator`, those of this process.
+    """
+    total, part = (CrossMoment.zeros(strong_width, weak_width) for _ in range(2))
+    for strong, weak in pairs:
+        total.update(strong, weak)
+        part.update(strong[::HELD_OUT], weak[::HELD_OUT])
+    return total.reduce(accelerator), part.reduce(accelerator)
+
+
+def sum_dataset(
+    weak: DualEncoder, strong: DualEncoder, dataset, space: str, anchors: Anchors, *, accelerator=None, **embedding
+) -> tuple[CrossMoment, CrossMoment]:
+    """[`sum_pairs`] of two models on images, or on the anchors' names where `dataset` is `None`.
+
+    Args:
+        space (`str`): `"embedding"`, or `"logit"` for standardised logits over the anchors.
+        **embedding: passed to `embed_dataset`.
+
+    Raises:
+        TypeError: a keyword that `embed_dataset` does not have, without images too.
+    """
+    inspect.signature(embed_dataset).bind(weak, dataset, accelerator=accelerator, **embedding)
+    texts = None
+    if space == "logit" or dataset is None:
+        texts = [model.embed_names(anchors.names, anchors.templates).cpu() for model in (weak, strong)]
+    if dataset is None:
+        return sum_pairs([(texts[1], texts[0])], strong.embed_dim, weak.embed_dim)
+    tables = [embed_dataset(model, dataset, accelerator=accelerator, **embedding) for model in (weak, strong)]
+    widths = (strong.embed_dim, weak.embed_dim) if texts is None else (len(anchors), len(anchors))
+    return sum_pairs(image_pairs(weak, strong, tables, texts, accelerator), *widths, accelerator)

@@ -1,0 +1,162 @@
+"""What the tuned model says: task logits of any kind of teacher on a set of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra import check_finite
+from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..encoders.dual_encoder import DualEncoder
+from ..encoders.families import is_dual_encoder, unwrap
+from ..tuners.prompts import image_conditioned, prompt_layer
+from .classifier import AnchorClassifier
+from .stored_logits import CalibrationPack
+
+
+Teacher = AnchorClassifier | DualEncoder | nn.Module | CalibrationPack | Tensor | str | os.PathLike | Sequence
+"""A classifier, a tuned dual encoder (plain, or with LoRA or prompts inside), stored logits (a pack, its file, or an
+(N, C) tensor), or several of these, whose logits are averaged."""
+
+
+def as_classifier(
+    teacher: Teacher, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+) -> AnchorClassifier | None:
+    """The teacher as a classifier over `class_names`, `None` when it only has stored logits.
+
+    `templates` are for a bare dual encoder; where a prompt learner answers, its context takes their place (``"{}."``).
+
+    Raises:
+        ValueError: a classifier that does not know one of the names, or a bare model with a TransMiter adapter on it.
+        TypeError: not a kind of teacher.
+    """
+    if isinstance(teacher, AnchorClassifier):
+        missing = [name for name in class_names if name not in teacher.class_names]
+        if missing:
+            raise ValueError(
+                f"the teacher does not know {len(missing)} of the class names, first {missing[0]!r}: pass the names "
+                "it was tuned on."
+            )
+        return teacher
+    if isinstance(teacher, nn.Module) and is_dual_encoder(teacher):
+        if hasattr(unwrap(teacher), "transmiter"):
+            raise ValueError("a model with a TransMiter adapter on it is read by AnchorClassifier.from_pretrained.")
+        teacher = DualEncoder(teacher)
+    if isinstance(teacher, DualEncoder):
+        layer = prompt_layer(teacher.model)
+        if layer is not None and layer.active_name is not None:
+            templates = PROMPTED
+        return AnchorClassifier(teacher, Anchors(tuple(class_names), (), tuple(templates)))
+    if isinstance(teacher, (CalibrationPack, Tensor, str, os.PathLike)):
+        return None
+    raise TypeError(
+        f"a teacher is an AnchorClassifier, a tuned dual encoder, a CalibrationPack or its file, logits (N, C), or a "
+        f"list of these, not {type(teacher).__name__}."
+    )
+
+
+@torch.no_grad()
+def same_image_tower(a: DualEncoder, b: DualEncoder) -> bool:
+    """Whether two encoders embed images alike, as a prompt method and its base do: they are shown the same noise."""
+    if a.embed_dim != b.embed_dim or a.family != b.family or a.image_size != b.image_size:
+        return False
+    noise = torch.rand(2, 3, a.image_size, a.image_size, generator=torch.Generator().manual_seed(0))
+    return bool(torch.allclose(a.embed_pixels(noise).cpu(), b.embed_pixels(noise).cpu(), atol=1e-6))
+
+
+def teacher_class_vectors(
+    teacher: Teacher, weak: DualEncoder, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+) -> Tensor | None:
+    """Class vectors T (C, d) with ``logits = s · x Tᵀ`` on the *weak* model's own image embeddings, where the teacher
+    has them (class vectors or prompts were tuned, images are embedded as before); `None` for any other teacher."""
+    if isinstance(teacher, (list, tuple)):
+        return None
+    classifier = as_classifier(teacher, class_names, templates)
+    if classifier is None or image_conditioned(classifier.encoder.model) is not None:
+        return None
+    if not same_image_tower(weak, classifier.encoder):
+        return None
+    config = classifier.adapter_config
+    columns = [classifier.class_names.index(name) for name in class_names]
+    if config is None:
+        vectors, bias = classifier.text_embeds, 0.0
+    elif config.form == "class_vectors":
+        tensors = classifier.transmiter.tensors(classifier.transmiter.active_name)
+        vectors, bias = tensors["class_vectors"], tensors["bias"]
+    else:
+        return None
+    if torch.as_tensor(bias).any():
+        return None
+    return vectors[columns] * (classifier.encoder.logit_scale / weak.logit_scale)
+
+
+@torch.no_grad()
+def teacher_logits(
+    teacher: Teacher,
+    dataset,
+    class_names: Sequence[str],
+    *,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    weak: DualEncoder | None = None,
+    table: FeatureTable | None = None,
+    **embedding,
+) -> Tensor:
+    """Task logits (N, C) of a teacher, scale included, columns in the order of `class_names`.
+
+    Args:
+        teacher: see [`Teacher`].
+        dataset (`datasets.Dataset`): the images; not read for stored logits.
+        class_names (`Sequence[str]`): the C names.
+        templates (`Sequence[str]`, *optional*):
+            Prompts of a teacher given as a bare dual encoder, unless its prompts were learnt.
+        weak (`DualEncoder`, *optional*), table (`FeatureTable`, *optional*):
+            Embeddings at hand: used instead of embedding again when the teacher's image tower equals `weak`'s.
+        **embedding: passed to `embed_dataset`.
+
+    Raises:
+        ValueError: stored logits do not fit the names or the images, or are not finite; an empty list.
+    """
+    if isinstance(teacher, (list, tuple)):
+        if not teacher:
+            raise ValueError("the list of teachers is empty.")
+        several = [
+            teacher_logits(one, dataset, class_names, templates=templates, weak=weak, table=table, **embedding)
+            for one in teacher
+        ]
+        return torch.stack(several).mean(0)
+    classifier = as_classifier(teacher, class_names, templates)
+    if classifier is None:
+        return _stored(teacher, class_names, table)
+    if table is None or weak is None or not same_image_tower(weak, classifier.encoder):
+        table = embed_dataset(classifier.encoder, dataset, **embedding)
+    columns = [classifier.class_names.index(name) for name in class_names]
+    device = classifier.encoder.device
+    blocks = [classifier.classify(x.to(device))[:, columns].float().cpu() for x in table.batches(4096)]
+    return check_finite(torch.cat(blocks), "the teacher's logits")
+
+
+def _stored(
+    teacher: CalibrationPack | Tensor | str | os.PathLike, class_names: Sequence[str], table: FeatureTable | None
+) -> Tensor:
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = CalibrationPack.load(teacher)
+    if isinstance(teacher, CalibrationPack):
+        if table is not None:
+            teacher.check_images(len(table), table.dataset_fingerprint or None)
+        missing = [name for name in class_names if name not in teacher.class_names]
+        if missing:
+            raise ValueError(f"the stored logits have no column for {missing[0]!r}; they hold {teacher.class_names}.")
+        logits = teacher.logits[:, [teacher.class_names.index(name) for name in class_names]]
+    else:
+        logits = teacher.float()
+    count = len(logits) if table is None else len(table)
+    if logits.ndim != 2 or logits.shape[1] != len(class_names) or count != len(logits):
+        raise ValueError(
+            f"stored teacher logits must be ({count}, {len(class_names)}): one row per image, one column per "
+            f"class name; got {tuple(logits.shape)}."
+        )
+    return check_finite(logits, "the teacher's logits")

@@ -1,0 +1,321 @@
+"""[`transfer`]: an adapter of the weak model becomes one of the strong model. No labels, no gradients.
+
+What is at hand decides how: a bridge and no image; text alone; unlabelled images; unlabelled images with the stored
+teacher logits of an earlier extraction. Every closed form ends in C class vectors on the strong model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..algebra import discriminant_head
+from ..data.anchors import Anchors
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..encoders.dual_encoder import DualEncoder
+from ..encoders.identity import ModelId
+from ..hub.provenance import library_versions, named_dataset
+from ..settings import TransferConfig
+from ..tuners import TransMiterConfig
+from .bridge import Bridge
+from .classifier import AnchorClassifier
+from .stored_logits import CalibrationPack
+from .teacher import Teacher, teacher_logits
+
+
+logger = logging.getLogger(__name__)
+
+_BRIDGE_FACTS = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "derived", "beta")
+
+
+def transfer(
+    adapter: AnchorClassifier,
+    strong: DualEncoder,
+    dataset=None,
+    *,
+    bridge: Bridge | None = None,
+    teacher: Teacher | None = None,
+    seen_classes: Sequence[str] | None = None,
+    config: TransferConfig | None = None,
+    dataset_name: str | None = None,
+    accelerator=None,
+    progress: bool = True,
+    **embedding,
+) -> AnchorClassifier:
+    """Carries an adapter over to a stronger model, in closed form.
+
+    Args:
+        adapter (`AnchorClassifier`): what [`extract`] returned, or `AnchorClassifier.from_pretrained(...)`.
+        strong (`DualEncoder`): any dual encoder; family, width, tokenizer and image size may differ.
+        dataset (`datasets.Dataset`, *optional*): unlabelled images of the task.
+        bridge (`Bridge`, *optional*):
+            Between the adapter's model and `strong`. Without one it is built from `dataset`, or from text alone.
+        teacher (*optional*):
+            The tuned model's logits on `dataset`, see [`Teacher`]. Defaults to the adapter's calibration pack when
+            that belongs to these images; without either, the refit relies on the carried class vectors.
+        seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
+        config (`TransferConfig`, *optional*): settings.
+        dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
+        **embedding: passed to `embed_dataset`.
+
+    Returns:
+        `AnchorClassifier`: the strong model with its adapter; `adapter_config.provenance` says how it was made.
+
+    Raises:
+        ValueError: no adapter, a bridge of another pair or space, a published adapter without images or bridge,
+            unknown names in `seen_classes`, or a calibration pack of other class names.
+    """
+    config, source = config or TransferConfig(), adapter.adapter_config
+    if source is None:
+        raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
+    unseen = _unseen(source.class_names, seen_classes)
+    weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
+    space = "logit" if source.form == "mlp" else "embedding"
+    if bridge is None:
+        if space == "logit" and dataset is None:
+            raise ValueError("a published adapter needs unlabelled images or a logit-space bridge: pass one of them.")
+        beta = {"beta": config.beta, "beta_per_image": config.beta_per_image}
+        anchors = source.anchors if space == "logit" else None
+        bridge = Bridge.build(weak, strong, dataset, space=space, anchors=anchors, **beta, **options)
+    else:
+        bridge.weak.check(weak, "weak")
+    if config.zero_shot_weight is not None:
+        weight = config.zero_shot_weight
+    else:
+        weight = 1 / 3 if unseen else 0.0
+    content, tensors = carry(*adapter.adapter_tensors(), strong, bridge, weak=weak, zero_shot_weight=weight)
+    upgraded, facts = TransMiterConfig.from_peft_type(**content), content["provenance"]
+    facts.update(named_dataset(dataset, dataset_name))
+    wanted = not unseen if config.refit is None else config.refit
+    if source.form == "class_vectors" and dataset is not None and wanted:
+        table = embed_dataset(strong, dataset, **options)
+        pack, own = _teacher_on(table, dataset, adapter, teacher, options), _own_vectors(source.provenance)
+        vectors, text = tensors["class_vectors"], tensors["anchors"]
+        tensors.update(refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own))
+        facts.update(refit_on=len(table), teacher_logits=pack is not None)
+    text = tensors["anchors"].to(strong.device)
+    return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, tensors)
+
+
+def check_bridge(
+    source: TransMiterConfig, strong: DualEncoder, bridge: Bridge, weak: DualEncoder | None = None
+) -> None:
+    """Whether [`carry`] can take an adapter over a bridge to `strong`. Arguments as there; nothing is computed.
+
+    Raises:
+        ValueError: a bridge of another pair, width or space, or the weak model is missing.
+    """
+    bridge.strong.check(strong, "strong")
+    name, revision, found = source.base_model_name_or_path, source.revision, source.base_fingerprint
+    if weak is not None:
+        bridge.weak.check(weak, "weak")
+        same = found is None or ModelId(name, revision, found).is_of(weak)
+    else:  # without a fingerprint, or with that of half precision, the name decides
+        named = name is not None and (name, revision) == (bridge.weak.name, bridge.weak.revision)
+        same = named and (found is None or revision is not None)
+    if not same and found != bridge.weak.fingerprint:
+        unsure = "" if found is not None else " The adapter has no fingerprint of its model, so the names must agree."
+        raise ValueError(
+            f"the adapter was made for {name!r} (revision {revision}), the bridge begins at {bridge.weak.name!r} "
+            f"(revision {bridge.weak.revision}): take a bridge of this pair.{unsure}"
+        )
+    if source.form == "mlp":
+        if bridge.space != "logit":
+            raise ValueError("the published adapter reads logits: build the bridge with space='logit'.")
+        return
+    if bridge.space == "logit" and weak is None:
+        raise ValueError("class vectors cross a logit-space bridge by the weak model's texts: pass it.")
+    width = bridge.matrix.shape[1] if bridge.space == "embedding" else weak.embed_dim
+    if source.embed_dim not in (None, width):
+        raise ValueError(
+            f"the adapter has embeddings of width {source.embed_dim}, the weak model of the bridge has {width}: "
+            "take a bridge of the adapter's model."
+        )
+
+
+def carry(
+    content: dict,
+    tensors: dict[str, Tensor],
+    strong: DualEncoder,
+    bridge: Bridge,
+    *,
+    weak: DualEncoder | None = None,
+    zero_shot_weight: float = 0.0,
+) -> tuple[dict, dict[str, Tensor]]:
+    """An adapter over a bridge, without an image and without the weak model: what [`transfer`] starts from.
+
+    Args:
+        content (`dict`), tensors (`dict[str, Tensor]`):
+            Of the weak model's adapter: its configuration and weights as `transfers.read_adapter` reads them.
+        strong (`DualEncoder`): the new model; embeds the names.
+        bridge (`Bridge`): between the adapter's model and `strong`.
+        weak (`DualEncoder`, *optional*): needed only to carry class vectors over a logit-space bridge.
+        zero_shot_weight (`float`, *optional*, defaults to 0.0): see [`TransferConfig`].
+
+    Returns:
+        Configuration and tensors of the strong model's adapter.
+
+    Raises:
+        ValueError: as [`check_bridge`], or a bridge of other anchors.
+    """
+    source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
+    check_bridge(source, strong, bridge, weak)
+    text = strong.embed_names(source.anchors.names, source.templates).cpu()
+    facts = {
+        "step": "transfer",
+        "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
+        "bridge": {key: getattr(bridge.without_paths(), key) for key in _BRIDGE_FACTS},
+        "extracted": source.provenance,
+        "versions": library_versions(),
+    }
+    if source.form == "mlp":
+        if bridge.space == "logit" and bridge.anchors is not None:
+            bridge.anchors.check_same(source.anchors)
+        tensors = {**tensors, "basis": bridge.carry_basis(tensors["basis"].float()), "anchors": text}
+    else:
+        anchor_texts = None
+        if bridge.space == "logit":
+            names, templates = bridge.anchors.names, bridge.anchors.templates
+            anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
+        vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
+        carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
+        if not _own_vectors(source.provenance):
+            # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
+            carried = {"delta": carried["delta"]}
+        vectors = interpolate(carried, text, zero_shot_weight)
+        tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
+        facts["zero_shot_weight"] = zero_shot_weight
+    upgraded = TransMiterConfig(
+        class_names=list(source.class_names),
+        auxiliary_names=list(source.auxiliary_names),
+        templates=list(source.templates),
+        form=source.form,
+        width=source.width,
+        mlp_ratio=source.mlp_ratio,
+        embed_dim=strong.embed_dim,
+        base_model_name_or_path=strong.name_or_path,
+        revision=strong.revision,
+        base_fingerprint=strong.fingerprint,
+        provenance=facts,
+    )
+    return upgraded.to_dict(), tensors
+
+
+def _own_vectors(provenance: dict) -> bool:
+    """Whether the teacher had class vectors of its own (a prompt), or a tuned image tower was distilled."""
+    return bool(provenance.get("own_class_vectors"))
+
+
+def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
+    """``normalise((1 - w) · normalise(Σ carried) + w · zero_shot)``: class vectors on a line to the zero-shot ones.
+
+    Full and delta transport err in different ways; their mean beats either (see `tests/studies`).
+
+    Args:
+        carried (`dict[str, Tensor]`): unit rows (C, d) of each kind of transport.
+        zero_shot (`Tensor`): (C, d).
+        weight (`float`): w in [0, 1].
+    """
+    mean = normalize(torch.stack(list(carried.values())).sum(0), dim=-1)
+    return normalize((1 - weight) * mean + weight * zero_shot, dim=-1)
+
+
+def refit(
+    table: FeatureTable,
+    vectors: Tensor,
+    zero_shot: Tensor,
+    pack: CalibrationPack | None,
+    strong: DualEncoder,
+    config: TransferConfig,
+    accelerator=None,
+    *,
+    ask_carried: bool = True,
+) -> dict[str, Tensor]:
+    """Class vectors fitted to unlabelled images around the carried ones, from two passes of streamed sums.
+
+    Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
+    embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
+    them is blended with the carried vectors (`solvers.discriminant_head`), which count as `carried_images` images per
+    class, and given the mean spread of one expert, so that probabilities stay meaningful.
+
+    Args:
+        table (`FeatureTable`): N image embeddings of the strong model.
+        vectors (`Tensor`): T (C, d), carried, unit rows.
+        zero_shot (`Tensor`): the strong model's own (C, d).
+        pack (`CalibrationPack` or `None`): t and w on these images; without it q = softmax(c).
+        ask_carried (`bool`, *optional*, defaults to `True`):
+            Whether c is one of the experts. [`transfer`] leaves it out where an image tower was tuned: class vectors
+            hold only part of that, and where zero-shot is systematically wrong (neon) they repeat the error.
+
+    Returns:
+        `class_vectors` (C, d) and `bias` (C,) of the adapter.
+    """
+    scale = float(strong.logit_scale)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for number, x in enumerate(table.batches(4096)):
+            rows = slice(start, start + len(x))
+            start += len(x)
+            if number % world != rank:
+                continue
+            labels = scale * x @ vectors.T if ask_carried or pack is None else torch.zeros(len(x), len(vectors))
+            if pack is not None:
+                labels = labels + pack.logits[rows]
+                if pack.weak_logits is not None:
+                    labels = labels + scale * x @ zero_shot.T + pack.logits[rows] - pack.weak_logits[rows]
+            yield x, labels
+
+    ratio = config.carried_images * len(vectors) / len(table)
+    fitted, bias, spread = discriminant_head(
+        blocks, vectors, ratio, config.shrinkage, config.pseudo_count, accelerator
+    )
+    experts = 1 if pack is None else ask_carried + (1 if pack.weak_logits is None else 2)
+    return {"class_vectors": fitted * spread / experts / scale, "bias": bias * spread / experts}
+
+
+def _unseen(class_names: Sequence[str], seen: Sequence[str] | None) -> list[str]:
+    if seen is None:
+        return []
+    unknown = sorted(set(seen) - set(class_names))
+    if unknown:
+        raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
+    return [name for name in class_names if name not in set(seen)]
+
+
+def _teacher_on(
+    table: FeatureTable, dataset, adapter: AnchorClassifier, teacher: Teacher | None, options: dict
+) -> CalibrationPack | None:
+    """Tuned and weak logits on the images of `table`, `None` when they are not to be had."""
+    config = adapter.adapter_config
+    names, pack = tuple(config.class_names), adapter.calibration
+    if teacher is not None:
+        weak_table = embed_dataset(adapter.encoder, dataset, **options)
+        said = teacher_logits(
+            teacher, dataset, names, templates=config.templates, weak=adapter.encoder, table=weak_table, **options
+        )
+        zero_shot = AnchorClassifier(adapter.encoder, Anchors(names, (), config.templates))
+        return CalibrationPack(
+            said,
+            names,
+            weak_logits=teacher_logits(zero_shot, dataset, names, weak=adapter.encoder, table=weak_table, **options),
+        )
+    if pack is None:
+        return None
+    if pack.class_names != names:
+        raise ValueError("the calibration pack's class names are not the adapter's: attach the pack saved with it.")
+    try:
+        pack.check_images(len(table), table.dataset_fingerprint)
+    except ValueError:
+        logger.warning(
+            "the adapter's calibration pack belongs to other images (%s): the refit goes without the teacher's "
+            "logits; pass teacher= or the dataset of the extraction.",
+            pack.dataset or pack.dataset_fingerprint,
+        )
+        return None
+    return pack

@@ -1,0 +1,314 @@
+"""[`fit`]: the one training loop. A method brings its parameters and a `step(indices, generator) -> loss`.
+
+Every process takes its part of each batch and gradients are summed, so that the result does not depend on the number
+of processes (up to the order of floating-point sums); what `step` draws for an example goes through
+`draws.per_example`. The order of the examples and the generator given to `step` follow from the seed and the step
+alone, so that a run resumed from its checkpoint ends where an uninterrupted one does.
+
+Beside it, what published prompt learners do to training itself: a schedule by epochs ([`scheduled_rate`]), parameters
+averaged over epochs ([`gaussian_epoch_weights`]) and a gradient that does not go against that of another loss
+([`project_gradient`]).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..algebra import check_finite
+from ..hub.files import replace_file
+from ..settings import SCHEDULES, FitConfig
+from .draws import BatchGenerator
+
+
+FIRST_EPOCH_LR = 1e-5  # of the "epochs" schedule, whatever the peak
+
+Step = Callable[[Tensor, torch.Generator], Tensor | tuple[Tensor, Tensor]]
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then cosine to 0, per step."""
+    ramp = max(1, round(warmup * total))
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak / 2 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+def scheduled_rate(config: FitConfig, epoch: int, step: int, total: int) -> float:
+    """The learning rate of a step.
+
+    With the schedule `"cosine"`, [`learning_rate`] of the step. With `"epochs"`, the one of CoOp (arXiv 2109.01134),
+    for epochs e = 1 ... E: 1e-5 for e = 1, and ``lr / 2 * (1 + cos(pi * (e - 2) / E))`` after that.
+
+    Args:
+        config (`FitConfig`): settings.
+        epoch (`int`): counted from 0, i.e. e - 1.
+        step (`int`): counted from 0 over the whole run.
+        total (`int`): steps of the whole run.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    if config.schedule == "cosine":
+        return learning_rate(step, total, config.lr, config.warmup)
+    if config.schedule != "epochs":
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}.")
+    if epoch == 0:
+        return FIRST_EPOCH_LR
+    return config.lr / 2 * (1 + math.cos(math.pi * (epoch - 1) / config.epochs))
+
+
+def gaussian_epoch_weights(epochs: int, mean: float, std: float) -> list[float]:
+    """Weights of PromptSRC's Gaussian aggregation of prompts (arXiv 2307.06948), for [`fit`].
+
+    ``g_e = exp(-(e - mean)^2 / (2 std^2)) / sum_k exp(-(k - mean)^2 / (2 std^2))`` for epochs e = 1 ... E.
+
+    Args:
+        epochs (`int`): E.
+        mean (`float`): in epochs, counted from 1.
+        std (`float`): in epochs.
+
+    Returns:
+        `list[float]`: E weights that add up to 1.
+
+    Raises:
+        ValueError: no epoch, or a standard deviation that is not positive.
+    """
+    if epochs < 1 or not std > 0:
+        raise ValueError(f"there must be an epoch and a positive std, got epochs={epochs} and std={std}.")
+    distance = (torch.arange(1, epochs + 1, dtype=torch.float64) - mean) / std
+    return torch.softmax(-distance.square() / 2, dim=0).tolist()
+
+
+def project_gradient(main: Tensor, pull: Tensor, strength: float = 1.0) -> Tensor:
+    """ProGrad's rule (arXiv 2205.14865): follow the main loss, but not against the pull.
+
+    ``g - strength * <g, u> u`` with ``u = k / |k|`` where ``<g, k> < 0``, else ``g``: at strength 1 the part of g that
+    points against k is taken out. For `fit(..., combine=project_gradient)`.
+
+    Args:
+        main (`Tensor`): g, gradient of the main loss for one parameter, of any shape.
+        pull (`Tensor`): k, that of the pull, of the same shape; zero leaves g as it is.
+        strength (`float`, *optional*, defaults to 1.0): how much of that part is taken out.
+
+    Returns:
+        `Tensor`: of the shape and type of g.
+    """
+    g, k = main.float(), pull.float()
+    u = k / k.abs().amax().clamp_min(torch.finfo(k.dtype).tiny)  # first of all, so that no square underflows
+    u = u / u.norm().clamp_min(1)  # at least 1, but for k = 0 (or next to it)
+    inner = (g * u).sum()
+    return torch.where(inner < 0, g - strength * inner * u, g).to(main.dtype)
+
+
+def fit(
+    parameters: Sequence[nn.Parameter],
+    step: Step,
+    num_examples: int,
+    config: FitConfig,
+    *,
+    combine: Callable[[Tensor, Tensor], Tensor] | None = None,
+    epoch_weights: Sequence[float] | None = None,
+    accelerator=None,
+    checkpoint: str | os.PathLike | None = None,
+    description: str = "Training",
+    progress: bool = True,
+) -> list[float]:
+    """Minimises `step` over the examples.
+
+    Args:
+        parameters (`Sequence[nn.Parameter]`): what is learnt.
+        step: `step(indices, generator)` returns the mean loss over the examples at `indices` (B,); with `combine`, a
+            pair of mean losses, the main one and a pull.
+        num_examples (`int`): N.
+        config (`FitConfig`): settings.
+        combine (*optional*): `combine(main, pull)` makes one gradient of those of the two losses, parameter by
+            parameter, over the whole batch; see [`project_gradient`].
+        epoch_weights (`Sequence[float]`, *optional*): g_e (E,) that add up to 1. At the end the parameters become
+            ``sum_e g_e theta_e`` with theta_e those after epoch e; see [`gaussian_epoch_weights`].
+        accelerator (`Accelerator`, *optional*): for several processes.
+        checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
+            end; a run that finds one goes on from there.
+
+    Returns:
+        `list[float]`: the mean (main) loss of each epoch run here.
+
+    Raises:
+        ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights`, a number of
+            losses that does not go with `combine`, a loss that is not finite, or a checkpoint of another run.
+    """
+    run = _Run(parameters, step, num_examples, config, combine, accelerator)
+    average = _EpochAverage(run.parameters, epoch_weights, config.epochs)
+    settings = {**asdict(config), "num_examples": num_examples, "epoch_weights": average.weights}
+    state = _Checkpoint(checkpoint, run.parameters, run.optimizer, average.sums, settings)
+    first, losses = state.load(), []
+    quiet = not progress or run.rank > 0
+    with tqdm(total=run.total, initial=first * run.per_epoch, desc=description, disable=quiet, leave=False) as bar:
+        for epoch in range(first, config.epochs):
+            losses.append(run.epoch(epoch, bar))
+            bar.set_postfix(loss=f"{losses[-1]:.4f}")
+            average.add(epoch)
+            if run.rank == 0 and epoch + 1 < config.epochs:
+                state.save(epoch + 1)
+    average.replace()
+    if run.rank == 0:
+        state.remove()
+    return losses
+
+
+class _Run:
+    """What an epoch needs, on this process."""
+
+    def __init__(self, parameters, step: Step, num_examples: int, config: FitConfig, combine, accelerator):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters or num_examples < 1:
+            raise ValueError(f"nothing to train: {len(self.parameters)} parameters and {num_examples} examples.")
+        self.optimizer = _optimizer(self.parameters, config)
+        self.step, self.num_examples, self.config, self.combine = step, num_examples, config, combine
+        self.accelerator, self.rank, self.world = accelerator, 0, 1
+        if accelerator is not None:
+            self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.per_epoch = math.ceil(num_examples / config.batch_size)
+        self.total = self.per_epoch * config.epochs
+
+    def epoch(self, epoch: int, bar: tqdm) -> float:
+        """Goes through the examples once; their mean loss."""
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 0))
+        order = torch.randperm(self.num_examples, generator=generator)
+        epoch_loss = 0.0
+        for number, indices in enumerate(order.split(self.config.batch_size)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = scheduled_rate(self.config, epoch, epoch * self.per_epoch + number, self.total)
+            losses = self._backward(indices, _seed(self.config.seed, epoch, number + 1))
+            if not torch.isfinite(losses).all():
+                raise ValueError(
+                    f"the loss became {' and '.join(map(str, losses.tolist()))} in epoch {epoch + 1}, step "
+                    f"{number + 1}: lower the learning rate ({self.config.lr:g}), or look for broken inputs."
+                )
+            self.optimizer.step()
+            epoch_loss += float(losses[0]) * len(indices)
+            bar.update()
+        return epoch_loss / self.num_examples
+
+    def _backward(self, indices: Tensor, seed: int) -> Tensor:
+        """Sets the gradients of a batch, over all processes; its losses: (1,), or (2,) with `combine`."""
+        share = slice(self.rank, None, self.world)
+        mine = indices[share]
+        count = 1 if self.combine is None else 2
+        losses, gradients = torch.zeros(count), [[None] * len(self.parameters)] * count
+        if len(mine):
+            generator = BatchGenerator(seed, len(indices), share)
+            scaled = [loss * (len(mine) / len(indices)) for loss in self._losses(mine, generator)]
+            losses = torch.stack([loss.detach() for loss in scaled])
+            # The graph is kept for the second loss.
+            gradients = [
+                torch.autograd.grad(loss, self.parameters, retain_graph=loss is not scaled[-1], allow_unused=True)
+                for loss in scaled
+            ]
+        if self.world > 1:
+            losses = self.accelerator.reduce(losses.to(self.accelerator.device), "sum")
+        for p, *own in zip(self.parameters, *gradients, strict=True):
+            if self.world > 1 or self.combine is not None:
+                own = [torch.zeros_like(p) if gradient is None else gradient for gradient in own]
+            if self.world > 1:  # sums go by place in memory, where a transposed gradient lies the other way round
+                own = [self.accelerator.reduce(gradient.contiguous(), "sum") for gradient in own]
+            p.grad = own[0] if self.combine is None else self.combine(*own)
+        return losses
+
+    def _losses(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        found = self.step(indices, generator)
+        if isinstance(found, tuple) != (self.combine is not None):
+            raise ValueError("step must return two losses with combine=, and one without.")
+        return found if isinstance(found, tuple) else (found,)
+
+
+class _EpochAverage:
+    """Sums ``g_e theta_e`` in fp32; nothing where there are no weights."""
+
+    def __init__(self, parameters: list[nn.Parameter], weights: Sequence[float] | None, epochs: int):
+        self.weights = None if weights is None else [float(weight) for weight in weights]
+        if self.weights is not None and len(self.weights) != epochs:
+            raise ValueError(f"epoch_weights must hold one weight per epoch: got {len(self.weights)} for {epochs}.")
+        if self.weights is not None and not math.isclose(sum(self.weights), 1, abs_tol=1e-4):
+            raise ValueError(f"epoch_weights must add up to 1, got {sum(self.weights)}: divide them by that.")
+        averaged = parameters if self.weights is not None else []
+        self.parameters = averaged
+        self.sums = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in averaged]
+
+    def add(self, epoch: int) -> None:
+        for p, total in zip(self.parameters, self.sums, strict=True):
+            total.add_(p.detach().float(), alpha=self.weights[epoch])
+
+    def replace(self) -> None:
+        for p, total in zip(self.parameters, self.sums, strict=True):
+            p.data.copy_(total)
+
+
+def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, **settings)
+    raise ValueError(f"optimizer must be 'adamw' or 'sgd', got {config.optimizer!r}.")
+
+
+def _seed(seed: int, epoch: int, number: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{epoch}/{number}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class _Checkpoint:
+    """Parameters, optimizer state and sums over epochs in one safetensors file."""
+
+    def __init__(self, path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, sums, settings: dict):
+        self.path = Path(path) if path else None
+        self.parameters, self.optimizer, self.sums = parameters, optimizer, sums
+        self.settings = json.dumps(settings, sort_keys=True)
+
+    def save(self, epoch: int) -> None:
+        if self.path is None:
+            return
+        tensors = {key: value.detach().contiguous() for key, value in self._tensors().items()}
+        for i, p in enumerate(self.parameters):
+            for key, value in self.optimizer.state[p].items():
+                if torch.is_tensor(value):
+                    tensors[f"state.{i}.{key}"] = value.contiguous()
+        metadata = {"epoch": str(epoch), "settings": self.settings}
+        replace_file(self.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    def load(self) -> int:
+        if self.path is None or not self.path.is_file():
+            return 0
+        with safe_open(self.path, framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+        own = self._tensors()
+        fitting = all(key in tensors and tensors[key].shape == value.shape for key, value in own.items())
+        if metadata.get("settings") != self.settings or not fitting:
+            raise ValueError(f"{self.path} is the checkpoint of another run; remove it or use its settings.")
+        for key, value in own.items():
+            value.data.copy_(check_finite(tensors[key].reshape(1, -1), "the checkpoint").reshape(value.shape))
+        for i, p in enumerate(self.parameters):
+            prefix = f"state.{i}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            self.optimizer.state[p].update(state)
+        return int(metadata["epoch"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parameters = {f"parameter.{i}": p for i, p in enumerate(self.parameters)}
+        return parameters | {f"sum.{i}": total for i, total in enumerate(self.sums)}
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

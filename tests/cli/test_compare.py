@@ -1,0 +1,156 @@
+"""`compare` on the command line: folders of pictures with and without labels, rows to choose, the gate, and errors."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_transmiter import AnchorClassifier, Anchors, DualEncoder, TransMiterConfig
+from hf_transmiter.cli.compare import _few_shot, _judge, _rows
+from hf_transmiter.cli.main import app
+from hf_transmiter.cli.options import DataOptions, Result
+from hf_transmiter.evaluation.compare import Comparison
+from hf_transmiter.evaluation.methods import METHODS
+from hf_transmiter.hub.scores import Score
+
+
+NAMES = ("cat", "dog", "car")
+ROWS = ("zero-shot strong", "tuned weak", "EFT", "bridge from task images", "refit", "linear probe")
+
+
+def run(*args, code=0):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def rows(*names):
+    return [part for name in names for part in ("--methods", name)]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(scope="module")
+def command(out, model_dir, make_dataset):
+    """``compare`` on tiny models: a teacher, ``photos/{train,test}/CLASS``, and the same pictures without a word."""
+    weak = DualEncoder.from_pretrained(model_dir("clip"))
+    text = weak.embed_names(NAMES)
+    moved = torch.nn.functional.normalize(text + 0.3 * torch.randn(text.shape), dim=-1)
+    config = TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+    tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
+    AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors).save_pretrained(out / "teacher")
+    for split, count, seed in (("train", 18, 1), ("test", 12, 0)):
+        images = make_dataset(count, NAMES, seed)
+        for i, row in enumerate(images):
+            folder = out / "photos" / split / NAMES[row["label"]]
+            for place in (folder, out / "plain"):
+                place.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{i}.png")
+            if split == "test":
+                row["image"].save(out / "plain" / f"{i}.png")
+    models = ("--weak", weak.name_or_path, "--strong", model_dir("siglip", seed=1), "--teacher", out / "teacher")
+    return ("compare", *models, "--cache-dir", out / "features")
+
+
+def test_a_folder_with_labels(command, out):
+    data = ("--dataset", out / "photos", "--unlabelled", out / "photos", "--labelled", out / "photos")
+    result = run(*command, *data, *rows(*ROWS), "--shots", "8", "--output-dir", out / "report")
+    header, _, *table = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert header.startswith("| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop")
+    assert [line.split(" | ")[0].strip("| ") for line in table] == list(ROWS)
+    assert result.stdout.startswith("Recommended: refit, since prompts or class vectors were tuned")
+    assert "3 of 3 classes have fewer than 8 labelled pictures, first 'car'" in result.stderr  # they have 6
+    report = (out / "report" / "report.md").read_text()
+    assert result.stdout.strip() in report and str(out) not in report
+    for name in ("methods", "reliability"):
+        assert f"figures/{name}.png" in report and (out / "report" / "figures" / f"{name}.png").is_file()
+    found = json.loads((out / "report" / "comparison.json").read_text())
+    assert found["recommended"] == "refit" and [row["name"] for row in found["rows"]] == list(ROWS)
+    assert all(set(row["scores"]) == {"accuracy", "ece"} and row["needs"] for row in found["rows"])
+    assert "--overwrite" in run(*command, *data, "--output-dir", out / "report", "--quiet", code=1).stderr
+
+
+def test_a_folder_without_labels(command, out):
+    """The names are the teacher's, or those given; what is scored is agreement."""
+    data = ("--dataset", out / "plain", "--unlabelled", out / "plain", "--json", "--quiet")
+    folder = ("--output-dir", out / "agreement")
+    found = json.loads(run(*command, *data, *rows("tuned weak", "refit", "linear probe"), *folder).stdout)
+    assert next(iter(found)) == "recommended" and found["verdict"] == ""
+    assert [row["name"] for row in found["rows"]] == ["tuned weak", "refit"]
+    tuned, refit = found["rows"]
+    assert set(tuned["scores"]) == {"agreement", "confidence", "calibration gap"} == set(refit["scores"])
+    assert tuned["scores"]["agreement"] == 100 and 0 <= refit["scores"]["agreement"] <= 100
+    assert refit["needs"] == {
+        "labels": False, "task_images": True, "backprop": False, "weak_at_run_time": False,
+    }  # fmt: skip
+    assert refit["bytes"] == 4 * (2 * 3 * 16 + 3)  # class vectors, zero-shot ones and the bias
+    assert found["skipped"] == {"linear probe": "it needs labelled images: pass `labelled`"}
+    assert "agreement" in (out / "agreement" / "report.md").read_text()
+    assert not (out / "agreement" / "figures" / "reliability.png").exists()
+    said = run(*command, *data, "--min-gain", "1", code=1).stderr
+    assert "the test pictures have no labels: pass a labelled --dataset" in said
+
+
+def test_the_gate(command, out):
+    data = ("--dataset", out / "photos", *rows("EFT"), "--json", "--quiet", "--gate", "EFT")
+    failed = run(*command, *data, "--min-gain", "100.5", code=1)
+    found = json.loads(failed.stdout)  # the result is there all the same
+    values = {row["name"]: row["scores"]["accuracy"] for row in found["rows"]}
+    assert found["gate"] == {
+        "method": "EFT",
+        "gain": pytest.approx(values["EFT"] - values["zero-shot strong"]),
+        "min_gain": 100.5,
+        "passed": False,
+    }
+    (line,) = failed.stderr.strip().splitlines()
+    assert line.startswith("Error: EFT gains ") and line.endswith("fewer than the 100.5 of --min-gain.")
+    assert json.loads(run(*command, *data, "--min-gain", "-100").stdout)["gate"]["passed"] is True
+
+
+def test_the_gate_needs_something_to_look_at():
+    def judged(row, **more):
+        found = Comparison([Score("zero-shot strong", "test", "accuracy", 50.0)], {}, None, ("a",), **more)
+        found.logits["zero-shot strong"] = torch.zeros(1, 1)
+        result = Result({}, "")
+        _judge(result, found, 0.0, row)
+        return result
+
+    assert "no row 'refit' (it is not among --methods)" in judged("refit").failed
+    assert "no row 'refit' (it failed: broken)" in judged("refit", skipped={"refit": "it failed: broken"}).failed
+    assert judged("zero-shot strong").data["gate"]["passed"]  # no gain is asked for
+    names = [row.name for row in _rows(["EFT"], 1.0, "refit")]
+    assert names == ["EFT", "zero-shot strong", "refit"]
+    assert [row.name for row in _rows(None, 1.0, "refit")] == list(METHODS)  # runs anyway
+    more = [row.name for row in _rows(None, 1.0, "refit: {solver: ridge}")]
+    assert more == [*METHODS, "refit (solver: ridge)"]
+
+
+def test_labelled_pictures(make_dataset, caplog):
+    data, test = DataOptions(), make_dataset(6)
+    few = _few_shot(make_dataset(7, seed=1), test, data, 2, 0)
+    assert few["label"] == [0, 0, 1, 1, 2, 2] and not caplog.records
+    assert len(_few_shot(make_dataset(7, seed=1), test, data, 3, 0)) == 7
+    assert "2 of 3 classes have fewer than 3 labelled pictures, first 'dog'" in caplog.text
+    with pytest.raises(ValueError, match="the labelled pictures are the test pictures"):
+        _few_shot(test, test, data, 2, 0)
+    with pytest.raises(ValueError, match="have no labels; their columns are image"):
+        _few_shot(make_dataset(6).remove_columns("label"), test, data, 2, 0)
+
+
+def test_errors(command, out):
+    def said(*args):
+        (line,) = run(*command, "--dataset", out / "photos", *args, "--quiet", code=1).stderr.strip().splitlines()
+        return line
+
+    assert "did you mean 'refit'" in said(*rows("refitt"))
+    assert "did you mean 'refit'" in said("--gate", "refitt", "--min-gain", "1")
+    assert "pass --min-gain, too" in said("--gate", "refit")
+    assert "retune must be one of lora, teacher" in said("--retune", "coop")
+    nothing = said(*rows("linear probe"), "--output-dir", out / "none")
+    assert "no row could be had" in nothing and not (out / "none").exists()

@@ -1,0 +1,74 @@
+"""Datasets as the options of commands name them."""
+
+import json
+import shutil
+
+import pytest
+from test_cli import error, run
+
+from hf_transmiter.data import catalogue
+from hf_transmiter.data.catalogue import DatasetSpec
+from hf_transmiter.method import saved
+from hf_transmiter.method.saved import teacher_templates
+from hf_transmiter.method.tune import starting_templates
+
+
+def test_rows_are_datasets_of_every_command():
+    said = error("evaluate", "sandbox:weak", "--dataset", "ImageNet-R")
+    assert "axiong/imagenet-r@762a23f169e080bef0be7c9d96bf73a126cbb660" in said
+
+
+def test_a_typing_mistake_is_answered_at_once():
+    for command in (("evaluate", "sandbox:weak"), ("extract", "--weak", "sandbox:weak", "--teacher", "sandbox:weak")):
+        place = ("--output-dir", "nowhere") if command[0] == "extract" else ()
+        assert "there is no dataset 'dttd'" in error(*command, "--dataset", "dttd", *place)
+
+
+@pytest.fixture
+def pets(monkeypatch, make_dataset, tmp_path):
+    """A row of the catalogue, ``pets``, with a prompt of its own, which is returned."""
+    make_dataset(36).save_to_disk(tmp_path / "pictures")
+    source = {"source": str(tmp_path / "pictures"), "train": "train", "test": "train"}
+    row = DatasetSpec("pets", "Pets", **source, templates=("a {}, a type of pet.",))
+    monkeypatch.setattr(catalogue, "_rows", lambda: {"pets": row})
+    return row.templates[0]
+
+
+def test_prompts_of_a_row(pets, model_dir, tmp_path, monkeypatch):
+    """A row's own where nobody asks for others; PromptSRC's 60, and what a teacher was tuned with, go first."""
+    shared = ("--dataset", "pets", "--cache-dir", tmp_path / "cache")
+    asked, load = [], saved.load_classifier
+    monkeypatch.setattr(
+        saved,
+        "load_classifier",
+        lambda *args, **options: asked.append(options["templates"]) or load(*args, **options),
+    )
+    for options in ((), ("--template", "default")):
+        run("evaluate", model_dir("clip"), *shared, *options)
+    assert asked == [(pets,), ("a photo of a {}.",)]
+    tuned, bare = tmp_path / "tuned", tmp_path / "bare"
+    run("tune", "--weak", model_dir("clip"), *shared, "--method", "lora", "--epochs", "1", "--output-dir", tuned)
+    assert json.loads((tuned / "teacher.json").read_text())["zero_shot_templates"] == [pets]
+    shutil.copytree(tuned, bare)
+    (bare / "teacher.json").unlink()  # a PEFT adapter from elsewhere
+    for teacher, options, expected in ((tuned, ("--template", "{}"), ["{}"]), (bare, (), [pets])):
+        folder = tmp_path / f"adapter-{teacher.name}"
+        models = ("--weak", model_dir("clip"), "--teacher", teacher)
+        run("extract", *models, *shared, "--class-names", "cat,dog,car", "--output-dir", folder, *options)
+        assert json.loads((folder / "adapter_config.json").read_text())["templates"] == expected
+    assert teacher_templates(str(tuned), None, ("other {}",)) == (pets,)
+    assert teacher_templates(str(bare), None, ("other {}",)) == ("other {}",)
+    assert starting_templates("lora", (pets,)) == (pets,) and len(starting_templates("promptsrc", (pets,))) == 60
+
+
+def test_pictures_that_cannot_be_read(tmp_path, make_images):
+    for i, image in enumerate(make_images(4)):
+        path = tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    path.write_bytes(b"no picture")
+    call = ("evaluate", "sandbox:weak", "--dataset", tmp_path / "pictures", "--cache-dir", tmp_path / "cache")
+    assert "the image in row 3 cannot be read" in error(*call)
+    done = run(*call, "--skip-unreadable", "--json")
+    assert json.loads(done.stdout)["num_images"] == 3
+    assert "1 of 4 pictures cannot be read and are left out:" in done.stderr and "row 3 (dog/3.png): " in done.stderr

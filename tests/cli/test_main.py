@@ -1,0 +1,274 @@
+"""The command line end to end on the sandbox: one chain of commands, shared by the tests, and what goes wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from hf_transmiter.cli.main import app
+from hf_transmiter.data.images import load_images
+from hf_transmiter.method.bridge import Bridge
+from hf_transmiter.method.classifier import AnchorClassifier
+
+
+COMMANDS = ("demo", "tune", "extract", "bridge", "transfer", "evaluate", "compare")
+PRINT = ("--dataset", "sandbox:print", "--split", "validation")
+
+
+def run(*args, code=0):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def error(*args) -> str:
+    """The one line that a failing command says."""
+    result = run(*args, "--quiet", code=1)
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def chain(out):
+    """tune -> extract -> bridge -> transfer, and the JSON each of them printed."""
+    cache, said = ("--cache-dir", out / "features", "--json"), {}
+
+    def step(name, *args):
+        result = run(name, *args, *cache)
+        said[name] = json.loads(result.stdout)
+
+    config = {"weak": "sandbox:weak", "dataset": "sandbox:print", "split": "validation"}
+    config.update({"epochs": 50, "batch-size": 72, "lr": 0.01, "shots": 6, "augment": "none"})
+    (out / "tune.yaml").write_text(yaml.safe_dump(config))
+    step("tune", "--config", out / "tune.yaml", "--epochs", "8", "--output-dir", out / "tuned")
+    models = ("--weak", "sandbox:weak")
+    step("extract", *models, "--teacher", out / "tuned", *PRINT, "--output-dir", out / "adapter")
+    step("bridge", *models, "--strong", "sandbox:strong", *PRINT, "--output", out / "bridge.safetensors")
+    target = ("--strong", "sandbox:strong", "--output-dir", out / "strong")
+    step("transfer", out / "adapter", *target, *PRINT, "--bridge", out / "bridge.safetensors")
+    return said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name):
+    text = " ".join(run(name, "--help").stdout.replace("│", " ").split())
+    assert f"Example: hf-transmiter {name} " in text and "--json" in text and "--config" in text
+
+
+def test_the_overview_lists_every_command():
+    text = run("--help").stdout
+    assert [name for name in COMMANDS if re.search(rf"│ {name} ", text)] == list(COMMANDS)
+
+
+def test_settings_are_options():
+    text = run("extract", "--help").stdout
+    for option in ("--solver", "--teacher-temperature", "--lambdas", "--warmup", "--seed", "--orthogonal-map"):
+        assert option in text
+    assert "Divides the teacher's logits." in text and "[default: 30.0]" in text
+    assert re.search(r"--refit +--no-refit", run("transfer", "--help").stdout)
+
+
+def test_help_is_cheap():
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from hf_transmiter.cli.main import app\n"
+        f"for name in [[]] + [[n] for n in {COMMANDS}]:\n"
+        "    assert CliRunner().invoke(app, [*name, '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_config_file_and_overrides(chain, out):
+    settings = yaml.safe_load((out / "tuned" / "settings.yaml").read_text())
+    assert settings["epochs"] == 8  # the command line wins over the file's 50
+    assert (settings["shots"], settings["batch_size"], settings["augment"]) == (6, 72, "none")
+    assert "output_dir" not in settings and settings["dataset"] == "sandbox:print"
+    assert json.loads((out / "tuned" / "teacher.json").read_text())["settings"]["epochs"] == 8
+
+
+def test_saved_settings_repeat_a_run(chain, out):
+    run("extract", "--config", out / "adapter" / "settings.yaml", "--output-dir", out / "again", "--quiet")
+    tensors = []
+    for name in ("adapter", "again"):
+        with safe_open(out / name / "adapter_model.safetensors", framework="pt") as file:
+            tensors.append({key: file.get_tensor(key) for key in file.keys()})
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all((tensors[0][key] == tensors[1][key]).all() for key in tensors[0])
+
+
+def test_what_the_chain_says_and_leaves(chain, out):
+    assert chain["tune"]["num_classes"] == 36
+    facts = chain["extract"]["provenance"]
+    assert (facts["solver"], facts["num_images"]) == ("discriminant", 500)
+    assert chain["bridge"]["source"] == "images" and chain["bridge"]["num_pairs"] == 500
+    made = Bridge.load(out / "bridge.safetensors")
+    assert made.alignment == pytest.approx(chain["bridge"]["alignment"])
+    facts = chain["transfer"]["provenance"]
+    # The refit found the teacher's logits: the images are those of the extraction.
+    assert facts["refit_on"] == 500 and facts["teacher_logits"] is True
+    assert facts["bridge"]["num_pairs"] == 500 and facts["extracted"]["step"] == "extract"
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    strong = AnchorClassifier.from_pretrained(out / "strong")
+    assert strong.class_names == tuple(load_images("sandbox:print", "test").features["label"].names)
+
+
+def test_evaluate(chain, out):
+    test, scores = ("--dataset", "sandbox:print", "--split", "validation", "--cache-dir", out / "features"), {}
+    for name in ("sandbox:weak", "sandbox:strong", out / "tuned", out / "adapter", out / "strong"):
+        found = json.loads(run("evaluate", name, *test, "--json").stdout)
+        (score,) = found["scores"]
+        assert (score["metric"], found["num_images"], score["split"]) == ("accuracy", 500, "validation")
+        scores[name] = score["value"]
+    assert scores["sandbox:weak"] + 20 < scores[out / "tuned"]
+    # The default extraction keeps what carries over, not what is best on the weak model.
+    assert scores["sandbox:weak"] < scores[out / "adapter"]
+    assert scores["sandbox:strong"] + 5 < scores[out / "strong"]
+    names = load_images("sandbox:print", "test").features["label"].names
+    (out / "seen.txt").write_text("\n".join(names[:18]))
+    result = run("evaluate", out / "strong", *test, "--seen-classes", out / "seen.txt")
+    assert all(f"validation {metric}" in result.stdout for metric in ("accuracy", "base", "novel", "hm", "joint"))
+    assert f"{scores[out / 'strong']:.1f}" in result.stdout
+
+
+def test_an_adapter_from_stored_logits_needs_no_tuned_model(chain, out):
+    teacher = out / "adapter" / "calibration.safetensors"
+    args = ("--weak", "sandbox:weak", "--teacher", teacher, *PRINT, "--cache-dir", out / "features")
+    run("extract", *args, "--output-dir", out / "from_logits", "--quiet")
+    scores = []
+    for name in ("adapter", "from_logits"):
+        found = run("evaluate", out / name, *PRINT, "--cache-dir", out / "features", "--json").stdout
+        scores.append(json.loads(found)["scores"][0]["value"])
+    assert scores[0] == pytest.approx(scores[1], abs=1.0)  # logits are stored in half precision
+
+
+def test_a_prompt_is_carried_by_text_alone(out):
+    """CoOp has class vectors of its own: neither `extract` nor `transfer` sees a picture."""
+    tuning = ("--method", "coop", "--shots", "2", "--epochs", "1")
+    run("tune", "--weak", "sandbox:weak", *PRINT, *tuning, "--output-dir", out / "coop", "--quiet")
+    args = ("--weak", "sandbox:weak", "--teacher", out / "coop", "--output-dir", out / "coop_adapter", "--json")
+    assert json.loads(run("extract", *args).stdout)["provenance"]["own_class_vectors"] is True
+    args = ("--strong", "sandbox:strong", "--output-dir", out / "coop_strong", "--json")
+    found = json.loads(run("transfer", out / "coop_adapter", *args).stdout)["provenance"]
+    assert found["bridge"]["source"] == "text" and "refit_on" not in found
+    # Saved by PEFT alone it is asked in the same words.
+    (shutil.copytree(out / "coop", out / "coop_peft") / "teacher.json").unlink()
+    test = ("--dataset", "sandbox:print", "--split", "validation", "--cache-dir", out / "features", "--json")
+    scores = [json.loads(run("evaluate", out / name, *test).stdout)["scores"] for name in ("coop", "coop_peft")]
+    assert [score["value"] for score in scores[0]] == [score["value"] for score in scores[1]]
+
+
+def test_several_seeds_and_options_of_the_adapter(out):
+    folder, settings = out / "seeds", ("--method", "contcoop", "--epochs", "1", "--shots", "1")
+    command = ("tune", "--weak", "sandbox:weak", *PRINT, *settings, "--output-dir", folder, "--json", "--quiet")
+    options = ("--adapter", "class_embed=mean_token", "--adapter", "attend_context=true", "--max-images", "400")
+    found = json.loads(run(*command, *options, "--seeds", "1", "--seeds", "3").stdout)
+    assert found["output_dirs"] == [str(folder / "seed-1"), str(folder / "seed-3")]
+    adapter = json.loads((folder / "seed-3" / "adapter_config.json").read_text())
+    assert (adapter["seed"], adapter["class_embed"], adapter["attend_context"]) == (3, "mean_token", True)
+    written = (folder / "seed-1" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert json.loads(run(*command, *options, "--seeds", "1").stdout)["output_dirs"] == [str(folder / "seed-1")]
+    assert (folder / "seed-1" / "adapter_model.safetensors").stat().st_mtime_ns == written
+    assert "holds an adapter of other settings" in error(*command[:-2], "--seeds", "1")
+    assert "--overwrite does nothing" in error(*command[:-2], "--seeds", "1", "--overwrite")
+
+
+def test_existing_output_stays(chain, out):
+    args = ("--weak", "sandbox:weak", "--teacher", out / "tuned", *PRINT, "--cache-dir", out / "features")
+    before = (out / "adapter" / "adapter_config.json").read_bytes()
+    assert "--overwrite" in error("extract", *args, "--output-dir", out / "adapter")
+    pair = ("--weak", "sandbox:weak", "--strong", "sandbox:strong")
+    assert "--overwrite" in error("bridge", *pair, "--output", out / "bridge.safetensors")
+    assert (out / "adapter" / "adapter_config.json").read_bytes() == before
+    # What somebody else put there is never replaced.
+    foreign = out / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("text")
+    assert "not written by" in error("extract", *args, "--output-dir", foreign, "--overwrite")
+    assert (foreign / "thesis.txt").read_text() == "text"
+    run("extract", *args, "--output-dir", out / "twice", "--quiet")
+    (out / "twice" / "stale.txt").write_text("old")
+    run("extract", *args, "--output-dir", out / "twice", "--overwrite", "--solver", "ridge", "--quiet")
+    assert not (out / "twice" / "stale.txt").exists()
+    assert json.loads((out / "twice" / "adapter_config.json").read_text())["provenance"]["solver"] == "ridge"
+
+
+def test_config_errors(out):
+    file = out / "bad.yaml"
+    file.write_text("weak: sandbox:weak\nepoch: 3\n")
+    said = error("tune", "--config", file, "--dataset", "sandbox:print", "--output-dir", out / "none")
+    assert "unknown options epoch;" in said and "epochs" in said and "weak" in said
+    for text, words in (("[1, 2]", "not a list"), ("a: [", "not valid YAML")):
+        file.write_text(text)
+        assert words in error("tune", "--config", file, "--output-dir", out / "none")
+    assert "cannot read the config" in error("tune", "--config", out / "missing.yaml", "--output-dir", out / "none")
+    file.write_text("weak: sandbox:weak\ndataset: sandbox:print\nepochs: many\n")
+    assert "valid integer" in run("tune", "--config", file, "--output-dir", out / "none", code=2).stderr
+
+
+def test_errors_are_one_line(out, chain, tmp_path):
+    tune = ("tune", "--output-dir", out / "none")
+    weak = ("--weak", "sandbox:weak")
+    assert "no model './nowhere'" in error(*tune, "--weak", "./nowhere", "--dataset", "sandbox:print")
+    assert "there are weak, strong" in error(*tune, "--weak", "sandbox:big", "--dataset", "sandbox:print")
+    assert "cannot load the model 'me/none'" in error(*tune, "--weak", "me/none", "--dataset", "sandbox:print")
+    assert "there are print, night" in error(*tune, *weak, "--dataset", "sandbox:mars")
+    assert "no dataset './none'" in error(*tune, *weak, "--dataset", "./none")
+    assert "me/none" in error(*tune, *weak, "--dataset", "me/none")
+    assert "train, unlabelled" in error(*tune, *weak, "--dataset", "sandbox:print", "--split", "dev")
+    assert "no column 'kind'" in error(*tune, *weak, *PRINT, "--label-column", "kind")
+    assert "method must be one of" in error(*tune, *weak, *PRINT, "--method", "magic")
+    assert "dtype must be" in error(*tune, *weak, *PRINT, "--dtype", "int8")
+    assert "cannot be used" in error(*tune, *weak, *PRINT, "--device", "abacus")
+    assert "No templates named 'nice'" in error(*tune, *weak, *PRINT, "--template", "nice")
+    other = ("extract", "--weak", "sandbox:strong", "--teacher", out / "tuned", "--output-dir", out / "none")
+    assert "was tuned from" in error(*other)
+    assert "no adapter to transfer" in error(
+        "transfer", out / "tuned", "--strong", "sandbox:strong", "--output-dir", out / "none"
+    )
+    assert not (out / "none").exists()
+    with pytest.raises(FileNotFoundError):
+        run(*tune, *weak, "--dataset", "./none", "--debug")
+    assert run(*tune, *weak, code=2).stderr.count("--dataset")
+
+
+def test_images_from_anywhere(tmp_path, make_dataset):
+    dataset = make_dataset(12)
+    names = dataset.features["label"].names
+    for i, row in enumerate(dataset):
+        folder = tmp_path / "folder" / ("train" if i < 9 else "test") / names[row["label"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / f"{i}.png")
+    folder = load_images(str(tmp_path / "folder"), prefer=("test",))
+    assert len(folder) == 3 and folder.features["label"].names == sorted(names)
+    assert len(load_images(str(tmp_path / "folder"), "train[:3]")) == 3
+    with pytest.raises(ValueError, match="name one with --split: train, test"):
+        load_images(str(tmp_path / "folder"), prefer=("unlabelled",))
+    words = dataset.remove_columns("label").add_column("label", [names[i] for i in dataset["label"]])
+    words.select(range(6)).to_parquet(tmp_path / "a.parquet")
+    words.select(range(6, 12)).to_parquet(tmp_path / "b.parquet")
+    parquet = load_images(str(tmp_path / "*.parquet"), prefer=("test",))  # the only split, under any name
+    assert len(parquet) == 12 and parquet.features["label"].names == sorted(names)
+    assert [parquet.features["label"].int2str(i) for i in parquet["label"]] == words["label"]
+    dataset.save_to_disk(tmp_path / "disk")
+    few = [load_images(str(tmp_path / "disk"), max_images=5) for _ in range(2)]
+    assert len(few[0]) == 5 and few[0]._fingerprint == few[1]._fingerprint != dataset._fingerprint
+    with pytest.raises(ValueError, match="all of one kind"):
+        load_images(str(tmp_path / "disk" / "*"))

@@ -1,0 +1,291 @@
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import peft
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from hf_transmiter.data import embeddings
+from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(embeddings, "PART_ROWS", 4)
+
+
+@pytest.fixture
+def watch(encoder):
+    """``watch()``: number of images the encoder has embedded; ``watch.stop_after = n`` interrupts at image n + 1."""
+
+    def count():
+        return count.images
+
+    def hook(module, args, kwargs):
+        batch = len(kwargs["pixel_values"])
+        if count.images + batch > count.stop_after:
+            raise KeyboardInterrupt
+        count.images += batch
+
+    count.images, count.stop_after = 0, float("inf")
+    encoder.model.vision_model.register_forward_pre_hook(hook, with_kwargs=True)
+    return count
+
+
+def same(left: FeatureTable, right: FeatureTable):
+    torch.testing.assert_close(left.embeds, right.embeds, atol=1e-6, rtol=0)
+    assert torch.equal(left.labels, right.labels) and left.class_names == right.class_names
+
+
+# What the table holds
+
+
+def test_rows_are_the_encoders_in_order(encoder, make_dataset, tmp_path):
+    dataset = make_dataset(11)
+    table = embed_dataset(encoder, dataset, cache_dir=tmp_path, batch_size=3)
+    assert len(table) == 11 and table.embeds.dtype == torch.float32
+    torch.testing.assert_close(table.embeds, encoder.embed_images(dataset["image"][:]), atol=1e-6, rtol=0)
+    assert table.labels.tolist() == dataset["label"][:] and table.labels.dtype == torch.long
+    assert table.class_names == ["cat", "dog", "car"]
+    assert table.dataset_fingerprint == dataset._fingerprint
+    (path,) = tmp_path.iterdir()  # no parts and no temporary files stay behind
+    assert path.suffix == ".npy" and np.array_equal(np.load(path), table.embeds)
+
+
+def test_without_labels(encoder, make_dataset, tmp_path):
+    table = embed_dataset(encoder, make_dataset(5).remove_columns("label"), cache_dir=tmp_path)
+    assert table.labels is None and table.class_names is None and len(table) == 5
+
+
+def test_with_an_accelerator_of_the_caller(encoder, make_dataset, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    table = embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path / "a", accelerator=Accelerator(cpu=True))
+    same(embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path / "b"), table)
+
+
+def test_formats_of_the_dataset_are_not_applied(encoder, make_dataset, tmp_path):
+    dataset = make_dataset(5)
+    table = embed_dataset(encoder, dataset, cache_dir=tmp_path / "a")
+    same(embed_dataset(encoder, dataset.with_format("torch"), cache_dir=tmp_path / "b"), table)
+
+
+# Caching
+
+
+def test_default_cache_is_among_the_hubs_assets(encoder, make_dataset):
+    folder = Path(constants.HF_ASSETS_CACHE, "hf_transmiter", "features", "default")
+    before = set(folder.glob("*.npy"))
+    embed_dataset(encoder, make_dataset(3))
+    assert len(set(folder.glob("*.npy")) - before) == 1
+
+
+def test_a_finished_table_is_never_made_again(encoder, make_dataset, watch, tmp_path):
+    first = embed_dataset(encoder, make_dataset(11), cache_dir=tmp_path)
+    watch.stop_after = 0
+    same(embed_dataset(encoder, make_dataset(11), cache_dir=tmp_path, batch_size=2), first)
+    with pytest.raises(KeyboardInterrupt):  # the guard itself works
+        embed_dataset(encoder, make_dataset(10), cache_dir=tmp_path)
+
+
+def test_what_the_key_covers(encoder, make_dataset, model_dir, tmp_path):
+    dataset = make_dataset(5)
+    other = make_dataset(5, seed=2).select_columns("image").rename_column("image", "other")
+    two = datasets.concatenate_datasets([dataset, other], axis=1)
+    tuned = DualEncoder.from_pretrained(model_dir("clip"))
+    peft.get_peft_model(tuned.model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    tables = [
+        embed_dataset(encoder, dataset, cache_dir=tmp_path),
+        embed_dataset(tuned, dataset, cache_dir=tmp_path),
+        embed_dataset(DualEncoder.from_pretrained(model_dir("clip", 1)), dataset, cache_dir=tmp_path),
+        embed_dataset(encoder, dataset.select([4, 3, 2, 1, 0]), cache_dir=tmp_path),
+        embed_dataset(encoder, make_dataset(5, seed=1), cache_dir=tmp_path),
+        embed_dataset(encoder, make_dataset(5, names=("a", "b")), cache_dir=tmp_path),
+        embed_dataset(encoder, two, cache_dir=tmp_path, image_column="image"),
+        embed_dataset(encoder, two, cache_dir=tmp_path, image_column="other"),
+    ]
+    assert len(tables) == len(os.listdir(tmp_path))
+    assert not torch.allclose(tables[0].embeds, tables[1].embeds, atol=1e-2)
+    torch.testing.assert_close(tables[3].embeds, tables[0].embeds.flip(0), atol=1e-6, rtol=0)
+    assert not torch.allclose(tables[-1].embeds, tables[-2].embeds, atol=1e-2)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(encoder, make_dataset, watch, tmp_path):
+    dataset = make_dataset(11)
+    watch.stop_after = 9
+    with pytest.raises(KeyboardInterrupt):
+        embed_dataset(encoder, dataset, cache_dir=tmp_path, batch_size=2)
+    (parts,) = tmp_path.iterdir()
+    assert sorted(os.listdir(parts)) == ["000000.safetensors", "000001.safetensors"]
+    watch.stop_after = float("inf")
+    watch.images = 0
+    table = embed_dataset(encoder, dataset, cache_dir=tmp_path, batch_size=2)
+    assert watch() == 3  # rows 8, 9, 10: the part that was under way
+    same(table, embed_dataset(encoder, dataset, cache_dir=tmp_path / "fresh"))
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+def empty(path: Path):
+    path.write_bytes(b"")
+
+
+def foreign(path: Path):
+    save_file({"embeds": torch.zeros(4, 16)}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, foreign, os.remove])
+def test_a_damaged_part_is_made_again(encoder, make_dataset, watch, tmp_path, damage):
+    dataset = make_dataset(11)
+    expected = embed_dataset(encoder, dataset, cache_dir=tmp_path / "fresh")
+    watch.images, watch.stop_after = 0, 8
+    with pytest.raises(KeyboardInterrupt):
+        embed_dataset(encoder, dataset, cache_dir=tmp_path)
+    damage(next(tmp_path.glob("*.parts")) / "000000.safetensors")
+    watch.images, watch.stop_after = 0, float("inf")
+    same(embed_dataset(encoder, dataset, cache_dir=tmp_path), expected)
+    assert watch() == 4 + 3
+
+
+@pytest.mark.parametrize("damage", [cut, empty, foreign])
+def test_a_damaged_table_is_made_again(encoder, make_dataset, tmp_path, damage, caplog):
+    table = embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)
+    labels, embeds = table.labels.clone(), table.embeds.clone()
+    del table
+    damage(next(tmp_path.glob("*.npy")))
+    again = embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)
+    assert "damaged" in caplog.text
+    assert torch.equal(again.labels, labels) and torch.equal(again.embeds, embeds)
+
+
+# Several processes
+
+
+def _in_two_processes(folder, dataset, cache, keyword):
+    encoder = DualEncoder.from_pretrained(folder)
+    seen = []
+    encoder.model.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    table = embed_dataset(encoder, dataset, cache_dir=cache, **keyword)
+    tensors = {"embeds": table.embeds, "labels": table.labels}
+    save_file(tensors, Path(cache, f"copy-{os.getpid()}-{sum(seen)}"), {"dataset": table.dataset_fingerprint})
+
+
+def test_two_processes_make_the_same_table(encoder, make_dataset, model_dir, tmp_path):
+    dataset = make_dataset(14)
+    expected = embed_dataset(encoder, dataset, cache_dir=tmp_path / "one")
+    arguments = (model_dir("clip"), dataset, tmp_path / "two", {"batch_size": 3})
+    # This process may already count as a single one; the two must not inherit that.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_in_two_processes, args=arguments, num_processes=2)
+    copies = sorted((tmp_path / "two").glob("copy-*"))
+    # Parts of 4, 4, 4, 2 rows in turn: 8 images for one process, 6 for the other.
+    assert sorted(path.name.rsplit("-", 1)[1] for path in copies) == ["6", "8"]
+    for copy in copies:
+        same(FeatureTable(**load_file(copy), class_names=expected.class_names), expected)
+    assert len(list((tmp_path / "two").iterdir())) == 3
+
+
+def test_two_runs_of_the_same_job_do_not_harm_each_other(encoder, make_dataset, model_dir, tmp_path):
+    dataset, other, tables = make_dataset(11), DualEncoder.from_pretrained(model_dir("clip")), []
+
+    def finish_first(module, args, kwargs):
+        if not tables:
+            tables.append(embed_dataset(other, dataset, cache_dir=tmp_path))
+
+    encoder.model.vision_model.register_forward_pre_hook(finish_first, with_kwargs=True)
+    same(embed_dataset(encoder, dataset, cache_dir=tmp_path), tables[0])
+
+
+# Errors
+
+
+def test_empty_dataset(encoder, make_dataset, tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        embed_dataset(encoder, make_dataset(3).select([]), cache_dir=tmp_path)
+
+
+def test_arguments_are_checked(encoder, make_dataset, tmp_path):
+    for wrong in (datasets.DatasetDict(train=make_dataset(3)), make_dataset(3).to_iterable_dataset()):
+        with pytest.raises(ValueError, match=f"one split of a dataset, not a {type(wrong).__name__}"):
+            embed_dataset(encoder, wrong, cache_dir=tmp_path)
+
+
+def test_labels_must_be_indices(encoder, make_dataset, tmp_path):
+    words = make_dataset(3).remove_columns("label").add_column("label", ["cat", "dog", "cat"])
+    with pytest.raises(ValueError, match=r"'label' holds 'cat'.*class_encode_column\('label'\)"):
+        embed_dataset(encoder, words, cache_dir=tmp_path)
+    table = embed_dataset(encoder, words.class_encode_column("label"), cache_dir=tmp_path)
+    assert table.class_names == ["cat", "dog"] and table.labels.tolist() == [0, 1, 0]
+
+
+def test_an_unreadable_picture_is_named_by_its_row(encoder, make_dataset, tmp_path):
+    rows = list(make_dataset(7).cast_column("image", datasets.Image(decode=False)))
+    rows[5]["image"] = {"bytes": b"no picture", "path": None}
+    broken = datasets.Dataset.from_list(rows, features=make_dataset(1).features)
+    with pytest.raises(ValueError, match="row 5 cannot be read"):
+        embed_dataset(encoder, broken, cache_dir=tmp_path)
+    # What came before is kept; without the row the run succeeds.
+    assert len(embed_dataset(encoder, broken.select([0, 1, 2, 3, 4, 6]), cache_dir=tmp_path)) == 6
+
+
+def test_pictures_that_are_no_pictures(encoder, tmp_path):
+    dataset = datasets.Dataset.from_dict({"image": ["missing.jpg"]})
+    with pytest.raises(ValueError, match=r"rows 0 to 0: cannot read 'missing.jpg'"):
+        embed_dataset(encoder, dataset, cache_dir=tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_named_by_their_row(encoder, make_dataset, tmp_path):
+    state = {"calls": 0}
+
+    def poison(module, args, output):
+        state["calls"] += 1
+        if state["calls"] == 3:  # batches of 2: rows 4 and 5
+            output = output.clone()
+            output[1, 0] = float("nan")
+        return output
+
+    encoder.model.visual_projection.register_forward_hook(poison)
+    with pytest.raises(ValueError, match="embedding of row 5 is not finite"):
+        embed_dataset(encoder, make_dataset(7), cache_dir=tmp_path, batch_size=2)
+
+
+# FeatureTable by itself
+
+
+@given(rows=st.integers(0, 9), batch_size=st.integers(1, 12), data=st.data())
+def test_blocks_and_selections(rows, batch_size, data):
+    embeds = torch.arange(rows * 2, dtype=torch.float16).reshape(rows, 2)
+    table = FeatureTable(embeds, range(rows), [str(i) for i in range(rows)])
+    blocks = list(table.batches(batch_size))
+    assert all(len(block) <= batch_size and block.dtype == torch.float32 for block in blocks)
+    assert torch.equal(torch.cat([*blocks, torch.empty(0, 2)]), embeds.float())
+    indices = data.draw(st.lists(st.integers(0, rows - 1), max_size=12) if rows else st.just([]))
+    part = table.select(indices)
+    assert torch.equal(part.embeds, embeds.float()[indices]) and part.labels.tolist() == indices
+
+
+def test_tables_are_checked():
+    with pytest.raises(ValueError, match=r"\(2,\) labels for 3 rows"):
+        FeatureTable(torch.zeros(3, 2), [0, 1])
+    with pytest.raises(ValueError, match="label 2 has no name: there are 2"):
+        FeatureTable(torch.zeros(1, 2), [2], ["a", "b"])
+    with pytest.raises(ValueError, match="must be"):
+        FeatureTable(torch.zeros(3))

@@ -1,0 +1,397 @@
+"""compare on tiny random models: every row is there, is what its own function gives, and needs what it says."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.data.embeddings import FeatureTable
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.evaluation.baselines import prompt_transfer
+from hf_transmiter.evaluation.compare import AT_RUN_TIME, LABELS, Comparison, compare, recommend, verdict
+from hf_transmiter.evaluation.methods import METHODS, Needs, Variant
+from hf_transmiter.evaluation.reliability import expected_calibration_error
+from hf_transmiter.evaluation.report import comparison_table
+from hf_transmiter.hub.scores import Score
+from hf_transmiter.method.attach import reattach_prompt
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.extract import extract
+from hf_transmiter.method.transfer import transfer
+from hf_transmiter.settings import ExtractionConfig, TransferConfig
+from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLeConfig, TransMiterConfig, inject
+
+
+NAMES = ("cat", "dog", "car")
+
+
+@pytest.fixture(scope="module")
+def found(model_dir, make_dataset):
+    weak = DualEncoder.from_pretrained(model_dir("clip"))
+    strong = DualEncoder.from_pretrained(model_dir("siglip", seed=1))
+    text = weak.embed_names(NAMES)
+    moved = torch.nn.functional.normalize(text + 0.1 * torch.randn(text.shape), dim=-1)
+    config = TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+    tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
+    teacher = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors)
+    sets = {name: make_dataset(30, seed=seed) for seed, name in enumerate(("test", "unlabelled"))}
+    sets["labelled"] = make_dataset(30, names=NAMES[:2], seed=2)
+    result = compare(
+        weak,
+        strong,
+        teacher,
+        sets["test"],
+        unlabelled=sets["unlabelled"],
+        labelled=sets["labelled"],
+        general=make_dataset(30, names=("tree", "ship"), seed=9),
+        tuned_strong=strong,
+        anchors=Anchors(NAMES, ("tree", "ship", "red", "blue")),
+        text_anchors=Anchors((), ("tree", "ship", "red", "blue", "old", "big")),
+        gradient=ExtractionConfig(solver="gradient", basis="fixed", epochs=1),
+        seen_classes=NAMES[:2],
+        progress=False,
+    )
+    return result, weak, strong, teacher, sets
+
+
+def test_every_method_has_every_metric(found):
+    result = found[0]
+    assert {score.metric for score in result.scores} == {"accuracy", "base", "novel", "hm", "joint", "ece"}
+    assert len(result.scores) == 6 * len(result.logits) and len(result.logits) == 14
+    assert set(result.logits) == set(result.needs) == set(result.sizes)
+    assert set(result.classifiers) <= set(result.logits) and result.labels.tolist() == [0, 1, 2] * 10
+    assert all(torch.isfinite(z).all() and z.shape == (30, 3) for z in result.logits.values())
+    assert all(score.seconds >= 0 for score in result.scores if score.method != "tuned strong")
+    # It was tuned before: what that took is not known, and scoring it is no measure of that.
+    assert {score.seconds for score in result.scores if score.method == "tuned strong"} == {None}
+    ece = expected_calibration_error(result.logits["refit"], result.labels)
+    assert result.value("refit", "ece") == pytest.approx(ece)
+
+
+def test_what_is_not_possible_says_why(found):
+    assert found[0].skipped == {
+        "re-attached prompt": "no prompt was tuned",
+        "prompt transfer": "no prompt was tuned",
+        "given bridge": "it needs a finished bridge: pass `bridge`",
+    }
+    assert [row for row in METHODS if row not in found[0].skipped] == list(found[0].logits)
+
+
+def test_needs_and_sizes(found):
+    needs, sizes = found[0].needs, found[0].sizes
+    assert needs["refit"] == Needs(task_images=True) and needs["bridge from text"] == Needs()
+    assert needs["TransMiter"] == Needs(task_images=True, backprop=True)
+    assert needs["linear probe"] == Needs(labels=True, backprop=True)
+    assert needs["EFT"] == needs["zero-shot weak"] == Needs(weak_at_run_time=True)
+    assert sizes["zero-shot strong"] == 0 and sizes["linear probe"] == 4 * 3 * 16
+    assert sizes["refit"] == sizes["EFT"] == 4 * (2 * 3 * 16 + 3)  # of this teacher, EFT keeps the same
+    assert sizes["TransMiter"] > 4 * 7 * 7 * 9
+
+
+def test_rows_are_what_the_public_functions_give(found):
+    result, weak, strong, teacher, sets = found
+    adapter = extract(weak, teacher, sets["unlabelled"], progress=False)
+    seen = {"seen_classes": NAMES[:2], "progress": False}
+    upgraded = transfer(adapter, strong, sets["unlabelled"], config=TransferConfig(refit=True), **seen)
+    x = strong.embed_images(sets["test"]["image"])
+    with torch.no_grad():
+        assert torch.allclose(result.logits["refit"], upgraded.classify(x), atol=1e-4)
+    bridged = transfer(adapter, strong, sets["unlabelled"], **seen)  # no refit: one class was not seen
+    with torch.no_grad():
+        assert torch.allclose(result.logits["bridge from task images"], bridged.classify(x), atol=1e-4)
+    eft = result.logits["zero-shot strong"] + result.logits["tuned weak"] - result.logits["zero-shot weak"]
+    assert torch.allclose(result.logits["EFT"], eft, atol=1e-5)
+    assert torch.allclose(result.logits["tuned strong"], result.logits["zero-shot strong"], atol=1e-4)
+
+
+def test_notes_name_what_a_method_needs(found):
+    result = found[0]
+    assert {m for m, note in result.notes.items() if note == AT_RUN_TIME} == {
+        "EFT",
+        "logit ensemble",
+    }
+    assert {m for m, note in result.notes.items() if note == LABELS} == {
+        "linear probe",
+        "label tuning",
+        "tuned strong",
+    }
+
+
+def test_what_is_written_begins_with_the_advice(found):
+    said = found[0].to_dict()
+    assert list(said) == ["recommended", "reason", "verdict", "split", "rows", "skipped"]
+    assert json.loads(json.dumps(said, allow_nan=False)) == said
+    rows = {row["name"]: row for row in said["rows"]}
+    assert list(rows) == list(found[0].logits) and said["skipped"] == found[0].skipped
+    assert rows["refit"]["needs"] == {
+        "labels": False, "task_images": True, "backprop": False, "weak_at_run_time": False,
+    }  # fmt: skip
+    assert rows["refit"]["scores"]["hm"] == found[0].value("refit", "hm") and rows["refit"]["note"] is None
+    assert rows["EFT"]["note"] == AT_RUN_TIME and rows["tuned strong"]["seconds"] is None
+    assert rows["refit"]["bytes"] == found[0].sizes["refit"] and rows["refit"]["seconds"] > 0
+    advice = found[0].advice
+    assert advice.startswith("Recommended: bridge from task images, since ") and advice.endswith(found[0].verdict)
+
+
+def test_the_recommended_method_was_run_and_can_be_saved(found, tmp_path):
+    result = found[0]
+    assert result.recommended == "bridge from task images" and result.reason
+    result.classifiers[result.recommended].save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_what_is_not_at_hand_is_left_out(found):
+    _, weak, strong, teacher, sets = found
+    result = compare(weak, strong, teacher, sets["test"], text_anchors=Anchors((), ("tree", "ship")), progress=False)
+    assert list(result.logits) == [
+        "zero-shot weak",
+        "zero-shot strong",
+        "tuned weak",
+        "EFT",
+        "logit ensemble",
+        "bridge from text",
+    ]
+    assert result.recommended == "bridge from text"
+    assert "pass `unlabelled`" in result.skipped["refit"] and "pass `labelled`" in result.skipped["tuned strong"]
+    with pytest.raises(KeyError, match="no score 'accuracy' of 'refit'"):
+        result.value("refit")
+
+
+@pytest.fixture(scope="module")
+def compared(model_dir, make_dataset):
+    """``compared(config, strong)``: a comparison for a teacher with random prompts on it, and the teacher."""
+    sets = {"test": make_dataset(20), "unlabelled": make_dataset(20, seed=1)}
+
+    def run(config, strong_dir: str, wrap=lambda teacher: teacher, **options):
+        weak, strong = DualEncoder.from_pretrained(model_dir("clip")), DualEncoder.from_pretrained(strong_dir)
+        tuned = DualEncoder.from_pretrained(model_dir("clip"))
+        inject(tuned.model, config)
+        torch.manual_seed(3)
+        for name, parameter in tuned.model.named_parameters():
+            if ".default" in name:
+                parameter.data = 0.3 * torch.randn(parameter.shape)
+        tuned.model.requires_grad_(False)
+        teacher = AnchorClassifier(tuned, Anchors(NAMES, templates=("{}.",)))
+        rows = ["zero-shot strong", "re-attached prompt", "prompt transfer"]
+        settings = {"variants": rows, "progress": False, **options}
+        result = compare(weak, strong, wrap(teacher), sets["test"], **settings)
+        return result, strong, tuned, sets["test"]
+
+    run.unlabelled = sets["unlabelled"]
+    return run
+
+
+@pytest.mark.parametrize("config", [CoOpConfig(init_phrase="a photo of a"), CoCoOpConfig(), MaPLeConfig(depth=2)])
+def test_a_prompt_that_fits_is_reattached(compared, model_dir, config):
+    result, strong, tuned, test = compared(config, model_dir("clip", seed=1))
+    moved = AnchorClassifier(reattach_prompt(tuned, strong), Anchors(NAMES, templates=("{}.",)))
+    pixels = strong.preprocess(test["image"])
+    with torch.no_grad():  # through the whole model: MaPLe's images are not those of the strong model
+        expected = moved(pixel_values=pixels).logits_per_image
+    assert torch.allclose(result.logits["re-attached prompt"], expected, atol=1e-3)
+    assert "prompt transfer" not in result.logits  # without images
+    assert "re-attached prompt" not in result.notes and result.recommended != "re-attached prompt"
+
+
+def test_prompt_transfer_is_a_row_where_it_is_possible(compared, model_dir, tmp_path):
+    wide = tiny_models.save("clip", tmp_path, 1, width=24)
+    options = {"unlabelled": compared.unlabelled}
+    result, strong, tuned, test = compared(CoOpConfig(init_phrase="a photo of a"), wide, **options)
+    x = strong.embed_images(options["unlabelled"]["image"])
+    said = AnchorClassifier(tuned, Anchors(NAMES, templates=("{}.",)))
+    with torch.no_grad():
+        target = said.classify(tuned.embed_images(options["unlabelled"]["image"])).softmax(1)
+    moved = prompt_transfer(tuned, strong, x, target, NAMES, progress=False)
+    expected = strong.logits(strong.embed_images(test["image"]), moved.embed_names(NAMES, ("{}.",)))
+    assert torch.allclose(result.logits["prompt transfer"], expected, atol=1e-2)
+    assert "re-attached prompt" not in result.logits  # the widths differ
+    assert result.recommended == "refit"
+    # Other prompts, and the same prompt on an equal width, have the other row.
+    result = compared(ContCoOpConfig(zero_init=False), model_dir("clip", seed=1), **options)[0]
+    assert "prompt transfer" not in result.logits and "re-attached prompt" in result.logits
+    # A mean of several tuned models is no prompt, and has no class vectors to carry.
+    several = compared(CoOpConfig(init_phrase="a photo of a"), model_dir("clip", seed=1), wrap=lambda t: [t, t])[0]
+    assert not {"prompt transfer", "re-attached prompt"} & set(several.logits)
+    assert several.recommended == "zero-shot strong"
+
+
+def test_recommendation_follows_the_data():
+    assert recommend(own_class_vectors=True, unlabelled=True, general=True)[0] == "refit"
+    unseen = recommend(own_class_vectors=True, unlabelled=True, general=True, unseen=True)
+    assert unseen[0] == "bridge from task images"
+    assert recommend(own_class_vectors=True, unlabelled=False, general=True)[0] == "bridge from general images"
+    assert recommend(own_class_vectors=True, unlabelled=False, general=False)[0] == "bridge from text"
+    assert recommend(own_class_vectors=False, unlabelled=False, general=True)[0] == "zero-shot strong"
+
+
+def answers(**right: int) -> Comparison:
+    """A comparison on 100 images, each row right on that many of them; `refit` is recommended."""
+    labels, logits = torch.arange(100) % 2, {}
+    for row, count in right.items():
+        said = torch.where(torch.arange(100) < count, labels, 1 - labels)
+        logits[row.replace("_", " ")] = torch.nn.functional.one_hot(said, 2).float()
+    scores = [Score(row, "test", "accuracy", float(count)) for row, count in zip(logits, right.values(), strict=True)]
+    needs = {row: METHODS[row].needs for row in logits}
+    notes = {"EFT": AT_RUN_TIME, "linear probe": LABELS, "tuned strong": LABELS}
+    return Comparison(scores, logits, labels, ("a", "b"), notes=notes, recommended="refit", needs=needs)
+
+
+def test_says_so_when_something_else_scored_higher():
+    lower = {"EFT": 50, "linear_probe": 55}
+    assert verdict(answers(refit=60, **lower)) == ""
+    said = verdict(answers(refit=60, EFT=80))
+    assert said == f"On these test images EFT scored higher than refit (80.0 against 60.0); it {AT_RUN_TIME}."
+    # The labels' turn: against the best that needs none.
+    said = verdict(answers(refit=60, EFT=70, linear_probe=65, tuned_strong=90))
+    assert said.endswith(
+        " With labels, tuned strong scored higher than EFT (90.0 against 70.0): where there are labels, re-tune the "
+        "strong model."
+    )
+    said = verdict(answers(refit=60, linear_probe=63))
+    assert said == (
+        "With labels, linear probe scored higher than refit (63.0 against 60.0, which may be chance): where there "
+        "are labels, a linear probe on it will do."
+    )
+
+
+def test_says_so_when_there_is_nothing_to_gain():
+    found = answers(refit=60, EFT=90)
+    found.logits["zero-shot strong"], found.needs["zero-shot strong"] = found.logits.pop("EFT"), Needs()
+    found.scores[1] = Score("zero-shot strong", "test", "accuracy", 90.0)
+    said = "On these test images zero-shot strong scored higher than refit (90.0 against 60.0): no upgrade is needed."
+    assert verdict(found) == said
+    found.logits["zero-shot strong"] = found.logits["refit"]
+    found.scores[1] = Score("zero-shot strong", "test", "accuracy", 60.0)
+    assert "zero-shot strong equalled refit (60.0 against 60.0, which may be chance): no upgrade" in verdict(found)
+    found.labels = None
+    assert verdict(found) == ""
+    found = answers(EFT=50)  # what is recommended was not run
+    assert verdict(found) == ""
+
+
+def test_images_without_labels(found):
+    """What the tuned weak model says takes the place of labels; names are those it knows."""
+    with_labels, weak, strong, teacher, sets = found
+    bare = sets["test"].remove_columns("label")
+    rows = ["zero-shot strong", "tuned weak", "EFT"]
+    result = compare(weak, strong, teacher, bare, variants=rows, progress=False)
+    assert result.labels is None and result.class_names == NAMES and list(result.logits) == rows
+    assert [score.metric for score in result.scores] == ["agreement", "confidence", "calibration gap"] * 3
+    said = result.logits["tuned weak"].argmax(1)
+    for row in rows:
+        z = result.logits[row]
+        assert torch.allclose(z, with_labels.logits[row], atol=1e-5)
+        assert result.value(row, "agreement") == pytest.approx(100 * (z.argmax(1) == said).float().mean().item())
+        assert result.value(row, "confidence") == pytest.approx(100 * z.softmax(1).max(1).values.mean().item())
+        assert result.value(row, "calibration gap") == pytest.approx(expected_calibration_error(z, said))
+    assert result.value("tuned weak", "agreement") == 100
+    assert result.recommended == "bridge from text" and not result.verdict
+    given = compare(weak, strong, teacher, bare, class_names=NAMES[::-1], variants=["EFT"], progress=False)
+    assert torch.allclose(given.logits["EFT"], result.logits["EFT"].flip(1), atol=1e-5)
+    with pytest.raises(ValueError, match="pass class_names"):  # a bare model knows no names
+        compare(weak, strong, weak, bare, progress=False)
+
+
+def test_labelled_images_that_are_test_images_are_counted(found):
+    result, weak, strong, teacher, sets = found
+    assert "Beware" not in result.verdict
+    three = sets["test"].select([4, 0, 8])  # in other batches than the test images
+    rows = {"variants": ["zero-shot strong"], "progress": False}
+    seen = compare(weak, strong, teacher, sets["test"], labelled=three, **rows)
+    assert "Beware: 3 of the 3 labelled images are test images too" in seen.verdict
+    bare = compare(weak, strong, teacher, sets["test"].remove_columns("label"), labelled=three, **rows)
+    assert bare.verdict.startswith("Beware: 3 of the 3")
+
+
+def test_rows_of_the_callers_own(found):
+    _, weak, strong, teacher, sets = found
+    own = {"refit": {"carried_images": 0.1}, "name": "weak prior"}
+    rows = ["zero-shot strong", own, Variant("refit")]
+    options = {"unlabelled": sets["unlabelled"], "progress": False}
+    result = compare(weak, strong, teacher, sets["test"], variants=rows, **options)
+    assert list(result.logits) == ["zero-shot strong", "weak prior", "refit"]
+    assert not torch.allclose(result.logits["weak prior"], result.logits["refit"], atol=1e-3)
+    assert result.classifiers["weak prior"].adapter_config.provenance["refit_on"] == 30
+    with pytest.raises(ValueError, match="two rows are called 'refit'"):
+        compare(weak, strong, teacher, sets["test"], variants=["refit", "refit"])
+
+
+def test_one_row_that_fails_does_not_take_the_others_along(found, caplog):
+    _, weak, strong, teacher, sets = found
+    rows = ["EFT", {"TransMiter": {"num_auxiliary": 10**6}}, "refit"]
+    options = {"unlabelled": sets["unlabelled"], "labelled": sets["unlabelled"].select([0]), "progress": False}
+    broken = {"label tuning": {"optimizer": "magic"}}
+    result = compare(weak, strong, teacher, sets["test"], variants=[*rows, broken], **options)
+    assert list(result.logits) == ["EFT", "refit"]
+    assert result.skipped["TransMiter (num_auxiliary: 1000000)"].startswith(
+        "it failed: 1000000 auxiliary names are wanted"
+    )
+    assert "optimizer must be" in result.skipped["label tuning (optimizer: magic)"] and "is left out" in caplog.text
+    table = comparison_table(result)
+    assert "Not in the table:" in table and "- TransMiter (num_auxiliary: 1000000): it failed: " in table
+
+
+# Several processes
+
+
+def _rows_of(folders, sets, cache, accelerator=None):
+    weak, strong, tuned = map(DualEncoder.from_pretrained, folders)
+    rows = ["tuned weak", "EFT", "refit", "bridge from text", "linear probe", "distilled head"]
+    quick = {"epochs": 1, "batch_size": 8}
+    rows.append({"TransMiter": {"num_auxiliary": 4, **quick}})
+    rows.append({"label tuning": quick})
+    rows.append({"tuned strong": {**quick, "augment": "none", "lr": 0.01}})
+    words = ("tree", "ship", "red", "blue", "old", "big")
+    return compare(
+        weak,
+        strong,
+        AnchorClassifier(tuned, Anchors(NAMES)),
+        variants=rows,
+        vocabulary=words,
+        text_anchors=Anchors((), words),
+        cache_dir=cache,
+        progress=False,
+        accelerator=accelerator,
+        **sets,
+    )
+
+
+def _in_two_processes(path, folders, sets):
+    batches = FeatureTable.batches
+    FeatureTable.batches = lambda self, size: batches(self, 7)  # both processes get blocks
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    result = _rows_of(folders, sets, path / "cache", accelerator)
+    save_file(
+        {row: z.contiguous() for row, z in result.logits.items()}, path / f"{accelerator.process_index}.safetensors"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [True, False])
+def test_two_processes_find_what_one_does(model_dir, make_dataset, tmp_path, labels):
+    folders = (model_dir("clip"), model_dir("siglip", seed=1), model_dir("clip", seed=2))
+    sets = {"test": make_dataset(15), "unlabelled": make_dataset(30, seed=1), "labelled": make_dataset(13, seed=2)}
+    if not labels:
+        sets["test"] = sets["test"].remove_columns("label")
+    expected = _rows_of(folders, sets, tmp_path / "one")
+    assert not expected.skipped
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_in_two_processes, args=(tmp_path, folders, sets), num_processes=2)
+    both = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert set(both[0]) == set(both[1]) == set(expected.logits)
+    for row, z in expected.logits.items():
+        for found in both:
+            torch.testing.assert_close(found[row], z, atol=2e-3, rtol=1e-3, msg=row)
+
+
+def test_a_test_set_without_names_is_refused(found):
+    _, weak, strong, teacher, sets = found
+    bare = Dataset.from_dict({"image": sets["test"]["image"], "label": sets["test"]["label"]})
+    with pytest.raises(ValueError, match="pass class_names"):
+        compare(weak, strong, teacher, bare, progress=False)

@@ -1,0 +1,373 @@
+import logging
+import runpy
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_transmiter.evaluation import figures
+from hf_transmiter.evaluation.analyse import AFTER, BEFORE, COSINE, TUNED, compare_logits
+from hf_transmiter.evaluation.figures import (
+    bars,
+    compatibility_figure,
+    confusion_change,
+    confusion_difference,
+    corrected_first,
+    curves,
+    example_figures,
+    picture_grid,
+    reliability_figure,
+    shift_figure,
+)
+from hf_transmiter.evaluation.reliability import expected_calibration_error
+from hf_transmiter.evaluation.report import Section, write_report
+
+
+def one_hot(predicted, classes):
+    return torch.nn.functional.one_hot(torch.tensor(predicted), classes).float()
+
+
+def found(classes: int, images: int = 60, labelled: bool = True, tuned: bool = False):
+    generator = torch.Generator().manual_seed(0)
+    logits = {BEFORE: 2 * torch.randn(images, classes, generator=generator)}
+    logits[AFTER] = logits[BEFORE] + torch.randn(images, classes, generator=generator)
+    if tuned:
+        logits[TUNED] = logits[AFTER] + torch.randn(images, classes, generator=generator)
+    labels = torch.arange(images) % classes if labelled else None
+    names = [f"a class with a rather long name, number {c}" if c == 1 else f"class {c}" for c in range(classes)]
+    near = [{"towards": ((f"near {c}", 0.5), ("$ & co", 0.25)), "away": (("far", -0.1),)} for c in range(classes)]
+    made = compare_logits(logits, names, labels, near)
+    made.measure = COSINE
+    return made
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that were saved, to read what they show."""
+    kept, save = [], figures._save
+
+    def keep(figure, path):
+        kept.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(figures, "_save", keep)
+    return kept
+
+
+def ticks(axes) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def names(axes) -> list[str]:
+    return [label.get_text() for label in axes.get_xticklabels()]
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def row(method, old, upgraded, retrained, harmonic):
+    return SimpleNamespace(method=method, old=old, upgraded=upgraded, retrained=retrained, harmonic=harmonic)
+
+
+def check_png(path, width, height):
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert width[0] <= image.width <= width[1] and height[0] <= image.height <= height[1]
+        assert len(image.convert("RGB").getcolors(2**24)) > 10  # something is on it
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
+
+
+def test_bars_show_mean_seeds_and_references(tmp_path, drawn):
+    path = tmp_path / "figures" / "bars.png"
+    scores = {"refit": [70.0, 72.0, 74.0], "bridge $5$": [60.0]}
+    reference = {"zero-shot strong": 55.0, "tuned strong": 90.0}
+    assert bars(scores, path, title="Accuracy", reference=reference) == path
+    check_png(path, (800, 1300), (200, 700))
+    (axes,) = drawn[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [72.0, 60.0]
+    assert [dots.get_offsets()[:, 0].tolist() for dots in axes.collections] == [[70.0, 72.0, 74.0], [60.0]]
+    assert [line.get_xdata()[0] for line in axes.lines] == [55.0, 90.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["refit", "bridge $5$"]
+    assert [text.get_text() for text in axes.texts] == ["72.0 ± 2.0", "60.0"]
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == ["zero-shot strong (55.0)", "tuned strong (90.0)"]
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > 90 and axes.yaxis_inverted()
+    assert drawn[0].get_suptitle() == "Accuracy" and axes.get_xlabel() == "accuracy (%)"
+
+
+def test_bars_refuse_what_cannot_be_drawn(tmp_path):
+    for scores in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="at least one method"):
+            bars(scores, tmp_path / "a.png", title="t")
+    with pytest.raises(ValueError, match="accuracies of a must be finite"):
+        bars({"a": [1.0, float("nan")]}, tmp_path / "a.png", title="t")
+    with pytest.raises(ValueError, match="must end in .png"):
+        bars({"a": [1.0]}, tmp_path / "a.pdf", title="t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_sort_points_and_band_where_there_is_a_std(tmp_path, drawn):
+    path = tmp_path / "curves.png"
+    series = {"refit": [(100, 70.0, 1.0), (10, 60.0, 2.0), (1000, 75.0, 0.5)], "bridge": [(10, 50.0), (105, 52.0)]}
+    assert curves(series, path, title="t", xlabel="unlabelled images", reference={"tuned weak": 65.0}) == path
+    check_png(path, (700, 1200), (400, 900))
+    (axes,) = drawn[0].axes
+    refit, bridge, weak = axes.lines
+    assert refit.get_xydata().tolist() == [[10, 60], [100, 70], [1000, 75]]
+    assert bridge.get_xydata().tolist() == [[10, 50], [105, 52]]
+    assert list(weak.get_ydata()) == [65.0, 65.0]
+    (band,) = axes.collections
+    box = band.get_paths()[0].get_extents()
+    assert (box.y0, box.y1) == (58.0, 75.5)
+    # 105 is too close to 100 to have a label of its own.
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "100", "1000"]
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "unlabelled images", "accuracy (%)")
+
+
+def test_curves_on_a_linear_axis_may_start_at_zero(tmp_path, drawn):
+    path = tmp_path / "curves.png"
+    curves({"a": [(0, 1.0), (0.5, 2.0)]}, path, title="t", xlabel="lambda", ylabel="gap (points)", xscale="linear")
+    assert (drawn[0].axes[0].get_xscale(), drawn[0].axes[0].get_ylabel()) == ("linear", "gap (points)")
+    with pytest.raises(ValueError, match="xscale='linear'"):
+        curves({"a": [(0, 1.0), (0.5, 2.0)]}, path, title="t", xlabel="lambda")
+
+
+def test_one_point_on_a_logarithmic_axis(tmp_path):
+    assert curves({"a": [(10, 1.0)]}, tmp_path / "one.png", title="t", xlabel="beta").is_file()
+
+
+@pytest.mark.parametrize(
+    ("series", "message"),
+    [
+        ({}, "no series"),
+        ({"a": []}, "there must be some"),
+        ({"a": [(1, 2), (1, 2, 3)]}, "the points of 'a' must all be"),
+        ({"a": [(1, 2, 3, 4)]}, "the points of 'a' must all be"),
+        ({"a": [(1, float("inf"))]}, "the points of 'a' must be finite"),
+    ],
+)
+def test_curves_refuse_bad_points(tmp_path, series, message):
+    with pytest.raises(ValueError, match=message):
+        curves(series, tmp_path / "a.png", title="t", xlabel="x")
+    with pytest.raises(ValueError, match="'log' or 'linear'"):
+        curves(series, tmp_path / "a.png", title="t", xlabel="x", xscale="cubic")
+
+
+def test_confusion_difference_by_hand():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    before = one_hot([0, 1, 1, 2, 1, 0], 4)
+    after = one_hot([0, 0, 0, 2, 1, 3], 4)
+    difference = confusion_difference(before, after, labels)
+    assert difference[:2].tolist() == [[50.0, -50.0, 0.0, 0.0], [-50.0, 0.0, 0.0, 50.0]]
+    assert difference[2:].isnan().all()  # classes without images
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31))
+def test_confusion_difference_properties(classes, count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    before, after = torch.randn(2, count, classes, generator=draw)
+    labels = torch.randint(classes, (count,), generator=draw)
+    difference = confusion_difference(before, after, labels)
+    present = labels.bincount(minlength=classes) > 0
+    assert torch.equal(~difference.isnan().any(1), present)
+    assert torch.allclose(difference[present].sum(1), torch.zeros(int(present.sum()), dtype=torch.float64), atol=1e-9)
+    # Weighted by class size, the diagonal is the change of the overall accuracy.
+    gain = 100 * ((after.argmax(1) == labels).double().mean() - (before.argmax(1) == labels).double().mean())
+    weights = labels.bincount(minlength=classes).double() / count
+    assert torch.isclose((difference.diagonal().nan_to_num() * weights).sum(), gain, atol=1e-9)
+    assert torch.allclose(confusion_difference(after, before, labels)[present], -difference[present])
+
+
+def test_confusion_difference_errors():
+    logits = torch.zeros(3, 2)
+    for before, after, labels in (
+        (logits, torch.zeros(3, 3), torch.zeros(3)),
+        (logits, logits, torch.zeros(2)),
+        (torch.zeros(3), torch.zeros(3), torch.zeros(3)),  # predictions instead of logits
+    ):
+        with pytest.raises(ValueError, match=r"must be logits \(N, C\)"):
+            confusion_difference(before, after, labels)
+    for labels in (torch.tensor([0, 1, 2]), torch.tensor([0, -1, 1])):
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
+            confusion_difference(logits, logits, labels)
+
+
+def test_confusion_change_of_a_hundred_classes(tmp_path, drawn):
+    path = tmp_path / "confusion.png"
+    labels = torch.arange(99).repeat_interleave(4)  # class 99 has no image
+    before, after = labels.clone(), labels.clone()
+    before[8:12] = 3  # class 2 is wrong before, right after
+    after[20:22] = 6  # half of class 5 is lost
+    names = [f"class_{i}_with_a_name_longer_than_the_axis" for i in range(100)]
+    logits = [one_hot(predicted.tolist(), 100) for predicted in (before, after)]
+    assert confusion_change(*logits, labels, names, path, title="Tuned to upgraded") == path
+    check_png(path, (1000, 1500), (500, 900))
+    matrix, changes = drawn[0].axes[:2]
+    (image,) = matrix.images
+    shown = image.get_array()
+    assert (shown[2, 2], shown[2, 3], shown[5, 5], shown[5, 6], shown[0, 0]) == (100, -100, -50, 50, 0)
+    assert np.ma.getmaskarray(shown)[99].all() and image.get_clim() == (-100, 100)
+    assert len(matrix.get_xticklabels()) == len(matrix.get_yticklabels()) == 25
+    assert [bar.get_width() for bar in changes.patches] == [100, -50]
+    assert [text.get_text() for text in changes.texts] == ["+100", "−50"]
+    assert [t.get_text() for t in changes.get_yticklabels()] == ["class_2_with_a_name_l…", "class_5_with_a_name_l…"]
+    assert all(a.title.get_window_extent().x1 <= drawn[0].bbox.x1 for a in (matrix, changes))
+
+
+def test_confusion_change_without_any_change(tmp_path, drawn):
+    logits = torch.eye(3)
+    confusion_change(logits, logits, torch.arange(3), "abc", tmp_path / "same.png", title="t")
+    assert drawn[0].axes[1].get_title() == "No class gained or lost" and not drawn[0].axes[1].patches
+    with pytest.raises(ValueError, match="3 classes and 2 names"):
+        confusion_change(logits, logits, torch.arange(3), "ab", tmp_path / "same.png", title="t")
+
+
+def test_at_most_eight_classes_on_either_side(tmp_path, drawn):
+    labels = torch.arange(30)
+    before = one_hot([(i + 1) % 30 if i < 12 else i for i in range(30)], 30)
+    after = one_hot([i if i < 12 else (i + 1) % 30 for i in range(30)], 30)
+    confusion_change(before, after, labels, [str(i) for i in labels.tolist()], tmp_path / "a.png", title="t")
+    assert [bar.get_width() for bar in drawn[0].axes[1].patches] == [100] * 8 + [-100] * 8
+
+
+def test_corrected_images_come_first():
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    before = one_hot([0, 1, 0, 1, 0], 2)
+    after = one_hot([0, 1, 1, 0, 1], 2)
+    # 3 and 4 corrected, 2 broken, 1 wrong twice, 0 right twice.
+    assert corrected_first(before, after, labels) == [3, 4, 2, 1, 0]
+
+
+def test_picture_grid_shows_every_picture_with_its_caption(tmp_path, drawn):
+    path = tmp_path / "grid.png"
+    images = [Image.new("L" if i == 0 else "RGB", (16 + i, 12), 40 * i) for i in range(6)]
+    captions = [f"class {i}\nupgraded: a prediction with a very long name" for i in range(6)]
+    assert picture_grid(images, captions, path, title="Corrected") == path
+    check_png(path, (1000, 1500), (500, 1000))
+    axes = drawn[0].axes
+    assert len(axes) == 10 and [len(a.images) for a in axes] == [1] * 6 + [0] * 4
+    assert axes[3].images[0].get_array().shape == (12, 19, 3)
+    assert axes[3].texts[0].get_text() == "class 3\nupgraded: a prediction\nwith a very long name"
+    # Nothing runs over the edge.
+    boxes = [text.get_window_extent() for a in axes for text in a.texts]
+    assert min(box.x0 for box in boxes) >= 0 and min(box.y0 for box in boxes) >= 0
+    square = [Image.new("RGB", (16, 16))] * 5
+    picture_grid(square, ["of\nthree\nlines"] * 5, path, title="t")  # one row
+    assert min(text.get_window_extent().y0 for a in drawn[1].axes for text in a.texts) >= 0
+    for wrong in ([], images[:2]):
+        with pytest.raises(ValueError, match="a caption for each"):
+            picture_grid(wrong, captions, path, title="t")
+
+
+def test_shifts_show_the_classes_that_changed_most(tmp_path, drawn):
+    many = found(40, labelled=False)
+    assert shift_figure(many, tmp_path / "many.png") == tmp_path / "many.png"
+    (axes,) = drawn[0].axes
+    ranked = sorted(many.classes, key=lambda change: -change.probability_shift)
+    rows = [*ranked[:12], *ranked[-12:]]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([change.probability_shift for change in rows])
+    assert [tick.rstrip("…") for tick in ticks(axes)] == [change.name[:23] for change in rows]
+    assert axes.texts[0].get_text() == f"+{rows[0].probability_shift:.1f}"
+    assert [text.get_window_extent().x1 <= drawn[0].bbox.x1 for text in axes.texts]
+
+
+def test_reliability_has_a_line_per_classifier(tmp_path, drawn):
+    made = found(4, 400, tuned=True)
+    reliability_figure(made.logits, made.labels, tmp_path / "reliability.png", title="sure?", bins=5)
+    top, bottom = drawn[0].axes
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    errors = {name: expected_calibration_error(z, made.labels, 5) for name, z in made.logits.items()}
+    assert names == [f"{name} (calibration error {error:.1f} %)" for name, error in errors.items()]
+    diagonal, *lines = top.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) and len(lines) == 3
+    for stairs in bottom.patches:
+        assert sum(stairs.get_data().values) == pytest.approx(100)
+    with pytest.raises(ValueError, match="no classifier"):
+        reliability_figure({}, made.labels, tmp_path / "none.png", title="")
+
+
+def test_examples_are_the_surest_of_those_corrected_and_broken(tmp_path, drawn, make_dataset):
+    images, made = make_dataset(24), found(3, 24)
+    folder = tmp_path / "figures"
+    assert example_figures(made, images, folder) == [folder / "corrected.png", folder / "broken.png"]
+    was, now = (made.logits[name].argmax(1) for name in (BEFORE, AFTER))
+    right = (now == made.labels) & (was != made.labels)
+    sure = made.logits[AFTER].softmax(1).max(1).values.where(right, torch.tensor(0.0))
+    first, caption = int(sure.argmax()), drawn[0].axes[0].texts[0].get_text().replace("\n", " ")
+    assert caption.endswith(f"{100 * float(sure.max()):.0f}\u00a0%") and "→" in caption
+    assert np.array_equal(drawn[0].axes[0].images[0].get_array(), np.asarray(images[first]["image"]))
+    assert example_figures(found(3, 24, labelled=False), images, folder) == [folder / "changed.png"]
+
+
+def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn):
+    rows = [
+        row("ContCoOp", [70.0, 72.0], [66.0, 64.0], [71.0], [68.0, 67.0]),
+        row("MaPLe", [74.0], None, [76.0], None),
+        row("IVLP", [73.0], [20.0], None, [31.5]),
+    ]
+    path = tmp_path / "compatibility.png"
+    assert compatibility_figure(rows, path, {"zero-shot old": 55.0, "zero-shot upgraded": 60.0}) == path
+    (axes,) = drawn[0].axes
+    heights = [[bar.get_height() for bar in group.patches] for group in axes.containers if hasattr(group, "patches")]
+    assert heights == [[71.0, 74.0, 73.0], [65.0, 20.0], [71.0, 76.0]]
+    diamonds = next(points for points in axes.collections if "harmonic" in str(points.get_label()))
+    assert diamonds.get_offsets()[:, 1].tolist() == [67.5, 31.5]
+    (refused,) = axes.texts
+    assert refused.get_text() == "refused" and refused.get_position()[0] == 1
+    assert names(axes) == ["ContCoOp\n67.5 ± 0.7", "MaPLe", "IVLP\n31.5"]
+    assert {"zero-shot old (55.0)", "zero-shot upgraded (60.0)", "old model", "re-trained"} < set(legend(drawn[0]))
+    # Every bar stands beside, not on, its neighbours.
+    spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
+
+
+def test_compatibility_leaves_no_room_for_what_was_not_retrained(tmp_path, drawn):
+    rows = [row("CoOp", [70.0], [60.0], None, [64.6]), row("MaPLe", [74.0], None, None, None)]
+    compatibility_figure(rows, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert middles == pytest.approx([-0.135, 0.865, 0.135])  # the names stand between the two
+    assert axes.texts[0].get_position()[0] == pytest.approx(1.135)
+    assert "re-trained" not in legend(drawn[0])
+    compatibility_figure(rows[1:], tmp_path / "b.png")  # all refused
+    assert [bar.get_height() for bar in drawn[1].axes[0].patches] == [74.0]
+
+
+def test_compatibility_refuses_what_it_cannot_draw(tmp_path):
+    for rows, message in (
+        ([], "no method"),
+        ([row("CoOp", [], None, None, None)], "old of CoOp"),
+        ([row("CoOp", [70.0], [float("inf")], None, None)], "upgraded of CoOp must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compatibility_figure(rows, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_figures_are_left_out_with_one_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    figures._say_missing.cache_clear()
+    logits = torch.eye(3)
+    image = Image.new("RGB", (8, 8))
+    with caplog.at_level(logging.INFO, "hf_transmiter"):
+        made = [
+            bars({"a": [1.0]}, tmp_path / "a.png", title="t"),
+            curves({"a": [(1, 1.0)]}, tmp_path / "b.png", title="t", xlabel="x"),
+            confusion_change(logits, logits, torch.arange(3), "abc", tmp_path / "c.png", title="t"),
+            picture_grid([image], ["c"], tmp_path / "d.png", title="t"),
+        ]
+    assert made == [None] * 4 and not list(tmp_path.iterdir())
+    assert [record.message for record in caplog.records if "hf-transmiter[plots]" in record.message] == [
+        caplog.records[0].message
+    ] and len(caplog.records) == 1
+    assert "# Report" in write_report(tmp_path, [Section("s", figures=made)], title="Report").read_text()
+    # The module itself loads without it.
+    assert "bars" in runpy.run_module(figures.__name__)
+    figures._say_missing.cache_clear()

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+from PIL import Image
+from test_figures import drawn  # noqa: F401, a fixture
+from test_figures import found as analysed
+from test_scores import CEILING, SCORES
+
+from hf_transmiter.evaluation.compare import Comparison
+from hf_transmiter.evaluation.methods import Needs
+from hf_transmiter.evaluation.report import Section, comparison_table, write_analysis, write_report
+from hf_transmiter.hub.scores import Score, markdown_table
+
+
+def test_report_holds_texts_tables_and_relative_links(tmp_path):
+    figure = tmp_path / "out" / "figures" / "print accuracy_bars.png"
+    figure.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(figure)
+    sections = [
+        Section("Scores", "What each method reaches.", SCORES, notes=CEILING, baseline="bridge"),
+        Section("Pictures", figures=[None, figure]),
+    ]
+    path = write_report(tmp_path / "out", sections, title="Upgrade", intro="One task.")
+    assert path == tmp_path / "out" / "report.md"
+    text = path.read_text()
+    order = [
+        "# Upgrade\n\nOne task.\n\n## Scores\n\nWhat each method reaches.\n\n| method |",
+        "## Pictures\n\n![print ",
+    ]
+    assert all(part in text for part in order)
+    assert markdown_table(SCORES, notes=CEILING, baseline="bridge").strip() in text
+    assert text.endswith("![print accuracy bars](figures/print%20accuracy_bars.png)\n")
+    assert "None" not in text
+    assert sorted(p.name for p in path.parent.iterdir()) == ["figures", "report.md"]
+
+
+def test_report_refuses_figures_it_cannot_link(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.png does not exist"):
+        write_report(tmp_path / "out", [Section("a", figures=[tmp_path / "gone.png"])], title="t")
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (8, 8)).save(outside)
+    with pytest.raises(ValueError, match="draw it under .*figures"):
+        write_report(tmp_path / "out", [Section("a", figures=[outside])], title="t")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_says_what_each_method_costs_and_needs():
+    scores = [
+        Score("zero-shot strong", "test", "accuracy", 60.0, seconds=0.01, peak_mb=0.2),
+        Score("zero-shot strong", "test", "ece", 5.0, seconds=0.01, peak_mb=0.2),
+        Score("refit", "test", "accuracy", 70.0, seconds=2.0, peak_mb=30.0),
+        Score("refit", "test", "ece", 9.0, seconds=2.0, peak_mb=30.0),
+        Score("a|probe", "test", "accuracy", 80.0, seconds=140.0, peak_mb=30.0),
+        Score("a|probe", "test", "ece", 3.0, seconds=140.0, peak_mb=30.0),
+    ]
+    probe = Needs(labels=True, backprop=True)
+    needs = {"zero-shot strong": Needs(), "refit": Needs(task_images=True), "a|probe": probe}
+    found = Comparison(
+        scores,
+        dict.fromkeys(needs),
+        None,
+        ("a", "b"),
+        notes={"a|probe": "needs labels"},
+        needs=needs,
+        sizes={"zero-shot strong": 0, "refit": 28_300},
+        skipped={"EFT": "it failed: a | b"},
+    )
+    lines = [line for line in comparison_table(found).splitlines() if line.startswith("|")]
+    assert lines[0] == (
+        "| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop | "
+        "weak model at run time |"
+    )
+    # The highest accuracy and the lowest calibration error of those that need no labels.
+    assert lines[2] == "| zero-shot strong | 60.0 | **5.0** | 0.0 | 0 | 0 | no | no | no | no |"
+    assert lines[3] == "| refit | **70.0** | 9.0 | 2.0 | 30 | 28 kB | no | yes | no | no |"
+    assert lines[4] == "| a\\|probe | 80.0 | 3.0 | 140 | 30 | – | yes | no | yes | no |"
+    assert comparison_table(found).endswith("\nNot in the table:\n\n- EFT: it failed: a \\| b\n")
+    found.sizes["refit"] = 37_700_000
+    assert "| 37.7 MB |" in comparison_table(found)
+    nothing = Comparison([], {}, None, ("a", "b"), skipped={"EFT": "it failed: x"})
+    assert comparison_table(nothing) == "\nNot in the table:\n\n- EFT: it failed: x\n"
+
+
+def test_an_analysis_with_labels(tmp_path, drawn, make_dataset):  # noqa: F811
+    images = make_dataset(24)
+    made = analysed(3, 24, tuned=True)
+    path = write_analysis(tmp_path / "out", made, images, title="What it changes")
+    names = ["shifts", "confusions", "reliability", "corrected", "broken"]
+    text = path.read_text()
+    assert [line for line in text.splitlines() if line.startswith("![")] == [f"![{n}](figures/{n}.png)" for n in names]
+    for name in names:
+        with Image.open(tmp_path / "out" / "figures" / f"{name}.png") as image:
+            assert image.format == "PNG"
+    assert text.startswith("# What it changes\n") and f"{made.corrected} corrected, {made.broken} broken" in text
+    assert "near 0 (+0.50), $ & co (+0.25)" in text and text.index("## Confidence") < text.index("## Figures")
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text()) == json.loads(json.dumps(made.to_dict()))
+    assert len(drawn[2].axes[0].lines) == 5  # the diagonal, before, after, at the temperature, the tuned model
+
+
+def test_an_analysis_without_matplotlib_is_text(tmp_path, monkeypatch, make_dataset):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    path = write_analysis(tmp_path, analysed(3, 12, labelled=False), make_dataset(12), title="bare")
+    assert "![" not in path.read_text() and "Figures" not in path.read_text() and not (tmp_path / "figures").exists()

@@ -1,0 +1,358 @@
+"""Transfer: every way of carrying an adapter over, between models of different families, and what it refuses."""
+
+import copy
+import logging
+from dataclasses import replace
+from importlib import metadata
+
+import pytest
+import tiny_models
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.method.bridge import Bridge
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.extract import extract
+from hf_transmiter.method.stored_logits import CalibrationPack
+from hf_transmiter.method.transfer import interpolate, refit, transfer
+from hf_transmiter.settings import ExtractionConfig, TransferConfig
+from hf_transmiter.tuners import TransMiterConfig
+
+
+NAMES = ("cat", "dog", "car")
+ANCHORS = Anchors(NAMES, ("tree", "ship", "big tree", "red dog", "old car"))
+WORDS = Anchors(
+    (), tuple(f"{a} {b}" for a in ("red", "blue", "old", "big") for b in ("cat", "dog", "tree", "ship", "car"))
+)
+CARRY = TransferConfig(refit=False)
+
+
+@pytest.fixture(scope="module")
+def weak(model_dir):
+    return DualEncoder.from_pretrained(model_dir("clip"))
+
+
+@pytest.fixture(scope="module")
+def strong(tmp_path_factory):
+    """Another CLIP, half as wide again."""
+    return DualEncoder.from_pretrained(tiny_models.save("clip", tmp_path_factory.mktemp("strong"), seed=1, width=24))
+
+
+@pytest.fixture(scope="module")
+def dataset(make_dataset):
+    return make_dataset(60)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return {"cache_dir": tmp_path_factory.mktemp("features"), "progress": False}
+
+
+@pytest.fixture(scope="module")
+def adapters(weak, dataset, cache):
+    """By form: extracted from a teacher that tells the classes apart."""
+    table = embed_dataset(weak, dataset, **cache)
+    teacher = weak.logits(table.embeds, weak.embed_names(NAMES)) + 4 * torch.nn.functional.one_hot(table.labels, 3)
+    gradient = ExtractionConfig(solver="gradient", epochs=5, batch_size=16, lr=5e-3)
+    return {
+        "class_vectors": extract(weak, teacher, dataset, **cache),
+        "mlp": extract(weak, teacher, dataset, anchors=ANCHORS, config=gradient, **cache),
+    }
+
+
+def tensors(classifier):
+    return classifier.transmiter.tensors("default")
+
+
+def own_vectors(weak, seed=0):
+    """An adapter whose class vectors are the teacher's own, as prompt methods give them."""
+    change = 0.3 * torch.randn(3, weak.embed_dim, generator=torch.Generator().manual_seed(seed))
+    teacher = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(
+        TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+    )
+    tensors(teacher)["class_vectors"].copy_(normalize(weak.embed_names(NAMES) + change, dim=1))
+    return extract(weak, teacher)
+
+
+# From a model to itself
+
+
+def test_class_vectors_from_a_model_to_itself_stay(weak, adapters, dataset, cache):
+    for adapter in (own_vectors(weak), adapters["class_vectors"]):
+        bridge = Bridge.build(weak, weak, dataset, **cache)
+        q = bridge.matrix.double()
+        torch.testing.assert_close(q @ q, q, atol=1e-5, rtol=0)  # a projection on what the images span
+        text, given = weak.embed_names(NAMES), tensors(adapter)["class_vectors"]
+        moved = transfer(adapter, weak, bridge=bridge, config=CARRY)
+        centred, mean = (given - bridge.mean_weak) @ bridge.matrix.T, bridge.mean_weak
+        delta = normalize(text + (given - text) @ bridge.matrix.T, dim=1)
+        full = normalize(mean + centred, dim=1)
+        both = adapter.adapter_config.provenance.get("own_class_vectors")
+        expected = normalize(full + delta, dim=1) if both else delta
+        torch.testing.assert_close(tensors(moved)["class_vectors"], expected, atol=1e-4, rtol=0)
+    complete = replace(bridge, matrix=torch.eye(16), scale=1.0)
+    moved = transfer(own_vectors(weak), weak, bridge=complete, config=CARRY)
+    expected = tensors(own_vectors(weak))["class_vectors"]
+    torch.testing.assert_close(tensors(moved)["class_vectors"], expected, atol=1e-5, rtol=0)
+
+
+def test_a_published_adapter_from_a_model_to_itself_stays(weak, adapters, dataset, cache):
+    adapter = adapters["mlp"]
+    moved = transfer(adapter, weak, dataset, **cache)
+    for key, tensor in tensors(adapter).items():
+        torch.testing.assert_close(tensors(moved)[key], tensor, atol=1e-5, rtol=0)
+    x = embed_dataset(weak, dataset, **cache).embeds
+    torch.testing.assert_close(moved.classify(x), adapter.classify(x), atol=1e-3, rtol=1e-4)
+
+
+# Every way
+
+
+def test_with_a_bridge_file_and_no_image(weak, strong, adapters, cache, tmp_path):
+    Bridge.build(weak, strong, anchors=WORDS).save(tmp_path / "bridge.safetensors")
+    bridge = Bridge.load(tmp_path / "bridge.safetensors")
+    adapter = adapters["class_vectors"]
+    moved = transfer(adapter, strong, bridge=bridge)
+    text = [model.embed_names(NAMES) for model in (weak, strong)]
+    carried = bridge.carry_class_vectors(tensors(adapter)["class_vectors"], *text)
+    torch.testing.assert_close(tensors(moved)["class_vectors"], carried["delta"], atol=1e-5, rtol=0)
+    assert moved.encoder is strong and moved.class_names == NAMES and moved.adapter_config.embed_dim == 24
+    assert not tensors(moved)["bias"].any()
+    facts = moved.adapter_config.provenance
+    assert facts["step"] == "transfer" and facts["extracted"] == adapter.adapter_config.provenance
+    assert facts["strong"] == {"name": strong.name_or_path, "revision": None, "fingerprint": strong.fingerprint}
+    assert facts["bridge"]["source"] == "text" and facts["bridge"]["num_pairs"] == 20 and "refit_on" not in facts
+
+
+def test_with_a_published_bridge_file(weak, strong, adapters, dataset, cache, tmp_path):
+    Bridge.build(weak, strong, dataset, space="logit", anchors=ANCHORS, **cache).save(tmp_path / "bridge")
+    bridge = Bridge.load(tmp_path / "bridge")
+    by_file = transfer(adapters["mlp"], strong, bridge=bridge)
+    by_images = transfer(adapters["mlp"], strong, dataset, **cache)
+    torch.testing.assert_close(tensors(by_file)["basis"], tensors(by_images)["basis"], atol=1e-5, rtol=0)
+    basis = tensors(by_file)["basis"]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-5, rtol=0)
+    for key in ("norm.weight", "up.weight", "up.bias", "down.weight", "down.bias"):
+        assert torch.equal(tensors(by_file)[key], tensors(adapters["mlp"])[key])
+    torch.testing.assert_close(tensors(by_file)["anchors"], strong.embed_names(ANCHORS.names))
+    # The same bridge carries class vectors, by its anchors.
+    moved = transfer(adapters["class_vectors"], strong, bridge=bridge)
+    texts = [model.embed_names(ANCHORS.names) for model in (weak, strong)]
+    text = [t[:3] for t in texts]
+    carried = bridge.carry_class_vectors(tensors(adapters["class_vectors"])["class_vectors"], *text, texts)
+    torch.testing.assert_close(tensors(moved)["class_vectors"], carried["delta"], atol=1e-4, rtol=0)
+
+
+def test_beta_reaches_the_bridge(strong, adapters, dataset, cache):
+    for config, beta in ((TransferConfig(beta=3.0), 3.0), (TransferConfig(beta_per_image=0.5), 30.0)):
+        moved = transfer(adapters["mlp"], strong, dataset, config=config, **cache)
+        assert moved.adapter_config.provenance["bridge"]["beta"] == pytest.approx(beta)
+
+
+def test_from_text_alone(weak, strong, monkeypatch):
+    monkeypatch.setattr(Anchors, "universal", lambda: WORDS)  # 1,024 names take long
+    moved = transfer(own_vectors(weak), strong)
+    assert moved.adapter_config.provenance["bridge"]["source"] == "text"
+    expected = transfer(own_vectors(weak), strong, bridge=Bridge.build(weak, strong, anchors=WORDS))
+    torch.testing.assert_close(tensors(moved)["class_vectors"], tensors(expected)["class_vectors"])
+
+
+def test_own_class_vectors_travel_whole(weak, strong, dataset, cache):
+    """Vectors that the teacher had go by the mean of both transports, distilled ones by their change alone."""
+    adapter, bridge = own_vectors(weak), Bridge.build(weak, strong, dataset, **cache)
+    moved = transfer(adapter, strong, bridge=bridge)
+    text = [model.embed_names(NAMES) for model in (weak, strong)]
+    carried = bridge.carry_class_vectors(tensors(adapter)["class_vectors"], *text)
+    expected = normalize(carried["full"] + carried["delta"], dim=1)
+    torch.testing.assert_close(tensors(moved)["class_vectors"], expected, atol=1e-5, rtol=0)
+
+
+def test_refit_with_the_calibration_pack(weak, strong, adapters, dataset, cache):
+    """It runs the strong model on the images, and neither the tuned nor, with a bridge, the weak one."""
+    adapter, bridge = adapters["class_vectors"], Bridge.build(weak, strong, dataset, **cache)
+    plain = transfer(adapter, strong, dataset, bridge=bridge, config=CARRY, **cache)
+    fitted = transfer(adapter, strong, dataset, bridge=bridge, **cache)
+    facts = fitted.adapter_config.provenance
+    assert facts["refit_on"] == 60 and facts["teacher_logits"] is True
+    table = embed_dataset(strong, dataset, **cache)
+    accuracy = [float((c.classify(table.embeds).argmax(1) == table.labels).float().mean()) for c in (plain, fitted)]
+    assert accuracy[1] > accuracy[0] and accuracy[1] > 0.9
+    said = adapter.calibration.logits
+    told = transfer(adapter, strong, dataset, bridge=bridge, teacher=said, **cache)
+    for key, tensor in tensors(fitted).items():
+        torch.testing.assert_close(tensors(told)[key], tensor, atol=1e-3, rtol=1e-3)
+    carried = tensors(plain)["class_vectors"]
+    without = refit(table, carried, strong.embed_names(NAMES), None, strong, TransferConfig())
+    assert not torch.allclose(without["class_vectors"], tensors(fitted)["class_vectors"], atol=1e-3)
+
+
+def test_the_refit_has_the_spread_of_its_teacher(strong, dataset, cache):
+    table = embed_dataset(strong, dataset, **cache)
+    text = strong.embed_names(NAMES)
+    zero_shot = strong.logits(table.embeds, text)
+    pack = CalibrationPack(zero_shot, NAMES, weak_logits=zero_shot)  # nothing was tuned: all experts agree
+    found = refit(table, text, text, pack, strong, TransferConfig(carried_images=1e6))
+    torch.testing.assert_close(found["class_vectors"], text, atol=1e-3, rtol=1e-3)
+    found = refit(table, text, text, pack, strong, TransferConfig())
+    logits = strong.logit_scale * table.embeds @ found["class_vectors"].T + found["bias"]
+    spread = [float((z - z.mean(1, keepdim=True)).std()) for z in (logits, zero_shot)]
+    assert spread[0] == pytest.approx(spread[1], rel=0.02)
+
+
+def test_what_the_images_are(strong, adapters, dataset, cache, tmp_path):
+    adapter = adapters["class_vectors"]
+    named = transfer(adapter, strong, dataset, dataset_name="me/pets", **cache)
+    assert named.adapter_config.provenance["dataset"] == "me/pets"
+    assert "dataset" not in transfer(adapter, strong, dataset, **cache).adapter_config.provenance
+    bridge = Bridge.build(adapter.encoder, strong, anchors=WORDS)
+    assert "dataset" not in transfer(adapter, strong, bridge=bridge, dataset_name="me/pets").adapter_config.provenance
+    named.save_pretrained(tmp_path)
+    assert "me/pets" in (tmp_path / "README.md").read_text()
+
+
+def test_other_images_than_the_packs(weak, strong, adapters, make_dataset, cache, caplog):
+    for other in (make_dataset(60, seed=5), make_dataset(33)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "hf_transmiter"):
+            moved = transfer(adapters["class_vectors"], strong, other, **cache)
+        assert "calibration pack belongs to other images" in caplog.text and "pass teacher= or" in caplog.text
+        assert moved.adapter_config.provenance["teacher_logits"] is False
+        assert moved.adapter_config.provenance["refit_on"] == len(other)
+    bare = copy.copy(adapters["class_vectors"])
+    bare.calibration = None
+    caplog.clear()
+    again = transfer(bare, strong, other, **cache)
+    assert not caplog.text
+    for key, tensor in tensors(again).items():
+        assert torch.equal(tensor, tensors(moved)[key])
+
+
+@pytest.mark.parametrize("form", ["class_vectors", "mlp"])
+@pytest.mark.parametrize("family", ["siglip", "align", "vision-text-dual-encoder"])
+def test_across_families(model_dir, adapters, dataset, cache, family, form, tmp_path):
+    other = DualEncoder.from_pretrained(model_dir(family))
+    moved = transfer(adapters[form], other, dataset, **cache)
+    x = embed_dataset(other, dataset, **cache).embeds
+    logits = moved.classify(x)
+    assert logits.shape == (60, 3) and torch.isfinite(logits).all()
+    pixels = other.preprocess(dataset[:4]["image"])
+    torch.testing.assert_close(moved(pixels).logits_per_image, logits[:4], atol=1e-4, rtol=1e-4)
+    # What was saved works on the bare transformers model.
+    moved.save_pretrained(tmp_path)
+    raw = PeftModel.from_pretrained(copy.deepcopy(other.model), str(tmp_path))
+    torch.testing.assert_close(raw(pixel_values=pixels).logits_per_image, logits[:4], atol=1e-4, rtol=1e-4)
+    back = AnchorClassifier.from_pretrained(tmp_path)
+    assert torch.allclose(back(pixels).logits_per_image, logits[:4], atol=1e-4)
+    assert back.adapter_config.provenance == moved.adapter_config.provenance
+    assert moved.adapter_config.provenance["versions"]["torch"] == metadata.version("torch")
+    # And back from there.
+    again = transfer(back, adapters[form].encoder, dataset, **cache)
+    assert again.encoder is adapters[form].encoder and again.class_names == NAMES
+
+
+# Classes that tuning never saw
+
+
+def test_unseen_classes_keep_a_share_of_zero_shot(weak, strong):
+    adapter, bridge = own_vectors(weak), Bridge.build(weak, strong, anchors=WORDS)
+    full = transfer(adapter, strong, bridge=bridge)
+    text = strong.embed_names(NAMES)
+    for seen, config, weight in (
+        (NAMES, None, 0.0),
+        (("cat",), None, 1 / 3),
+        (("cat",), TransferConfig(zero_shot_weight=0.25), 0.25),
+        (None, TransferConfig(zero_shot_weight=1.0), 1.0),
+    ):
+        moved = transfer(adapter, strong, bridge=bridge, seen_classes=seen, config=config)
+        expected = normalize((1 - weight) * tensors(full)["class_vectors"] + weight * text, dim=1)
+        torch.testing.assert_close(tensors(moved)["class_vectors"], expected, atol=1e-5, rtol=0)
+        assert moved.adapter_config.provenance["zero_shot_weight"] == weight
+    with pytest.raises(ValueError, match=r"seen_classes holds names the adapter does not know: \['tree'\]"):
+        transfer(adapter, strong, bridge=bridge, seen_classes=["cat", "tree"])
+    with pytest.raises(ValueError, match="zero_shot_weight must lie between 0 and 1, got 1.5"):
+        TransferConfig(zero_shot_weight=1.5)
+
+
+def test_interpolate():
+    a, b, zero = (normalize(torch.randn(4, 6), dim=1) for _ in range(3))
+    torch.testing.assert_close(interpolate({"full": a}, zero, 0.0), a)
+    torch.testing.assert_close(interpolate({"full": a, "delta": b}, zero, 1.0), zero)
+    torch.testing.assert_close(interpolate({"full": a, "delta": a}, zero, 0.3), normalize(0.7 * a + 0.3 * zero, dim=1))
+
+
+# Refused
+
+
+def test_refused(weak, strong, model_dir, adapters, make_dataset, dataset, cache):
+    adapter = adapters["class_vectors"]
+    with pytest.raises(ValueError, match="no adapter to transfer: pass what extract returned, or load a saved one"):
+        transfer(AnchorClassifier(weak, ANCHORS), strong)
+    bridge = Bridge.build(weak, strong, anchors=WORDS)
+    with pytest.raises(ValueError, match="built for the strong model .* load that model, or build a bridge for this"):
+        transfer(adapter, DualEncoder.from_pretrained(model_dir("siglip")), bridge=bridge)
+    with pytest.raises(ValueError, match="built for the weak model"):
+        transfer(adapter, strong, bridge=Bridge.build(strong, strong, anchors=WORDS))
+    with pytest.raises(ValueError, match="needs unlabelled images or a logit-space bridge: pass one of them"):
+        transfer(adapters["mlp"], strong)
+    with pytest.raises(ValueError, match="reads logits: build the bridge with space='logit'"):
+        transfer(adapters["mlp"], strong, bridge=bridge)
+    other = Bridge.build(weak, strong, dataset, space="logit", anchors=Anchors(NAMES, ("tree",)), **cache)
+    with pytest.raises(ValueError, match="two sets of anchors differ"):
+        transfer(adapters["mlp"], strong, bridge=other)
+    for teacher, message in (
+        (torch.zeros(59, 3), r"must be \(60, 3\)"),
+        (torch.full((60, 3), float("nan")), "hold NaN"),
+        (CalibrationPack(torch.zeros(60, 3), NAMES, "other"), "belong to 60 other images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transfer(adapter, strong, dataset, bridge=bridge, teacher=teacher, **cache)
+    with pytest.raises(ValueError, match="dataset is empty"):
+        transfer(adapter, strong, dataset.select([]), **cache)
+    mixed = copy.copy(adapter)
+    mixed.calibration = replace(adapter.calibration, class_names=NAMES[::-1])
+    with pytest.raises(ValueError, match="class names are not the adapter's: attach the pack saved with it"):
+        transfer(mixed, strong, dataset, bridge=bridge, **cache)
+
+
+# Several processes
+
+
+def _transfer(weak, strong, adapter, dataset, cache, accelerator=None):
+    encoders = [DualEncoder.from_pretrained(folder) for folder in (weak, strong)]
+    moved = transfer(
+        AnchorClassifier.from_pretrained(adapter, encoders[0]),
+        encoders[1],
+        dataset,
+        cache_dir=cache,
+        progress=False,
+        accelerator=accelerator,
+    )
+    return {key: tensor.contiguous() for key, tensor in tensors(moved).items()}
+
+
+def _in_two_processes(path, *arguments):
+    batches = FeatureTable.batches
+    FeatureTable.batches = lambda self, size: batches(self, 7)  # both processes get blocks
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    found = _transfer(*arguments, path / "cache", accelerator)
+    save_file(found, path / f"{accelerator.process_index}.safetensors")
+
+
+def test_two_processes_find_what_one_does(weak, strong, adapters, dataset, cache, tmp_path):
+    adapters["class_vectors"].save_pretrained(tmp_path / "adapter")
+    arguments = (weak.name_or_path, strong.name_or_path, tmp_path / "adapter", dataset)
+    expected = _transfer(*arguments, cache["cache_dir"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_in_two_processes, args=(tmp_path, *arguments), num_processes=2)
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,368 @@
+"""Few-shot tuning: what is learnt, what stays, and that the product is an ordinary adapter."""
+
+import copy
+
+import datasets
+import pytest
+import tiny_models
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.method import tune as tuning
+from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.teacher import teacher_class_vectors
+from hf_transmiter.method.tune import tune
+from hf_transmiter.sandbox import load_dataset, model_path
+from hf_transmiter.settings import METHODS, TuningConfig
+from hf_transmiter.training import batches
+from hf_transmiter.tuners import inject, save_adapter
+
+
+NAMES = ["cat", "dog", "car"]
+BOTH = ("lora", "coop")
+MOVE_IMAGES = ("lora", "ivlp", "maple", "promptsrc")
+ADAMW = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "weight_decay": 1e-3}
+
+
+def quick(method="lora", **kwargs):
+    defaults = {"shots": 4, "epochs": 6, "batch_size": 6, "lr": 1e-2, **ADAMW}
+    return TuningConfig(**{**defaults, "method": method, **kwargs})
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(weak, dataset, config, **kwargs):
+        tuned = tune(weak, dataset, config=config, progress=False, cache_dir=tmp_path / "features", **kwargs)
+        assert tuned.anchors.templates == templates(config.method)
+        return tuned.encoder
+
+    return run
+
+
+def templates(method):
+    return ("a photo of a {}.",) if method == "lora" else ("{}.",)
+
+
+def scores(encoder, dataset, method, cache_dir):
+    """Logits of a tuned (or, with method "lora", of the weak) model, and the labels."""
+    table = embed_dataset(encoder, dataset, progress=False, cache_dir=cache_dir)
+    return AnchorClassifier(encoder, Anchors(tuple(NAMES), (), templates(method))).classify(table.embeds), table.labels
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learns_and_leaves_the_weak_model_alone(encoder, make_dataset, run, tmp_path, method):
+    dataset = make_dataset(30)
+    before, fingerprint = copy.deepcopy(encoder.model.state_dict()), encoder.fingerprint
+    tuned = run(encoder, dataset, quick(method, shots=10, epochs=20, keep_near=0.0, augment=None))
+    assert encoder.fingerprint == fingerprint and not encoder.model.text_model._forward_pre_hooks
+    assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.model.state_dict().items())
+    assert not any(p.requires_grad for p in tuned.model.parameters()) and not tuned.model.training
+    losses = []
+    for model, name in ((encoder, "lora"), (tuned, method)):
+        z, labels = scores(model, dataset, name, tmp_path)
+        losses.append(torch.nn.functional.cross_entropy(z, labels).item())
+    assert losses[1] < 0.7 * losses[0]
+    kept = {key.replace(".base_layer", ""): value for key, value in tuned.model.state_dict().items()}
+    assert all(torch.equal(kept[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_on_its_own_side(encoder, make_dataset, run, make_images, method):
+    images, dataset = make_images(3), make_dataset(12)
+    tuned = run(encoder, dataset, quick(method, epochs=3))
+    same_images = torch.allclose(tuned.embed_images(images), encoder.embed_images(images), atol=1e-4)
+    assert same_images == (method not in MOVE_IMAGES)
+    names = tuned.embed_names(NAMES, templates(method))
+    assert torch.allclose(names, encoder.embed_names(NAMES), atol=1e-4) == (method == "lora")
+    # A prompt's class vectors belong to the weak model's own embeddings, unless each image has its own.
+    vectors = teacher_class_vectors(tuned, encoder, NAMES, templates(method))
+    assert (vectors is None) == (method in (*MOVE_IMAGES, "cocoop"))
+
+
+def test_settings_left_open_are_the_published_ones():
+    def shown(method, *fields, **kwargs):
+        config = TuningConfig(method=method, **kwargs)
+        return tuple(getattr(config, field) for field in fields)
+
+    recipe = ("optimizer", "schedule", "lr", "weight_decay", "batch_size", "epochs")
+    assert shown("coop", *recipe) == ("sgd", "epochs", 2e-3, 5e-4, 32, 200)
+    assert [shown("coop", "epochs", shots=shots)[0] for shots in (1, 2, 4, 8)] == [50, 100, 100, 200]
+    assert shown("kgcoop", *recipe, "pull", "keep_near") == ("sgd", "epochs", 2e-3, 5e-4, 128, 100, "cosine", 8.0)
+    assert shown("prograd", "batch_size", "pull", "keep_near") == (32, "kl", 1.0)
+    assert shown("cocoop", *recipe) == ("sgd", "epochs", 2e-3, 5e-4, 1, 10)
+    assert shown("ivlp", *recipe, "augment") == ("sgd", "epochs", 2.5e-3, 5e-4, 4, 20, "crop")
+    assert shown("maple", *recipe) == ("sgd", "epochs", 3.5e-3, 5e-4, 4, 5)
+    assert shown("promptsrc", *recipe, "pull") == ("sgd", "epochs", 2.5e-3, 5e-4, 4, 20, "promptsrc")
+    assert shown("promptsrc", "gaussian_mean", "gaussian_std") == (15, 1)
+    assert shown("coop", "keep_near", "gaussian_mean", "augment") == (0.0, None, "none")
+    assert shown("lora", *recipe, "keep_near") == ("adamw", "cosine", 2e-4, 1e-3, 64, 20, 0.1)
+    assert shown("coop", "lr", "epochs", lr=0.1, epochs=3) == (0.1, 3)
+
+
+def test_depths_follow_the_towers(encoder, make_dataset, run):
+    for method, fields in (("ivlp", ("text_depth", "vision_depth")), ("maple", ("depth",))):
+        adapter = run(encoder, make_dataset(6), quick(method, epochs=1, shots=2)).model.peft_config["default"]
+        assert all(getattr(adapter, field) == 2 for field in fields)
+    shallow = quick("ivlp", epochs=1, shots=2, adapter={"vision_depth": 0})
+    tuned = run(encoder, make_dataset(6), shallow)
+    assert tuned.model.peft_config["default"].vision_depth == 0
+    assert teacher_class_vectors(tuned, encoder, NAMES, ("{}.",)) is not None
+
+
+def test_options_of_the_adapter(encoder, make_dataset, run):
+    config = quick("coop", epochs=1, adapter={"position": "middle", "class_specific": True})
+    assert config.adapter == ('position="middle"', "class_specific=true")
+    adapter = run(encoder, make_dataset(12), config).model.peft_config["default"]
+    assert (adapter.position, adapter.class_specific, adapter.n_ctx) == ("middle", True, 4)
+    assert quick("coop", adapter=("position=middle", "layer=1")).adapter_options == {"position": "middle", "layer": 1}
+    with pytest.raises(ValueError, match="CoOpConfig has no option 'depth'; it has base, class_names"):
+        run(encoder, make_dataset(12), quick("coop", adapter={"depth": 3}))
+    with pytest.raises(ValueError, match="must be key=value, got 'position'"):
+        run(encoder, make_dataset(12), quick("coop", adapter=("position",)))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "lora"])
+def test_the_saved_adapter_knows_its_classes(encoder, make_dataset, run, tmp_path, make_images, method):
+    dataset = make_dataset(12)
+    tuned = run(encoder, dataset, quick(method, epochs=1))
+    save_adapter(tuned.model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder.name_or_path), str(tmp_path / "adapter"))
+    pixels = encoder.preprocess(make_images(3))
+    expected = AnchorClassifier(tuned, Anchors(tuple(NAMES), (), ("{}.",)))(pixels).logits_per_image
+    assert torch.allclose(loaded(pixel_values=pixels).logits_per_image, expected, atol=1e-4)
+    facts = loaded.peft_config["default"].provenance
+    assert facts["num_images"] == 12 and facts["settings"]["method"] == method
+    assert facts["dataset_fingerprint"] == dataset._fingerprint
+
+
+def test_many_classes_in_parts(encoder, make_dataset, run):
+    whole, parts = (
+        run(encoder, make_dataset(12), quick("contcoop", text_batch_size=size)).embed_names(NAMES, ("{}.",))
+        for size in (256, 2)
+    )
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_embedded_once_or_in_every_step(encoder, make_dataset, run, monkeypatch):
+    cached = run(encoder, make_dataset(12), quick("coop")).embed_names(NAMES, ("{}.",))
+    monkeypatch.setattr(tuning, "_moves_images", lambda tuned, config: True)
+    again = run(encoder, make_dataset(12), quick("coop")).embed_names(NAMES, ("{}.",))
+    assert torch.allclose(cached, again, atol=1e-5)
+
+
+def test_augmented_views(encoder, make_dataset, run, monkeypatch):
+    seen, embed = [], DualEncoder.embed_pixels
+
+    def counting(self, pixels):
+        seen.append(len(pixels))
+        return embed(self, pixels)
+
+    outcomes = {}
+    for views in (0, 3):
+        config = quick("coop", augment="shift", views=views)
+        run(encoder, make_dataset(12), config)  # embeds the pictures as they are, once for all
+        monkeypatch.setattr(DualEncoder, "embed_pixels", counting)
+        outcomes[views] = run(encoder, make_dataset(12), config).embed_names(NAMES, ("{}.",))
+        monkeypatch.setattr(DualEncoder, "embed_pixels", embed)
+        assert sum(seen) == (3 * 12 if views else 6 * 12)
+        seen.clear()
+    assert not torch.allclose(outcomes[0], outcomes[3], atol=1e-6)
+
+
+def test_bfloat16_towers(encoder, make_dataset, run, tmp_path):
+    dataset = make_dataset(30)
+    losses = []
+    for method in ("coop", "maple"):
+        config = quick(method, shots=10, epochs=10, keep_near=0.0, precision="bfloat16")
+        tuned = run(encoder, dataset, config)
+        assert {p.dtype for p in tuned.model.parameters()} == {torch.float32}
+        z, labels = scores(tuned, dataset, method, tmp_path)
+        losses.append(torch.nn.functional.cross_entropy(z, labels).item())
+    z, labels = scores(encoder, dataset, "lora", tmp_path)
+    assert max(losses) < 0.8 * torch.nn.functional.cross_entropy(z, labels).item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_as_any_adapter(encoder, make_dataset, run, tmp_path, make_images, method):
+    tuned = run(encoder, make_dataset(12), quick(method))
+    save_adapter(tuned.model, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder.name_or_path), str(tmp_path / "adapter"))
+    assert loaded.peft_config["default"].base_model_name_or_path == encoder.name_or_path
+    loaded = DualEncoder(loaded)
+    assert torch.equal(loaded.embed_images(make_images(3)), tuned.embed_images(make_images(3)))
+    assert torch.equal(loaded.embed_names(NAMES, ("{}.",)), tuned.embed_names(NAMES, ("{}.",)))
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_the_seed_decides(encoder, make_dataset, run, make_images, method):
+    dataset, images = make_dataset(30), make_images(3)
+
+    def outcome(seed):
+        tuned = run(encoder, dataset, quick(method, seed=seed, init_phrase=None, n_ctx=4))
+        return torch.cat([tuned.embed_images(images), tuned.embed_names(NAMES, ("{}.",))])
+
+    first = outcome(1)
+    torch.manual_seed(123)
+    assert torch.equal(outcome(1), first)
+    assert not torch.allclose(outcome(2), first, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "coop", "prograd", "promptsrc"])
+def test_interrupted_run_resumes(encoder, make_dataset, run, tmp_path, make_images, monkeypatch, method):
+    dataset, images = make_dataset(12), make_images(3)
+    whole = run(encoder, dataset, quick(method))
+    loss, calls = tuning.losses, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(tuning, "losses", interrupted)
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(encoder, dataset, quick(method), checkpoint=checkpoint)
+    calls.clear()
+    calls.extend([None] * 8)  # past the interruption
+    resumed = run(encoder, dataset, quick(method), checkpoint=checkpoint)
+    assert len(calls) - 8 == 2 * (6 - 3) and not checkpoint.exists()
+    assert torch.equal(resumed.embed_images(images), whole.embed_images(images))
+    assert torch.equal(resumed.embed_names(NAMES, ("{}.",)), whole.embed_names(NAMES, ("{}.",)))
+
+
+def test_pixels_that_do_not_fit_in_memory(encoder, make_dataset, run, make_images, monkeypatch):
+    dataset = make_dataset(12)
+    kept = run(encoder, dataset, quick()).embed_images(make_images(3))
+    monkeypatch.setattr(batches, "PIXEL_MEMORY", 0)
+    assert torch.equal(run(encoder, dataset, quick()).embed_images(make_images(3)), kept)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_keep_near(encoder, make_dataset, run, tmp_path, method):
+    dataset = make_dataset(12)
+    zero_shot = scores(encoder, dataset, "lora", tmp_path)[0].log_softmax(1)
+    moved = []
+    for strength in (0.0, 10.0, 1000.0):
+        z, _ = scores(run(encoder, dataset, quick(method, keep_near=strength)), dataset, method, tmp_path)
+        moved.append((zero_shot.exp() * (zero_shot - z.log_softmax(1))).sum(1).mean().item())
+    assert moved[0] > 1.5 * moved[1] > 2 * moved[2], moved
+
+
+def test_shots(encoder, make_dataset, run, monkeypatch, caplog):
+    seen = []
+    fit = tuning.fit
+
+    def recording(parameters, step, num_examples, *args, **kwargs):
+        seen.append(num_examples)
+        return fit(parameters, step, num_examples, *args, **kwargs)
+
+    monkeypatch.setattr(tuning, "fit", recording)
+    run(encoder, make_dataset(30), quick(shots=2, epochs=1))
+    assert not caplog.records
+    run(encoder, make_dataset(11), quick(shots=4, epochs=1))
+    assert seen == [6, 11]
+    assert "1 classes have fewer than 4 images" in caplog.text
+
+
+def _in_two_processes(folder, dataset, config, out):
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    weak = DualEncoder.from_pretrained(folder)
+    tuned = tune(
+        weak, dataset, config=config, accelerator=accelerator, progress=False, cache_dir=out / "features"
+    ).encoder
+    assert accelerator.num_processes == 2
+    texts = tuned.embed_names(NAMES, ("{}.",))
+    save_file({"texts": texts}, out / f"{accelerator.process_index}.safetensors")
+
+
+@pytest.mark.parametrize("method", ["coop", "prograd", "contcoop"])
+def test_two_processes_tune_one_model(encoder, make_dataset, run, tmp_path, method):
+    """With augmentation: what happens to a picture does not depend on who works on it."""
+    dataset, config = make_dataset(12), quick(method, augment="shift" if method == "coop" else None)
+    expected = run(encoder, dataset, config).embed_names(NAMES, ("{}.",))
+    out = tmp_path / "two"
+    out.mkdir()
+    # This process may already count as a single one; the two must not inherit that.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_in_two_processes, args=(encoder.name_or_path, dataset, config, out), num_processes=2)
+    for process in range(2):
+        texts = load_file(out / f"{process}.safetensors")["texts"]
+        assert torch.allclose(texts, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", [family for family in tiny_models.FAMILIES if family != "align"])
+def test_lora_reaches_every_block_of_every_vision_transformer(model_dir, make_dataset, run, family):
+    encoder = DualEncoder.from_pretrained(model_dir(family))
+    tuned = run(encoder, make_dataset(6), quick(epochs=1, shots=2))
+    layers = [(name, m) for name, m in tuned.model.named_modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == 12 and all("layers" in name and "vision_model" in name for name, _ in layers)
+    assert all(layer.lora_B["default"].weight.abs().sum() > 0 for _, layer in layers)
+
+
+@pytest.mark.parametrize("family", ["siglip", "altclip"])
+def test_coop_of_other_families(model_dir, make_dataset, run, family):
+    encoder = DualEncoder.from_pretrained(model_dir(family))
+    tuned = run(encoder, make_dataset(6), quick("coop", epochs=1, shots=2))
+    assert not torch.allclose(tuned.embed_names(NAMES, ("{}.",)), encoder.embed_names(NAMES), atol=1e-4)
+
+
+def test_names_may_be_given(encoder, make_dataset, run):
+    dataset = make_dataset(12).cast_column("label", datasets.Value("int64"))
+    with pytest.raises(ValueError, match="does not name its classes: pass class_names"):
+        run(encoder, dataset, quick())
+    tuned = run(encoder, dataset, quick("coop"), class_names=NAMES)
+    named = run(encoder, make_dataset(12), quick("coop"))
+    assert torch.equal(tuned.embed_names(NAMES, ("{}.",)), named.embed_names(NAMES, ("{}.",)))
+
+
+def test_bad_input(encoder, make_dataset, run, tmp_path):
+    dataset = make_dataset(12)
+    for bad in ({"method": "tipadapter"}, {"keep_near": -1.0}, {"pull": "l3"}, {"precision": "float16"}):
+        with pytest.raises(ValueError, match="must"):
+            TuningConfig(**bad)
+    with pytest.raises(ValueError, match="one split of a datasets.Dataset, not a DatasetDict"):
+        run(encoder, datasets.DatasetDict(train=dataset), quick())
+    with pytest.raises(ValueError, match="tuning needs labels"):
+        run(encoder, dataset.remove_columns("label"), quick())
+    with pytest.raises(ValueError, match="1 of 4 classes have no image, first 'tree'"):
+        run(encoder, dataset, quick(), class_names=[*NAMES, "tree"])
+    with pytest.raises(ValueError, match="below num_classes=2"):
+        run(encoder, dataset, quick(), class_names=NAMES[:2])
+    with pytest.raises(ValueError, match="must differ"):
+        run(encoder, dataset, quick(), class_names=["cat", "cat", "dog"])
+    words = dataset.remove_columns("label").add_column("label", ["cat"] * 12)
+    with pytest.raises(ValueError, match="holds 'cat', not class indices"):
+        run(encoder, words, quick(), class_names=NAMES)
+    with pytest.raises(ValueError, match=r"'the old big red car and ship and tree\.' has 16 tokens.* room for 12"):
+        run(encoder, dataset, quick("coop"), class_names=["cat", "the_old_big_red_car_and_ship_and_tree", "dog"])
+    inject(encoder.model, tuning._adapter_config(encoder, NAMES, quick()))
+    with pytest.raises(ValueError, match="has adapters already"):
+        run(encoder, dataset, quick())
+
+
+@pytest.mark.parametrize("method, domain, lift", [("lora", "print", 20), ("coop", "jargon", 10)])
+def test_sandbox_task(run, tmp_path, method, domain, lift):
+    weak = DualEncoder.from_pretrained(model_path("weak"))
+    # Another seed's validation split is a small pool to draw from, quicker to render than the training split.
+    pool, validation, hits = load_dataset(domain, "validation", seed=1), load_dataset(domain, "validation"), []
+    tuned = run(weak, pool, quick(method, batch_size=64, keep_near=0.1))
+    names = validation.features["label"].names
+    for encoder, prompts in ((weak, templates("lora")), (tuned, templates(method))):
+        table = embed_dataset(encoder, validation, progress=False, cache_dir=tmp_path)
+        z = encoder.logits(table.embeds, encoder.embed_names(names, prompts))
+        hits.append(100 * (z.argmax(1) == table.labels).float().mean().item())
+    assert hits[1] > hits[0] + lift, hits
