@@ -82,9 +82,9 @@ def test_defaults_are_those_of_the_papers():
     assert found.protocol == "base-to-base" and found.shots == (16,) and found.seeds == (1, 2, 3)
     rows = [variant.method for variant in found.variants]
     assert set(METHODS) - set(rows) == {"given bridge"}
-    assert found.encoders() == ("sandbox:weak", "sandbox:strong")
-    assert [spec.name for spec in found.specs()] == ["dtd", "eurosat"]
-    assert config(train_on="imagenet").specs()[-1].name == "imagenet"
+    assert [(pair.weak, pair.strong) for pair in found.models] == [("sandbox:weak", "sandbox:strong")]
+    assert [spec.name for spec in found.datasets] == ["dtd", "eurosat"]
+    assert config(train_on="imagenet").train_on.name == "imagenet"
 
 
 def test_overrides():
@@ -141,12 +141,12 @@ def test_reading_a_file(tmp_path, monkeypatch):
         ({"tunings": [{"method": "coop", "per_dataset": {"dtd": {"lr": -1, "rat": 1}}}]}, "'rat'"),
         ({"tunings": ["coop"]}, "a tuning is a mapping such as"),
         ({"variants": ["ETF"]}, "there is no method 'ETF'; did you mean 'EFT'"),
-        ({"variants": ["EFT", {"refit": {}, "name": "EFT"}]}, "variants has 'EFT' twice"),
+        ({"variants": ["EFT", {"refit": {}, "name": "EFT"}]}, "variants has EFT twice"),
         ({"variants": [{"refit": {"betta": 1}}]}, "'betta'"),
         ({"allow_fewer": "no"}, "allow_fewer must be true or false, got 'no'"),
         ({"title": 5}, "title must be a text, got 5"),
         ({"general": ["a"]}, "general must be a text"),
-        ({"sweep": "beta"}, "sweep must be PART.SETTING with one of tuning, extraction, transfer"),
+        ({"sweep": "beta"}, "sweep must be PART.SETTING with one of tuning, variants"),
         ({"published": "base-to-novel-promptscr"}, "no published scores .*did you mean 'base-to-novel-promptsrc'"),
     ],
 )

@@ -188,7 +188,7 @@ def test_figures(tmp_path):
         *("zero-shot strong", "tuned weak"),
         *({"refit": {"carried_images": n}, "name": f"{n} images"} for n in (1, 4, 16)),
     ]
-    found = config(protocol="base-to-novel", variants=variants, sweep="transfer.carried_images")
+    found = config(protocol="base-to-novel", variants=variants, sweep="variants.carried_images")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "of-an-earlier-report.png").write_bytes(b"")
     names = drawn(found, tmp_path, halves_by_name)

@@ -242,7 +242,7 @@ def test_an_error_nobody_foresaw_is_noted(content, finished, tmp_path, monkeypat
     def broken(self, cell):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(run.Workshop, "make", broken)
+    monkeypatch.setattr(Workshop, "make", broken)
     found = run(one, tmp_path / "out")
     assert list(found.failed.values()) == ["ZeroDivisionError('oh')"]
     note = json.loads(next((tmp_path / "out" / "failed").iterdir()).read_text())

@@ -298,7 +298,7 @@ def test_templates():
 
 
 def test_every_template_has_a_source():
-    path = Path(sys.modules[Anchors.__module__].__file__).parent / "assets" / "templates.json"
+    path = Path(sys.modules[Anchors.__module__].__file__).parents[1] / "assets" / "templates.json"
     for name, row in json.loads(path.read_text()).items():
         assert set(row) == {"templates", "source"} and "arXiv" in row["source"], name
 

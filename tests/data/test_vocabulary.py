@@ -15,7 +15,7 @@ from hf_transmiter.data.vocabulary import load_vocabulary, name_key
 
 
 FOLDER = Path(hf_transmiter.__file__).parent / "assets" / "vocabulary"
-BUILD = Path(__file__).parent / "making" / "vocabulary.py"
+BUILD = Path(__file__).parents[1] / "making" / "vocabulary.py"
 
 
 def test_common_nouns_are_clean():
