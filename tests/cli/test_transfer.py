@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig
 from hf_transmiter.cli.main import app
-from hf_transmiter.method import saved
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
 WEAK, UPGRADED, STRONG = "sandbox:weak", "sandbox:weak-upgraded", "sandbox:strong"
@@ -98,10 +98,8 @@ def test_several_adapters_over_one_bridge(out, monkeypatch):
     args = ("transfer", out / "adapter", out / "second", "--strong", STRONG, "--output-dir", out / "several", *bridge)
     run(*args[:2], *args[3:5], "--output-dir", out / "alone", *bridge, "--quiet")
     loaded = []
-    load = saved.load_encoder
-    monkeypatch.setattr(
-        saved, "load_encoder", lambda name, *rest, **on: loaded.append(name) or load(name, *rest, **on)
-    )
+    load = DualEncoder.from_pretrained
+    monkeypatch.setattr(DualEncoder, "from_pretrained", lambda name, **on: loaded.append(name) or load(name, **on))
     found = facts(*args)
     assert sorted(loaded) == [STRONG, WEAK] and found["kept"] == 0
     assert [made["output_dir"] for made in found["transferred"]] == [
