@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig
 from hf_transmiter.cli.main import app
-from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
 WEAK, UPGRADED, STRONG = "sandbox:weak", "sandbox:weak-upgraded", "sandbox:strong"
