@@ -4,7 +4,7 @@ Gradio comes with `pip install hf-transmiter[app]` and is imported only to build
 the network for anything.
 
 ```python
-from hf_transmiter.app import build_app, launch, load_models
+from hf_transmiter.cli.app_page import build_app, launch, load_models
 
 launch(build_app(load_models(tuned="me/tuned-clip-b32", upgraded="me/upgraded-clip-l14")))
 ```

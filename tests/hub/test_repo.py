@@ -316,7 +316,7 @@ def test_no_network(hub, monkeypatch, caplog):
 def test_offline_after_caching(hub):
     """In a process of its own, as HF_HUB_OFFLINE is read when huggingface_hub is imported."""
     code = """
-from hf_transmiter.hub import fetch, push_folder, read_json
+from hf_transmiter.hub.repo import fetch, push_folder, read_json
 print(read_json("alice/cats", "settings.json"), fetch("alice/cats", "absent.json"))
 print(fetch("alice/cats", "README.md"))
 for call in (lambda: fetch("alice/dogs", "README.md"), lambda: push_folder(".", "alice/cats", commit_message="x")):
