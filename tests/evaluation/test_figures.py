@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_transmiter.evaluation import figures
-from hf_transmiter.evaluation.analyse import AFTER, BEFORE, COSINE, TUNED, compare_logits
+from hf_transmiter.evaluation.analyse import AFTER, BEFORE, TUNED, compare_logits
 from hf_transmiter.evaluation.figures import (
     bars,
     compatibility_figure,
@@ -42,7 +42,6 @@ def found(classes: int, images: int = 60, labelled: bool = True, tuned: bool = F
     names = [f"a class with a rather long name, number {c}" if c == 1 else f"class {c}" for c in range(classes)]
     near = [{"towards": ((f"near {c}", 0.5), ("$ & co", 0.25)), "away": (("far", -0.1),)} for c in range(classes)]
     made = compare_logits(logits, names, labels, near)
-    made.measure = COSINE
     return made
 
 
