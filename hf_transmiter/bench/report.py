@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 from ..evaluation import figures
 from ..evaluation.drift import LayerDrift, drift_table
-from ..evaluation.upgrade import ZERO_SHOT
+from ..evaluation.upgrade import MODELS, ZERO_SHOT, UpgradeScore
 from ..hub.files import replace_file
 from ..hub.repo import public_name
 from ..hub.scores import NOTHING, table
@@ -287,13 +286,12 @@ def _swept(config: BenchConfig, main: Mapping[str, Summary]) -> dict[str, list[t
 def _upgrade_bars(group: Group, path: Path, title: str) -> Path | None:
     rows, floors = [], {}
     for row in group.rows.values():
-        found = row.summary(group.datasets)
+        found = {name: one for name, one in row.summary(group.datasets).items() if name in MODELS}
         if row.name == ZERO_SHOT:
-            floors = {f"zero-shot, {name} model": found[name].value for name in ("old", "upgraded") if name in found}
+            floors = {f"zero-shot, {MODELS[name]}": one.value for name, one in found.items()}
         elif found:
-            attributes = {"old": "old", "upgraded": "upgraded", "retrained": "retrained", "harmonic": "h"}
-            values = {name: _seeds(found[m]) if m in found else None for name, m in attributes.items()}
-            rows.append(SimpleNamespace(method=row.name, **values))
+            scores = {name: {"accuracy": tuple(_seeds(one))} for name, one in found.items()}
+            rows.append(UpgradeScore(row.name, (), scores))
     return figures.compatibility_figure(rows, path, floors, title=title) if rows else None
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.vocabulary import name_key, universal_vocabulary
@@ -21,7 +21,7 @@ from ..hub.scores import NOTHING, cell_text, table
 from ..method.classifier import AnchorClassifier
 from ..method.teacher import Teacher, teacher_logits
 from .evaluate import align_labels
-from .reliability import expected_calibration_error, fit_temperature
+from .reliability import expected_calibration_error
 
 
 BEFORE, AFTER, TUNED = "zero-shot", "with the adapter", "tuned model"
@@ -63,7 +63,7 @@ class Confidence:
     """How sure a model is and how right; all in percent.
 
     Args:
-        name (`str`): one of [`Knowledge.logits`], or that at the fitted temperature.
+        name (`str`): one of [`Knowledge.logits`].
         confidence (`float`): mean over the images of the largest probability.
         accuracy (`float`, *optional*), calibration_error (`float`, *optional*): with labels, see `reliability`.
     """
@@ -87,9 +87,7 @@ class Knowledge:
         moves (`list[tuple[str, str, int]]`): prediction before, after, and how many images; the most images first.
         confusions (`list[tuple[str, str, int, int]]`):
             Label, another prediction, and how many images before and after; those whose count changed most first.
-        confidence (`list[Confidence]`): before, after, after at the temperature, and the tuned model.
-        temperature (`float` or `None`): by which to divide the logits, fitted without labels.
-        temperature_note (`str`): what it was fitted to, or why there is none.
+        confidence (`list[Confidence]`): before, after and, if there was one, the tuned model.
         agreement (`float` or `None`): percent of the images on which the tuned model predicts the same as after.
         logits (`dict[str, Tensor]`): (N, C) by [`BEFORE`], [`AFTER`] and, if there was one, [`TUNED`].
         labels (`Tensor` or `None`): (N,).
@@ -105,8 +103,6 @@ class Knowledge:
     moves: list[tuple[str, str, int]]
     confusions: list[tuple[str, str, int, int]]
     confidence: list[Confidence]
-    temperature: float | None
-    temperature_note: str
     agreement: float | None
     logits: dict[str, Tensor] = field(repr=False)
     labels: Tensor | None = field(repr=False)
@@ -147,8 +143,8 @@ def analyse(
         classifier (`AnchorClassifier`): with an adapter: what `extract`, `transfer` or `label_tune` returned, or a
             saved one.
         dataset (`datasets.Dataset`): images of the task; labels, if there are any, are matched by name.
-        teacher (*optional*): the tuned weak model or its logits on these images, see [`Teacher`]; for the
-            temperature. Defaults to the adapter's calibration pack where that belongs to these images.
+        teacher (*optional*): the tuned weak model or its logits on these images, see [`Teacher`]. Defaults to the
+            adapter's calibration pack where that belongs to these images.
         accelerator (`Accelerator`, *optional*): embedding is shared by its processes, the rest done by each.
         **embedding: passed to `embed_dataset`.
 
@@ -168,7 +164,7 @@ def analyse(
     labels = None if table.labels is None else align_labels(table, names)
     tensors = classifier.transmiter.tensors(classifier.transmiter.active_name)
     logits = _both(classifier, table, tensors["anchors"][: len(names)])
-    teacher, why = _teacher(classifier, table, teacher)
+    teacher = _teacher(classifier, table, teacher)
     if teacher is not None:
         logits[TUNED] = teacher_logits(teacher, dataset, names, templates=config.templates, **options)
     near = None
@@ -179,7 +175,6 @@ def analyse(
         near = nearest(directions(tensors["class_vectors"], tensors["anchors"][: len(names)], text), auxiliary)
     found = compare_logits(logits, names, labels, near)
     found.model, found.form = encoder.name_or_path and public_name(encoder.name_or_path), config.form
-    found.temperature_note = found.temperature_note or why
     return found
 
 
@@ -194,18 +189,16 @@ def _both(classifier: AnchorClassifier, table: FeatureTable, zero_shot: Tensor) 
     return {name: torch.cat(blocks) for name, blocks in parts.items()}
 
 
-def _teacher(classifier: AnchorClassifier, table: FeatureTable, teacher: Teacher | None) -> tuple[Teacher | None, str]:
-    """Who stands for the truth when the temperature is fitted, and why nobody does."""
-    if teacher is not None:
-        return teacher, ""
+def _teacher(classifier: AnchorClassifier, table: FeatureTable, teacher: Teacher | None) -> Teacher | None:
+    """What the tuned model says about these images, if that is known."""
     pack = classifier.calibration
-    if pack is None:
-        return None, "not available: no tuned model was given, and the adapter has no calibration pack"
+    if teacher is not None or pack is None:
+        return teacher
     try:
         pack.check_images(len(table), table.dataset_fingerprint)
-    except ValueError:
-        return None, "not available: no tuned model was given, and the adapter's calibration pack is of other images"
-    return pack, ""
+    except ValueError:  # it is of other images
+        return None
+    return pack
 
 
 def compare_logits(
@@ -234,10 +227,6 @@ def compare_logits(
     if labels is not None:
         corrected = int(((was != labels) & (now == labels)).sum())
         broken = int(((was == labels) & (now != labels)).sum())
-    temperature, note = _temperature(logits)
-    rows = [_confidence(name, z, labels) for name, z in logits.items()]
-    if temperature is not None:
-        rows.insert(2, _confidence(f"{AFTER}, temperature {temperature:.2f}", after / temperature, labels))
     return Knowledge(
         model=None,
         form=None,
@@ -248,24 +237,11 @@ def compare_logits(
         broken=broken,
         moves=[(*pair, count) for pair, count in _counted(was[was != now], now[was != now], names).items()],
         confusions=[] if labels is None else _confusions(labels, was, now, names),
-        confidence=rows,
-        temperature=temperature,
-        temperature_note=note,
+        confidence=[_confidence(name, z, labels) for name, z in logits.items()],
         agreement=_percent(logits[TUNED].argmax(1) == now) if TUNED in logits else None,
         logits=logits,
         labels=labels,
     )
-
-
-def _temperature(logits: dict[str, Tensor]) -> tuple[float | None, str]:
-    if TUNED not in logits:
-        return None, ""
-    said = logits[TUNED]
-    try:
-        found = fit_temperature(logits[AFTER], one_hot(said.argmax(1), said.shape[1]))
-    except ValueError as error:
-        return None, f"not available: {error}"
-    return found, "fitted to the tuned model's predictions as if they were labels"
 
 
 def _confidence(name: str, logits: Tensor, labels: Tensor | None) -> Confidence:
@@ -405,14 +381,7 @@ def _sure(found: Knowledge) -> str:
         (row.name, _number(row.accuracy), _number(row.confidence), _number(row.calibration_error))
         for row in found.confidence
     ]
-    made = _table(("", "accuracy", "mean confidence", "calibration error"), rows)
-    note = f"{made}\n\nPercent. Temperature without labels: {found.temperature_note}."
-    if found.temperature is not None:
-        note += (
-            " It makes the adapter about as sure as the tuned model agrees with it, which is how often it is right "
-            "where the two are about equally good: check it on a few labels before dividing logits by it."
-        )
-    return note
+    return _table(("", "accuracy", "mean confidence", "calibration error"), rows) + "\n\nPercent."
 
 
 def _changes(changes: Sequence[ClassChange]) -> str:

@@ -18,8 +18,6 @@ from .analyse import AFTER, BEFORE, Knowledge, markdown
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from .compare import Comparison
 
 logger = logging.getLogger(__name__)
@@ -126,17 +124,13 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
     return path
 
 
-def write_analysis(
-    directory: str | os.PathLike, found: Knowledge, dataset: Dataset, *, title: str, image_column: str | None = None
-) -> Path:
+def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str) -> Path:
     """Writes `report.md`, `analysis.json` (every class) and `figures/`. Files are replaced one by one, atomically.
 
     Args:
         directory (`str` or `os.PathLike`): made if need be.
-        found (`Knowledge`): of `analyse` on `dataset`.
-        dataset (`datasets.Dataset`): the images, for the examples.
+        found (`Knowledge`): of `analyse`.
         title (`str`): heading.
-        image_column (`str`, *optional*): guessed when omitted.
 
     Returns:
         `Path`: of `report.md`.
@@ -148,12 +142,8 @@ def write_analysis(
         pair, title_ = (found.logits[BEFORE], found.logits[AFTER]), "With the adapter, against zero-shot"
         path = folder / "confusions.png"
         drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, title=title_))
-        series, path = dict(found.logits), folder / "reliability.png"
-        if found.temperature is not None:
-            series[f"{AFTER}, temperature {found.temperature:.2f}"] = found.logits[AFTER] / found.temperature
-        title_ = "How far confidence can be believed"
-        drawn.append(figures.reliability_figure(series, found.labels, path, title=title_))
-    drawn += figures.example_figures(found, dataset, folder, image_column)
+        path, title_ = folder / "reliability.png", "How far confidence can be believed"
+        drawn.append(figures.reliability_figure(found.logits, found.labels, path, title=title_))
     values = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(directory / "analysis.json", lambda path: path.write_text(values, encoding="utf-8"))
     sections = [Section("Figures", figures=drawn)] if any(drawn) else []

@@ -188,12 +188,12 @@ def test_figures(tmp_path):
         *("zero-shot strong", "tuned weak"),
         *({"refit": {"carried_images": n}, "name": f"{n} images"} for n in (1, 4, 16)),
     ]
-    found = config(protocol="base-to-novel", variants=variants, sweep="transfer.carried_images")
+    found = config(protocol="base-to-novel", variants=variants, sweep="variants.carried_images")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "of-an-earlier-report.png").write_bytes(b"")
     names = drawn(found, tmp_path, halves_by_name)
     stem = "1-openai-clip-vit-base-patch16-openai-clip-vit-large-patch14"
-    assert names == {f"{stem}-{name}.png" for name in ("methods", "transfer.carried-images")}
+    assert names == {f"{stem}-{name}.png" for name in ("methods", "variants.carried-images")}
 
 
 @pytest.mark.slow

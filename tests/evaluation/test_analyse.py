@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.nn.functional import normalize
 
 from hf_transmiter.data.anchors import Anchors
@@ -23,7 +22,7 @@ from hf_transmiter.evaluation.analyse import (
     markdown,
     nearest,
 )
-from hf_transmiter.evaluation.reliability import expected_calibration_error, fit_temperature
+from hf_transmiter.evaluation.reliability import expected_calibration_error
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.stored_logits import CalibrationPack
 from hf_transmiter.sandbox import load_dataset
@@ -94,25 +93,14 @@ def test_counts_are_what_they_say(seed):
     assert sum(change.probability_shift for change in found.classes) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_temperature_is_fitted_to_the_tuned_models_predictions():
+def test_the_tuned_model_is_a_row_of_its_own():
     logits, labels = logits_of(0)
     logits[TUNED] = logits[AFTER] + torch.randn(logits[AFTER].shape, generator=torch.Generator().manual_seed(1))
     found = compare_logits(logits, list("abcd"), labels)
-    said = nn.functional.one_hot(logits[TUNED].argmax(1), 4)
-    assert found.temperature == pytest.approx(fit_temperature(logits[AFTER], said))
-    assert found.agreement == pytest.approx(
-        100 * float((logits[TUNED].argmax(1) == logits[AFTER].argmax(1)).float().mean())
-    )
-    names = [row.name for row in found.confidence]
-    assert names == [BEFORE, AFTER, f"{AFTER}, temperature {found.temperature:.2f}", TUNED]
-    scaled = found.confidence[2]
-    assert scaled.accuracy == found.confidence[1].accuracy
-    assert scaled.calibration_error == pytest.approx(
-        expected_calibration_error(logits[AFTER] / found.temperature, labels)
-    )
-    logits[TUNED] = logits[AFTER]
-    unavailable = compare_logits(logits, list("abcd"), labels)
-    assert unavailable.temperature is None and unavailable.temperature_note.startswith("not available: no temperature")
+    same = (logits[TUNED].argmax(1) == logits[AFTER].argmax(1)).float().mean()
+    assert found.agreement == pytest.approx(100 * float(same))
+    assert [row.name for row in found.confidence] == [BEFORE, AFTER, TUNED]
+    assert found.confidence[2].calibration_error == pytest.approx(expected_calibration_error(logits[TUNED], labels))
 
 
 def test_before_is_the_model_with_its_adapter_off(encoder, make_dataset, cached):
@@ -169,20 +157,18 @@ def test_labels_are_matched_by_name_or_left_out(encoder, make_dataset, cached):
         analyse(made, make_dataset(12, ("cat", "dog", "plane")), **cached)
 
 
-def test_who_stands_for_the_truth(encoder, make_dataset, cached):
-    """A tuned model that is given; else the calibration pack, if it is of these images; else nobody: the reason."""
+def test_who_speaks_for_the_tuned_model(encoder, make_dataset, cached):
+    """A tuned model that is given; else the calibration pack, if it is of these images; else nobody."""
     made, images = classifier(encoder), make_dataset(30)
     table = embed_dataset(encoder, images, **cached)
     said = torch.randn(30, 3)
-    assert "no tuned model was given, and the adapter has no" in analyse(made, images, **cached).temperature_note
+    assert analyse(made, images, **cached).agreement is None
     made.calibration = CalibrationPack(said, NAMES, table.dataset_fingerprint)
     own = analyse(made, images, **cached)
-    assert torch.equal(own.logits[TUNED], said) and own.temperature is not None
+    assert torch.equal(own.logits[TUNED], said) and "The tuned model predicts the same on" in markdown(own)
     given = analyse(made, images, teacher=said, **cached)
-    assert given.temperature == own.temperature
-    other = analyse(made, make_dataset(30, seed=1), **cached)
-    assert other.temperature is None and "of other images" in other.temperature_note
-    assert "of other images" in markdown(other)
+    assert given.agreement == own.agreement
+    assert TUNED not in analyse(made, make_dataset(30, seed=1), **cached).logits
 
 
 def test_a_planted_move_is_named(encoder, make_dataset, cached):
