@@ -141,7 +141,6 @@ class Variant:
 
 
 _READ_BY = {"discriminant": "shrinkage", "ridge": "lambdas"}
-_ANCHORS = ("num_anchors", "num_auxiliary", "strategy")
 
 
 def _value(kind: type, key: str, value):
@@ -177,6 +176,15 @@ class Needs:
     task_images: bool = False
     backprop: bool = False
     weak_at_run_time: bool = False
+
+
+NEEDS = {
+    "labels": "labels",
+    "task_images": "task images",
+    "backprop": "backprop",
+    "weak_at_run_time": "weak model at run time",
+}
+"""The fields of [`Needs`] as tables call them."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,9 @@ def _transfer(task: Task, variant: Variant, adapter: AnchorClassifier, images=No
     config = TransferConfig(refit=refit, **variant.of_step(TransferConfig))
     options |= {"seen_classes": task.seen_classes, "config": config, **task.options}
     return transfer(adapter, task.strong, images, **options)
+
+
+_ANCHORS = ("num_anchors", "num_auxiliary", "strategy")  # settings that choose the names of the published adapter
 
 
 def _published(task: Task, variant: Variant) -> AnchorClassifier:

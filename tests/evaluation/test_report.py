@@ -34,12 +34,10 @@ def test_report_holds_texts_tables_and_relative_links(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["figures", "report.md"]
 
 
-def test_report_refuses_figures_it_cannot_link(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.png does not exist"):
-        write_report(tmp_path / "out", [Section("a", figures=[tmp_path / "gone.png"])], title="t")
+def test_report_refuses_figures_outside_of_it(tmp_path):
     outside = tmp_path / "outside.png"
     Image.new("RGB", (8, 8)).save(outside)
-    with pytest.raises(ValueError, match="draw it under .*figures"):
+    with pytest.raises(ValueError, match="outside.png"):
         write_report(tmp_path / "out", [Section("a", figures=[outside])], title="t")
     assert not (tmp_path / "out").exists()
 
