@@ -51,7 +51,6 @@ _EXPORTS = {
     "expected_calibration_error": "evaluation.reliability",
     "extract": "method.extract",
     "find_spec": "data.catalogue",
-    "fit_temperature": "evaluation.reliability",
     "label_tune": "method.label_tune",
     "load_split": "data.catalogue",
     "push": "hub.push",

@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset
 
 from ..data.catalogue import DatasetSpec
 from ..data.splits import base_novel, few_shot
+from ..evaluation.evaluate import harmonic_mean
 
 
 PROTOCOLS = ("base-to-base", "base-to-novel", "few-shot", "cross-dataset", "domain-generalisation")
@@ -155,11 +156,6 @@ def summarise(measured: Measured) -> dict[str, Summary]:
         name: Summary(_average(measured, name), {seed: _average(measured, name, [seed]) for seed in shared})
         for name in names
     }
-
-
-def harmonic_mean(a: float, b: float) -> float:
-    """``2ab / (a + b)``, 0 where both are."""
-    return 2 * a * b / (a + b) if a + b else 0.0
 
 
 def _average(measured: Measured, metric: str, seeds: Sequence[int] | None = None) -> float:

@@ -8,25 +8,19 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 from ..evaluation import figures
 from ..evaluation.drift import LayerDrift, drift_table
-from ..evaluation.upgrade import ZERO_SHOT
+from ..evaluation.methods import NEEDS
+from ..evaluation.upgrade import MODELS, ZERO_SHOT, UpgradeScore
 from ..hub.files import replace_file
 from ..hub.repo import public_name
-from ..hub.scores import NOTHING, table
+from ..hub.scores import NOTHING, cell_text, table
 from .cells import Cell, cells, read_cell, read_failure, slug
 from .config import BenchConfig, Pair, published_table
 from .protocols import Summary, summarise
 
 
-_NEEDS = {
-    "labels": "labels",
-    "task_images": "task images",
-    "backprop": "backprop",
-    "weak_at_run_time": "weak model at run time",
-}
 _HALVES = tuple(f"{model} {metric}" for model in ("old", "upgraded") for metric in ("base", "novel", "hm"))
 _COLUMNS = ("base", "novel", "hm", "joint", "accuracy", "ece", "old", "upgraded", "h", "retrained", *_HALVES)
 _TITLES = {"hm": "HM", "h": "H (old, upgraded)", "ece": "ECE"}
@@ -65,7 +59,7 @@ class Row:
         if not found.get("metrics"):
             return
         self.measured.setdefault(cell.spec.name, {})[cell.seed] = found["metrics"]
-        self.needs = ", ".join(text for need, text in _NEEDS.items() if (found.get("needs") or {}).get(need))
+        self.needs = ", ".join(text for need, text in NEEDS.items() if (found.get("needs") or {}).get(need))
 
     def summary(self, datasets: Iterable[str]) -> dict[str, Summary]:
         """Averages over those of the datasets it was scored on."""
@@ -200,7 +194,7 @@ def _averages(group: Group, config: BenchConfig, stated: Mapping[str, Mapping[st
     rows = {name: row for name, row in group.rows.items() if row.measured}
     names = list(dict.fromkeys([*rows, *stated]))
     partial = [row for row in rows.values() if not group.whole(row)]
-    columns = {"method": [_escape(name) + f" {_PARTIAL}" * (rows.get(name) in partial) for name in names]}
+    columns = {"method": [cell_text(name) + f" {_PARTIAL}" * (rows.get(name) in partial) for name in names]}
     for metric in group.metrics:
         columns[_TITLES.get(metric, metric)] = _column(group, names, metric)
     for metric in group.metrics:
@@ -220,7 +214,7 @@ def _column(group: Group, names: Sequence[str], metric: str) -> list[str]:
     """Averages over the datasets of a group, the best of what can be compared in bold."""
     rows = [group.rows.get(name, Row(name)) for name in names]
     found = {row.name: row.summary(group.datasets).get(metric) for row in rows}
-    advantages = (_NEEDS["labels"], _NEEDS["weak_at_run_time"])
+    advantages = (NEEDS["labels"], NEEDS["weak_at_run_time"])
     fair = [row.name for row in rows if group.whole(row) and not any(need in row.needs for need in advantages)]
     values = {name: round(found[name].value, 2) for name in fair if found[name] is not None}
     best = (min if metric in _LOWER else max)(values.values()) if len(values) > 1 else None
@@ -240,7 +234,7 @@ def _by_dataset(group: Group, metric: str, stated: Mapping[str, Mapping[str, Map
         if any(metric in scores for seeds in row.measured.values() for scores in seeds.values())
     ]
     told = {name: found for name, found in stated.items() if any(metric in values for values in found.values())}
-    columns = {"method": [*map(_escape, names), *(f"{name}, published" for name in told)]}
+    columns = {"method": [*map(cell_text, names), *(f"{name}, published" for name in told)]}
     for dataset in group.datasets:
         published = [_plain(found.get(dataset, {}).get(metric)) for found in told.values()]
         columns[public_name(dataset)] = _column(replace(group, datasets=(dataset,)), names, metric) + published
@@ -275,25 +269,31 @@ def _swept(config: BenchConfig, main: Mapping[str, Summary]) -> dict[str, list[t
         swept = [(tuning.name, {**tuning.settings, **tuning.settings.get("adapter", {})}) for tuning in config.tunings]
     else:
         swept = [(each.name, {"method": each.method, **each.settings}) for each in config.variants]
-    series: dict[str, list[tuple]] = {}
-    for name, settings in swept:
-        x = settings.get(setting)
-        if isinstance(x, (int, float)) and x < float("inf") and name in main:
-            point = (float(x), main[name].value, main[name].std or 0.0)
-            series.setdefault(str(settings.get("method", "lora")), []).append(point)
-    return {name: points for name, points in series.items() if len(points) > 1}
+    known = [(each, main[name]) for name, each in swept if name in main]
+    return _lines(
+        (str(each.get("method", "lora")), each[setting], found)
+        for each, found in known
+        if isinstance(each.get(setting), (int, float)) and each[setting] < float("inf")
+    )
+
+
+def _lines(points: Iterable[tuple[str, float, Summary]]) -> dict[str, list[tuple[float, float, float]]]:
+    """Points (x, mean, std) by the name of their line; one point alone makes none."""
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for name, x, found in points:
+        series.setdefault(name, []).append((float(x), found.value, found.std or 0.0))
+    return {name: line for name, line in series.items() if len(line) > 1}
 
 
 def _upgrade_bars(group: Group, path: Path, title: str) -> Path | None:
     rows, floors = [], {}
     for row in group.rows.values():
-        found = row.summary(group.datasets)
+        found = {name: one for name, one in row.summary(group.datasets).items() if name in MODELS}
         if row.name == ZERO_SHOT:
-            floors = {f"zero-shot, {name} model": found[name].value for name in ("old", "upgraded") if name in found}
+            floors = {f"zero-shot, {MODELS[name]}": one.value for name, one in found.items()}
         elif found:
-            attributes = {"old": "old", "upgraded": "upgraded", "retrained": "retrained", "harmonic": "h"}
-            values = {name: _seeds(found[m]) if m in found else None for name, m in attributes.items()}
-            rows.append(SimpleNamespace(method=row.name, **values))
+            scores = {name: {"accuracy": tuple(_seeds(one))} for name, one in found.items()}
+            rows.append(UpgradeScore(row.name, (), scores))
     return figures.compatibility_figure(rows, path, floors, title=title) if rows else None
 
 
@@ -304,14 +304,13 @@ def _seeds(found: Summary) -> list[float]:
 def _draw_over_shots(groups: Sequence[Group], config: BenchConfig, folder: Path) -> Iterator[Path | None]:
     alike = dict.fromkeys((group.pair, group.tuning) for group in groups)
     for number, (pair, tuning) in enumerate(alike if len(config.shots) > 1 else (), 1):
-        same, series = [group for group in groups if (group.pair, group.tuning) == (pair, tuning)], {}
-        for group in same:
-            for row in group.rows.values():
-                found = row.summary(group.datasets).get(group.main)
-                if found is not None:
-                    point = (float(group.shots), found.value, found.std or 0.0)
-                    series.setdefault(row.name, []).append(point)
-        series = {name: points for name, points in series.items() if len(points) > 1}
+        same = [group for group in groups if (group.pair, group.tuning) == (pair, tuning)]
+        series = _lines(
+            (row.name, group.shots, found)
+            for group in same
+            for row in group.rows.values()
+            if (found := row.summary(group.datasets).get(group.main)) is not None
+        )
         if series:
             title = f"{config.title}: {', '.join(filter(None, [str(pair), tuning]))}"
             options = {"xlabel": "shots per class", "ylabel": f"{same[0].main_title} (%)"}
@@ -324,7 +323,3 @@ def _plain(value: float | None) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _escape(text: str) -> str:
-    return _one_line(text).replace("|", "\\|")

@@ -189,7 +189,7 @@ def evaluate(
     ] = False,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Analysis: the tuned weak model or its logits on these pictures, for the temperature."),
+        typer.Option(help="Analysis: the tuned weak model or its logits on these pictures, to compare with."),
     ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Analysis: folder for report.md, analysis.json, figures.")
@@ -249,7 +249,7 @@ def evaluate(
         result.text = f"{result.text}\n{analysis.markdown(changed)}".strip()
         if output_dir is not None and run.main_process:
             title = f"What the adapter {public_name(model)} changes on {public_name(dataset)} ({split})"
-            path = write_analysis(output_dir, changed, images, title=title, image_column=data.image_column)
+            path = write_analysis(output_dir, changed, title=title)
             result.text += f"\n\nReport: {path}"
     return result
 

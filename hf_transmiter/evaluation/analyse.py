@@ -7,31 +7,27 @@ each class moved to. Without labels: what changed, not whether it is right.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
-from ..algebra import standardise
 from ..data.embeddings import FeatureTable, embed_dataset
-from ..data.vocabulary import load_vocabulary, name_key, universal_vocabulary
-from ..encoders.dual_encoder import DualEncoder
+from ..data.vocabulary import name_key, universal_vocabulary
 from ..hub.repo import public_name
 from ..hub.scores import NOTHING, cell_text, table
 from ..method.classifier import AnchorClassifier
 from ..method.teacher import Teacher, teacher_logits
 from .evaluate import align_labels
-from .reliability import expected_calibration_error, fit_temperature
+from .reliability import expected_calibration_error
 
 
 BEFORE, AFTER, TUNED = "zero-shot", "with the adapter", "tuned model"
-COSINE, EFFECT = "cosine", "effect"
 _BLOCK = 4096  # images at a time
-_LAYER_NORM_EPS = 1e-5  # of nn.LayerNorm
+_NEAREST = 5  # auxiliary names per class and direction
+_ROWS = 10  # of a table
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class ClassChange:
         images (`int`, *optional*): that have this label; with labels only, as the next two.
         accuracy_before, accuracy_after (`float`, *optional*): percent of them predicted right; `None` without any.
         towards, away (`tuple[tuple[str, float], ...]`):
-            Auxiliary names with the highest and lowest value of [`Knowledge.measure`], the farthest from 0 first.
+            Auxiliary names whose text embedding lies most and least in the direction in which the class vector moved,
+            with the cosine of the two ([`directions`]), the farthest from 0 first. Empty for the published form.
     """
 
     name: str
@@ -66,7 +63,7 @@ class Confidence:
     """How sure a model is and how right; all in percent.
 
     Args:
-        name (`str`): one of [`Knowledge.logits`], or that at the fitted temperature.
+        name (`str`): one of [`Knowledge.logits`].
         confidence (`float`): mean over the images of the largest probability.
         accuracy (`float`, *optional*), calibration_error (`float`, *optional*): with labels, see `reliability`.
     """
@@ -90,14 +87,8 @@ class Knowledge:
         moves (`list[tuple[str, str, int]]`): prediction before, after, and how many images; the most images first.
         confusions (`list[tuple[str, str, int, int]]`):
             Label, another prediction, and how many images before and after; those whose count changed most first.
-        confidence (`list[Confidence]`): before, after, after at the temperature, and the tuned model.
-        temperature (`float` or `None`): by which to divide the logits, fitted without labels.
-        temperature_note (`str`): what it was fitted to, or why there is none.
+        confidence (`list[Confidence]`): before, after and, if there was one, the tuned model.
         agreement (`float` or `None`): percent of the images on which the tuned model predicts the same as after.
-        measure (`str`):
-            What the values of `towards` and `away` are. `"cosine"`, for class vectors: of the direction in which a
-            class vector moved with the name's text embedding, see [`directions`]. `"effect"`, for the
-            published form: how far the class rises when the name's logit does, see [`auxiliary_effects`].
         logits (`dict[str, Tensor]`): (N, C) by [`BEFORE`], [`AFTER`] and, if there was one, [`TUNED`].
         labels (`Tensor` or `None`): (N,).
     """
@@ -112,10 +103,7 @@ class Knowledge:
     moves: list[tuple[str, str, int]]
     confusions: list[tuple[str, str, int, int]]
     confidence: list[Confidence]
-    temperature: float | None
-    temperature_note: str
     agreement: float | None
-    measure: str | None
     logits: dict[str, Tensor] = field(repr=False)
     labels: Tensor | None = field(repr=False)
 
@@ -144,8 +132,6 @@ def analyse(
     classifier: AnchorClassifier,
     dataset,
     *,
-    vocabulary: str | os.PathLike | Sequence[str] | None = None,
-    neighbours: int = 5,
     teacher: Teacher | None = None,
     accelerator=None,
     progress: bool = True,
@@ -157,24 +143,19 @@ def analyse(
         classifier (`AnchorClassifier`): with an adapter: what `extract`, `transfer` or `label_tune` returned, or a
             saved one.
         dataset (`datasets.Dataset`): images of the task; labels, if there are any, are matched by name.
-        vocabulary (*optional*): auxiliary names to explain class vectors by, what `load_vocabulary` accepts; those of
-            the adapter, or the universal vocabulary, when omitted. The published form has names of its own.
-        neighbours (`int`, *optional*, defaults to 5): auxiliary names per class and direction.
-        teacher (*optional*): the tuned weak model or its logits on these images, see [`Teacher`]; for the
-            temperature. Defaults to the adapter's calibration pack where that belongs to these images.
+        teacher (*optional*): the tuned weak model or its logits on these images, see [`Teacher`]. Defaults to the
+            adapter's calibration pack where that belongs to these images.
         accelerator (`Accelerator`, *optional*): embedding is shared by its processes, the rest done by each.
         **embedding: passed to `embed_dataset`.
 
     Raises:
-        ValueError: no adapter, one class only, a vocabulary for the published form, or labels of unknown classes.
+        ValueError: no adapter, one class only, or labels of unknown classes.
     """
     config = classifier.adapter_config
     if config is None:
         raise ValueError(
             "there is no adapter to analyse: pass what extract or transfer returned, or load a saved one."
         )
-    if config.form == "mlp" and vocabulary is not None:
-        raise ValueError("an adapter of the published form reads its own auxiliary names: leave out the vocabulary.")
     names = list(config.class_names)
     if len(names) < 2:
         raise ValueError(f"there is nothing to change with one class, {names[0]!r}.")
@@ -183,20 +164,17 @@ def analyse(
     labels = None if table.labels is None else align_labels(table, names)
     tensors = classifier.transmiter.tensors(classifier.transmiter.active_name)
     logits = _both(classifier, table, tensors["anchors"][: len(names)])
-    teacher, why = _teacher(classifier, table, teacher)
+    teacher = _teacher(classifier, table, teacher)
     if teacher is not None:
         logits[TUNED] = teacher_logits(teacher, dataset, names, templates=config.templates, **options)
-    if config.form == "mlp":
-        auxiliary, measure = list(config.auxiliary_names), EFFECT
-        values = auxiliary_effects(table, tensors, len(names), encoder)
-    else:
-        auxiliary, measure = _auxiliary_names(names, vocabulary or config.auxiliary_names), COSINE
+    near = None
+    if "class_vectors" in tensors:
+        task = set(map(name_key, names))
+        auxiliary = [name for name in config.auxiliary_names or universal_vocabulary() if name_key(name) not in task]
         text = encoder.embed_names(auxiliary, config.templates)
-        values = directions(tensors["class_vectors"], tensors["anchors"][: len(names)], text)
-    found = compare_logits(logits, names, labels, nearest(values, auxiliary, neighbours))
-    found.model = encoder.name_or_path and public_name(encoder.name_or_path)
-    found.form, found.measure = config.form, measure
-    found.temperature_note = found.temperature_note or why
+        near = nearest(directions(tensors["class_vectors"], tensors["anchors"][: len(names)], text), auxiliary)
+    found = compare_logits(logits, names, labels, near)
+    found.model, found.form = encoder.name_or_path and public_name(encoder.name_or_path), config.form
     return found
 
 
@@ -211,24 +189,16 @@ def _both(classifier: AnchorClassifier, table: FeatureTable, zero_shot: Tensor) 
     return {name: torch.cat(blocks) for name, blocks in parts.items()}
 
 
-def _teacher(classifier: AnchorClassifier, table: FeatureTable, teacher: Teacher | None) -> tuple[Teacher | None, str]:
-    """Who stands for the truth when the temperature is fitted, and why nobody does."""
-    if teacher is not None:
-        return teacher, ""
+def _teacher(classifier: AnchorClassifier, table: FeatureTable, teacher: Teacher | None) -> Teacher | None:
+    """What the tuned model says about these images, if that is known."""
     pack = classifier.calibration
-    if pack is None:
-        return None, "not available: no tuned model was given, and the adapter has no calibration pack"
+    if teacher is not None or pack is None:
+        return teacher
     try:
         pack.check_images(len(table), table.dataset_fingerprint)
-    except ValueError:
-        return None, "not available: no tuned model was given, and the adapter's calibration pack is of other images"
-    return pack, ""
-
-
-def _auxiliary_names(names: Sequence[str], vocabulary) -> list[str]:
-    task = {name_key(name) for name in names}
-    candidates = load_vocabulary(vocabulary) if vocabulary else universal_vocabulary()
-    return [name for name in candidates if name_key(name) not in task]
+    except ValueError:  # it is of other images
+        return None
+    return pack
 
 
 def compare_logits(
@@ -257,10 +227,6 @@ def compare_logits(
     if labels is not None:
         corrected = int(((was != labels) & (now == labels)).sum())
         broken = int(((was == labels) & (now != labels)).sum())
-    temperature, note = _temperature(logits)
-    rows = [_confidence(name, z, labels) for name, z in logits.items()]
-    if temperature is not None:
-        rows.insert(2, _confidence(f"{AFTER}, temperature {temperature:.2f}", after / temperature, labels))
     return Knowledge(
         model=None,
         form=None,
@@ -271,25 +237,11 @@ def compare_logits(
         broken=broken,
         moves=[(*pair, count) for pair, count in _counted(was[was != now], now[was != now], names).items()],
         confusions=[] if labels is None else _confusions(labels, was, now, names),
-        confidence=rows,
-        temperature=temperature,
-        temperature_note=note,
+        confidence=[_confidence(name, z, labels) for name, z in logits.items()],
         agreement=_percent(logits[TUNED].argmax(1) == now) if TUNED in logits else None,
-        measure=None,
         logits=logits,
         labels=labels,
     )
-
-
-def _temperature(logits: dict[str, Tensor]) -> tuple[float | None, str]:
-    if TUNED not in logits:
-        return None, ""
-    said = logits[TUNED]
-    try:
-        found = fit_temperature(logits[AFTER], one_hot(said.argmax(1), said.shape[1]))
-    except ValueError as error:
-        return None, f"not available: {error}"
-    return found, "fitted to the tuned model's predictions as if they were labels"
 
 
 def _confidence(name: str, logits: Tensor, labels: Tensor | None) -> Confidence:
@@ -345,9 +297,9 @@ def _confusions(labels: Tensor, was: Tensor, now: Tensor, names: Sequence[str]) 
 # Which auxiliary names explain a change
 
 
-def nearest(values: Tensor, auxiliary: Sequence[str], count: int) -> list[dict[str, tuple]]:
+def nearest(values: Tensor, auxiliary: Sequence[str]) -> list[dict[str, tuple]]:
     """Per class the auxiliary names with the highest positive and the lowest negative values."""
-    found, count = [], min(count, len(auxiliary))
+    found, count = [], min(_NEAREST, len(auxiliary))
     for row in values.cpu():
         sides = {}
         for side, sign in (("towards", 1.0), ("away", -1.0)):
@@ -378,88 +330,35 @@ def directions(class_vectors: Tensor, zero_shot: Tensor, auxiliary: Tensor) -> T
     return normalize(move, dim=-1) @ normalize(text - text.mean(0), dim=-1).T
 
 
-def auxiliary_effects(table: FeatureTable, tensors: dict[str, Tensor], classes: int, encoder: DualEncoder) -> Tensor:
-    """How the published adapter's change of each class depends on each auxiliary logit.
-
-    ``E_cj = σ_j · mean_n ∂δ_c(z_n) / ∂z_nj``, minus the mean over c, with ``δ(z) = MLP(LN(z Wᵀ)) W`` the change of the
-    standardised logits and σ_j the standard deviation of z_j over the images: how far class c rises above the others
-    when auxiliary logit j is one standard deviation higher. For a linear δ these are its standardised coefficients.
-
-    The mean of the Jacobians has a closed form. With ``ĥ = (h - mean h) / s``, ``u = Up(γ ∘ ĥ + β)``, ``g = GELU'(u)``
-
-    ``mean_n J_n = M [diag(mean g/s) Up_γ (1 - 11ᵀ/D) - mean(((g/s) ∘ Up_γ ĥ) ĥᵀ) / D] W``, ``M = W_taskᵀ Down``,
-    ``Up_γ = Up diag(γ)``: one pass over all images, no class-by-class gradients.
-
-    Args:
-        table (`FeatureTable`): N images. tensors (`dict[str, Tensor]`): weights of the adapter.
-        classes (`int`): C. encoder (`DualEncoder`): the model.
-
-    Returns:
-        `Tensor`: (C, A).
-    """
-    basis, anchors, gamma = tensors["basis"], tensors["anchors"], tensors["norm.weight"]
-    width = len(basis)
-    up = tensors["up.weight"] * gamma
-    shift = tensors["up.weight"] @ tensors["norm.bias"] + tensors["up.bias"]
-    slope, outer = torch.zeros_like(up[:, 0]), torch.zeros_like(up)
-    total, squares = (torch.zeros(len(anchors), dtype=torch.float64) for _ in range(2))
-    for x in table.batches(_BLOCK):
-        z = standardise(encoder.logits(x.to(anchors.device), anchors))[0].to(basis.dtype)
-        h = z @ basis.T
-        spread = (h.var(1, unbiased=False, keepdim=True) + _LAYER_NORM_EPS).sqrt()
-        h = (h - h.mean(1, keepdim=True)) / spread
-        product = h @ up.T
-        u = product + shift
-        normal = torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
-        g = (0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * normal) / spread
-        slope += g.sum(0)
-        outer += (g * product).T @ h
-        total += z.double().sum(0).cpu()
-        squares += z.double().square().sum(0).cpu()
-    count = len(table)
-    inner = slope[:, None] * (up - up.mean(1, keepdim=True)) - outer / width
-    jacobian = (tensors["down.weight"].T @ basis[:, :classes]).T @ inner @ basis / count
-    std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
-    effects = jacobian.cpu()[:, classes:] * std[classes:].float()
-    return effects - effects.mean(0)
-
-
 # In words
 
 
-_MEASURES = {
-    COSINE: (
-        "Auxiliary names whose text embedding points where the class vector moved (cosine in brackets). They say "
-        "something where the class moved and the model knows the names."
-    ),
-    EFFECT: (
-        "Auxiliary names whose logit raises the class (how far, in units of the standardised logits, when the name's "
-        "logit is one standard deviation higher)."
-    ),
-}
+_NAMED = (
+    "Auxiliary names whose text embedding points where the class vector moved (cosine in brackets). They say "
+    "something where the class moved and the model knows the names."
+)
 
 
-def markdown(found: Knowledge, count: int = 10) -> str:
-    """Sections of a report, headings of the second level, tables of at most `count` rows.
+def markdown(found: Knowledge) -> str:
+    """Sections of a report, headings of the second level, tables of at most ten rows.
 
     Args:
         found (`Knowledge`): of `analyse`.
-        count (`int`, *optional*, defaults to 10): rows per table.
 
     Returns:
         `str`: markdown, ending in a newline.
     """
-    parts = [summary(found), "## Confidence", _sure(found)]
-    parts += ["## Classes that changed most", _changes(found.changed_most(count))]
+    changes = found.changed_most(_ROWS)
+    parts = [summary(found), "## Confidence", _sure(found), "## Classes that changed most", _changes(changes)]
     if found.labels is None:
-        parts += ["## Changed predictions", _table(("before", "after", "images"), found.moves[:count])]
+        parts += ["## Changed predictions", _table(("before", "after", "images"), found.moves[:_ROWS])]
     else:
-        rows = [(*row, f"{row[3] - row[2]:+d}") for row in found.confusions[:count]]
+        rows = [(*row, f"{row[3] - row[2]:+d}") for row in found.confusions[:_ROWS]]
         header = ("true class", "predicted", "before", "after", "change")
         parts += ["## Confusions that came and went", _table(header, rows)]
-    names = _neighbours(found, count)
-    if names:
-        parts += ["## What the changes look like", _MEASURES[found.measure], names]
+    if any(change.towards for change in changes):
+        rows = [(change.name, _listed(change.towards), _listed(change.away)) for change in changes]
+        parts += ["## What the changes look like", _NAMED, _table(("class", "towards", "away from"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -482,14 +381,7 @@ def _sure(found: Knowledge) -> str:
         (row.name, _number(row.accuracy), _number(row.confidence), _number(row.calibration_error))
         for row in found.confidence
     ]
-    made = _table(("", "accuracy", "mean confidence", "calibration error"), rows)
-    note = f"{made}\n\nPercent. Temperature without labels: {found.temperature_note}."
-    if found.temperature is not None:
-        note += (
-            " It makes the adapter about as sure as the tuned model agrees with it, which is how often it is right "
-            "where the two are about equally good: check it on a few labels before dividing logits by it."
-        )
-    return note
+    return _table(("", "accuracy", "mean confidence", "calibration error"), rows) + "\n\nPercent."
 
 
 def _changes(changes: Sequence[ClassChange]) -> str:
@@ -505,16 +397,8 @@ def _changes(changes: Sequence[ClassChange]) -> str:
     return _table(header, rows)
 
 
-def _neighbours(found: Knowledge, count: int) -> str:
-    digits = 2 if found.measure == COSINE else 3
-
-    def listed(pairs: Iterable[tuple[str, float]]) -> str:
-        return ", ".join(f"{name} ({value:+.{digits}f})" for name, value in pairs)
-
-    rows = [(change.name, listed(change.towards), listed(change.away)) for change in found.changed_most(count)]
-    if not any(towards for _, towards, _ in rows):
-        return ""
-    return _table(("class", "towards", "away from"), rows)
+def _listed(pairs: Iterable[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} ({value:+.2f})" for name, value in pairs)
 
 
 def _number(value: float | None) -> str:

@@ -197,16 +197,18 @@ def compare(
     """
     rows = _rows(variants)
     names = tuple(class_names or _names_of(test, teacher, embedding))
-    sets = {"unlabelled": unlabelled, "labelled": labelled, "general": general}
-    names_and_prompts = {"seen_classes": seen_classes, "templates": tuple(templates), "vocabulary": vocabulary}
     task = Task(
         weak,
         strong,
         teacher,
         test,
         names,
-        **sets,
-        **names_and_prompts,
+        unlabelled=unlabelled,
+        labelled=labelled,
+        general=general,
+        seen_classes=seen_classes,
+        templates=tuple(templates),
+        vocabulary=vocabulary,
         tuned_strong=tuned_strong,
         tuning=tuning,
         bridge=bridge,
@@ -231,12 +233,6 @@ def compare(
         bridge=bridge is not None and bridge.source == "images",
     )
     found.verdict = verdict(found)
-    if task.seen_in_test:
-        found.verdict += (
-            f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
-            "rows that need labels are scored on what they learnt."
-        )
-    found.verdict = found.verdict.strip()
     return found
 
 

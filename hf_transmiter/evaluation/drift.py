@@ -28,7 +28,7 @@ class LayerDrift:
     """How far one part of the text tower has moved.
 
     Args:
-        name (`str`): of the part, layers counted from 1; ``"layer 2 (new: 4)"`` pairs layers of unequal depths.
+        name (`str`): of the part, layers counted from 1.
         absolute (`float` or `None`), relative (`float` or `None`):
             Size of the change, and as a share of the old size (0.1 is a tenth). `None` where old and new have no
             common coordinates, or the old size is 0.
@@ -48,7 +48,7 @@ def feature_drift(old: DualEncoder, new: DualEncoder, names: Sequence[str]) -> l
 
     With ``h`` the hidden state of a text at the position the tower pools, ``absolute = mean ‖h_new - h_old‖`` and
     ``relative = mean (‖h_new - h_old‖ / ‖h_old‖)`` over texts; `similarity` is [`linear_cka`] with texts as samples,
-    which also compares towers of different widths. Layers of unequal depths are paired by their share of the depth.
+    which also compares towers of different widths. Of towers of unequal depths only both ends are compared.
 
     Args:
         old, new (`DualEncoder`): before and after the upgrade, without prompts inside.
@@ -56,7 +56,7 @@ def feature_drift(old: DualEncoder, new: DualEncoder, names: Sequence[str]) -> l
 
     Returns:
         `list[LayerDrift]`: "embeddings", "layer 1" ... "layer D" of the old model, "class vector". `absolute` and
-        `relative` are `None` between widths or layer numbers that differ.
+        `relative` are `None` between widths that differ.
 
     Raises:
         ValueError: no name.
@@ -64,16 +64,11 @@ def feature_drift(old: DualEncoder, new: DualEncoder, names: Sequence[str]) -> l
     if not names:
         raise ValueError("feature drift needs at least one name to ask both models about.")
     before, after = (_text_states(encoder, names) for encoder in (old, new))
-    rows = [_state_drift("embeddings", before[0], after[0])]
-    depth, new_depth = len(before) - 2, len(after) - 2
-    for layer in range(1, depth + 1):
-        partner = max(1, (2 * layer * new_depth + depth) // (2 * depth))  # layer * new_depth / depth, rounded
-        if partner == layer:
-            rows.append(_state_drift(f"layer {layer}", before[layer], after[layer]))
-        else:
-            similarity = linear_cka(before[layer], after[partner])
-            rows.append(LayerDrift(f"layer {layer} (new: {partner})", None, None, similarity))
-    return [*rows, _state_drift("class vector", before[-1], after[-1])]
+    depth = len(before) - 2
+    if len(after) != len(before):
+        depth, before, after = 0, before[:: len(before) - 1], after[:: len(after) - 1]
+    parts = ["embeddings", *(f"layer {layer}" for layer in range(1, depth + 1)), "class vector"]
+    return [_state_drift(*part) for part in zip(parts, before, after, strict=True)]
 
 
 def _state_drift(name: str, old: Tensor, new: Tensor) -> LayerDrift:
@@ -135,17 +130,12 @@ def _pooled_position(family: str, mask: Tensor | None, states: Tensor) -> Tensor
 
 
 def drift_table(rows: Sequence[LayerDrift]) -> str:
-    """Markdown: a row per part, with the columns that somebody has; changes relative to the old size in percent."""
-    columns = [(None, "part", "{}".format)]
-    for attribute, title, write in (
-        ("absolute", "change", "{:.3g}".format),
-        ("relative", "relative", "{:.1%}".format),
-        ("similarity", "similarity", "{:.3f}".format),
-    ):
-        if any(getattr(row, attribute) is not None for row in rows):
-            columns.append((attribute, title, write))
-    lines = []
-    for row in rows:
-        values = [(getattr(row, attribute), write) for attribute, _, write in columns[1:]]
-        lines.append([row.name, *(NOTHING if value is None else write(value) for value, write in values)])
-    return table([title for _, title, _ in columns], lines) + "\n"
+    """Markdown: a row per part; changes relative to the old size in percent."""
+
+    def cell(value: float | None, form: str) -> str:
+        return NOTHING if value is None else format(value, form)
+
+    lines = [
+        [row.name, cell(row.absolute, ".3g"), cell(row.relative, ".1%"), cell(row.similarity, ".3f")] for row in rows
+    ]
+    return table(["part", "change", "relative", "similarity"], lines) + "\n"

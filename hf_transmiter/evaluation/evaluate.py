@@ -57,10 +57,14 @@ def score_logits(logits: Tensor, labels: Tensor, base: Sequence[int] | None = No
     for name, mask, rows in (("base", columns, of_base), ("novel", ~columns, ~of_base)):
         best = logits[rows].masked_fill(~mask, -torch.inf).argmax(1)
         scores[name] = _percent(best == labels[rows]) if rows.any() else float("nan")
-    total = scores["base"] + scores["novel"]
-    scores["hm"] = 2 * scores["base"] * scores["novel"] / total if total else 0.0
+    scores["hm"] = harmonic_mean(scores["base"], scores["novel"])
     scores["joint"] = scores["accuracy"]
     return scores
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """``2ab / (a + b)``, 0 where both are."""
+    return 2 * a * b / (a + b) if a + b else 0.0
 
 
 def _percent(hits: Tensor) -> float:

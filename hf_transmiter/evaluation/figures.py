@@ -15,23 +15,23 @@ import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import guess_columns
 from ..hub.files import replace_file
-from .analyse import AFTER, BEFORE, Knowledge
 from .reliability import reliability_bins
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+    from .analyse import Knowledge
+    from .upgrade import UpgradeScore
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,6 @@ def _save(figure: Figure, path: str | os.PathLike) -> Path:
     return path
 
 
-def _finite(values: Sequence[float], what: str) -> None:
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"{what} must be finite numbers, found {list(values)}.")
-
-
 def _short(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
@@ -135,13 +130,11 @@ def bars(
         reference (`Mapping[str, float]`, *optional*): vertical lines: zero-shot strong, the ceiling...
 
     Raises:
-        ValueError: no method, a method without values, or a value that is not finite.
+        ValueError: no method, or a method without values.
     """
     reference = reference or {}
     if not scores_by_seed or not all(len(values) for values in scores_by_seed.values()):
         raise ValueError("bars need at least one method, and one value per method.")
-    for method, values in {**scores_by_seed, "reference": list(reference.values())}.items():
-        _finite(values, f"accuracies of {method}")
     figure = _figure(7.0, 1.2 + 0.34 * len(scores_by_seed) + 0.1 * len(reference), title)
     axes = figure.add_subplot()
     for row, values in enumerate(scores_by_seed.values()):
@@ -163,7 +156,7 @@ def bars(
 
 @_drawn
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float] | tuple[float, float, float]]],
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
     path: str | os.PathLike,
     *,
     title: str,
@@ -175,52 +168,38 @@ def curves(
     """Lines over one setting, such as beta or the number of unlabelled images.
 
     Args:
-        series (`Mapping[str, Sequence[tuple]]`): points (x, y), or (x, y, std) for a band of one standard deviation.
+        series (`Mapping[str, Sequence[tuple]]`): points (x, y, std), the last for a band of one standard deviation.
         xlabel, ylabel (`str`): with units.
         xscale (`str`, *optional*, defaults to `"log"`): `"log"` or `"linear"`.
         reference (`Mapping[str, float]`, *optional*): horizontal lines.
 
     Raises:
-        ValueError: a series without points or with points of different lengths, a value that is not finite, an x that
-            a logarithmic axis cannot show, or another scale.
+        ValueError: no series, or an x that a logarithmic axis cannot show.
     """
-    _check_series(series, xscale)
-    _finite(list((reference or {}).values()), "reference lines")
+    if not series:
+        raise ValueError("there is no series to draw.")
+    ticks = sorted({point[0] for points in series.values() for point in points})
+    if xscale == "log" and ticks[0] <= 0:
+        raise ValueError(f"a logarithmic axis cannot show x = {ticks[0]:g}: pass xscale='linear'.")
     figure = _figure(6.4, 4.4, title)
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(series.items()):
         color, marker = _COLORS[i % 7], _MARKERS[i % 7]
-        x, y, *std = np.array(sorted(points), dtype=float).T
-        if std:
-            axes.fill_between(x, y - std[0], y + std[0], color=color, alpha=0.16, linewidth=0)
+        x, y, std = np.array(sorted(points), dtype=float).T
+        axes.fill_between(x, y - std, y + std, color=color, alpha=0.16, linewidth=0)
         axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=name)
     _references(axes.axhline, reference or {}, [_GREY])
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
     axes.grid(axis="y", **_GRID)
     if xscale == "log":
         # Powers of ten say little about what was measured: ticks at the values themselves, where there is room.
-        ticks = _thinned(sorted({point[0] for points in series.values() for point in points}))
+        ticks = _thinned(ticks)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
-    elif all(float(point[0]).is_integer() for points in series.values() for point in points):
+    elif all(float(tick).is_integer() for tick in ticks):
         axes.locator_params(axis="x", integer=True)  # there is no half layer
     _legend(figure, axes)
     return _save(figure, path)
-
-
-def _check_series(series: Mapping[str, Sequence[tuple]], xscale: str) -> None:
-    if xscale not in ("log", "linear"):
-        raise ValueError(f"xscale must be 'log' or 'linear', found {xscale!r}.")
-    if not series:
-        raise ValueError("there is no series to draw.")
-    for name, points in series.items():
-        if len({len(point) for point in points}) != 1 or len(points[0]) not in (2, 3):
-            raise ValueError(
-                f"the points of {name!r} must all be (x, y) or all be (x, y, std), and there must be some."
-            )
-        _finite([value for point in points for value in point], f"the points of {name!r}")
-        if xscale == "log" and min(point[0] for point in points) <= 0:
-            raise ValueError(f"{name!r} has an x of 0 or less, which a logarithmic axis cannot show: xscale='linear'.")
 
 
 def _thinned(ticks: list[float]) -> list[float]:
@@ -340,7 +319,7 @@ def shift_figure(found: Knowledge, path: str | os.PathLike, *, title: str = "Wha
 
 @_drawn
 def reliability_figure(
-    logits: Mapping[str, Tensor], labels: Tensor, path: str | os.PathLike, *, title: str, bins: int = 15
+    logits: Mapping[str, Tensor], labels: Tensor, path: str | os.PathLike, *, title: str
 ) -> Path | None:
     """Accuracy against confidence, a line per classifier, and how many images lie at which confidence.
 
@@ -350,24 +329,21 @@ def reliability_figure(
     Args:
         logits (`Mapping[str, Tensor]`): (N, C) by the classifier's name, all on the same images.
         labels (`Tensor`): (N,).
-        bins (`int`, *optional*, defaults to 15): of equal width.
 
     Raises:
-        ValueError: nothing to draw, or as `reliability.reliability_bins`.
+        ValueError: as `reliability.reliability_bins`.
     """
-    if not logits:
-        raise ValueError("there is no classifier to draw.")
     figure = _figure(5.6, 6.6, title)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0, 100], [0, 100], color="#999999", linewidth=1, linestyle=_DASHES[0])
     for i, (name, z) in enumerate(logits.items()):
-        found = reliability_bins(z, labels, bins)
+        found = reliability_bins(z, labels)
         share = found.count / found.count.sum()
         kept = (share >= 0.01) & (share > 0)
         style = {"color": _COLORS[i % 7], "marker": _MARKERS[(i + i // 7) % 7], "markersize": 4.5, "linewidth": 1.6}
         line = 100 * found.confidence[kept], 100 * found.accuracy[kept]
         top.plot(*line, **style, label=f"{name} (calibration error {found.error:.1f} %)")
-        edges, dash = np.linspace(0, 100, bins + 1), ("-", *_DASHES)[i % 5]
+        edges, dash = np.linspace(0, 100, len(share) + 1), ("-", *_DASHES)[i % 5]
         bottom.stairs((100 * share).numpy(), edges, color=_COLORS[i % 7], linewidth=1.5, linestyle=dash)
     top.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
     top.text(2, 97, "not sure enough", ha="left", va="top", color="#777777")
@@ -422,61 +398,9 @@ def picture_grid(
     return _save(figure, path)
 
 
-def example_figures(found: Knowledge, dataset: Dataset, folder: Path, image_column: str | None = None) -> list[Path]:
-    """Pictures that the adapter corrected and broke, the surest first; without labels, those it predicts otherwise.
-
-    Args:
-        found (`Knowledge`): of `analyse` on `dataset`.
-        folder (`Path`): for `corrected.png` and `broken.png`, or `changed.png`, ten pictures at most in each.
-        image_column (`str`, *optional*): guessed when omitted.
-
-    Returns:
-        `list[Path]`: of the PNGs that there was something to show in.
-    """
-    column, _ = guess_columns(dataset, image_column)
-    pictures = dataset.with_format(None)
-    was, now = (found.logits[name].argmax(1) for name in (BEFORE, AFTER))
-    sure = [found.logits[name].softmax(1).max(1).values for name in (BEFORE, AFTER)]
-    sets, drawn, labels = {"changed": was != now}, [], found.labels
-    if labels is not None:
-        sets = {"corrected": (was != labels) & (now == labels), "broken": (was == labels) & (now != labels)}
-
-    def caption(row: int) -> str:
-        said = (found.class_names[int(prediction[row])] for prediction in (was, now))
-        # The space in front of the percent sign keeps the two on one line.
-        return "\n→ ".join(f"{name} {100 * float(p[row]):.0f}\u00a0%" for name, p in zip(said, sure, strict=True))
-
-    for name, chosen in sets.items():
-        rows = chosen.nonzero()[:, 0]
-        rows = rows[sure[1][rows].argsort(descending=True, stable=True)][:10].tolist()
-        if rows:
-            title = f"{name.capitalize()} by the adapter (zero-shot → with it), the surest first"
-            shown, captions = [pictures[row][column] for row in rows], [caption(row) for row in rows]
-            drawn.append(picture_grid(shown, captions, folder / f"{name}.png", title=title))
-    return [path for path in drawn if path is not None]
-
-
-class UpgradedScores(Protocol):
-    """A row of [`compatibility_figure`]: accuracies in percent, one per seed.
-
-    Args:
-        method (`str`): name.
-        old (`Sequence[float]` or `None`): on the model it was learnt for.
-        upgraded (`Sequence[float]` or `None`): moved to the upgraded model as it is; `None` where that was refused.
-        retrained (`Sequence[float]` or `None`): learnt anew on the upgraded model; `None` where that was not done.
-        harmonic (`Sequence[float]` or `None`): harmonic mean of old and upgraded.
-    """
-
-    method: str
-    old: Sequence[float] | None
-    upgraded: Sequence[float] | None
-    retrained: Sequence[float] | None
-    harmonic: Sequence[float] | None
-
-
 @_drawn
 def compatibility_figure(
-    rows: Sequence[UpgradedScores],
+    rows: Sequence[UpgradeScore],
     path: str | os.PathLike,
     floors: Mapping[str, float] | None = None,
     *,
@@ -486,17 +410,12 @@ def compatibility_figure(
     number under the name are the harmonic mean of the first two; error bars are one standard deviation over seeds.
 
     Args:
-        rows (`Sequence[UpgradedScores]`): the first on the left.
+        rows (`Sequence[UpgradeScore]`): the first on the left.
         floors (`Mapping[str, float]`, *optional*): zero-shot accuracies, as dashed lines.
-
-    Raises:
-        ValueError: no rows, an empty list of accuracies, or a value that is not finite.
     """
     shown = {"old": ("old model", "#A6CEE8"), "upgraded": ("upgraded model, unchanged", "#4C9FD3")}
     # Where nothing was re-trained there is no bar for it, no room, and nothing in the legend.
     shown |= {"retrained": ("re-trained", "#CCCCCC")} if any(row.retrained is not None for row in rows) else {}
-    _check_rows(rows)
-    _finite(list((floors or {}).values()), "floors")
     figure = _figure(max(6.4, 1.4 + 0.95 * len(rows)), 4.6, title)
     axes, apart = figure.add_subplot(), 0.27  # of the middles of two bars
     first = -apart * (len(shown) - 1) / 2
@@ -521,15 +440,3 @@ def compatibility_figure(
     axes.set_ylabel("accuracy (%)")
     _legend(figure, axes)
     return _save(figure, path)
-
-
-def _check_rows(rows: Sequence[UpgradedScores]) -> None:
-    if not rows:
-        raise ValueError("there is no method to draw.")
-    for row in rows:
-        for attribute in ("old", "upgraded", "retrained", "harmonic"):
-            values = getattr(row, attribute)
-            if values is not None:
-                if not len(values):
-                    raise ValueError(f"{attribute} of {row.method} must be None or hold a value per seed.")
-                _finite(values, f"{attribute} of {row.method}")

@@ -5,7 +5,6 @@ A row of a comparison is a [`Variant`]: one of these methods, with settings wher
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import NoneType
@@ -18,7 +17,6 @@ from ..data.anchors import Anchors
 from ..data.vocabulary import STRATEGIES
 from ..hub.checks import did_you_mean
 from ..method import attach
-from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.label_tune import label_tune
 from ..method.transfer import transfer
@@ -33,51 +31,27 @@ class RowSettings:
     """Settings of a row that are none of a step's own.
 
     Args:
-        average (`bool`): EFT: the mean of its logits and the tuned weak model's.
         solver (`str`): of class vectors: `"discriminant"`, or `"ridge"` for the teacher's logits.
-        images (`str`): TransMiter: what its basis change is computed on, `"unlabelled"` or `"general"` images.
-        space (`str`): of a bridge from task images: `"embedding"` or `"logit"`.
-        teacher_logits (`bool`): refit: whether the tuned model's logits on the images take part.
         start (`str`):
             Label tuning: `"refit"`, `"TransMiter"` (published: its transferred adapter), `"class vectors"` (the strong
             model's own) or `"untrained TransMiter"` (published: from zero-shot).
-
-    Raises:
-        ValueError: none of these.
-    """
-
-    average: bool = False
-    solver: str = "discriminant"
-    images: str = "unlabelled"
-    space: str = "embedding"
-    teacher_logits: bool = True
-    start: str = "refit"
-
-    def __post_init__(self):
-        check_choice("solver", self.solver, tuple(_READ_BY))
-        check_choice("images", self.images, ("unlabelled", "general"))
-        check_choice("space", self.space, ("embedding", "logit"))
-        check_choice("start", self.start, tuple(_STARTS))
-
-
-@dataclass(frozen=True)
-class AnchorSettings:
-    """Which names the published adapter reads, see `Anchors.build`.
-
-    Args:
-        num_anchors (`int`, *optional*): K, task names included.
+        num_anchors (`int`, *optional*): K names of the published adapter, task names included.
         num_auxiliary (`int`, *optional*): the same without the task names; 0 leaves those alone.
-        strategy (`str`): how auxiliary names are chosen.
+        strategy (`str`): how auxiliary names are chosen, see `Anchors.build`.
 
     Raises:
-        ValueError: an unknown strategy, or the number of names given twice.
+        ValueError: none of these, or the number of names given twice.
     """
 
+    solver: str = "discriminant"
+    start: str = "refit"
     num_anchors: int | None = None
     num_auxiliary: int | None = None
     strategy: str = "random"
 
     def __post_init__(self):
+        check_choice("solver", self.solver, tuple(_READ_BY))
+        check_choice("start", self.start, tuple(_STARTS))
         check_choice("strategy", self.strategy, STRATEGIES)
         if None not in (self.num_anchors, self.num_auxiliary):
             raise ValueError("num_anchors or num_auxiliary, not both.")
@@ -204,6 +178,15 @@ class Needs:
     weak_at_run_time: bool = False
 
 
+NEEDS = {
+    "labels": "labels",
+    "task_images": "task images",
+    "backprop": "backprop",
+    "weak_at_run_time": "weak model at run time",
+}
+"""The fields of [`Needs`] as tables call them."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One entry of [`METHODS`].
@@ -226,8 +209,6 @@ class Method:
 
 def _emulated(task: Task, variant: Variant) -> Answer:
     logits = baselines.emulated_fine_tuning(task.zero_shot_strong, task.tuned, task.zero_shot_weak)
-    if variant.own.average:
-        logits = (logits + task.tuned) / 2
     return Answer(logits, stored_bytes(task.teacher))
 
 
@@ -287,10 +268,14 @@ def _transfer(task: Task, variant: Variant, adapter: AnchorClassifier, images=No
     return transfer(adapter, task.strong, images, **options)
 
 
+_ANCHORS = ("num_anchors", "num_auxiliary", "strategy")  # settings that choose the names of the published adapter
+
+
 def _published(task: Task, variant: Variant) -> AnchorClassifier:
     """The published adapter with the published basis change."""
-    images, config = task.need(variant.own.images), replace(task.gradient, **variant.of_step(ExtractionConfig))
-    adapter = task.extract(config, task.anchors_for(variant.of_step(AnchorSettings)))
+    images, config = task.need("unlabelled"), replace(task.gradient, **variant.of_step(ExtractionConfig))
+    anchors = task.anchors_for({key: value for key, value in variant.settings.items() if key in _ANCHORS})
+    adapter = task.extract(config, anchors)
     return _transfer(task, variant, adapter, images)
 
 
@@ -302,22 +287,14 @@ def _bridged(over: str) -> Callable[[Task, Variant], AnchorClassifier]:
     """Class vectors over a bridge."""
 
     def run(task: Task, variant: Variant) -> AnchorClassifier:
-        if variant.own.space == "embedding":
-            bridge = task.embedding_bridge(over)
-        else:
-            options = {"space": "logit", "anchors": task.anchors_for({}), **task.options}
-            bridge = Bridge.build(task.weak, task.strong, task.need(over), **options)
-        return _transfer(task, variant, _class_vectors(task, variant), bridge=bridge)
+        return _transfer(task, variant, _class_vectors(task, variant), bridge=task.embedding_bridge(over))
 
     return run
 
 
 def _refit(task: Task, variant: Variant) -> AnchorClassifier:
-    images, adapter = task.need("unlabelled"), _class_vectors(task, variant)
-    if not variant.own.teacher_logits:
-        adapter = copy.copy(adapter)  # the one that others use keeps its pack
-        adapter.calibration = None
-    return _transfer(task, variant, adapter, images, refit=True)
+    images = task.need("unlabelled")
+    return _transfer(task, variant, _class_vectors(task, variant), images, refit=True)
 
 
 # TransMiter+
@@ -361,15 +338,14 @@ _VECTORS = {
     TransferConfig: ("zero_shot_weight",),
 }
 _REFIT = {
-    RowSettings: ("solver", "teacher_logits"),
+    RowSettings: ("solver",),
     ExtractionConfig: ("lambdas",),
     TransferConfig: ("zero_shot_weight", "shrinkage", "pseudo_count", "carried_images"),
 }
 _GRADIENT = {
-    RowSettings: ("images",),
+    RowSettings: _ANCHORS,
     ExtractionConfig: _names(ExtractionConfig, without=("solver", "shrinkage", "lambdas")),
     TransferConfig: ("beta", "beta_per_image"),
-    AnchorSettings: _names(AnchorSettings),
 }
 
 
@@ -377,7 +353,7 @@ METHODS: dict[str, Method] = {
     "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), _WEAK),
     "zero-shot strong": Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
     "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), _WEAK),
-    "EFT": Method(_emulated, _WEAK, {RowSettings: ("average",)}),
+    "EFT": Method(_emulated, _WEAK),
     "logit ensemble": Method(_ensemble, _WEAK),
     "re-attached prompt": Method(_reattached),
     "prompt transfer": Method(_prompt_transfer, _FITTED),
@@ -388,7 +364,7 @@ METHODS: dict[str, Method] = {
     "bridge from text": Method(_bridged("text"), Needs(), _VECTORS),
     "bridge from general images": Method(_bridged("general"), Needs(), _VECTORS),
     "given bridge": Method(_bridged("bridge"), Needs(), _VECTORS),
-    "bridge from task images": Method(_bridged("unlabelled"), _IMAGES, {**_VECTORS, RowSettings: ("solver", "space")}),
+    "bridge from task images": Method(_bridged("unlabelled"), _IMAGES, _VECTORS),
     "refit": Method(_refit, _IMAGES, _REFIT),
     # A few labelled steps on an adapter (TransMiter+).
     "label tuning": Method(

@@ -15,21 +15,13 @@ from ..hub.files import replace_file
 from ..hub.scores import NOTHING, Score, cell_text, column, markdown_table, mean_cost, metric_title, table
 from . import figures
 from .analyse import AFTER, BEFORE, Knowledge, markdown
+from .methods import NEEDS
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from .compare import Comparison
 
 logger = logging.getLogger(__name__)
-
-_NEEDS = {
-    "labels": "labels",
-    "task_images": "task images",
-    "backprop": "backprop",
-    "weak_at_run_time": "weak model at run time",
-}
 
 
 @dataclass(frozen=True)
@@ -70,10 +62,10 @@ def comparison_table(found: Comparison) -> str:
     for metric in dict.fromkeys(score.metric for score in found.scores):
         header.append(cell_text(metric_title(metric)))
         body.append(column({m: cells.get((m, metric)) for m in methods}, None, found.notes, metric))
-    header += ["seconds", "peak MB", "size", *_NEEDS.values()]
+    header += ["seconds", "peak MB", "size", *NEEDS.values()]
     body += [[mean_cost(found.scores, method, name) for method in methods] for name in ("seconds", "peak_mb")]
     body.append([_size(found.sizes.get(method)) for method in methods])
-    body += [["yes" if getattr(found.needs[method], need) else "no" for method in methods] for need in _NEEDS]
+    body += [["yes" if getattr(found.needs[method], need) else "no" for method in methods] for need in NEEDS]
     left_out = "".join(f"- {cell_text(method)}: {cell_text(reason)}\n" for method, reason in found.skipped.items())
     shown = table(header, zip(*body, strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
     return shown + (f"\nNot in the table:\n\n{left_out}" if left_out else "")
@@ -106,7 +98,6 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
         `Path`: of `report.md`.
 
     Raises:
-        FileNotFoundError: a figure that does not exist.
         ValueError: a figure outside the directory, or scores that make no table.
     """
     directory = Path(directory)
@@ -117,7 +108,8 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
             parts.append(markdown_table(section.scores, baseline=section.baseline, notes=section.notes).strip())
         for figure in section.figures:
             if figure is not None:
-                parts.append(f"![{Path(figure).stem.replace('_', ' ')}]({_link(Path(figure), directory)})")
+                link = quote(figure.relative_to(directory).as_posix())
+                parts.append(f"![{figure.stem.replace('_', ' ')}]({link})")
     path = directory / "report.md"
     text = "\n\n".join(part for part in parts if part) + "\n"
     if path.exists():
@@ -126,17 +118,13 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
     return path
 
 
-def write_analysis(
-    directory: str | os.PathLike, found: Knowledge, dataset: Dataset, *, title: str, image_column: str | None = None
-) -> Path:
+def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str) -> Path:
     """Writes `report.md`, `analysis.json` (every class) and `figures/`. Files are replaced one by one, atomically.
 
     Args:
         directory (`str` or `os.PathLike`): made if need be.
-        found (`Knowledge`): of `analyse` on `dataset`.
-        dataset (`datasets.Dataset`): the images, for the examples.
+        found (`Knowledge`): of `analyse`.
         title (`str`): heading.
-        image_column (`str`, *optional*): guessed when omitted.
 
     Returns:
         `Path`: of `report.md`.
@@ -148,26 +136,9 @@ def write_analysis(
         pair, title_ = (found.logits[BEFORE], found.logits[AFTER]), "With the adapter, against zero-shot"
         path = folder / "confusions.png"
         drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, title=title_))
-        series, path = dict(found.logits), folder / "reliability.png"
-        if found.temperature is not None:
-            series[f"{AFTER}, temperature {found.temperature:.2f}"] = found.logits[AFTER] / found.temperature
-        title_ = "How far confidence can be believed"
-        drawn.append(figures.reliability_figure(series, found.labels, path, title=title_))
-    drawn += figures.example_figures(found, dataset, folder, image_column)
+        path, title_ = folder / "reliability.png", "How far confidence can be believed"
+        drawn.append(figures.reliability_figure(found.logits, found.labels, path, title=title_))
     values = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(directory / "analysis.json", lambda path: path.write_text(values, encoding="utf-8"))
     sections = [Section("Figures", figures=drawn)] if any(drawn) else []
     return write_report(directory, sections, title=title, intro=markdown(found))
-
-
-def _link(figure: Path, directory: Path) -> str:
-    if not figure.is_file():
-        raise FileNotFoundError(f"the figure {figure} does not exist.")
-    try:
-        relative = figure.resolve().relative_to(directory.resolve())
-    except ValueError:
-        raise ValueError(
-            f"the figure {figure} is outside {directory}, so the report could not be moved: "
-            f"draw it under {directory / 'figures'}."
-        ) from None
-    return quote(relative.as_posix())

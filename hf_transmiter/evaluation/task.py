@@ -29,7 +29,6 @@ from ..tuners.prompts import prompt_layer
 from .evaluate import align_labels, measured
 
 
-SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
 SPREAD_IMAGES = 2048  # so many tell which names spread most; their logits over a whole vocabulary stay in memory
 _MISSING = {
     "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
@@ -180,16 +179,6 @@ class Task:
     def teacher_soft(self) -> Tensor:
         """The tuned model's probabilities (N, C) on the unlabelled images."""
         return self.said_by(self.teacher, "unlabelled", self.weak).softmax(1)
-
-    @cached_property
-    def seen_in_test(self) -> int:
-        """Labelled images that are among the test images: what learns from them is scored on what it saw."""
-        if self.labelled is None:
-            return 0
-        test, nearest = self.table(self.strong, "test").embeds, []
-        for x in self.labelled_table.batches(256):
-            nearest.append((x @ test.T).amax(1))
-        return int((torch.cat(nearest) > 1 - SAME).sum())
 
     @cached_property
     def zero_shot_weak(self) -> Tensor:

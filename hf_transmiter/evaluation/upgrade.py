@@ -34,7 +34,7 @@ from ..method.classifier import AnchorClassifier
 from ..method.teacher import same_image_tower
 from ..method.tune import starting_templates, tune
 from ..settings import TuningConfig
-from .evaluate import align_labels, score_logits
+from .evaluate import align_labels, harmonic_mean, score_logits
 
 
 logger = logging.getLogger(__name__)
@@ -125,14 +125,12 @@ class UpgradeScore:
             anew) and metric, in percent, one per seed: `"accuracy"` over all classes and, with seen classes, among the
             `"base"` ones, among the `"novel"` ones, and the harmonic mean of these two, `"hm"`.
         refused (`str`, *optional*): why the upgraded model does not take the prompts.
-        adapters (`tuple[str]`): where they were saved, in the order of the seeds.
     """
 
     method: str
     seeds: tuple[int, ...]
     scores: dict[str, dict[str, tuple[float, ...]]]
     refused: str | None = None
-    adapters: tuple[str, ...] = ()
 
     @property
     def old(self) -> tuple[float, ...] | None:
@@ -154,7 +152,7 @@ class UpgradeScore:
         """``H = 2ab / (a + b)`` of old and upgraded."""
         if self.old is None or self.upgraded is None:
             return None
-        return tuple(2 * a * b / (a + b) if a + b else 0.0 for a, b in zip(self.old, self.upgraded, strict=True))
+        return tuple(map(harmonic_mean, self.old, self.upgraded))
 
 
 def score_upgrade(
@@ -347,8 +345,7 @@ def _rows(groups: Mapping[str, list[tuple[_Saved, dict]]]) -> list[UpgradeScore]
         seeds, name = tuple(one.seed for one, _ in group), _name(variant, variants)
         if name in [row.method for row in rows]:  # other seeds fared otherwise
             name += f", seed {', '.join(map(str, seeds))}"
-        row = _row(name, seeds, [scores for _, scores in group])
-        rows.append(replace(row, refused=json.loads(key)[1], adapters=tuple(one.source for one, _ in group)))
+        rows.append(replace(_row(name, seeds, [scores for _, scores in group]), refused=json.loads(key)[1]))
     return rows
 
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_transmiter.bench.protocols import PROTOCOLS, base_names, draw, harmonic_mean, only_base, parts, summarise
+from hf_transmiter.bench.protocols import PROTOCOLS, base_names, draw, only_base, parts, summarise
 from hf_transmiter.data.catalogue import DatasetSpec
+from hf_transmiter.evaluation.evaluate import harmonic_mean
 
 
 FULL = DatasetSpec("full", "Full", "some/full", train="train", test="test")

@@ -193,7 +193,7 @@ def test_figures(tmp_path):
     (tmp_path / "figures" / "of-an-earlier-report.png").write_bytes(b"")
     names = drawn(found, tmp_path, halves_by_name)
     stem = "1-openai-clip-vit-base-patch16-openai-clip-vit-large-patch14"
-    assert names == {f"{stem}-{name}.png" for name in ("methods", "transfer.carried-images")}
+    assert names == {f"{stem}-{name}.png" for name in ("methods", "variants.carried-images")}
 
 
 @pytest.mark.slow

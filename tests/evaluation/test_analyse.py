@@ -1,4 +1,4 @@
-"""What an adapter changes: counted by hand, planted and found again, gradients against autograd."""
+"""What an adapter changes: counted by hand, planted and found again."""
 
 import json
 from pathlib import Path
@@ -7,30 +7,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.nn.functional import normalize
 
-from hf_transmiter.algebra import standardise
 from hf_transmiter.data.anchors import Anchors
-from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.embeddings import embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.analyse import (
     AFTER,
     BEFORE,
     TUNED,
     analyse,
-    auxiliary_effects,
     compare_logits,
     directions,
     markdown,
     nearest,
 )
-from hf_transmiter.evaluation.reliability import expected_calibration_error, fit_temperature
+from hf_transmiter.evaluation.reliability import expected_calibration_error
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.stored_logits import CalibrationPack
 from hf_transmiter.sandbox import load_dataset
 from hf_transmiter.tuners import TransMiterConfig
-from hf_transmiter.tuners.transmiter.layer import refine
 
 
 NAMES = ("cat", "dog", "car")
@@ -97,25 +93,14 @@ def test_counts_are_what_they_say(seed):
     assert sum(change.probability_shift for change in found.classes) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_temperature_is_fitted_to_the_tuned_models_predictions():
+def test_the_tuned_model_is_a_row_of_its_own():
     logits, labels = logits_of(0)
     logits[TUNED] = logits[AFTER] + torch.randn(logits[AFTER].shape, generator=torch.Generator().manual_seed(1))
     found = compare_logits(logits, list("abcd"), labels)
-    said = nn.functional.one_hot(logits[TUNED].argmax(1), 4)
-    assert found.temperature == pytest.approx(fit_temperature(logits[AFTER], said))
-    assert found.agreement == pytest.approx(
-        100 * float((logits[TUNED].argmax(1) == logits[AFTER].argmax(1)).float().mean())
-    )
-    names = [row.name for row in found.confidence]
-    assert names == [BEFORE, AFTER, f"{AFTER}, temperature {found.temperature:.2f}", TUNED]
-    scaled = found.confidence[2]
-    assert scaled.accuracy == found.confidence[1].accuracy
-    assert scaled.calibration_error == pytest.approx(
-        expected_calibration_error(logits[AFTER] / found.temperature, labels)
-    )
-    logits[TUNED] = logits[AFTER]
-    unavailable = compare_logits(logits, list("abcd"), labels)
-    assert unavailable.temperature is None and unavailable.temperature_note.startswith("not available: no temperature")
+    same = (logits[TUNED].argmax(1) == logits[AFTER].argmax(1)).float().mean()
+    assert found.agreement == pytest.approx(100 * float(same))
+    assert [row.name for row in found.confidence] == [BEFORE, AFTER, TUNED]
+    assert found.confidence[2].calibration_error == pytest.approx(expected_calibration_error(logits[TUNED], labels))
 
 
 def test_before_is_the_model_with_its_adapter_off(encoder, make_dataset, cached):
@@ -133,10 +118,10 @@ def test_before_is_the_model_with_its_adapter_off(encoder, make_dataset, cached)
         assert torch.allclose(found.logits[AFTER], after, atol=1e-5)
         assert torch.equal(found.labels, torch.tensor(images["label"]))
         assert (found.form, found.model, found.num_images) == (form, Path(encoder.name_or_path).name, 30)
-        assert found.measure == ("effect" if form == "mlp" else "cosine")
-        assert {name for change in found.classes for name, _ in change.towards} <= set(AUXILIARY)
+        near = {name for change in found.classes for name, _ in change.towards}
+        assert near <= set(AUXILIARY) and bool(near) == (form == "class_vectors")
         json.dumps(found.to_dict(), allow_nan=False)
-        assert "## What the changes look like" in markdown(found)
+        assert ("## What the changes look like" in markdown(found)) == bool(near)
 
 
 def test_an_adapter_that_changes_nothing(encoder, make_dataset, cached):
@@ -172,20 +157,18 @@ def test_labels_are_matched_by_name_or_left_out(encoder, make_dataset, cached):
         analyse(made, make_dataset(12, ("cat", "dog", "plane")), **cached)
 
 
-def test_who_stands_for_the_truth(encoder, make_dataset, cached):
-    """A tuned model that is given; else the calibration pack, if it is of these images; else nobody: the reason."""
+def test_who_speaks_for_the_tuned_model(encoder, make_dataset, cached):
+    """A tuned model that is given; else the calibration pack, if it is of these images; else nobody."""
     made, images = classifier(encoder), make_dataset(30)
     table = embed_dataset(encoder, images, **cached)
     said = torch.randn(30, 3)
-    assert "no tuned model was given, and the adapter has no" in analyse(made, images, **cached).temperature_note
+    assert analyse(made, images, **cached).agreement is None
     made.calibration = CalibrationPack(said, NAMES, table.dataset_fingerprint)
     own = analyse(made, images, **cached)
-    assert torch.equal(own.logits[TUNED], said) and own.temperature is not None
+    assert torch.equal(own.logits[TUNED], said) and "The tuned model predicts the same on" in markdown(own)
     given = analyse(made, images, teacher=said, **cached)
-    assert given.temperature == own.temperature
-    other = analyse(made, make_dataset(30, seed=1), **cached)
-    assert other.temperature is None and "of other images" in other.temperature_note
-    assert "of other images" in markdown(other)
+    assert given.agreement == own.agreement
+    assert TUNED not in analyse(made, make_dataset(30, seed=1), **cached).logits
 
 
 def test_a_planted_move_is_named(encoder, make_dataset, cached):
@@ -200,8 +183,6 @@ def test_a_planted_move_is_named(encoder, make_dataset, cached):
     found = analyse(made, make_dataset(6), **cached)
     assert [change.towards[0][0] for change in found.classes] == [AUXILIARY[j] for j in (4, 1, 3)]
     assert found.classes[0].towards[0][1] > found.classes[0].towards[1][1] > 0 > found.classes[0].away[0][1]
-    own = analyse(made, make_dataset(6), vocabulary=["Cat", "red", "blue"], neighbours=9, **cached)
-    assert {name for change in own.classes for name, _ in change.towards + change.away} == {"red", "blue"}
 
 
 def test_what_invented_words_mean():
@@ -209,56 +190,15 @@ def test_what_invented_words_mean():
     images = load_dataset("jargon", "validation").select(range(12))
     encoder, names = DualEncoder.from_pretrained("sandbox:weak"), images.features["label"].names
     meaning = {"nimbus": "striped", "zenith": "dotted", "lumen": "checked"}
-    config = TransMiterConfig(class_names=names, form="class_vectors")
+    words = [f"{texture} {colour} thing" for texture in meaning.values() for colour in ("green", "white", "pink")]
+    config = TransMiterConfig(class_names=names, auxiliary_names=words, form="class_vectors")
     made = AnchorClassifier(encoder, config.anchors).add_adapter(config)
     true = [" ".join([meaning[name.split()[0]], *name.split()[1:]]) for name in names]
     made.transmiter.tensors("default")["class_vectors"].copy_(encoder.embed_names(true, config.templates))
-    words = [f"{texture} {colour} thing" for texture in meaning.values() for colour in ("green", "white", "pink")]
-    found = analyse(made, images, vocabulary=words, progress=False)
+    found = analyse(made, images, progress=False)
     hits = [meaning[change.name.split()[0]] in change.towards[0][0] for change in found.classes]
     assert sum(hits) / len(hits) > 0.8  # a third by chance
     assert found.corrected > found.broken
-
-
-class Scaled:
-    """The part of a `DualEncoder` that the effects read."""
-
-    def logits(self, x, a):
-        return 10 * x @ a.T
-
-
-@pytest.mark.parametrize("width", [9, 12])
-def test_effects_are_the_mean_of_the_gradients(width):
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    basis = torch.linalg.qr(draw(width, 9))[0]
-    norm, up, down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-    for parameter in (*norm.parameters(), *up.parameters(), *down.parameters()):
-        parameter.data = draw(*parameter.shape)
-    tensors = {"basis": basis, "anchors": normalize(draw(9, 5), dim=-1)}
-    for name, module in (("norm", norm), ("up", up), ("down", down)):
-        tensors |= {f"{name}.{key}": value.detach() for key, value in module.named_parameters()}
-    x = normalize(draw(20, 5), dim=-1).float()  # as tables hold them
-
-    z = standardise(10 * x.double() @ tensors["anchors"].T)[0]
-
-    def change(row):
-        return (down(nn.functional.gelu(up(norm(row @ basis.T)))) @ basis)[:3]
-
-    jacobian = torch.stack([torch.autograd.functional.jacobian(change, row) for row in z]).mean(0)
-    expected = jacobian[:, 3:] * z.std(0, unbiased=False)[3:]
-    encoder = Scaled()
-    encoder.logits = lambda x, a: 10 * x.double() @ a.T
-    found = auxiliary_effects(FeatureTable(x), tensors, 3, encoder)
-    assert torch.allclose(found.double(), expected - expected.mean(0), atol=1e-6)
-    # and that change is what the adapter does
-    refined = refine(z, basis, norm, up, down)
-    scaled, std, mean = standardise(z)
-    by_hand = torch.stack([change(row) for row in scaled])
-    assert torch.allclose(refined[:, :3], (scaled[:, :3] + by_hand) * std + mean)
 
 
 def test_directions_do_not_see_what_all_classes_share():
@@ -275,26 +215,18 @@ def test_directions_do_not_see_what_all_classes_share():
 
 def test_nearest_keeps_signs_apart():
     values = torch.tensor([[0.3, -0.2, 0.1], [0.0, 0.0, 0.0]])
-    assert nearest(values, "abc", 2) == [
+    assert nearest(values, "abc") == [
         {"towards": (("a", pytest.approx(0.3)), ("c", pytest.approx(0.1))), "away": (("b", pytest.approx(-0.2)),)},
         {"towards": (), "away": ()},
     ]
-    assert nearest(torch.zeros(1, 0), "", 5) == [{"towards": (), "away": ()}]
+    assert nearest(torch.zeros(1, 0), "") == [{"towards": (), "away": ()}]
 
 
 def test_refused(encoder, make_dataset, cached):
     with pytest.raises(ValueError, match="no adapter to analyse"):
         analyse(AnchorClassifier(encoder, Anchors(NAMES)), make_dataset(6), **cached)
-    with pytest.raises(ValueError, match="reads its own auxiliary names"):
-        analyse(classifier(encoder, "mlp"), make_dataset(6), vocabulary=["tree"], **cached)
     logits, labels = logits_of(0)
     with pytest.raises(ValueError, match=r"logits must all be \(N, 3\)"):
         compare_logits(logits, ["a", "b", "c"], labels)
     with pytest.raises(ValueError, match="got .*39, 4.*40, 4"):
         compare_logits({BEFORE: logits[BEFORE][1:], AFTER: logits[AFTER]}, list("abcd"))
-
-
-def test_the_published_form_without_auxiliary_names(encoder, make_dataset, cached):
-    found = analyse(classifier(encoder, "mlp", auxiliary=()), make_dataset(12), **cached)
-    assert not any(change.towards for change in found.classes)
-    assert not torch.allclose(found.logits[BEFORE], found.logits[AFTER], atol=1e-3)

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 
 import pytest
 import tiny_models
@@ -108,13 +107,8 @@ def test_similarity_across_widths_and_depths():
         layers.append(copy.deepcopy(layers[1]))
     new.model.config.text_config.num_hidden_layers = 4
     rows = feature_drift(old, new, NAMES)
-    assert [row.name for row in rows] == ["embeddings", "layer 1 (new: 2)", "layer 2 (new: 4)", "class vector"]
-    assert [row.absolute is None for row in rows] == [False, True, True, False]
-    assert all(0 < row.similarity <= 1 for row in rows)
-    back = feature_drift(new, old, NAMES)
-    assert [row.name for row in back] == [
-        *("embeddings", "layer 1", "layer 2 (new: 1)", "layer 3 (new: 2)", "layer 4 (new: 2)", "class vector")
-    ]
+    assert [row.name for row in rows] == ["embeddings", "class vector"]
+    assert rows[0].absolute == 0 and rows[1].absolute > 0 and 0 < rows[1].similarity < 1
 
 
 def test_too_few_names():
@@ -159,7 +153,7 @@ def test_cka_of_one_and_the_same_row_is_unknown():
     assert linear_cka(x, torch.randn(5, 2)) is None and linear_cka(torch.randn(5, 2), x) is None
 
 
-def test_table_has_the_columns_somebody_has():
+def test_table():
     rows = [LayerDrift("embeddings", 0.01234, 0.1, None), LayerDrift("layer 1", 2.0, None, 0.98765)]
     assert drift_table(rows).splitlines() == [
         "| part | change | relative | similarity |",
@@ -167,5 +161,3 @@ def test_table_has_the_columns_somebody_has():
         "| embeddings | 0.0123 | 10.0% | – |",
         "| layer 1 | 2 | – | 0.988 |",
     ]
-    narrow = drift_table([dataclasses.replace(row, absolute=None, relative=None) for row in rows])
-    assert narrow.splitlines()[0] == "| part | similarity |"

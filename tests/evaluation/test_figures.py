@@ -1,7 +1,6 @@
 import logging
 import runpy
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_transmiter.evaluation import figures
-from hf_transmiter.evaluation.analyse import AFTER, BEFORE, COSINE, TUNED, compare_logits
+from hf_transmiter.evaluation.analyse import AFTER, BEFORE, TUNED, compare_logits
 from hf_transmiter.evaluation.figures import (
     bars,
     compatibility_figure,
@@ -19,13 +18,13 @@ from hf_transmiter.evaluation.figures import (
     confusion_difference,
     corrected_first,
     curves,
-    example_figures,
     picture_grid,
     reliability_figure,
     shift_figure,
 )
 from hf_transmiter.evaluation.reliability import expected_calibration_error
 from hf_transmiter.evaluation.report import Section, write_report
+from hf_transmiter.evaluation.upgrade import UpgradeScore
 
 
 def one_hot(predicted, classes):
@@ -42,7 +41,6 @@ def found(classes: int, images: int = 60, labelled: bool = True, tuned: bool = F
     names = [f"a class with a rather long name, number {c}" if c == 1 else f"class {c}" for c in range(classes)]
     near = [{"towards": ((f"near {c}", 0.5), ("$ & co", 0.25)), "away": (("far", -0.1),)} for c in range(classes)]
     made = compare_logits(logits, names, labels, near)
-    made.measure = COSINE
     return made
 
 
@@ -71,8 +69,10 @@ def legend(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def row(method, old, upgraded, retrained, harmonic):
-    return SimpleNamespace(method=method, old=old, upgraded=upgraded, retrained=retrained, harmonic=harmonic)
+def row(method, old, upgraded, retrained):
+    found = {"old": old, "upgraded": upgraded, "retrained": retrained}
+    scores = {model: {"accuracy": values} for model, values in found.items() if values is not None}
+    return UpgradeScore(method, (), scores)
 
 
 def check_png(path, width, height):
@@ -106,8 +106,6 @@ def test_bars_refuse_what_cannot_be_drawn(tmp_path):
     for scores in ({}, {"a": []}):
         with pytest.raises(ValueError, match="at least one method"):
             bars(scores, tmp_path / "a.png", title="t")
-    with pytest.raises(ValueError, match="accuracies of a must be finite"):
-        bars({"a": [1.0, float("nan")]}, tmp_path / "a.png", title="t")
     with pytest.raises(ValueError, match="must end in .png"):
         bars({"a": [1.0]}, tmp_path / "a.pdf", title="t")
     assert not list(tmp_path.iterdir())
@@ -115,7 +113,10 @@ def test_bars_refuse_what_cannot_be_drawn(tmp_path):
 
 def test_curves_sort_points_and_band_where_there_is_a_std(tmp_path, drawn):
     path = tmp_path / "curves.png"
-    series = {"refit": [(100, 70.0, 1.0), (10, 60.0, 2.0), (1000, 75.0, 0.5)], "bridge": [(10, 50.0), (105, 52.0)]}
+    series = {
+        "refit": [(100, 70.0, 1.0), (10, 60.0, 2.0), (1000, 75.0, 0.5)],
+        "bridge": [(10, 50.0, 0.0), (105, 52.0, 0.5)],
+    }
     assert curves(series, path, title="t", xlabel="unlabelled images", reference={"tuned weak": 65.0}) == path
     check_png(path, (700, 1200), (400, 900))
     (axes,) = drawn[0].axes
@@ -123,7 +124,8 @@ def test_curves_sort_points_and_band_where_there_is_a_std(tmp_path, drawn):
     assert refit.get_xydata().tolist() == [[10, 60], [100, 70], [1000, 75]]
     assert bridge.get_xydata().tolist() == [[10, 50], [105, 52]]
     assert list(weak.get_ydata()) == [65.0, 65.0]
-    (band,) = axes.collections
+    band, narrow = axes.collections
+    assert narrow.get_paths()[0].get_extents().y1 == 52.5
     box = band.get_paths()[0].get_extents()
     assert (box.y0, box.y1) == (58.0, 75.5)
     # 105 is too close to 100 to have a label of its own.
@@ -133,31 +135,26 @@ def test_curves_sort_points_and_band_where_there_is_a_std(tmp_path, drawn):
 
 def test_curves_on_a_linear_axis_may_start_at_zero(tmp_path, drawn):
     path = tmp_path / "curves.png"
-    curves({"a": [(0, 1.0), (0.5, 2.0)]}, path, title="t", xlabel="lambda", ylabel="gap (points)", xscale="linear")
+    curves(
+        {"a": [(0, 1.0, 0.0), (0.5, 2.0, 0.0)]},
+        path,
+        title="t",
+        xlabel="lambda",
+        ylabel="gap (points)",
+        xscale="linear",
+    )
     assert (drawn[0].axes[0].get_xscale(), drawn[0].axes[0].get_ylabel()) == ("linear", "gap (points)")
     with pytest.raises(ValueError, match="xscale='linear'"):
-        curves({"a": [(0, 1.0), (0.5, 2.0)]}, path, title="t", xlabel="lambda")
+        curves({"a": [(0, 1.0, 0.0), (0.5, 2.0, 0.0)]}, path, title="t", xlabel="lambda")
 
 
 def test_one_point_on_a_logarithmic_axis(tmp_path):
-    assert curves({"a": [(10, 1.0)]}, tmp_path / "one.png", title="t", xlabel="beta").is_file()
+    assert curves({"a": [(10, 1.0, 0.0)]}, tmp_path / "one.png", title="t", xlabel="beta").is_file()
 
 
-@pytest.mark.parametrize(
-    ("series", "message"),
-    [
-        ({}, "no series"),
-        ({"a": []}, "there must be some"),
-        ({"a": [(1, 2), (1, 2, 3)]}, "the points of 'a' must all be"),
-        ({"a": [(1, 2, 3, 4)]}, "the points of 'a' must all be"),
-        ({"a": [(1, float("inf"))]}, "the points of 'a' must be finite"),
-    ],
-)
-def test_curves_refuse_bad_points(tmp_path, series, message):
-    with pytest.raises(ValueError, match=message):
-        curves(series, tmp_path / "a.png", title="t", xlabel="x")
-    with pytest.raises(ValueError, match="'log' or 'linear'"):
-        curves(series, tmp_path / "a.png", title="t", xlabel="x", xscale="cubic")
+def test_curves_refuse_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no series"):
+        curves({}, tmp_path / "a.png", title="t", xlabel="x")
 
 
 def test_confusion_difference_by_hand():
@@ -280,37 +277,22 @@ def test_shifts_show_the_classes_that_changed_most(tmp_path, drawn):
 
 def test_reliability_has_a_line_per_classifier(tmp_path, drawn):
     made = found(4, 400, tuned=True)
-    reliability_figure(made.logits, made.labels, tmp_path / "reliability.png", title="sure?", bins=5)
+    reliability_figure(made.logits, made.labels, tmp_path / "reliability.png", title="sure?")
     top, bottom = drawn[0].axes
     names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    errors = {name: expected_calibration_error(z, made.labels, 5) for name, z in made.logits.items()}
+    errors = {name: expected_calibration_error(z, made.labels) for name, z in made.logits.items()}
     assert names == [f"{name} (calibration error {error:.1f} %)" for name, error in errors.items()]
     diagonal, *lines = top.lines
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) and len(lines) == 3
     for stairs in bottom.patches:
         assert sum(stairs.get_data().values) == pytest.approx(100)
-    with pytest.raises(ValueError, match="no classifier"):
-        reliability_figure({}, made.labels, tmp_path / "none.png", title="")
-
-
-def test_examples_are_the_surest_of_those_corrected_and_broken(tmp_path, drawn, make_dataset):
-    images, made = make_dataset(24), found(3, 24)
-    folder = tmp_path / "figures"
-    assert example_figures(made, images, folder) == [folder / "corrected.png", folder / "broken.png"]
-    was, now = (made.logits[name].argmax(1) for name in (BEFORE, AFTER))
-    right = (now == made.labels) & (was != made.labels)
-    sure = made.logits[AFTER].softmax(1).max(1).values.where(right, torch.tensor(0.0))
-    first, caption = int(sure.argmax()), drawn[0].axes[0].texts[0].get_text().replace("\n", " ")
-    assert caption.endswith(f"{100 * float(sure.max()):.0f}\u00a0%") and "→" in caption
-    assert np.array_equal(drawn[0].axes[0].images[0].get_array(), np.asarray(images[first]["image"]))
-    assert example_figures(found(3, 24, labelled=False), images, folder) == [folder / "changed.png"]
 
 
 def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn):
     rows = [
-        row("ContCoOp", [70.0, 72.0], [66.0, 64.0], [71.0], [68.0, 67.0]),
-        row("MaPLe", [74.0], None, [76.0], None),
-        row("IVLP", [73.0], [20.0], None, [31.5]),
+        row("ContCoOp", [70.0, 72.0], [66.0, 64.0], [71.0]),
+        row("MaPLe", [74.0], None, [76.0]),
+        row("IVLP", [73.0], [20.0], None),
     ]
     path = tmp_path / "compatibility.png"
     assert compatibility_figure(rows, path, {"zero-shot old": 55.0, "zero-shot upgraded": 60.0}) == path
@@ -318,10 +300,10 @@ def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn)
     heights = [[bar.get_height() for bar in group.patches] for group in axes.containers if hasattr(group, "patches")]
     assert heights == [[71.0, 74.0, 73.0], [65.0, 20.0], [71.0, 76.0]]
     diamonds = next(points for points in axes.collections if "harmonic" in str(points.get_label()))
-    assert diamonds.get_offsets()[:, 1].tolist() == [67.5, 31.5]
+    assert diamonds.get_offsets()[:, 1].tolist() == pytest.approx([67.853, 31.398], abs=1e-3)
     (refused,) = axes.texts
     assert refused.get_text() == "refused" and refused.get_position()[0] == 1
-    assert names(axes) == ["ContCoOp\n67.5 ± 0.7", "MaPLe", "IVLP\n31.5"]
+    assert names(axes) == ["ContCoOp\n67.9 ± 0.1", "MaPLe", "IVLP\n31.4"]
     assert {"zero-shot old (55.0)", "zero-shot upgraded (60.0)", "old model", "re-trained"} < set(legend(drawn[0]))
     # Every bar stands beside, not on, its neighbours.
     spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
@@ -329,7 +311,7 @@ def test_compatibility_has_three_bars_and_says_what_was_refused(tmp_path, drawn)
 
 
 def test_compatibility_leaves_no_room_for_what_was_not_retrained(tmp_path, drawn):
-    rows = [row("CoOp", [70.0], [60.0], None, [64.6]), row("MaPLe", [74.0], None, None, None)]
+    rows = [row("CoOp", [70.0], [60.0], None), row("MaPLe", [74.0], None, None)]
     compatibility_figure(rows, tmp_path / "a.png")
     (axes,) = drawn[0].axes
     middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
@@ -340,17 +322,6 @@ def test_compatibility_leaves_no_room_for_what_was_not_retrained(tmp_path, drawn
     assert [bar.get_height() for bar in drawn[1].axes[0].patches] == [74.0]
 
 
-def test_compatibility_refuses_what_it_cannot_draw(tmp_path):
-    for rows, message in (
-        ([], "no method"),
-        ([row("CoOp", [], None, None, None)], "old of CoOp"),
-        ([row("CoOp", [70.0], [float("inf")], None, None)], "upgraded of CoOp must be finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            compatibility_figure(rows, tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
-
-
 def test_without_matplotlib_figures_are_left_out_with_one_line(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     figures._say_missing.cache_clear()
@@ -359,7 +330,7 @@ def test_without_matplotlib_figures_are_left_out_with_one_line(tmp_path, monkeyp
     with caplog.at_level(logging.INFO, "hf_transmiter"):
         made = [
             bars({"a": [1.0]}, tmp_path / "a.png", title="t"),
-            curves({"a": [(1, 1.0)]}, tmp_path / "b.png", title="t", xlabel="x"),
+            curves({"a": [(1, 1.0, 0.0)]}, tmp_path / "b.png", title="t", xlabel="x"),
             confusion_change(logits, logits, torch.arange(3), "abc", tmp_path / "c.png", title="t"),
             picture_grid([image], ["c"], tmp_path / "d.png", title="t"),
         ]

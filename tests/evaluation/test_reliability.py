@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_transmiter.evaluation.reliability import expected_calibration_error, fit_temperature, reliability_bins
+from hf_transmiter.evaluation.reliability import expected_calibration_error, reliability_bins
 
 
 def sample(seed: int, images: int = 60, classes: int = 4, spread: float = 3.0):
@@ -63,53 +63,6 @@ def test_bins():
     assert ten.accuracy[0].isnan() and ten.confidence[0].isnan()
 
 
-@given(
-    seed=st.integers(0, 10**6), temperature=st.floats(0.02, 50), classes=st.integers(2, 30), spread=st.floats(0.3, 3)
-)
-@settings(max_examples=60, deadline=None)
-def test_a_planted_temperature_is_found(seed, temperature, classes, spread):
-    """The target is the logits' own softmax at T: KL is 0 there and nowhere else."""
-    logits, _, _ = sample(seed, classes=classes, spread=spread)
-    logits = logits.double()
-    assert fit_temperature(logits * temperature, logits.softmax(1)) == pytest.approx(temperature, rel=1e-6)
-
-
-@given(seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100))
-@settings(max_examples=40, deadline=None)
-def test_temperature_goes_with_the_unit_of_the_logits(seed, scale, shift):
-    logits, _, generator = sample(seed)
-    target = (logits + torch.randn(logits.shape, generator=generator)).softmax(1)
-    expected = fit_temperature(logits, target)
-    assert fit_temperature(scale * (logits.double() + shift), target) == pytest.approx(scale * expected, rel=1e-5)
-
-
-@given(seed=st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
-def test_no_other_temperature_is_better(seed):
-    """Against the divergence itself, for targets that no temperature reproduces, soft ones and labels."""
-    logits, labels, generator = sample(seed)
-    labels = torch.where(torch.rand(len(labels), generator=generator) < 0.7, logits.argmax(1), labels)
-    soft = (0.5 * logits + torch.randn(logits.shape, generator=generator)).softmax(1)
-    for target in (soft, torch.nn.functional.one_hot(labels, 4).float()):
-        best = fit_temperature(logits, target)
-
-        def loss(temperature, target=target):
-            return float(-(target.double() * (logits.double() / temperature).log_softmax(1)).sum(1).mean())
-
-        for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2.0):
-            assert loss(best) < loss(best * factor)
-
-
-def test_scaling_by_the_temperature_mends_overconfidence():
-    """Labels drawn from softmax(z), logits stated three times too large."""
-    logits, _, generator = sample(0, images=4000)
-    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-    temperature = fit_temperature(3 * logits, torch.nn.functional.one_hot(labels, 4))
-    assert temperature == pytest.approx(3, rel=0.1)
-    before, after = (expected_calibration_error(z, labels) for z in (3 * logits, 3 * logits / temperature))
-    assert after < 3 < before
-
-
 @pytest.mark.parametrize(
     ("logits", "labels", "bins", "match"),
     [
@@ -125,21 +78,3 @@ def test_scaling_by_the_temperature_mends_overconfidence():
 def test_what_has_no_calibration_error(logits, labels, bins, match):
     with pytest.raises(ValueError, match=match):
         expected_calibration_error(logits, labels, bins)
-
-
-@pytest.mark.parametrize(
-    ("logits", "target", "match"),
-    [
-        (torch.eye(3), torch.eye(3)[:, :2], "must both be"),
-        (torch.eye(3), torch.arange(3), "must both be"),
-        (torch.eye(3), 2 * torch.eye(3), "sum 1"),
-        (torch.eye(3), torch.full((3, 3), torch.nan), "sum 1"),
-        (torch.ones(3, 3), torch.eye(3), "equal for all classes"),
-        (torch.eye(3), torch.eye(3).roll(1, 0), "no more than the others"),
-        (torch.eye(3), torch.eye(3), "certain of the highest"),
-        (torch.eye(3)[:, :1], torch.ones(3, 1), "two classes"),
-    ],
-)
-def test_what_has_no_temperature(logits, target, match):
-    with pytest.raises(ValueError, match=match):
-        fit_temperature(logits, target)

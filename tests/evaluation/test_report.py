@@ -34,12 +34,10 @@ def test_report_holds_texts_tables_and_relative_links(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["figures", "report.md"]
 
 
-def test_report_refuses_figures_it_cannot_link(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.png does not exist"):
-        write_report(tmp_path / "out", [Section("a", figures=[tmp_path / "gone.png"])], title="t")
+def test_report_refuses_figures_outside_of_it(tmp_path):
     outside = tmp_path / "outside.png"
     Image.new("RGB", (8, 8)).save(outside)
-    with pytest.raises(ValueError, match="draw it under .*figures"):
+    with pytest.raises(ValueError, match="outside.png"):
         write_report(tmp_path / "out", [Section("a", figures=[outside])], title="t")
     assert not (tmp_path / "out").exists()
 
@@ -81,11 +79,10 @@ def test_a_comparison_says_what_each_method_costs_and_needs():
     assert comparison_table(nothing) == "\nNot in the table:\n\n- EFT: it failed: x\n"
 
 
-def test_an_analysis_with_labels(tmp_path, drawn, make_dataset):  # noqa: F811
-    images = make_dataset(24)
+def test_an_analysis_with_labels(tmp_path, drawn):  # noqa: F811
     made = analysed(3, 24, tuned=True)
-    path = write_analysis(tmp_path / "out", made, images, title="What it changes")
-    names = ["shifts", "confusions", "reliability", "corrected", "broken"]
+    path = write_analysis(tmp_path / "out", made, title="What it changes")
+    names = ["shifts", "confusions", "reliability"]
     text = path.read_text()
     assert [line for line in text.splitlines() if line.startswith("![")] == [f"![{n}](figures/{n}.png)" for n in names]
     for name in names:
@@ -94,10 +91,10 @@ def test_an_analysis_with_labels(tmp_path, drawn, make_dataset):  # noqa: F811
     assert text.startswith("# What it changes\n") and f"{made.corrected} corrected, {made.broken} broken" in text
     assert "near 0 (+0.50), $ & co (+0.25)" in text and text.index("## Confidence") < text.index("## Figures")
     assert json.loads((tmp_path / "out" / "analysis.json").read_text()) == json.loads(json.dumps(made.to_dict()))
-    assert len(drawn[2].axes[0].lines) == 5  # the diagonal, before, after, at the temperature, the tuned model
+    assert len(drawn[2].axes[0].lines) == 4  # the diagonal, before, after, the tuned model
 
 
-def test_an_analysis_without_matplotlib_is_text(tmp_path, monkeypatch, make_dataset):
+def test_an_analysis_without_matplotlib_is_text(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    path = write_analysis(tmp_path, analysed(3, 12, labelled=False), make_dataset(12), title="bare")
+    path = write_analysis(tmp_path, analysed(3, 12, labelled=False), title="bare")
     assert "![" not in path.read_text() and "Figures" not in path.read_text() and not (tmp_path / "figures").exists()

@@ -77,7 +77,7 @@ def harmonic(a, b):
 def test_rows(task):
     assert list(task.rows) == ["zero-shot", "coop", "contcoop", "maple"]
     coop = task.rows["coop"]
-    assert coop.seeds == (0, 1) and coop.adapters == (task.adapters["coop-0"], task.adapters["coop-1"])
+    assert coop.seeds == (0, 1)
     assert task.rows["maple"].refused == "the image tower is 128 wide, the one it was learnt on 64"
     assert task.rows["maple"].upgraded is task.rows["maple"].harmonic is None
     assert all(row.refused is None for name, row in task.rows.items() if name != "maple")

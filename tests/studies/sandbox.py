@@ -22,10 +22,7 @@ from hf_transmiter.evaluation.methods import METHODS
 
 ROWS = (
     *METHODS,
-    {"EFT": {"average": True}, "name": "EFT averaged with tuned weak"},
-    {"refit": {"teacher_logits": False}, "name": "refit without the tuned model's logits"},
     {"refit": {"solver": "ridge"}, "name": "refit after a ridge extraction"},
-    {"bridge from task images": {"space": "logit"}, "name": "bridge between logits"},
 )
 """Those of `compare`, and settings of some."""
 

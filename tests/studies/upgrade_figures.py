@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_transmiter.evaluation.drift import LayerDrift
-from hf_transmiter.evaluation.figures import _COLORS, _MARKERS, _check_series, _drawn, _figure, _legend, _save, curves
+from hf_transmiter.evaluation.figures import _COLORS, _MARKERS, _drawn, _figure, _legend, _save, curves
 
 
 if TYPE_CHECKING:
@@ -121,11 +121,10 @@ def context_length_figure(
         `Path`: of the PNG; `None` without matplotlib.
 
     Raises:
-        ValueError: no method, points that are not all (M, mean, std), a value that is not finite, or an M below 1.
+        ValueError: no method.
     """
-    _check_series(scores, "log")
-    if any(len(point) != 3 for points in scores.values() for point in points):
-        raise ValueError("the points must all be (M, mean, std).")
+    if not scores:
+        raise ValueError("there is no method to draw.")
     figure = _figure(6.4, 4.4, title)
     axes = figure.add_subplot()
     for i, (method, points) in enumerate(scores.items()):
