@@ -1,4 +1,4 @@
-"""What the JSON files of a repository must hold, by kind: a [`Rule`] each, in `KINDS`. `trust` applies them."""
+"""What the JSON files of a repository must hold, by kind: a [`Rule`] each, in `KINDS`. `checks` applies them."""
 
 from __future__ import annotations
 
@@ -305,32 +305,6 @@ _OPEN_CLIP = _object(
     keys={"model_cfg": _MODEL_CFG, "preprocess_cfg": _or_null(_object())},
 )
 
-_TRANSFER = _object(
-    required=("file", "kind", "model", "num_bytes", "sha256"),
-    closed=True,
-    keys={
-        "file": _text(
-            "a file in the folder transfers: transfers/NAME.safetensors",
-            most=255,
-            pattern=r"(?!.*\.\.)transfers/[A-Za-z0-9][A-Za-z0-9._@-]*\.safetensors",
-        ),
-        "kind": _one_of("adapter", "bridge"),
-        "model": _MODEL_ID,
-        "num_bytes": _COUNT,
-        "sha256": _DIGEST,
-    },
-)
-_TRANSFERS = _object(
-    "an index of finished transfers (an object)",
-    required=("format", "version", "transfers"),
-    closed=True,
-    keys={
-        "format": _one_of("hf_transmiter.hub.adapter_files"),
-        "version": _whole(1, 1, "1; a later version of this package may read others"),
-        "transfers": _list("a list of at most 10,000 transfers", _TRANSFER, 10_000),
-    },
-)
-
 KINDS: dict[str, tuple[Rule, str]] = {
     "adapter_config": (_ADAPTER, "Restore the adapter_config.json that save_pretrained wrote."),
     "anchors": (_ANCHORS, "Write anchors with Anchors.save."),
@@ -346,7 +320,6 @@ KINDS: dict[str, tuple[Rule, str]] = {
         "Write scores with write_scores.",
     ),
     "teacher": (_TEACHER, "Restore the teacher.json that was saved with the tuned model."),
-    "transfers": (_TRANSFERS, "Restore the transfers/index.json that save_transfer wrote, or delete the folder."),
 }
 """What each kind of content must be, and how to mend one that is not."""
 KIND_OF = {
@@ -354,7 +327,6 @@ KIND_OF = {
     "anchors.json": "anchors",
     "scores.json": "scores",
     "teacher.json": "teacher",
-    "transfers/index.json": "transfers",
     "config.json": "model_config",
     "open_clip_config.json": "open_clip_config",
 }
