@@ -183,7 +183,7 @@ class AnchorClassifier(nn.Module):
         return self.requires_grad_(False)
 
     def adapter_tensors(self) -> tuple[dict, dict[str, Tensor]]:
-        """Configuration and weights of the adapter, as `transfers.read_adapter` reads them from files.
+        """Configuration and weights of the adapter, as `read_adapter` reads them from files.
 
         Raises:
             ValueError: there is no adapter.
@@ -235,7 +235,7 @@ class AnchorClassifier(nn.Module):
         token: str | bool | None = None,
         base_model: str | None = None,
     ) -> CommitInfo:
-        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and `sharing.push`.
+        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and [`push`].
 
         Args:
             repo_id (`str`): ``user/name``; made if it is not there.

@@ -18,6 +18,7 @@ from ..data.anchors import Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
+from ..hub.adapter_files import without_paths
 from ..hub.provenance import library_versions, named_dataset
 from ..settings import TransferConfig
 from ..tuners import TransMiterConfig
@@ -150,7 +151,7 @@ def carry(
 
     Args:
         content (`dict`), tensors (`dict[str, Tensor]`):
-            Of the weak model's adapter: its configuration and weights as `transfers.read_adapter` reads them.
+            Of the weak model's adapter: its configuration and weights as `read_adapter` reads them.
         strong (`DualEncoder`): the new model; embeds the names.
         bridge (`Bridge`): between the adapter's model and `strong`.
         weak (`DualEncoder`, *optional*): needed only to carry class vectors over a logit-space bridge.
@@ -168,7 +169,7 @@ def carry(
     facts = {
         "step": "transfer",
         "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
-        "bridge": {key: getattr(bridge.without_paths(), key) for key in _BRIDGE_FACTS},
+        "bridge": without_paths({key: getattr(bridge, key) for key in _BRIDGE_FACTS}),
         "extracted": source.provenance,
         "versions": library_versions(),
     }
