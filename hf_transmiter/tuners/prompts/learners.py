@@ -78,6 +78,7 @@ class CoCoOpLayer(PromptLayer):
 
     prefix = "cocoop_"
     modules_of = ("down", "up")
+    reads_images = True
 
     def __init__(self, *args):
         super().__init__(*args)
