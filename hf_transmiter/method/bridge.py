@@ -456,25 +456,13 @@ class Bridge:
             raise FileNotFoundError(f"there is no {BRIDGE} in {name!r}; write one with Bridge.save_pretrained.")
         return cls.load(path)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
         """Uploads what [`save_pretrained`] writes, in one commit; the repository is made if it is not there.
 
         Args:
             repo_id (`str`): ``user/name``.
-            private (`bool`, *optional*): whether a new repository is private; the account's default when omitted.
-            commit_message (`str`, *optional*): "Upload bridge with hf_transmiter" when omitted.
-            create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
-            token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
+            **options: `private`, `commit_message`, `create_pr`, `token` and the others of [`push`].
         """
-        options = {"private": private, "commit_message": commit_message, "create_pr": create_pr, "token": token}
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / BRIDGE)
             return push(folder, repo_id, **options)
