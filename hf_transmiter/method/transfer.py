@@ -190,10 +190,8 @@ def carry(
         vectors = interpolate(carried, text, zero_shot_weight)
         tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
         facts["zero_shot_weight"] = zero_shot_weight
-    upgraded = TransMiterConfig(
-        class_names=list(source.class_names),
-        auxiliary_names=list(source.auxiliary_names),
-        templates=list(source.templates),
+    upgraded = TransMiterConfig.for_anchors(
+        source.anchors,
         form=source.form,
         width=source.width,
         mlp_ratio=source.mlp_ratio,
@@ -256,15 +254,9 @@ def refit(
         `class_vectors` (C, d) and `bias` (C,) of the adapter.
     """
     scale = float(strong.logit_scale)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        start = 0
-        for number, x in enumerate(table.batches(4096)):
-            rows = slice(start, start + len(x))
-            start += len(x)
-            if number % world != rank:
-                continue
+        for rows, x in table.share(accelerator):
             labels = scale * x @ vectors.T if ask_carried or pack is None else torch.zeros(len(x), len(vectors))
             if pack is not None:
                 labels = labels + pack.logits[rows]
