@@ -104,7 +104,12 @@ def test_what_is_there_already_is_not_sent_again(hub, folder):
 def test_delete(hub, folder):
     hub.write(REPO, {"transfers/a.bin": b"a", "transfers/b.bin": b"b", "scores.json": b"[]", "notes.txt": b"mine"})
     new = {"transfers/b.bin": b"new", "weights.bin": b"w"}
-    push_folder(folder(new), REPO, commit_message="new weights", delete=["transfers/*", "scores.json", "absent.*"])
+    push_folder(
+        folder(new),
+        REPO,
+        commit_message="new weights",
+        delete=["transfers/a.bin", "transfers/b.bin", "scores.json", "absent.bin"],
+    )
     assert there(hub) == {**new, "notes.txt": b"mine"}
     assert hub.titles(REPO) == ["new weights", "by hand"]
 
@@ -316,7 +321,7 @@ def test_no_network(hub, monkeypatch, caplog):
 def test_offline_after_caching(hub):
     """In a process of its own, as HF_HUB_OFFLINE is read when huggingface_hub is imported."""
     code = """
-from hf_transmiter.hub import fetch, push_folder, read_json
+from hf_transmiter.hub.repo import fetch, push_folder, read_json
 print(read_json("alice/cats", "settings.json"), fetch("alice/cats", "absent.json"))
 print(fetch("alice/cats", "README.md"))
 for call in (lambda: fetch("alice/dogs", "README.md"), lambda: push_folder(".", "alice/cats", commit_message="x")):
