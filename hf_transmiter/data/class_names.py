@@ -63,9 +63,11 @@ def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
 def check_names(names: Sequence[str], where: str) -> None:
     """
     Raises:
-        ValueError: no name, an empty one, or one that occurs twice; the message begins with `where`.
+        ValueError: one string, no name, an empty one, or one that occurs twice; the message begins with `where`.
     """
-    if not names:
+    if isinstance(names, str):
+        raise ValueError(f"{where}: class names must be a list of names, got one string, {names!r}.")
+    if not len(names):
         raise ValueError(f"{where}: there is no class name.")
     odd = [name for name in names if not isinstance(name, str) or not name.strip()]
     if odd:

@@ -79,6 +79,15 @@ class FeatureTable:
         for start in range(0, len(self), batch_size):
             yield self._stored[start : start + batch_size].float()
 
+    def share(self, accelerator=None, batch_size: int = 4096) -> Iterator[tuple[slice, Tensor]]:
+        """Of the [`batches`] those that fall to this process of several, each with the rows it holds."""
+        rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+        start = 0
+        for number, x in enumerate(self.batches(batch_size)):
+            if number % world == rank:
+                yield slice(start, start + len(x)), x
+            start += len(x)
+
     def select(self, indices: Tensor | Sequence[int]) -> "FeatureTable":
         """The rows `indices`, in that order, copied to memory."""
         indices = torch.as_tensor(indices, dtype=torch.long)

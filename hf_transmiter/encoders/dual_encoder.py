@@ -1,7 +1,7 @@
 """[`DualEncoder`]: pictures and texts to unit rows in one space, for every two-tower family of transformers.
 
 With unit rows ``x`` (B, d) for images and ``a`` (K, d) for texts, the model's logits are ``z = s * x @ a.T + b``
-(B, K). What differs between families is in `families.py`; its functions are exported here too.
+(B, K). What differs between families is in `families.py`.
 """
 
 import logging
@@ -29,10 +29,8 @@ from transformers.utils import (
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
 from .families import (
     EMBEDDING_PARTS,
-    FAMILIES,
     aligned,
     check_family,
-    dummy_text_inputs,
     image_inputs,
     is_dual_encoder,
     logit_scale_and_bias,
@@ -48,17 +46,6 @@ from .open_clip import load_processor as load_open_clip_processor
 
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "FAMILIES",
-    "DualEncoder",
-    "dummy_text_inputs",
-    "image_inputs",
-    "is_dual_encoder",
-    "logit_scale_and_bias",
-    "unwrap",
-]
-
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 

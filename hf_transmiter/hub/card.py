@@ -76,6 +76,7 @@ class Card:
         versions (`dict[str, str]`): of the libraries it was made with, as far as they were noted.
         scores (`list[Score]`): ``scores.json``; rows of the method [`scores.THIS`] are about it.
         given (`dict`): metadata that people gave, see `KEPT`.
+        datasets (`list[NamedDataset]`): that went into it, as far as they were noted.
     """
 
     name: str
@@ -83,11 +84,12 @@ class Card:
     versions: dict[str, str]
     scores: list[Score]
     given: dict
+    datasets: list[NamedDataset]
 
     tags: ClassVar[tuple[str, ...]]
     template: ClassVar[str]
-    pipeline_tag: ClassVar[str | None] = _TASK
     is_scored: ClassVar[bool] = True
+    """Whether its scores are its own: those of a bridge are of adapters that crossed it, and not for leaderboards."""
 
     def __post_init__(self):
         if self.is_scored and len({score.method for score in self.scores}) == 1:
@@ -102,13 +104,13 @@ class Card:
         """The metadata, as the Hub reads it. The base model is named only if it is on the Hub, and only the one the
         weights belong on: of a list the Hub would conclude that models were merged."""
         results, base = self.results(), self.base.name if self.base.kind == "hub" else None
-        datasets = [data.name for data in self.training_data() if data.kind == "hub"]
+        datasets = [data.name for data in self.datasets if data.kind == "hub"]
         entries = {
             **self.given,
             "base_model": base,
             "base_model_relation": "adapter" if base else None,
             "library_name": "hf-transmiter",
-            "pipeline_tag": self.pipeline_tag,
+            "pipeline_tag": _TASK if self.is_scored else None,
             "tags": list(dict.fromkeys([*self.tags, *self.given.get("tags", ())])),
             "datasets": list(dict.fromkeys([*self.given.get("datasets", ()), *datasets])) or None,
             "metrics": ["accuracy"] if results else None,
@@ -138,10 +140,6 @@ class Card:
                 )
             )
         return found
-
-    def training_data(self) -> list[NamedDataset]:
-        """Data sets that went into it, as far as they were noted."""
-        return []
 
     def warnings(self) -> list[str]:
         """Where a plain model was measured to be better."""
@@ -177,18 +175,6 @@ class Card:
                 "table": table,
             }
 
-    def gaps(self) -> list[str]:
-        """What was not measured."""
-        kinds = {"accuracy": "accuracy", "novel": "accuracy on classes that the tuning did not see"}
-        found = [words for metric, words in kinds.items() if metric not in {score.metric for score in self.own}]
-        if len({score.dataset for score in self.scores if score.method == THIS}) < 2:
-            found.append("accuracy on images of another kind (other cameras, styles or places)")
-        return [
-            *found,
-            "calibration: whether 0.8 means right in 8 of 10 cases",
-            "differences between groups of people, where images show some",
-        ]
-
     def render(self) -> str:
         """The whole ``README.md``.
 
@@ -214,34 +200,9 @@ class AdapterCard(Card):
     tags: ClassVar[tuple[str, ...]] = ("peft", "clip", "transmiter", "weak-to-strong")
     template: ClassVar[str] = "adapter.md.jinja"
 
-    @classmethod
-    def of_folder(cls, folder: str | os.PathLike, *, name: str | None = None, **facts) -> AdapterCard:
-        """The facts in an adapter's folder.
-
-        Args:
-            folder (`str` or `os.PathLike`): the folder.
-            name (`str`, *optional*): Hub id, if it has one; the folder's name when omitted.
-            **facts: metadata, see [`write_card`].
-
-        Raises:
-            FileNotFoundError, ValueError: no ``adapter_config.json``, or a damaged one.
-        """
-        folder = Path(folder)
-        config = load_json(folder / "adapter_config.json", "adapter_config")
-        return cls(
-            **_common(folder, name, facts),
-            base=NamedModel(*map(config.get, ("base_model_name_or_path", "revision", "base_fingerprint"))),
-            versions=_versions(config),
-            config=config,
-            steps=_history(config.get("provenance")),
-        )
-
     def step(self, kind: str) -> Step | None:
         """The first of this kind."""
         return next((step for step in self.steps if step.kind == kind), None)
-
-    def training_data(self) -> list[NamedDataset]:
-        return [step.dataset for step in self.steps if step.dataset]
 
 
 @dataclass
@@ -258,27 +219,7 @@ class BridgeCard(Card):
 
     tags: ClassVar[tuple[str, ...]] = ("clip", "transmiter", "weak-to-strong", "bridge")
     template: ClassVar[str] = "bridge.md.jinja"
-    pipeline_tag: ClassVar[str | None] = None
-    is_scored: ClassVar[bool] = False  # scores are of adapters that crossed it: for the text, not for leaderboards
-
-    @classmethod
-    def of_folder(cls, folder: str | os.PathLike, *, name: str | None = None, **facts) -> BridgeCard:
-        """The facts in a bridge's folder, see [`AdapterCard.of_folder`].
-
-        Raises:
-            FileNotFoundError, ValueError: no ``bridge.safetensors``, or a damaged one.
-        """
-        path = Path(folder) / "bridge.safetensors"
-        header, _ = read_header(path, "bridge", "write one with Bridge.save_pretrained")
-        where = f"the metadata of {path}"
-        content = check_json(parse_json(header.get("bridge", "{}"), where), "bridge", where)
-        return cls(
-            **_common(path.parent, name, facts),
-            base=NamedModel(**content["strong"]),
-            versions=content.get("versions", {}),
-            weak=NamedModel(**content["weak"]),
-            facts=content,
-        )
+    is_scored: ClassVar[bool] = False
 
     @property
     def dataset(self) -> NamedDataset | None:
@@ -294,11 +235,6 @@ class BridgeCard(Card):
         """The names or templates that both models were asked about."""
         noted = Noted(self.facts).inner("anchors")
         return [text for part in parts for text in _texts(noted.get(part))]
-
-    def gaps(self) -> list[str]:
-        found = ["its fit on pairs that it was not built from"] if self.facts.get("held_out") is None else []
-        found += [] if self.scores else ["what an adapter that crosses it is worth"]
-        return [*found, "what it is worth for other tasks and other kinds of tuning"]
 
 
 @dataclass
@@ -321,36 +257,10 @@ class TunedCard(Card):
 
     template: ClassVar[str] = "tuned.md.jinja"
 
-    @classmethod
-    def of_folder(cls, folder: str | os.PathLike, *, name: str | None = None, **facts) -> TunedCard:
-        """The facts in a tuned model's folder, see [`AdapterCard.of_folder`]."""
-        folder = Path(folder)
-        config = load_json(folder / "adapter_config.json", "adapter_config")
-        teacher = _optional(folder / "teacher.json", lambda path: load_json(path, "teacher")) or {}
-        noted = Noted(config).inner("provenance")
-        names = teacher.get("class_names") or config.get("class_names")
-        base = NamedModel(config.get("base_model_name_or_path"), config.get("revision"))
-        if teacher:
-            base = NamedModel(teacher["weak"], teacher["revision"], teacher["fingerprint"])
-        return cls(
-            **_common(folder, name, facts),
-            base=base,
-            versions=_versions(config),
-            peft_type=config["peft_type"],
-            settings=(Noted(teacher).inner("settings") or noted.inner("settings")).texts(),
-            noted=noted,
-            class_names=_texts(names),
-            by_tune=bool(teacher),
-        )
-
     @property
     def method(self) -> str | None:
         """Of `tune`, in words."""
         return METHOD_NAMES.get(self.settings.get("method"))
-
-    @property
-    def dataset(self) -> NamedDataset | None:
-        return NamedDataset.of(self.noted.get("dataset"))
 
     @property
     def is_prompt(self) -> bool:
@@ -371,24 +281,6 @@ class TunedCard(Card):
     def tags(self) -> tuple[str, ...]:
         return ("peft", "clip", *(("prompt-learning",) if self.is_prompt else ()), self.peft_type.lower())
 
-    def training_data(self) -> list[NamedDataset]:
-        return [self.dataset] if self.dataset else []
-
-
-def _common(folder: Path, name: str | None, facts: dict) -> dict:
-    """What every card takes from the folder and from the card that is in there."""
-    named, given = given_metadata(folder / README, facts)
-    return {
-        "name": name or named or folder.resolve().name,
-        "given": given,
-        "scores": _optional(folder / "scores.json", read_scores) or [],
-    }
-
-
-def _versions(config: dict) -> dict[str, str]:
-    noted = Noted(config).inner("provenance").inner("versions").texts()
-    return noted or Noted(peft=config.get("peft_version")).texts()
-
 
 def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> AdapterCard | BridgeCard | TunedCard:
     """The card of a folder, of the kind its files say. See [`write_card`].
@@ -398,16 +290,45 @@ def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) ->
         ValueError: a damaged file, or an unknown fact.
     """
     folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():
-        config = load_json(folder / "adapter_config.json", "adapter_config")
-        kind = AdapterCard if config["peft_type"] == "TRANSMITER" else TunedCard
-    elif (folder / "bridge.safetensors").is_file():
-        kind = BridgeCard
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds neither adapter_config.json nor bridge.safetensors: no card to write."
-        )
-    return kind.of_folder(folder, name=name, **facts)
+    config, bridge = folder / "adapter_config.json", folder / "bridge.safetensors"
+    if not config.is_file() and not bridge.is_file():
+        raise FileNotFoundError(f"{folder} holds neither {config.name} nor {bridge.name}: no card to write.")
+    named, given = given_metadata(folder / README, facts)
+    scores = _optional(folder / "scores.json", read_scores) or []
+    common = {"name": name or named or folder.resolve().name, "given": given, "scores": scores}
+    if not config.is_file():
+        return _bridge_card(bridge, common)
+    content = load_json(config, "adapter_config")
+    noted = Noted(content).inner("provenance")
+    versions = noted.inner("versions").texts() or Noted(peft=content.get("peft_version")).texts()
+    base = NamedModel(content.get("base_model_name_or_path"), content.get("revision"))
+    common |= {"base": base, "versions": versions}
+    if content["peft_type"] == "TRANSMITER":
+        common["base"] = replace(base, fingerprint=content.get("base_fingerprint"))
+        steps = _history(content.get("provenance"))
+        return AdapterCard(**common, datasets=[s.dataset for s in steps if s.dataset], config=content, steps=steps)
+    teacher = _optional(folder / "teacher.json", lambda path: load_json(path, "teacher")) or {}
+    if teacher:
+        common["base"] = NamedModel(teacher["weak"], teacher["revision"], teacher["fingerprint"])
+    dataset = NamedDataset.of(noted.get("dataset"))
+    return TunedCard(
+        **common,
+        datasets=[dataset] if dataset else [],
+        peft_type=content["peft_type"],
+        settings=(Noted(teacher).inner("settings") or noted.inner("settings")).texts(),
+        noted=noted,
+        class_names=_texts(teacher.get("class_names") or content.get("class_names")),
+        by_tune=bool(teacher),
+    )
+
+
+def _bridge_card(path: Path, common: dict) -> BridgeCard:
+    header, _ = read_header(path, "bridge", "write one with Bridge.save_pretrained")
+    where = f"the metadata of {path}"
+    facts = check_json(parse_json(header.get("bridge", "{}"), where), "bridge", where)
+    weak, strong = (NamedModel(**facts[role]) for role in ("weak", "strong"))
+    versions = facts.get("versions", {})
+    return BridgeCard(**common, base=strong, versions=versions, datasets=[], weak=weak, facts=facts)
 
 
 def write_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> Path:

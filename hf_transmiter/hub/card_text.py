@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,8 +77,7 @@ def literal(value) -> Raw:
 
 def argument(value) -> Raw:
     """A text as one argument of a shell command, for code blocks."""
-    text = one_line(value)
-    return Raw(text if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII) else "'" + text.replace("'", "'\"'\"'") + "'")
+    return Raw(shlex.quote(one_line(value)))
 
 
 def listed(values, limit: int = 8) -> Raw:

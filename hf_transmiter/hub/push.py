@@ -14,18 +14,15 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .adapter_files import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
-from .card import by_people, given_metadata, write_card
+from .card import README, by_people, given_metadata, write_card
 from .checks import check_json, load_json, read_header
 from .files import read_metadata_json, replace_metadata
 from .repo import SANDBOX, fetch, hub_errors, is_hub_id, is_public_open_clip, public_name, push_folder
 from .scores import read_scores, write_scores
 
 
-CARD = "README.md"
 # What belongs into a repository; settings, checkpoints and whatever else lies in the folder stay at home.
-SHARED = (CONFIG, WEIGHTS, BRIDGE, SCORES, CARD, CALIBRATION, TEACHER_FILE)
-# What describes an adapter's weights, and would be wrong beside others.
-_OF_THE_WEIGHTS = (SCORES, CALIBRATION)
+SHARED = (CONFIG, WEIGHTS, BRIDGE, SCORES, README, CALIBRATION, TEACHER_FILE)
 
 
 def push(
@@ -87,15 +84,14 @@ def push(
         there = {"revision": _head(repo_id, token), "subfolder": subfolder, "token": token}
         stale = _stale(place, _file_there(repo_id, WEIGHTS, **there))
         theirs = None if stale else _file_there(repo_id, SCORES, **there)
-        if (
-            theirs is not None and not (place / SCORES).is_file()
-        ):  # what the repository has stays: the card tells of it
+        # What the repository has stays: the card tells of it.
+        if theirs is not None and not (place / SCORES).is_file():
             shutil.copyfile(theirs, place / SCORES)
         if subfolder is None:
             facts = {"license": license, "tags": list(tags)}
-            _write_card(place, repo_id, _file_there(repo_id, CARD, **there), facts)
+            _write_card(place, repo_id, _file_there(repo_id, README, **there), facts)
         else:
-            (place / CARD).unlink(missing_ok=True)
+            (place / README).unlink(missing_ok=True)
         what = "bridge" if (place / BRIDGE).is_file() else "adapter"
         return push_folder(
             scratch,
@@ -111,11 +107,10 @@ def push(
 def _write_card(folder: Path, repo_id: str, theirs: Path | None, said: dict) -> None:
     """The card, with what people said in the repository's card, in the folder's and now; their text goes before
     ours."""
-    mine = folder / CARD
-    facts = {} if theirs is None else given_metadata(theirs, {})[1]
-    for more in (given_metadata(mine, {})[1], {key: value for key, value in said.items() if value}):
-        for key, value in more.items():
-            facts[key] = [*facts.get(key, ()), *value] if isinstance(value, list) else value
+    mine = folder / README
+    facts = given_metadata(mine, said)[1]
+    if theirs is not None:
+        facts = given_metadata(theirs, facts)[1]
     if theirs is not None and (not mine.is_file() or (by_people(mine) is None and by_people(theirs) is not None)):
         shutil.copyfile(theirs, mine)
     write_card(folder, name=repo_id, **facts)
@@ -160,8 +155,8 @@ def _file_there(repo_id: str, file: str, revision: str | None, **hub) -> Path | 
 
 
 def _stale(folder: Path, theirs: Path | None) -> list[str]:
-    """Patterns of what the repository's weights `theirs` leave behind when other ones take their place."""
+    """What describes the repository's weights `theirs`, and would be wrong beside other ones in their place."""
     mine = folder / WEIGHTS
     if theirs is None or not mine.is_file() or theirs.read_bytes() == mine.read_bytes():
         return []
-    return list(_OF_THE_WEIGHTS)
+    return [SCORES, CALIBRATION]

@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .checks import load_json
@@ -287,7 +287,7 @@ def push_folder(
         private (`bool`, *optional*): whether a *new* repository is private; the account's default when omitted.
         create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
         token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
-        delete (`Sequence[str]`, *optional*): glob patterns of files to take away in the same commit.
+        delete (`Sequence[str]`, *optional*): files to take away in the same commit, if they are there.
 
     Returns:
         `huggingface_hub.CommitInfo`: with `oid`, `commit_url` and `pr_url`; the last commit's where nothing is new.
@@ -306,7 +306,7 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         changes = [CommitOperationAdd(file, folder / file) for file in mine]
         if delete:
-            stale = filter_repo_objects(api.list_repo_files(repo_id), allow_patterns=list(delete))
-            changes += [CommitOperationDelete(file) for file in stale if file not in mine]
+            stale = (set(delete) - set(mine)).intersection(api.list_repo_files(repo_id))
+            changes += [CommitOperationDelete(file) for file in sorted(stale)]
         # Not upload_folder, which may split what it uploads into several commits.
         return api.create_commit(repo_id, changes, commit_message=commit_message, create_pr=create_pr)

@@ -1,4 +1,4 @@
-"""What the JSON files of a repository must hold, by kind: a [`Rule`] each, in `KINDS`. `trust` applies them."""
+"""What the JSON files of a repository must hold, by kind: a [`Rule`] each, in `KINDS`. `checks` applies them."""
 
 from __future__ import annotations
 
@@ -175,13 +175,11 @@ _TRANSMITER = _object(
         "train_basis": _BOOLEAN,
         "embed_dim": _or_null(_whole(1, 65_536)),
         "seed": _SEED,
-        "anchors_fingerprint": _or_null(_DIGEST),
-        "base_fingerprint": _or_null(_DIGEST),
+        **dict.fromkeys(("anchors_fingerprint", "base_fingerprint"), _or_null(_DIGEST)),
         "provenance": _object(),
-        "target_modules": _LABEL,
+        **dict.fromkeys(("target_modules", "task_type"), _LABEL),
         "exclude_modules": _NULL,
         "inference_mode": _BOOLEAN,
-        "task_type": _LABEL,
     },
 )
 _PROMPT = _object(
@@ -197,8 +195,7 @@ _PROMPT = _object(
         "class_names": _or_null(_SOME_NAMES),
         "class_specific": _BOOLEAN,
         "seed": _SEED,
-        "base": _or_null(_object()),
-        "provenance": _or_null(_object()),
+        **dict.fromkeys(("base", "provenance"), _or_null(_object())),
         "inference_mode": _BOOLEAN,
     },
 )
@@ -226,14 +223,10 @@ _BRIDGE = _object(
     keys={
         "space": _one_of("embedding", "logit"),
         "source": _one_of("images", "text"),
-        "scale": _NUMBER,
-        "scale_back": _or_null(_NUMBER),
-        "alignment": _or_null(_NUMBER),
-        "held_out": _or_null(_NUMBER),
-        "beta": _NUMBER,
+        **dict.fromkeys(("scale", "beta"), _NUMBER),
+        **dict.fromkeys(("scale_back", "alignment", "held_out"), _or_null(_NUMBER)),
         "num_pairs": _COUNT,
-        "strong": _MODEL_ID,
-        "weak": _MODEL_ID,
+        **dict.fromkeys(("strong", "weak"), _MODEL_ID),
         "anchors": _or_null(_object("anchors (an object)")),
         "dataset": _LABEL,
         "through": _NAMES,
@@ -244,13 +237,9 @@ _SCORE = _object(
     required=("method", "split", "metric", "value", "std", "seconds", "peak_mb", "seeds"),
     closed=True,
     keys={
-        "method": _FILLED,
-        "split": _FILLED,
-        "metric": _FILLED,
+        **dict.fromkeys(("method", "split", "metric"), _FILLED),
         "value": _or_null(_NUMBER),
-        "std": _or_null(_POSITIVE),
-        "seconds": _or_null(_POSITIVE),
-        "peak_mb": _or_null(_POSITIVE),
+        **dict.fromkeys(("std", "seconds", "peak_mb"), _or_null(_POSITIVE)),
         "seeds": _FROM_ONE,
         "dataset": _or_null(_FILLED),
         "num_images": _or_null(_FROM_ONE),
@@ -265,8 +254,7 @@ _TEACHER = _object(
         "revision": _or_null(_REVISION),
         "fingerprint": _DIGEST,
         "class_names": _SOME_NAMES,
-        "templates": _TEMPLATES,
-        "zero_shot_templates": _TEMPLATES,
+        **dict.fromkeys(("templates", "zero_shot_templates"), _TEMPLATES),
         "settings": _object(),
     },
 )
@@ -282,8 +270,7 @@ _RATIO = _or_null(_number("a number above 0 and up to 64", least=1e-300, most=64
 _VISION_CFG = _object(
     keys={
         "width": _WIDTH,
-        "head_width": _FEW,
-        "patch_size": _FEW,
+        **dict.fromkeys(("head_width", "patch_size"), _FEW),
         "mlp_ratio": _RATIO,
         "layers": _one_or_some(_whole(1, 1000), 16),
         "image_size": _one_or_some(_whole(1, 4096), 2),
@@ -305,32 +292,6 @@ _OPEN_CLIP = _object(
     keys={"model_cfg": _MODEL_CFG, "preprocess_cfg": _or_null(_object())},
 )
 
-_TRANSFER = _object(
-    required=("file", "kind", "model", "num_bytes", "sha256"),
-    closed=True,
-    keys={
-        "file": _text(
-            "a file in the folder transfers: transfers/NAME.safetensors",
-            most=255,
-            pattern=r"(?!.*\.\.)transfers/[A-Za-z0-9][A-Za-z0-9._@-]*\.safetensors",
-        ),
-        "kind": _one_of("adapter", "bridge"),
-        "model": _MODEL_ID,
-        "num_bytes": _COUNT,
-        "sha256": _DIGEST,
-    },
-)
-_TRANSFERS = _object(
-    "an index of finished transfers (an object)",
-    required=("format", "version", "transfers"),
-    closed=True,
-    keys={
-        "format": _one_of("hf_transmiter.hub.adapter_files"),
-        "version": _whole(1, 1, "1; a later version of this package may read others"),
-        "transfers": _list("a list of at most 10,000 transfers", _TRANSFER, 10_000),
-    },
-)
-
 KINDS: dict[str, tuple[Rule, str]] = {
     "adapter_config": (_ADAPTER, "Restore the adapter_config.json that save_pretrained wrote."),
     "anchors": (_ANCHORS, "Write anchors with Anchors.save."),
@@ -346,7 +307,6 @@ KINDS: dict[str, tuple[Rule, str]] = {
         "Write scores with write_scores.",
     ),
     "teacher": (_TEACHER, "Restore the teacher.json that was saved with the tuned model."),
-    "transfers": (_TRANSFERS, "Restore the transfers/index.json that save_transfer wrote, or delete the folder."),
 }
 """What each kind of content must be, and how to mend one that is not."""
 KIND_OF = {
@@ -354,7 +314,6 @@ KIND_OF = {
     "anchors.json": "anchors",
     "scores.json": "scores",
     "teacher.json": "teacher",
-    "transfers/index.json": "transfers",
     "config.json": "model_config",
     "open_clip_config.json": "open_clip_config",
 }

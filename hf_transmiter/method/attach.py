@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..algebra import check_finite
 from ..encoders.dual_encoder import DualEncoder
+from ..hub.adapter_files import CONFIG, WEIGHTS
 from ..hub.repo import fetch, read_json
 from ..tuners import CoOpConfig
 from ..tuners.injection import inject
@@ -28,7 +29,6 @@ from ..tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every key PEFT saves
 # λ of the token map: on the sandbox it tells more of unrelated models' held-out tokens than 0, and hardly less of an
 # upgrade's.
@@ -91,16 +91,16 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder, *, token_map: Tenso
         _check_map(token_map, ((config.base or {}).get("text_width"), facts["text_width"]))
     # Compared above, by the encoder's own tokenizer; PEFT would compare with the one beside the model.
     config.base, config.revision = {**facts, "vocabulary": None}, encoder.revision
-    model = copy.deepcopy(encoder.model).eval().requires_grad_(False)
     try:
-        inject(model, config)
+        attached = with_prompts(encoder, config)
     except ValueError as error:  # too few layers, or no room for the context
         raise Incompatible(source, str(error).rstrip(".")) from error
+    model = attached.model
     model.peft_config["default"].base = facts
     set_peft_model_state_dict(model, _read_weights(source, model, token_map))
     if getattr(config, "class_specific", False):  # which context is whose, by the encoder's own tokenizer
         set_classes(model, config.class_names, encoder.processor.tokenizer)
-    return DualEncoder(model.requires_grad_(False), encoder.processor, encoder.name_or_path, encoder.revision)
+    return attached
 
 
 def read_config(source: str) -> PromptConfig:
@@ -110,11 +110,11 @@ def read_config(source: str) -> PromptConfig:
         Incompatible: no adapter, another kind of adapter, or a damaged file.
     """
     try:
-        saved = read_json(source, "adapter_config.json")
+        saved = read_json(source, CONFIG)
     except ValueError as error:
         raise Incompatible(source, f"its configuration is damaged: {error}") from error
     if saved is None:
-        raise Incompatible(source, "it holds no adapter_config.json")
+        raise Incompatible(source, f"it holds no {CONFIG}")
     kind = saved.get("peft_type")
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if known is None or not issubclass(known, PromptConfig):
@@ -275,9 +275,9 @@ def _check_map(mapping: Tensor, shape: tuple[int | None, int]) -> None:
 
 def _read_weights(source: str, model: nn.Module, mapping: Tensor | None) -> dict[str, Tensor]:
     """Tensors of a saved adapter, checked by the file's header before any is read, and then mapped."""
-    path = fetch(source, _WEIGHTS)
+    path = fetch(source, WEIGHTS)
     if path is None:
-        raise Incompatible(source, f"it holds no {_WEIGHTS}, and nothing else is read")
+        raise Incompatible(source, f"it holds no {WEIGHTS}, and nothing else is read")
     own = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     shapes = {_PREFIX + key.removeprefix(_PREFIX): tuple(tensor.shape) for key, tensor in own.items()}
     if mapping is not None:
@@ -293,7 +293,7 @@ def _read_weights(source: str, model: nn.Module, mapping: Tensor | None) -> dict
                     raise Incompatible(source, f"{key.removeprefix(_PREFIX)!r} is {found} in its file, not {shape}")
             tensors = {key: file.get_tensor(key) for key in shapes}
     except SafetensorError as error:
-        raise Incompatible(source, f"{_WEIGHTS} is damaged ({error})") from error
+        raise Incompatible(source, f"{WEIGHTS} is damaged ({error})") from error
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise Incompatible(source, f"{key.removeprefix(_PREFIX)!r} is not finite")

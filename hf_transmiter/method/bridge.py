@@ -8,21 +8,33 @@ own, it turns round ([`Bridge.invert`]) and two of them make a third ([`Bridge.c
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import CommitInfo
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..algebra import ORTHOGONALITY, check_finite, check_semi_orthogonal
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
+from ..hub.adapter_files import BRIDGE
+from ..hub.card import write_card
+from ..hub.checks import check_json
+from ..hub.files import read_metadata_json, read_tensors, replace_file
 from ..hub.provenance import library_versions
+from ..hub.push import push
+from ..hub.repo import fetch, public_name
 from ..settings import BETA
-from .bridge_files import BridgeFiles
 from .moments import CrossMoment, sum_dataset
 
 
@@ -30,12 +42,14 @@ SPAN_TOLERANCE = 0.05  # weaker text directions, in shares of the strongest, do 
 MIN_HELD_OUT = 10  # pairs; fewer do not tell what a bridge is worth
 # Held-out alignment of a bridge from text. The sandbox's is 0.19 from names its models do not know, 0.87 from its own.
 LITTLE = 0.5
+_FORMAT = "hf_transmiter.bridge"
+_SHAPES = {"matrix": ("m", "k"), "mean_strong": ("m",), "mean_weak": ("k",)}
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Bridge(BridgeFiles):
+class Bridge:
     """The transfer matrix of a pair of models.
 
     Args:
@@ -195,8 +209,9 @@ class Bridge(BridgeFiles):
 
     @property
     def derived(self) -> str | None:
-        """How a composed bridge came about, ``"composed of A -> B and B -> C"``; `None` for a built one."""
-        names = [self.weak.name, *self.through, self.strong.name]
+        """How a composed bridge came about, ``"composed of A -> B and B -> C"``; `None` for a built one. Of a model
+        in a folder of this machine only the name is told."""
+        names = [name and public_name(name) for name in (self.weak.name, *self.through, self.strong.name)]
         steps = [f"{weak} -> {strong}" for weak, strong in zip(names, names[1:], strict=False)]
         return f"composed of {' and '.join(steps)}" if self.through else None
 
@@ -355,3 +370,99 @@ class Bridge(BridgeFiles):
         full = self.mean_strong + (tuned - self.mean_weak) @ carry.T
         delta = strong_text + change @ carry.T
         return {"full": normalize(full, dim=-1), "delta": normalize(delta, dim=-1)}
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Writes one safetensors file, atomically.
+
+        Raises:
+            FileExistsError: `path` exists and `overwrite` is `False`.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another path or overwrite=True.")
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _SHAPES}
+        facts.update(strong=asdict(self.strong), weak=asdict(self.weak))
+        facts["anchors"] = None if self.anchors is None else self.anchors.to_dict()
+        metadata = {"format": _FORMAT, "bridge": json.dumps(facts)}
+        tensors = {key: getattr(self, key).contiguous() for key in _SHAPES}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Bridge:
+        """Reads what [`save`] wrote, and checks it: first the header, then values, then that the map is one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not a bridge, a damaged one, shapes that do not fit, values that are not finite, or a matrix
+                that is not (semi-)orthogonal; of a composed bridge, one that makes rows longer.
+        """
+        tensors, metadata = read_tensors(path, _FORMAT, "bridge", "Bridge.save", _SHAPES)
+        facts = read_metadata_json(path, metadata, "bridge", dict)
+        check_json(facts, "bridge", f"bridge in {path}")
+        if facts["anchors"] is not None:
+            check_json(facts["anchors"], "anchors", f"anchors in {path}")
+            facts["anchors"] = Anchors.from_dict(facts["anchors"])
+        facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
+        facts["through"] = tuple(facts.get("through", ()))
+        for key, tensor in tensors.items():
+            check_finite(tensor.reshape(1, -1), f"{key} of {path}")
+        bridge = cls(**{key: tensor.float() for key, tensor in tensors.items()}, **facts)
+        matrix, logit = bridge.matrix, bridge.space == "logit"
+        if logit and len(set(matrix.shape) | {len(bridge.anchors or matrix)}) > 1:
+            raise ValueError(f"{path}: the matrix {tuple(matrix.shape)} does not fit the anchors.")
+        if logit or not bridge.through:
+            check_semi_orthogonal(matrix, f"{path}: the matrix", full_rank=logit)
+        elif torch.linalg.matrix_norm(matrix.double(), 2) > 1 + ORTHOGONALITY:
+            raise ValueError(f"{path}: the matrix is no product of bridges; the file was changed or damaged.")
+        return bridge
+
+    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """A folder ready for the Hub: `bridge.safetensors` and its card, `README.md`.
+
+        Raises:
+            FileExistsError: there is a bridge already and `overwrite` is `False`.
+        """
+        self.save(Path(folder) / BRIDGE, overwrite=overwrite)
+        write_card(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        subfolder: str | None = None,
+        local_files_only: bool = False,
+    ) -> Bridge:
+        """A bridge from the Hub, a folder or a file.
+
+        Args:
+            repo_or_path (`str` or `os.PathLike`): Hub id (``id@revision`` too), folder, or a ``.safetensors`` file.
+            revision, token, cache_dir, subfolder, local_files_only: as in transformers; not used for a file.
+
+        Raises:
+            FileNotFoundError: nothing there, or no bridge in it.
+            OSError: the Hub has no such repository, or cannot be reached.
+            ValueError: what [`load`] raises.
+        """
+        name = os.fspath(repo_or_path)
+        if name.endswith(".safetensors"):
+            return cls.load(name)
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        path = fetch(name, BRIDGE, subfolder=subfolder, **hub)
+        if path is None:
+            raise FileNotFoundError(f"there is no {BRIDGE} in {name!r}; write one with Bridge.save_pretrained.")
+        return cls.load(path)
+
+    def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
+        """Uploads what [`save_pretrained`] writes, in one commit; the repository is made if it is not there.
+
+        Args:
+            repo_id (`str`): ``user/name``.
+            **options: `private`, `commit_message`, `create_pr`, `token` and the others of [`push`].
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / BRIDGE)
+            return push(folder, repo_id, **options)

@@ -183,7 +183,7 @@ class AnchorClassifier(nn.Module):
         return self.requires_grad_(False)
 
     def adapter_tensors(self) -> tuple[dict, dict[str, Tensor]]:
-        """Configuration and weights of the adapter, as `transfers.read_adapter` reads them from files.
+        """Configuration and weights of the adapter, as `read_adapter` reads them from files.
 
         Raises:
             ValueError: there is no adapter.
@@ -225,27 +225,17 @@ class AnchorClassifier(nn.Module):
             (target / CALIBRATION).unlink(missing_ok=True)
         write_card(target)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        token: str | bool | None = None,
-        base_model: str | None = None,
-    ) -> CommitInfo:
-        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and `sharing.push`.
+    def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
+        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and [`push`].
 
         Args:
             repo_id (`str`): ``user/name``; made if it is not there.
-            private, commit_message, create_pr, token (*optional*): as everywhere in huggingface_hub.
-            base_model (`str`, *optional*): Hub id of the model, where it was loaded from a local folder.
+            **options: `private`, `commit_message`, `create_pr`, `token`, `base_model` (Hub id of the model, where it
+                was loaded from a local folder) and the others of [`push`].
         """
-        options = {"private": private, "commit_message": commit_message, "create_pr": create_pr, "token": token}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return push(folder, repo_id, base_model=base_model, **options)
+            return push(folder, repo_id, **options)
 
     @classmethod
     def from_pretrained(

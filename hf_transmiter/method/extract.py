@@ -162,15 +162,9 @@ def closed_form(
             "its logits are stored): pass unlabelled images as dataset."
         )
     scale = float(weak.logit_scale)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
 
     def labelled():
-        start = 0
-        for number, x in enumerate(table.batches(4096)):
-            said = logits[start : start + len(x)]
-            start += len(x)
-            if number % world == rank:
-                yield x, said
+        return ((x, logits[rows]) for rows, x in table.share(accelerator))
 
     def targets():
         for x, said in labelled():
@@ -217,8 +211,7 @@ def gradient(
     layer_config = TransMiterConfig(
         class_names=[str(i) for i in range(k)], width=config.width, seed=config.seed, embed_dim=text.shape[1]
     )
-    layer = TransMiterLayer()
-    layer.update_layer("default", layer_config, text)
+    layer = TransMiterLayer.holding(layer_config, device=text.device)
     basis = nn.Linear(k, config.width or k, bias=False, device=device)
     basis.weight.data.copy_(layer.transmiter_basis["default"])
     if config.basis == "learned":

@@ -153,7 +153,7 @@ class TransMiterForImageClassification(PreTrainedModel):
             raise ValueError(
                 f"the adapter was made for embeddings of width {config.adapter['embed_dim']}, this model has {width}."
             )
-        self.transmiter = _head(config.adapter)
+        self.transmiter = TransMiterLayer.holding(TransMiterConfig.from_peft_type(**config.adapter))
         self.image_processor: BaseImageProcessor | None = None
         self.post_init()
 
@@ -214,7 +214,8 @@ class TransMiterForImageClassification(PreTrainedModel):
         for part in IMAGE_PARTS:
             if hasattr(encoder.model, part):
                 setattr(model.encoder, part, copy.deepcopy(getattr(encoder.model, part)))
-        model.transmiter = _head(config.adapter, tensors).to(encoder.device)
+        head = TransMiterConfig.from_peft_type(**config.adapter)
+        model.transmiter = TransMiterLayer.holding(head, tensors, encoder.device)
         model.image_processor = _square(getattr(encoder.processor, "image_processor", None), config.base_config)
         return model.eval().requires_grad_(False)
 
@@ -264,16 +265,6 @@ class TransMiterForImageClassification(PreTrainedModel):
             model.image_processor = load_image_processor(source, **hub)
         model = aligned(model).requires_grad_(False)
         return (model, info) if wants_info else model
-
-
-def _head(adapter: dict, tensors: dict[str, Tensor] | None = None) -> TransMiterLayer:
-    config = TransMiterConfig(**{key: value for key, value in adapter.items() if key != "peft_type"})
-    layer = TransMiterLayer()
-    layer._active_adapter = ["default"]
-    layer.update_layer("default", config, torch.empty(0))
-    if tensors is not None:
-        layer.set_tensors("default", tensors)
-    return layer
 
 
 def _square(processor: BaseImageProcessor | None, base_config: PreTrainedConfig) -> BaseImageProcessor | None:

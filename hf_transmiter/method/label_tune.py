@@ -72,7 +72,7 @@ def label_tune(
     tuned_config = type(source)(**{**source.to_dict(), "train_basis": moved, "inference_mode": False})
     tuned = AnchorClassifier(adapter.encoder, adapter.anchors).add_adapter(tuned_config, layer.tensors(name))
     frozen = {"anchors"} if config.train_basis else {"anchors", "basis"}
-    parameters = [p for key, p in _weights(tuned).items() if key not in frozen]
+    parameters = [p for key, p in tuned.transmiter.weights("default").items() if key not in frozen]
     device = adapter.encoder.device
     x = torch.cat(list(table.batches(4096))).to(device)
     columns, labels = columns.to(device), labels.to(device)
@@ -96,12 +96,3 @@ def label_tune(
     facts = {"step": "label_tune", "num_images": len(x), "before": source.provenance}
     tuned_config.provenance = {**facts, "versions": library_versions()}
     return tuned.requires_grad_(False)
-
-
-def _weights(classifier: AnchorClassifier) -> dict[str, torch.nn.Parameter]:
-    layer = classifier.transmiter
-    found = {}
-    for key, parameter in layer.named_parameters():
-        container, _, rest = key.removeprefix(layer.prefix).partition(".default")
-        found[container + rest] = parameter
-    return found

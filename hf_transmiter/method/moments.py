@@ -125,10 +125,7 @@ def image_pairs(
     Embeddings, or with `texts` (weak and strong, (K, d)) standardised logits over them. Processes take every other
     block.
     """
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    for number, (x_weak, x_strong) in enumerate(zip(*(table.batches(4096) for table in tables), strict=True)):
-        if number % world != rank:
-            continue
+    for (_, x_weak), (_, x_strong) in zip(*(table.share(accelerator) for table in tables), strict=True):
         if texts is not None:
             x_weak = standardise(weak.logit_scale.cpu() * x_weak @ texts[0].T)[0]
             x_strong = standardise(strong.logit_scale.cpu() * x_strong @ texts[1].T)[0]

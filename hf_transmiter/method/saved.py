@@ -11,7 +11,6 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors, read_templates
-from ..data.images import list_splits, load_images, open_split  # noqa: F401 - they are looked for here
 from ..encoders.dual_encoder import DualEncoder, load_encoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import check_adapter_tensors, refuse_pickles
@@ -133,8 +132,7 @@ def load_anchors(source: str) -> Anchors:
 
 def teacher_facts(source: str) -> dict | None:
     """What an adapter's provenance says of the tuned model it learnt from; `None` where that says nothing."""
-    local = source.startswith(SANDBOX) or source.endswith(".safetensors")
-    facts = None if local else TeacherFacts.read(source)
+    facts = _tuning(source)
     return None if facts is None else {key: facts.settings.get(key) for key in ("method", "shots", "seed")}
 
 
@@ -145,6 +143,11 @@ def teacher_templates(
     ones."""
     if given:
         return read_templates(given)
-    local = source.startswith(SANDBOX) or source.endswith(".safetensors")
-    facts = None if local else TeacherFacts.read(source)
+    facts = _tuning(source)
     return tuple(usual if facts is None else facts.zero_shot_templates)
+
+
+def _tuning(source: str) -> TeacherFacts | None:
+    """What `tune` noted beside a tuned model; stored logits and models of the sandbox have nothing beside them."""
+    plain = source.startswith(SANDBOX) or source.endswith(".safetensors")
+    return None if plain else TeacherFacts.read(source)

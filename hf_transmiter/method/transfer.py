@@ -18,6 +18,7 @@ from ..data.anchors import Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
+from ..hub.adapter_files import without_paths
 from ..hub.provenance import library_versions, named_dataset
 from ..settings import TransferConfig
 from ..tuners import TransMiterConfig
@@ -150,7 +151,7 @@ def carry(
 
     Args:
         content (`dict`), tensors (`dict[str, Tensor]`):
-            Of the weak model's adapter: its configuration and weights as `transfers.read_adapter` reads them.
+            Of the weak model's adapter: its configuration and weights as `read_adapter` reads them.
         strong (`DualEncoder`): the new model; embeds the names.
         bridge (`Bridge`): between the adapter's model and `strong`.
         weak (`DualEncoder`, *optional*): needed only to carry class vectors over a logit-space bridge.
@@ -168,7 +169,7 @@ def carry(
     facts = {
         "step": "transfer",
         "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
-        "bridge": {key: getattr(bridge.without_paths(), key) for key in _BRIDGE_FACTS},
+        "bridge": without_paths({key: getattr(bridge, key) for key in _BRIDGE_FACTS}),
         "extracted": source.provenance,
         "versions": library_versions(),
     }
@@ -189,10 +190,8 @@ def carry(
         vectors = interpolate(carried, text, zero_shot_weight)
         tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
         facts["zero_shot_weight"] = zero_shot_weight
-    upgraded = TransMiterConfig(
-        class_names=list(source.class_names),
-        auxiliary_names=list(source.auxiliary_names),
-        templates=list(source.templates),
+    upgraded = TransMiterConfig.for_anchors(
+        source.anchors,
         form=source.form,
         width=source.width,
         mlp_ratio=source.mlp_ratio,
@@ -255,15 +254,9 @@ def refit(
         `class_vectors` (C, d) and `bias` (C,) of the adapter.
     """
     scale = float(strong.logit_scale)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        start = 0
-        for number, x in enumerate(table.batches(4096)):
-            rows = slice(start, start + len(x))
-            start += len(x)
-            if number % world != rank:
-                continue
+        for rows, x in table.share(accelerator):
             labels = scale * x @ vectors.T if ask_carried or pack is None else torch.zeros(len(x), len(vectors))
             if pack is not None:
                 labels = labels + pack.logits[rows]

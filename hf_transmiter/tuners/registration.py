@@ -6,6 +6,7 @@ import peft
 from peft import PeftConfig, mapping
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
 
 TESTED = "peft 0.21.0 with transformers 5.0.0, peft 0.21.2 with transformers 5.23.0 and 5.24.0"
@@ -44,6 +45,29 @@ class PeftType(str, enum.Enum):
     IVLP = "IVLP"
     MAPLE = "MAPLE"
     PROMPTSRC = "PROMPTSRC"
+
+
+class Tuner(BaseTuner):
+    """What the tuners of this package have in common: the module they hang on follows from the model, not from
+    `target_modules`, and nothing can be merged; `unload` takes their hooks off."""
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        name = next((name for name, known in self.peft_config.items() if known is config), "")
+        if name and (name in self.prefix or self.prefix in name):
+            raise ValueError(f"the adapter name {name!r} clashes with the prefix {self.prefix!r}: choose another one.")
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        super()._post_injection_hook(model, config, adapter_name)
+        config.target_modules = None
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            raise NotImplementedError("this kind of adapter cannot be merged into the model's weights; use unload().")
+        for layer in self.model.modules():
+            if isinstance(layer, self.tuner_layer_cls):
+                layer.detach()
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
 
 
 def check_peft() -> None:

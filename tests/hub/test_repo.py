@@ -104,7 +104,12 @@ def test_what_is_there_already_is_not_sent_again(hub, folder):
 def test_delete(hub, folder):
     hub.write(REPO, {"transfers/a.bin": b"a", "transfers/b.bin": b"b", "scores.json": b"[]", "notes.txt": b"mine"})
     new = {"transfers/b.bin": b"new", "weights.bin": b"w"}
-    push_folder(folder(new), REPO, commit_message="new weights", delete=["transfers/*", "scores.json", "absent.*"])
+    push_folder(
+        folder(new),
+        REPO,
+        commit_message="new weights",
+        delete=["transfers/a.bin", "transfers/b.bin", "scores.json", "absent.bin"],
+    )
     assert there(hub) == {**new, "notes.txt": b"mine"}
     assert hub.titles(REPO) == ["new weights", "by hand"]
 

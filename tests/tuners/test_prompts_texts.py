@@ -182,9 +182,9 @@ def test_class_inputs():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "list of class names is empty"),
+        ([], "there is no class name"),
         (["cat", " "], "class names must be words, got ' '"),
-        (["cat", "dog", "cat"], "'cat' is there twice"),
+        (["cat", "dog", "cat"], "class names must differ, but 'cat' occur twice"),
         (["cat", "big old red blue cat dog tree car ship good"], "'big old .* good.' has 13 tokens, .* room for 12"),
     ],
 )

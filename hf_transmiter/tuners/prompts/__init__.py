@@ -15,7 +15,6 @@ from .config import (
     PromptSRCConfig,
 )
 from .layer import PromptLayer, layers
-from .learners import CoOpLayer
 from .logits import (
     class_contexts,
     class_vectors,
@@ -31,7 +30,6 @@ from .model import (
     IVLPModel,
     KgCoOpModel,
     MaPLeModel,
-    PromptModel,
     PromptSRCModel,
 )
 from .texts import class_inputs, phrase_token_ids
@@ -47,23 +45,14 @@ register(PeftType.PROMPTSRC, PromptSRCConfig, PromptSRCModel)
 
 __all__ = [
     "CoCoOpConfig",
-    "CoCoOpModel",
     "CoOpConfig",
-    "CoOpLayer",
-    "CoOpModel",
     "ContCoOpConfig",
-    "ContCoOpModel",
     "IVLPConfig",
-    "IVLPModel",
     "KgCoOpConfig",
-    "KgCoOpModel",
     "MaPLeConfig",
-    "MaPLeModel",
     "PromptConfig",
     "PromptLayer",
-    "PromptModel",
     "PromptSRCConfig",
-    "PromptSRCModel",
     "class_contexts",
     "class_inputs",
     "class_vectors",

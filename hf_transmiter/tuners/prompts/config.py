@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from ...data.class_names import check_names
 from ...settings import check_choice
 from ..registration import PeftType
 
@@ -43,6 +43,7 @@ class PromptConfig(PeftConfig):
         ValueError: M < 1, a phrase of more than M tokens, or a repeated or empty class name.
     """
 
+    kind: ClassVar[PeftType | None] = None
     # Facts of the base model that must be the same where the adapter is loaded.
     must_match: ClassVar[tuple[str, ...]] = ("text_width", "vocabulary_size", "vocabulary")
     reads_names: ClassVar[bool] = False
@@ -68,6 +69,7 @@ class PromptConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.peft_type = self.kind
         if self.n_ctx is None and self.init_phrase is None and self.init_token_ids is None:
             self.n_ctx = 16
         if self.init_token_ids is not None:
@@ -75,7 +77,7 @@ class PromptConfig(PeftConfig):
         if self.n_ctx is not None and self.n_ctx < 1:
             raise ValueError(f"the context needs at least 1 vector, got n_ctx={self.n_ctx}.")
         if self.class_names is not None:
-            check_class_names(self.class_names)
+            check_names(self.class_names, "the prompt's classes")
 
     def start_from(self, token_ids: list[int]) -> None:
         """Takes the phrase's token ids, which decide M where it was left open.
@@ -101,21 +103,6 @@ class PromptConfig(PeftConfig):
     def kept_ids(self) -> list[int]:
         """Token ids of the phrase that stay in the text as words, after the context."""
         return (self.init_token_ids or [])[self.n_ctx :]
-
-
-def check_class_names(names: Sequence[str]) -> None:
-    """Raises a `ValueError` for one string, an empty list, an empty name, or a name that is there twice."""
-    if isinstance(names, str):
-        raise ValueError(f"class names must be a list of names, got one string, {names!r}.")
-    if not len(names):
-        raise ValueError("the list of class names is empty.")
-    seen = set()
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"class names must be words, got {name!r}.")
-        if name in seen:
-            raise ValueError(f"the class name {name!r} is there twice: its rows could not be told apart.")
-        seen.add(name)
 
 
 @dataclass
@@ -145,13 +132,13 @@ class CoOpConfig(PromptConfig):
     ```
     """
 
+    kind: ClassVar[PeftType | None] = PeftType.COOP
     position: str = field(default="end", metadata={"help": "Where the name stands: end, middle or front."})
     class_specific: bool = field(default=False, metadata={"help": "A context for each of class_names."})
     layer: int = field(default=0, metadata={"help": "Layer that reads the context; 0 is the input."})
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.COOP
         check_choice("position", self.position, POSITIONS)
         if self.class_specific and not self.class_names:
             raise ValueError("class-specific contexts belong to classes: pass class_names.")
@@ -186,11 +173,8 @@ class KgCoOpConfig(CoOpConfig):
     Source: Yao et al., "Visual-Language Prompt Tuning with Knowledge-guided Context Optimization" (arXiv 2303.13283).
     """
 
+    kind: ClassVar[PeftType | None] = PeftType.KGCOOP
     init_phrase: str | None = "a photo of a"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.KGCOOP
 
 
 @dataclass
@@ -203,13 +187,10 @@ class CoCoOpConfig(PromptConfig):
     Source: Zhou et al., "Conditional Prompt Learning for Vision-Language Models" (arXiv 2203.05557).
     """
 
+    kind: ClassVar[PeftType | None] = PeftType.COCOOP
     must_match: ClassVar[tuple[str, ...]] = (*PromptConfig.must_match, "embed_dim")
 
     init_phrase: str | None = "a photo of a"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.COCOOP
 
 
 @dataclass
@@ -245,6 +226,7 @@ class ContCoOpConfig(PromptConfig):
     (`tests/studies/prompt_settings.py`).
     """
 
+    kind: ClassVar[PeftType | None] = PeftType.CONTCOOP
     reads_names: ClassVar[bool] = True
 
     init_phrase: str | None = "a photo of a"
@@ -258,7 +240,6 @@ class ContCoOpConfig(PromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.CONTCOOP
         check_choice("class_embed", self.class_embed, CLASS_EMBEDS)
         if self.heads is not None and self.heads < 1:
             raise ValueError(f"heads must be at least 1, got {self.heads}.")
@@ -294,6 +275,7 @@ class IVLPConfig(DeepPromptConfig):
     Source: Rasheed et al. (arXiv 2212.03640) as set in Khattak et al., "Self-regulating Prompts" (arXiv 2307.06948).
     """
 
+    kind: ClassVar[PeftType | None] = PeftType.IVLP
     n_ctx: int | None = 4
     n_vision: int = field(default=4, metadata={"help": "Vectors per prompted layer of the image tower."})
     text_depth: int = field(default=9, metadata={"help": "Prompted layers of the text tower."})
@@ -301,7 +283,6 @@ class IVLPConfig(DeepPromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.IVLP
         if self.text_depth < 1 or self.vision_depth < 0 or self.n_vision < 1:
             raise ValueError(
                 f"text_depth and n_vision must be at least 1 and vision_depth at least 0, got {self.text_depth}, "
@@ -321,9 +302,7 @@ class PromptSRCConfig(IVLPConfig):
     2307.06948).
     """
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.PROMPTSRC
+    kind: ClassVar[PeftType | None] = PeftType.PROMPTSRC
 
 
 @dataclass
@@ -339,6 +318,7 @@ class MaPLeConfig(DeepPromptConfig):
     Source: Khattak et al., "MaPLe: Multi-modal Prompt Learning" (arXiv 2210.03117).
     """
 
+    kind: ClassVar[PeftType | None] = PeftType.MAPLE
     must_match: ClassVar[tuple[str, ...]] = (*PromptConfig.must_match, "vision_width")
 
     n_ctx: int | None = 2
@@ -346,6 +326,5 @@ class MaPLeConfig(DeepPromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.MAPLE
         if self.depth < 1:
             raise ValueError(f"depth must be at least 1, got {self.depth}.")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...encoders.families import FAMILIES, is_dual_encoder, shared_width, text_positions
 from ...encoders.identity import vocabulary_hash
+from ..registration import Tuner
 from .config import PromptConfig
 from .layer import PromptLayer, layers, takes_image_prompts
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
@@ -63,7 +63,7 @@ def misfit(config: PromptConfig, facts: dict) -> str | None:
     return None
 
 
-class PromptModel(BaseTuner):
+class PromptModel(Tuner):
     """PEFT tuner of all prompt learners; a learner is a subclass that names its layer.
 
     The root is a transformers two-tower model (`TOKEN_TABLES` lists the families). Hooks on it make room for the
@@ -80,12 +80,6 @@ class PromptModel(BaseTuner):
     def set_classes(self, class_names: list[str], tokenizer=None) -> None:
         """See [`set_classes`](hf_transmiter.tuners.prompts.set_classes)."""
         set_classes(self.model, class_names, tokenizer)
-
-    def _check_new_adapter_config(self, config: PromptConfig) -> None:
-        super()._check_new_adapter_config(config)
-        name = next((name for name, known in self.peft_config.items() if known is config), "")
-        if name and (name in self.prefix or self.prefix in name):
-            raise ValueError(f"the adapter name {name!r} clashes with the prefix {self.prefix!r}: choose another one.")
 
     def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict) -> PromptConfig:
         family = model_config.get("model_type")
@@ -153,18 +147,6 @@ class PromptModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, self.model)
         self._replace_module(parent, target_name, layer, target)
         layer.attach(self.model)
-
-    def _post_injection_hook(self, model: nn.Module, config: PromptConfig, adapter_name: str) -> None:
-        super()._post_injection_hook(model, config, adapter_name)
-        config.target_modules = None
-
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
-        if merge:
-            raise NotImplementedError("a learnt context cannot be merged into the token table; use unload().")
-        for module in self.model.modules():
-            if isinstance(module, PromptLayer):
-                module.detach()
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
 
 
 class CoOpModel(PromptModel):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from ...data.class_names import check_names
 from ...encoders.families import SIGLIP, text_positions, tokenize
 from ...encoders.open_clip import load_tokenizer as load_open_clip_tokenizer
 from ...hub.repo import model_location
-from .config import check_class_names
 
 
 def phrase_token_ids(tokenizer, phrase: str) -> list[int]:
@@ -60,7 +60,7 @@ def class_inputs(names: Sequence[str], tokenizer, family: str, positions: int, c
     Raises:
         ValueError: no names, a name that is there twice, or one too long for the tower beside the context.
     """
-    check_class_names(names)
+    check_names(names, "the prompts")
     prompts = class_prompts(names)
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
     longest = max(range(len(names)), key=lengths.__getitem__)

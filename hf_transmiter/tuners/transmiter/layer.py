@@ -133,17 +133,21 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
             vectors = self.transmiter_class_vectors[name]
             vectors.data.copy_(embeds[: len(vectors)])
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
         """All weights of one adapter, without the `transmiter_` prefix: `anchors`, `basis`, `up.weight`, ..."""
         found = {}
         for container in self.adapter_layer_names:
             part = container.removeprefix(TransMiterLayer.prefix)
             entry = getattr(self, container)[name] if name in getattr(self, container) else None
             if isinstance(entry, nn.Module):
-                found.update({f"{part}.{key}": tensor.detach() for key, tensor in entry.named_parameters()})
+                found.update({f"{part}.{key}": parameter for key, parameter in entry.named_parameters()})
             elif entry is not None:
-                found[part] = entry.detach()
+                found[part] = entry
         return found
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The [`weights`] of one adapter, without their gradients."""
+        return {part: parameter.detach() for part, parameter in self.weights(name).items()}
 
     def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all weights of one adapter by what [`tensors`] of another one gave.
@@ -186,6 +190,11 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
             parts = (self.transmiter_norm[name], self.transmiter_up[name], self.transmiter_down[name])
             logits = refine(scale * x @ anchors.T + bias, self.transmiter_basis[name], *parts)[:, :classes]
         return logits.to(image_embeds.dtype)
+
+    def detach(self) -> None:
+        """Takes the hooks off the root."""
+        for hook in self.hooks:
+            hook.remove()
 
     # Hooks of the root. Bound methods, so that copies and pickles of the model rebind them to their own layer.
     def fill_text(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

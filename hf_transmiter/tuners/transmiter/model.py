@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ...algebra import check_finite, check_semi_orthogonal
@@ -13,6 +12,7 @@ from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import is_dual_encoder, shared_width
 from ...encoders.identity import ModelId
 from ...hub.repo import model_location, public_name
+from ..registration import Tuner
 from .config import TransMiterConfig
 from .layer import TransMiterLayer
 
@@ -69,7 +69,7 @@ def _is_same(config: TransMiterConfig, name: str | None, encoder: DualEncoder | 
     return False if ids else None
 
 
-class TransMiterModel(BaseTuner):
+class TransMiterModel(Tuner):
     """PEFT tuner of TransMiter. The root is a transformers two-tower model.
 
     The layer becomes the root's child `transmiter`; nothing is replaced. A hook before the root's forward lets
@@ -83,12 +83,6 @@ class TransMiterModel(BaseTuner):
     prefix = TransMiterLayer.prefix
     tuner_layer_cls = TransMiterLayer
     target_module_mapping = {}
-
-    def _check_new_adapter_config(self, config: TransMiterConfig) -> None:
-        super()._check_new_adapter_config(config)
-        name = next((name for name, known in self.peft_config.items() if known is config), "")
-        if name and (name in self.prefix or self.prefix in name):
-            raise ValueError(f"the adapter name {name!r} clashes with the prefix {self.prefix!r}: choose another one.")
 
     def _prepare_adapter_config(self, peft_config: TransMiterConfig, model_config: dict) -> TransMiterConfig:
         root = self.model
@@ -116,10 +110,6 @@ class TransMiterModel(BaseTuner):
             layer.hooks.append(root.register_forward_hook(layer.answer, with_kwargs=True))
         layer.update_layer(adapter_name, peft_config, next(target.parameters()))
 
-    def _post_injection_hook(self, model: nn.Module, config: TransMiterConfig, adapter_name: str) -> None:
-        super()._post_injection_hook(model, config, adapter_name)
-        config.target_modules = None
-
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: TransMiterConfig, adapter_name: str, state_dict: dict[str, Tensor]
@@ -145,12 +135,9 @@ class TransMiterModel(BaseTuner):
         return found
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
-        if merge:
-            raise NotImplementedError("an adapter on logits cannot be merged into the towers; use unload().")
-        for hook in self.model.transmiter.hooks:
-            hook.remove()
-        del self.model.transmiter
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        del model.transmiter
+        return model
 
 
 def _key(path: str, part: str, adapter_name: str) -> str:
