@@ -1,6 +1,6 @@
 """Every way to upgrade on the sandbox, per task and per kind of teacher, over seeds.
 
-    python tests/benchmarks/sandbox.py [--tasks print:lora jargon:coop ...] [--seeds 3] [--ceiling] [--novel]
+    python tests/studies/sandbox.py [--tasks print:lora jargon:coop ...] [--seeds 3] [--ceiling] [--novel]
 
 Each seed draws another 16 shots per class and tunes the weak model anew. Prints mean and standard deviation, and the
 paired differences (same seed) to zero-shot strong and to the tuned weak model. `--novel` tunes on the first half of
