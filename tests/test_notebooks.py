@@ -47,7 +47,7 @@ def test_sharing_over_http(hub, tmp_path):
     assert shape(ran) == shape(nbformat.read(FOLDER / SHARING, as_version=4)), AGAIN
     assert all(repo.private for repo in hub.repos.values())
     assert hub.titles("alice/jargon-adapter") == [
-        "Add the transfer to sandbox:strong",
+        "Upload adapter with hf_transmiter",
         "Upload adapter with hf_transmiter",
     ]
     assert "bridge.safetensors" in hub.files("alice/weak-to-strong")

@@ -16,7 +16,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..evaluation import figures, methods, report
 from ..evaluation.compare import STRONG, Comparison, compare
 from ..hub.adapter_files import SCORES
-from ..hub.scores import THIS, aggregate
+from ..hub.scores import THIS, aggregate, write_scores
 from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
 from ..method.saved import teacher_facts
@@ -141,7 +141,7 @@ def run_demo(
         torch.set_num_threads(threads)
     sections = [section for section, _ in found.values()]
     scores = [score for section in sections for score in section.scores]
-    report.write_scores(folder / "scores.json", scores)
+    write_scores(folder / "scores.json", scores)
     report.write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
     return {
         "scores": scores,
@@ -192,7 +192,7 @@ def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path
     named = {found.recommended: THIS}
     on = {"dataset": f"sandbox:{task.domain}", "num_images": len(found.labels)}
     rows = [replace(score, method=named.get(score.method, score.method), **on) for score in found.scores]
-    report.write_scores(folder / "strong_adapter" / SCORES, rows)
+    write_scores(folder / "strong_adapter" / SCORES, rows)
     found.classifiers[found.recommended].save_pretrained(folder / "strong_adapter")
 
 
