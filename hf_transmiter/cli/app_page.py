@@ -4,7 +4,7 @@ Gradio comes with `pip install hf-transmiter[app]` and is imported only to build
 the network for anything.
 
 ```python
-from hf_transmiter.app import build_app, launch, load_models
+from hf_transmiter.cli.app_page import build_app, launch, load_models
 
 launch(build_app(load_models(tuned="me/tuned-clip-b32", upgraded="me/upgraded-clip-l14")))
 ```
@@ -58,7 +58,7 @@ def load_models(
         class_names (`Sequence[str]`, *optional*): needed where neither of these has them saved with it.
         templates (`Sequence[str]`, *optional*): prompts of zero-shot class vectors; those the tuning started from
             when omitted.
-        **options: `device` and `dtype` of [`catalog.load_encoder`].
+        **options: `device` and `dtype` of [`load_encoder`].
 
     Returns:
         `dict[str, AnchorClassifier]`: ``"weak"``, ``"tuned"``, ``"strong"``, ``"upgraded"``, those that there are, in
@@ -207,7 +207,7 @@ def launch(page: "gradio.Blocks") -> str:
 
 def _gradio():
     try:
-        import gradio
+        import gradio  # of the extra `app`
     except ImportError as error:
         raise ValueError("the app needs gradio: pip install 'hf-transmiter[app]'.") from error
     return gradio

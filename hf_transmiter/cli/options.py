@@ -1,4 +1,4 @@
-"""From dataclasses to command-line options, and what every command shares: config files, errors, outputs.
+"""From dataclasses to command-line options, and what every command shares: config files, errors, remarks, outputs.
 
 A command is a function whose parameters are dataclasses; each field becomes an option of its name with the help in
 its metadata. The same names are the keys of a YAML file (``--config``). Nothing heavy is imported at the top.
@@ -8,20 +8,44 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import shutil
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+import yaml
+
+import hf_transmiter as ht
 
 from ..settings import FitConfig
-from .reporting import fail, reporting
 
+
+UNLABELLED = ("unlabelled", "unlabeled", "train")
+LABELLED = ("train",)
+TEST = ("test", "validation")
+
+MODEL = "Hub id (id@revision), folder, open_clip:NAME/TAG, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
+IMAGES = "Hub id (id@revision), name in the catalogue, folder, .parquet or .arrow files, or sandbox:DOMAIN."
+
+Weak = Annotated[str, typer.Option(help=f"The weak model: {MODEL}")]
+Strong = Annotated[str, typer.Option(help=f"The strong model: {MODEL}")]
+Teacher = Annotated[
+    str, typer.Option(help="The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors).")
+]
+Images = Annotated[str, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
+OptionalImages = Annotated[str | None, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
+Seen = Annotated[
+    list[str] | None, typer.Option(help="Names the tuning saw: repeated, 'a,b,c', or a file with one name per line.")
+]
 
 SETTINGS_FILE = "settings.yaml"
 _NOT_SAVED = ("config", "json", "quiet", "debug", "overwrite", "output_dir", "output")
@@ -61,8 +85,8 @@ class RunOptions:
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world < 2:
             return None
-        import torch
-        from accelerate import Accelerator
+        import torch  # takes seconds
+        from accelerate import Accelerator  # likewise
 
         # Without a GPU accelerate must be told, or every process believes to be the only one.
         made = Accelerator(cpu=not torch.accelerator.is_available())
@@ -79,8 +103,8 @@ class ModelOptions:
     dtype: str = _option("'float32', 'bfloat16', 'float16' or 'auto' (as stored).", "float32")
 
     def load(self, run: RunOptions) -> dict:
-        """Arguments of `catalog.load_encoder`."""
-        import torch
+        """Arguments of `load_encoder`."""
+        import torch  # takes seconds
 
         known = ("float32", "bfloat16", "float16", "auto")
         if self.dtype not in known:
@@ -114,17 +138,14 @@ class DataOptions:
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
         """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
         catalogue it is the one for the role that `prefer` begins with."""
-        from ..data.catalogue import find_row, load_split
-        from ..data.images import load_images
-
         if source is None:
             return None
         options = {"max_images": self.max_images, "skip_unreadable": self.skip_unreadable}
-        spec = find_row(source)
+        spec = ht.find_row(source)
         if spec is not None:
-            return load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
+            return ht.load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
         columns = {"image_column": self.image_column, "label_column": self.label_column}
-        return load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
+        return ht.load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
@@ -167,8 +188,6 @@ class OutputOptions:
 
     def saved(self) -> dict | None:
         """The settings of an earlier run that filled the folder, `None` where there was none."""
-        import yaml
-
         path = self.output_dir / SETTINGS_FILE
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -181,8 +200,6 @@ class OutputOptions:
         """Fills the folder in one step by `save(folder)`, together with the settings; the main process only."""
         if not run.main_process:
             return
-        import yaml
-
         parent = self.output_dir.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{self.output_dir.name}-", dir=parent))
@@ -206,6 +223,57 @@ class HubOptions:
     commit_message: str | None = _option("Title of the commit.")
     create_pr: bool = _option("Propose the change instead of making it.", False)
     token: str | None = _option("Hub token; the one of `hf auth login` if unset.")
+
+
+def fail(message: str, quiet: bool = False) -> None:
+    if not quiet:
+        print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def reporting(run: RunOptions) -> Iterator[None]:
+    """Remarks go to stderr; foreseen errors become one line there and exit code 1."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger(ht.__name__)
+    before = logger.level
+    logger.addHandler(handler)
+    quiet = run.quiet or not run.main_process
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with _silence() if quiet else nullcontext():
+            yield
+    except (ValueError, OSError) as error:
+        if run.debug or isinstance(error, BrokenPipeError):  # `| head` closed the pipe: typer leaves quietly
+            raise
+        fail(str(error) or type(error).__name__)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and remarks of the libraries either: they read these variables when a command imports them."""
+    variables = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def check_new(path: Path, overwrite: bool) -> None:
@@ -326,8 +394,6 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
     """Takes the file's values as defaults, so that options on the command line win."""
     if path is None:
         return
-    import yaml
-
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:

@@ -53,13 +53,6 @@ def test_push(hub, shared):
     assert AnchorClassifier.from_pretrained("alice/pets", subfolder="strong").encoder.name_or_path == "alice/strong"
 
 
-def test_inspecting(shared):
-    adapter, folder = shared
-    bridge = Bridge.build(adapter.encoder, DualEncoder.from_pretrained("alice/strong"))
-    bridge.save_pretrained(folder / "bridge")
-    assert json.loads(run("inspect", folder / "bridge", "--json").stdout)["kind"] == "bridge"
-
-
 @pytest.mark.parametrize("name", ["push"])
 def test_help_has_an_example(name):
     assert f"Example: hf-transmiter {name} " in " ".join(run(name, "--help").stdout.replace("│", " ").split())

@@ -8,10 +8,9 @@ import sys
 
 import pytest
 import yaml
+from commands import error, run
 from safetensors import safe_open
-from typer.testing import CliRunner
 
-from hf_transmiter.cli.main import app
 from hf_transmiter.data.images import load_images
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.classifier import AnchorClassifier
@@ -19,23 +18,6 @@ from hf_transmiter.method.classifier import AnchorClassifier
 
 COMMANDS = ("demo", "tune", "extract", "bridge", "transfer", "evaluate", "compare")
 PRINT = ("--dataset", "sandbox:print", "--split", "validation")
-
-
-def run(*args, code=0):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def error(*args) -> str:
-    """The one line that a failing command says."""
-    result = run(*args, "--quiet", code=1)
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: ")
-    return line
 
 
 @pytest.fixture(scope="module")

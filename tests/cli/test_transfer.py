@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig
 from hf_transmiter.cli.main import app
+from hf_transmiter.encoders import dual_encoder
 from hf_transmiter.method import saved
 
 
@@ -99,9 +100,10 @@ def test_several_adapters_over_one_bridge(out, monkeypatch):
     run(*args[:2], *args[3:5], "--output-dir", out / "alone", *bridge, "--quiet")
     loaded = []
     load = saved.load_encoder
-    monkeypatch.setattr(
-        saved, "load_encoder", lambda name, *rest, **on: loaded.append(name) or load(name, *rest, **on)
-    )
+    for module in (saved, dual_encoder):
+        monkeypatch.setattr(
+            module, "load_encoder", lambda name, *rest, **on: loaded.append(name) or load(name, *rest, **on)
+        )
     found = facts(*args)
     assert sorted(loaded) == [STRONG, WEAK] and found["kept"] == 0
     assert [made["output_dir"] for made in found["transferred"]] == [
