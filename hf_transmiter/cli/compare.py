@@ -52,14 +52,16 @@ def compare(
     unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
     labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
     shots: Annotated[int, typer.Option(help="Labelled pictures per class.")] = TuningConfig.shots,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.")] = 0,
-    general: Annotated[str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.", hidden=True)] = 0,
+    general: Annotated[
+        str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.", hidden=True)
+    ] = None,
     bridge: Annotated[str | None, typer.Option(help="A finished bridge: file, folder or Hub id.")] = None,
     tuned_strong: Annotated[
         str | None, typer.Option(help="The strong model tuned on labels, as a ceiling; tuned here if unset.")
     ] = None,
     retune: Annotated[
-        str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.")
+        str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.", hidden=True)
     ] = "lora",
     seen_classes: Seen = None,
     methods: Annotated[
@@ -67,7 +69,7 @@ def compare(
         typer.Option(help="A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."),
     ] = None,
     vocabulary: Annotated[
-        str, typer.Option(help="Auxiliary names of the published adapter: a shipped list, or a file.")
+        str, typer.Option(help="Auxiliary names of the published adapter: a shipped list, or a file.", hidden=True)
     ] = "common-nouns",
     min_gain: Annotated[
         float | None,

@@ -58,9 +58,12 @@ def demo(
     return Result(data, f"{found['table']}\n{found['verdict']}\n\nReport: {output_dir / 'report.md'}")
 
 
-for _command in (demo, method.tune, method.extract, method.bridge, method.transfer, method.evaluate):
-    command(app)(_command)
-command(app)(compare.compare)
-command(app)(hub.push)
-command(app, config_file=False)(bench.bench)
-command(app)(page.app)
+_FIRST, _METHOD, _WORTH, _OTHERS = "To try", "To upgrade", "To see what it is worth", "To show others"
+command(app, _FIRST)(demo)
+for _step in (method.tune, method.extract, method.bridge, method.transfer):
+    command(app, _METHOD)(_step)
+command(app, _WORTH)(method.evaluate)
+command(app, _WORTH)(compare.compare)
+command(app, _WORTH, config_file=False)(bench.bench)
+command(app, _OTHERS)(hub.push)
+command(app, _OTHERS)(page.app)

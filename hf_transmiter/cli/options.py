@@ -1,7 +1,9 @@
 """From dataclasses to command-line options, and what every command shares: config files, errors, remarks, outputs.
 
 A command is a function whose parameters are dataclasses; each field becomes an option of its name with the help in
-its metadata. The same names are the keys of a YAML file (``--config``). Nothing heavy is imported at the top.
+its metadata. The same names are the keys of a YAML file (``--config``) and of ``--set key=value``, which is how a
+command takes its experts' options: the fields in `EXPERT`, and typer's hidden ones. Nothing heavy is imported at the
+top.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -48,7 +51,15 @@ Seen = Annotated[
 ]
 
 SETTINGS_FILE = "settings.yaml"
-_NOT_SAVED = ("config", "json", "quiet", "debug", "overwrite", "output_dir", "output")
+EXPERT = {
+    *("subset", "image_column", "skip_unreadable", "embed_batch_size"),
+    *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "n_ctx", "init_phrase"),
+    *("gaussian_mean", "gaussian_std", "rank", "alpha", "target_modules", "views", "precision", "text_batch_size"),
+    *("lambdas", "noise_std", "noise_probability", "orthogonal_map", "width"),
+    *("pseudo_count", "carried_images", "beta", "beta_per_image"),
+}
+"""Fields that `--help` only names, behind ``--set``."""
+_NOT_SAVED = ("config", "set", "json", "quiet", "debug", "overwrite", "output_dir", "output")
 
 
 def _option(help: str, default: Any = None, **extra):
@@ -302,11 +313,11 @@ class Result:
     failed: str = ""
 
 
-def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
+def command(app: typer.Typer, panel: str, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
     """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
     a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
-    `config_file` its options may stand in a YAML file (``--config``); with `no_args_is_help` it says how to be called
-    when it is called with nothing."""
+    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``; with `no_args_is_help` it
+    says how to be called when it is called with nothing. `panel` is where the overview lists it."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -319,7 +330,7 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
             elif name != "values":
                 parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
         if config_file:
-            parameters.append(_CONFIG)
+            parameters += _from_elsewhere(parameters)
 
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
@@ -344,7 +355,7 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
         run_command.__signature__ = inspect.Signature(parameters)
         run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         name = function.__name__.removesuffix("_command")
-        app.command(name=name, no_args_is_help=no_args_is_help)(run_command)
+        app.command(name=name, no_args_is_help=no_args_is_help, rich_help_panel=panel)(run_command)
         return function
 
     return register
@@ -359,14 +370,15 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
             default = item.default_factory()
         if get_origin(annotation) is tuple:  # of any length; typer knows that as a list
             annotation, default = list[get_args(annotation)[0]], list(default)
-        panel = inspect.getdoc(kind).splitlines()[0].rstrip(".").replace("[`", "").replace("`]", "")
+        panel = re.split("[.,;]", inspect.getdoc(kind))[0].replace("[`", "").replace("`]", "")
         if item.name in FitConfig.__dataclass_fields__ and issubclass(kind, FitConfig):
             panel = "Training"
         elif issubclass(kind, RunOptions):
             panel = "Options"
         # A switch that is off needs no opposite.
         flag = [f"--{item.name.replace('_', '-')}"] if default is False else []
-        option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel)
+        hidden = item.name in EXPERT
+        option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel, hidden=hidden)
         yield inspect.Parameter(
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -402,24 +414,51 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
         fail(f"{path} is not valid YAML: {error}")
     if not isinstance(content, dict):
         fail(f"{path} must hold 'option: value' lines, not a {type(content).__name__}.")
-    content = {str(key).replace("-", "_"): value for key, value in content.items()}
-    known = [parameter.name for parameter in context.command.params if parameter.name not in ("config", "help")]
+    _take(context, {str(key): value for key, value in content.items()}, str(path))
+
+
+def _read_settings(context: typer.Context, entries: list[str] | None) -> None:
+    """Takes ``key=value`` as a config file's lines; they win over the file."""
+    content = {}
+    for entry in entries or ():
+        key, found, value = entry.partition("=")
+        if not found or not key.strip():
+            fail(f"--set takes key=value, got {entry!r}.")
+        try:
+            content[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            content[key.strip()] = value
+    _take(context, content, "--set", wins=True)
+
+
+def _take(context: typer.Context, content: dict, where: str, wins: bool = False) -> None:
+    content = {key.replace("-", "_"): value for key, value in content.items()}
+    known = [option.name for option in context.command.params if option.name not in ("config", "set", "help")]
     unknown = [key for key in content if key not in known]
     if unknown:
-        fail(f"{path} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
-    context.default_map = {**(context.default_map or {}), **content}
+        fail(f"{where} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
+    before = context.default_map or {}
+    context.default_map = {**before, **content} if wins else {**content, **before}
 
 
-_CONFIG = inspect.Parameter(
-    "config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML file with any of these options, spelt as here without the dashes in front.",
-            callback=_read_config,
-            is_eager=True,
-        ),
-    ],
-)
+def _from_elsewhere(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """``--config``, and ``--set`` where there are experts' options."""
+    hidden = [item.name for item in parameters if item.annotation.__metadata__[0].hidden]
+    named = typer.Option(
+        "--set",
+        help=f"For experts: key=value of {', '.join(hidden)}; may be repeated.",
+        callback=_read_settings,
+        is_eager=True,
+    )
+    file = typer.Option(
+        "--config",
+        help="YAML file with any of these options, spelt as here without the dashes in front.",
+        callback=_read_config,
+        is_eager=True,
+    )
+    found = [_parameter("config", Annotated[Path | None, file])]
+    return [_parameter("set", Annotated[list[str] | None, named]), *found] if hidden else found
+
+
+def _parameter(name: str, annotation) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
