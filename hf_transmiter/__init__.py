@@ -19,55 +19,86 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AnchorClassifier": "method.classifier",
     "Anchors": "data.anchors",
-    "BenchConfig": "bench.config",
     "Bridge": "method.bridge",
-    "CalibrationPack": "method.stored_logits",
-    "CoCoOpConfig": "tuners",
     "CoOpConfig": "tuners",
     "ContCoOpConfig": "tuners",
-    "CrossMoment": "method.moments",
-    "DatasetSpec": "data.catalogue",
     "DualEncoder": "encoders.dual_encoder",
     "ExtractionConfig": "method.extract",
-    "IVLPConfig": "tuners",
-    "KgCoOpConfig": "tuners",
-    "Knowledge": "evaluation.analyse",
     "LabelTuningConfig": "method.label_tune",
-    "MaPLeConfig": "tuners",
-    "PromptSRCConfig": "tuners",
     "TransMiterConfig": "tuners",
     "TransMiterForImageClassification": "method.image_classifier",
-    "TransMiterImageClassificationConfig": "method.image_classifier",
     "TransferConfig": "method.transfer",
     "TuningConfig": "method.tune",
-    "UpgradeScore": "evaluation.upgrade",
-    "Variant": "evaluation.methods",
-    "analyse": "evaluation.analyse",
     "attach": "method.attach",
-    "catalogue": "data.catalogue",
     "compare": "evaluation.compare",
     "embed_dataset": "data.embeddings",
     "evaluate": "evaluation.evaluate",
-    "expected_calibration_error": "evaluation.reliability",
     "extract": "method.extract",
-    "find_spec": "data.catalogue",
     "label_tune": "method.label_tune",
     "load_split": "data.catalogue",
     "push": "hub.push",
     "run_bench": "bench.run",
-    "score_upgrade": "evaluation.upgrade",
     "set_classes": "tuners",
-    "token_map": "method.attach",
     "transfer": "method.transfer",
     "tune": "method.tune",
+}
+_FOR_THE_COMMAND_LINE = {
+    "BenchConfig": "bench.config",
+    "CalibrationPack": "method.stored_logits",
+    "Comparison": "evaluation.compare",
+    "METHODS": "evaluation.methods",
+    "STRONG": "evaluation.compare",
+    "Section": "evaluation.report",
+    "Variant": "evaluation.methods",
+    "analyse": "evaluation.analyse",
+    "bars": "evaluation.figures",
+    "build_app": "cli.app_page",
+    "comparison_table": "evaluation.report",
+    "few_shot": "data.splits",
+    "find_row": "data.catalogue",
+    "guess_columns": "data.images",
+    "launch": "cli.app_page",
+    "load_anchors": "method.saved",
+    "load_classifier": "method.saved",
+    "load_encoder": "encoders.dual_encoder",
+    "load_images": "data.images",
+    "load_models": "cli.app_page",
+    "load_teacher": "method.saved",
+    "make_plan": "bench.cells",
+    "markdown": "evaluation.analyse",
+    "markdown_table": "hub.scores",
+    "public_name": "hub.repo",
+    "read_names": "data.class_names",
+    "read_templates": "data.anchors",
+    "ready_configs": "bench.config",
+    "record_scores": "evaluation.evaluate",
+    "reliability_figure": "evaluation.figures",
+    "replace_file": "hub.files",
+    "run_demo": "cli.demo",
+    "split_revision": "hub.repo",
+    "starting_templates": "method.tune",
+    "teacher_facts": "method.saved",
+    "teacher_templates": "method.saved",
+    "tune_seeds": "evaluation.upgrade",
+    "tuning_of": "evaluation.upgrade",
+    "usual_templates": "data.catalogue",
+    "write_analysis": "evaluation.report",
+    "write_bench_report": "bench.report",
+    "write_report": "evaluation.report",
 }
 __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str):
-    if name not in _EXPORTS:
+    place = _EXPORTS.get(name) or _FOR_THE_COMMAND_LINE.get(name)
+    if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module(".tuners", __name__)  # PEFT knows the adapters from now on
-    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-    globals()[name] = value
+    value = getattr(importlib.import_module(f".{place}", __name__), name)
+    if name in _EXPORTS:
+        globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return __all__

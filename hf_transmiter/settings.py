@@ -6,7 +6,8 @@ Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 
 
 SOLVERS = ("discriminant", "ridge", "gradient")
@@ -43,6 +44,9 @@ class FitConfig:
             cosine from the peak, which does not reach 0.
         optimizer (`str`, *optional*, defaults to `"adamw"`): `"adamw"` or `"sgd"` (momentum 0.9).
         seed (`int`, *optional*, defaults to 0): of the order of the examples and of what `step` draws.
+
+    Raises:
+        ValueError: fewer than one epoch or example per step, or a rate that is not above 0.
     """
 
     epochs: int = field(default=10, metadata={"help": "Passes over the examples."})
@@ -53,6 +57,13 @@ class FitConfig:
     schedule: str = field(default="cosine", metadata={"help": "'cosine' or 'epochs' (of published prompt learners)."})
     optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
     seed: int = field(default=0, metadata={"help": "Seed of the order of examples and of random draws."})
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}.")
 
 
 _SGD = {"optimizer": "sgd", "schedule": "epochs", "lr": 2e-3, "weight_decay": 5e-4, "warmup": 0.0}
@@ -147,7 +158,8 @@ class TuningConfig(FitConfig):
             gradient, so that memory does not grow with their number.
 
     Raises:
-        ValueError: an unknown method, pull, augmentation or precision, or a negative `keep_near`.
+        ValueError: an unknown method, pull, augmentation or precision, a number out of range, or a setting that the
+            method does not read.
     """
 
     epochs: int | None = field(default=None, metadata={"help": "Passes over the training images."})
@@ -188,6 +200,11 @@ class TuningConfig(FitConfig):
             self.gaussian_std = 0.05 * self.epochs if self.gaussian_std is None else self.gaussian_std
         if isinstance(self.adapter, dict):
             self.adapter = tuple(f"{key}={json.dumps(value)}" for key, value in self.adapter.items())
+        super().__post_init__()
+        if self.shots < 1:
+            raise ValueError(f"shots must be at least 1, got {self.shots}.")
+        of_prompts, of_lora = ("n_ctx", "init_phrase", "adapter"), ("rank", "alpha", "target_modules")
+        check_read(self, f"method {self.method!r}", of_prompts if self.method == "lora" else of_lora)
         check_choice("pull", self.pull, PULLS)
         check_choice("augment", self.augment, AUGMENTATIONS)
         check_choice("precision", self.precision, PRECISIONS)
@@ -223,6 +240,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
+def check_read(config, choice: str, unread: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: one of the fields `unread` is not as it is by default, though `choice` does not read it.
+    """
+    given = [f.name for f in fields(config) if f.name in unread and getattr(config, f.name) != f.default]
+    if given:
+        raise ValueError(f"{choice} does not read {', '.join(given)}: leave that out, or choose another.")
+
+
 @dataclass
 class ExtractionConfig(FitConfig):
     """Settings of [`extract`]. The fields of the gradient solver default to the published run.
@@ -245,6 +272,9 @@ class ExtractionConfig(FitConfig):
 
     The remaining fields are those of [`FitConfig`] (epochs 10, batch_size 128, lr 1e-3, weight_decay 1e-3, warmup
     0.05 of the steps, AdamW): the published values.
+
+    Raises:
+        ValueError: an unknown solver, basis or map, a number out of range, or a setting that the solver does not read.
     """
 
     solver: str = field(
@@ -267,6 +297,13 @@ class ExtractionConfig(FitConfig):
         # torch's third map, "householder", keeps signs where weight decay turns them into zeros.
         if self.orthogonal_map not in ("cayley", "matrix_exp"):
             raise ValueError(f"orthogonal_map must be 'cayley' or 'matrix_exp', got {self.orthogonal_map!r}.")
+        super().__post_init__()
+        closed = {"discriminant": "shrinkage", "ridge": "lambdas"}
+        if self.solver in closed:
+            unread = {item.name for item in fields(self)} - {"solver", "seed", closed[self.solver]}
+        else:
+            unread = set(closed.values())
+        check_read(self, f"solver {self.solver!r}", unread)
 
 
 @dataclass
@@ -289,6 +326,9 @@ class TransferConfig:
         beta (`float`, *optional*, defaults to 500.0):
             β of a logit-space bridge built here (published, absolute); infinite for no basis change.
         beta_per_image (`float`, *optional*): β = this times N instead.
+
+    Raises:
+        ValueError: a weight out of range, or a setting that this transfer does not read.
     """
 
     refit: bool | None = field(
@@ -308,6 +348,10 @@ class TransferConfig:
     def __post_init__(self):
         if self.zero_shot_weight is not None and not 0 <= self.zero_shot_weight <= 1:
             raise ValueError(f"zero_shot_weight must lie between 0 and 1, got {self.zero_shot_weight}.")
+        if self.refit is False:
+            check_read(self, "a transfer without a refit", ("shrinkage", "pseudo_count", "carried_images"))
+        if self.beta_per_image is not None:
+            check_read(self, "a bridge with beta_per_image", ("beta",))
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What people start: the commands of `hf-transmiter`, the demo and the app.
 
-In reading order: `reporting` (what goes to stderr), `options` and `arguments` (settings to command-line options),
-`transfer`, `compare`, `hub`, `bench`, `app`, `demo` (the commands), `main` (the rest, and the entry point).
+In reading order: `main` (which commands there are, and the entry point), `options` (settings to command-line options,
+and what goes to stderr), `method` (tune, extract, bridge, transfer, evaluate), `compare`, `hub`, `bench`, `demo`,
+`app` and `app_page` (the rest).
 """

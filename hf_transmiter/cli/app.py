@@ -1,4 +1,4 @@
-"""The command `app`; `cli` adds it to the others. Heavy imports are inside, as there."""
+"""The command `app`: its page is in `app_page`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from typing import Annotated
 
 import typer
 
-from .arguments import IMAGES, MODEL, TEST
-from .options import DataOptions, ModelOptions, NameOptions, Result, RunOptions, command
+import hf_transmiter as ht
+
+from .options import IMAGES, MODEL, TEST, DataOptions, ModelOptions, NameOptions, Result, RunOptions
 
 
 NUM_EXAMPLES = 8
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Registers the command of this module."""
-    command(app)(app_command)
-
-
-def app_command(
+def app(
     names: NameOptions,
     models: ModelOptions,
     run: RunOptions,
@@ -39,12 +35,8 @@ def app_command(
     """  # noqa: E501
     if run.accelerator is not None:
         raise ValueError("the app runs in one process: start it without accelerate launch.")
-    from ..data.anchors import read_templates
-    from ..data.class_names import read_names
-    from .app_page import build_app, launch, load_models
-
-    templates = read_templates(names.template) if names.template else None
-    options = {"class_names": read_names(names.class_names), "templates": templates, **models.load(run)}
-    shown = load_models(weak, tuned, strong, upgraded, **options)
-    page = build_app(shown, DataOptions(max_images=NUM_EXAMPLES).load(examples, TEST))
-    return Result({"address": launch(page)}, "Ended.")
+    templates = ht.read_templates(names.template) if names.template else None
+    options = {"class_names": ht.read_names(names.class_names), "templates": templates, **models.load(run)}
+    shown = ht.load_models(weak, tuned, strong, upgraded, **options)
+    page = ht.build_app(shown, DataOptions(max_images=NUM_EXAMPLES).load(examples, TEST))
+    return Result({"address": ht.launch(page)}, "Ended.")

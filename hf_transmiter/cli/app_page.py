@@ -58,7 +58,7 @@ def load_models(
         class_names (`Sequence[str]`, *optional*): needed where neither of these has them saved with it.
         templates (`Sequence[str]`, *optional*): prompts of zero-shot class vectors; those the tuning started from
             when omitted.
-        **options: `device` and `dtype` of [`catalog.load_encoder`].
+        **options: `device` and `dtype` of [`load_encoder`].
 
     Returns:
         `dict[str, AnchorClassifier]`: ``"weak"``, ``"tuned"``, ``"strong"``, ``"upgraded"``, those that there are, in
@@ -207,7 +207,7 @@ def launch(page: "gradio.Blocks") -> str:
 
 def _gradio():
     try:
-        import gradio
+        import gradio  # of the extra `app`
     except ImportError as error:
         raise ValueError("the app needs gradio: pip install 'hf-transmiter[app]'.") from error
     return gradio

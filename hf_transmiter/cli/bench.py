@@ -1,4 +1,4 @@
-"""The command `bench`; `cli` adds it to the others. Heavy imports are inside, as there."""
+"""The command `bench`: grids of experiments from one YAML file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Annotated
 
 import typer
 
-from .options import ModelOptions, Result, RunOptions, command
+import hf_transmiter as ht
+
+from .options import ModelOptions, Result, RunOptions
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Registers the command of this module."""
-    command(app, config_file=False)(bench_command)
-
-
-def bench_command(
+def bench(
     models: ModelOptions,
     run: RunOptions,
     config: Annotated[
@@ -45,34 +42,26 @@ def bench_command(
 
     [bold]Example:[/bold] hf-transmiter bench --config sandbox-smoke --output-dir out/bench
     """
-    from ..bench.config import BenchConfig, ready_configs
-
     if list_ready:
-        ready = ready_configs()
+        ready = ht.ready_configs()
         return Result(ready, "\n".join(f"{name}: {title}" for name, title in ready.items()))
     if config is None or output_dir is None:
         raise ValueError("--config and --output-dir are needed; --list names the ready configurations.")
     if dry_run and report:
         raise ValueError("--dry-run or --report, not both.")
-    wanted = BenchConfig.read(config).with_overrides(datasets, seeds, shots)
+    wanted = ht.BenchConfig.read(config).with_overrides(datasets, seeds, shots)
     if dry_run:
-        from ..bench.cells import make_plan
-
-        plan = make_plan(wanted, output_dir)
+        plan = ht.make_plan(wanted, output_dir)
         missing = plan["total"] - plan["done"]
         lines = [f"{plan['total']} cells: {plan['done']} done, {missing} to do ({plan['failed']} failed before)."]
         lines += [f"Tune {model} ({name}) on {data}: {runs} runs" for model, name, data, runs in plan["tunings"]]
         return Result(plan, "\n".join(lines))
     if report:
-        from ..bench.report import write_bench_report
-
-        path = write_bench_report(wanted, output_dir) if run.main_process else output_dir / "report.md"
+        path = ht.write_bench_report(wanted, output_dir) if run.main_process else output_dir / "report.md"
         return Result({"report": str(path)}, f"Report: {path}")
-    from ..bench.run import run_bench
-
     embedding = {"batch_size": embed_batch_size, "cache_dir": cache_dir}
     options = {"models": models.load(run), "embedding": embedding, "progress": run.progress}
-    found = run_bench(wanted, output_dir, accelerator=run.accelerator, **options)
+    found = ht.run_bench(wanted, output_dir, accelerator=run.accelerator, **options)
     lines = [f"{found.done} of {found.total} cells are done, {found.made} of them now."]
     lines += [f"Failed: {cell}: {message}" for cell, message in found.failed.items()]
     lines += [f"Report: {found.report}"] if found.report else []

@@ -1,4 +1,4 @@
-"""`compare`: what upgrading is worth on one's own pictures; `cli` adds it. Heavy imports are inside, as there."""
+"""`compare`: what upgrading is worth on one's own pictures."""
 
 from __future__ import annotations
 
@@ -11,24 +11,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import hf_transmiter as ht
+
 from ..settings import TuningConfig, check_choice
-from .arguments import LABELLED, TEST, UNLABELLED, Images, Seen, Strong, Teacher, Weak
-from .options import DataOptions, ModelOptions, NameOptions, Result, RunOptions, check_new, command
+from .options import (
+    LABELLED,
+    TEST,
+    UNLABELLED,
+    DataOptions,
+    Images,
+    ModelOptions,
+    NameOptions,
+    Result,
+    RunOptions,
+    Seen,
+    Strong,
+    Teacher,
+    Weak,
+    check_new,
+)
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..evaluation.compare import Comparison
-
 logger = logging.getLogger(__name__)
 
 RETUNE = ("lora", "teacher")
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Registers the commands of this module."""
-    command(app)(compare)
 
 
 def compare(
@@ -43,14 +52,16 @@ def compare(
     unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
     labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
     shots: Annotated[int, typer.Option(help="Labelled pictures per class.")] = TuningConfig.shots,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.")] = 0,
-    general: Annotated[str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.", hidden=True)] = 0,
+    general: Annotated[
+        str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.", hidden=True)
+    ] = None,
     bridge: Annotated[str | None, typer.Option(help="A finished bridge: file, folder or Hub id.")] = None,
     tuned_strong: Annotated[
         str | None, typer.Option(help="The strong model tuned on labels, as a ceiling; tuned here if unset.")
     ] = None,
     retune: Annotated[
-        str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.")
+        str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.", hidden=True)
     ] = "lora",
     seen_classes: Seen = None,
     methods: Annotated[
@@ -58,7 +69,7 @@ def compare(
         typer.Option(help="A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."),
     ] = None,
     vocabulary: Annotated[
-        str, typer.Option(help="Auxiliary names of the published adapter: a shipped list, or a file.")
+        str, typer.Option(help="Auxiliary names of the published adapter: a shipped list, or a file.", hidden=True)
     ] = "common-nouns",
     min_gain: Annotated[
         float | None,
@@ -83,16 +94,6 @@ def compare(
     check_choice("retune", retune, RETUNE)
     if gate is not None and min_gain is None:
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
-    from ..data.catalogue import usual_templates
-    from ..data.class_names import read_names
-    from ..encoders.dual_encoder import load_encoder
-    from ..evaluation.compare import compare
-    from ..evaluation.methods import Variant
-    from ..evaluation.report import comparison_table
-    from ..evaluation.upgrade import tuning_of
-    from ..method.bridge import Bridge
-    from ..method.saved import load_teacher, teacher_templates
-
     rows = _rows(methods, min_gain, gate)
     test = data.load(dataset, TEST, data.split)
     if min_gain is not None and _label_column(test, data) is None:
@@ -102,31 +103,31 @@ def compare(
         )
     few = _few_shot(data.load(labelled, LABELLED), test, data, shots, seed)
     options = models.load(run)
-    encoder, target = load_encoder(weak, **options), load_encoder(strong, **options)
-    found = compare(
+    encoder, target = ht.load_encoder(weak, **options), ht.load_encoder(strong, **options)
+    found = ht.compare(
         encoder,
         target,
-        load_teacher(teacher, encoder),
+        ht.load_teacher(teacher, encoder),
         test,
         unlabelled=data.load(unlabelled, UNLABELLED),
         labelled=few,
         general=data.load(general, UNLABELLED),
-        tuned_strong=None if tuned_strong is None else load_teacher(tuned_strong, target),
-        tuning=tuning_of(teacher) if retune == "teacher" else None,
-        bridge=None if bridge is None else Bridge.from_pretrained(bridge),
-        class_names=read_names(names.class_names),
-        seen_classes=read_names(seen_classes),
-        templates=teacher_templates(teacher, names.template, usual_templates(dataset)),
+        tuned_strong=None if tuned_strong is None else ht.load_teacher(tuned_strong, target),
+        tuning=ht.tuning_of(teacher) if retune == "teacher" else None,
+        bridge=None if bridge is None else ht.Bridge.from_pretrained(bridge),
+        class_names=ht.read_names(names.class_names),
+        seen_classes=ht.read_names(seen_classes),
+        templates=ht.teacher_templates(teacher, names.template, ht.usual_templates(dataset)),
         variants=rows,
         vocabulary=vocabulary,
         split=str(test.split),
         **data.embedding(run),
     )
-    result = Result(found.to_dict(), f"{found.advice}\n\n{comparison_table(found)}".rstrip())
+    result = Result(found.to_dict(), f"{found.advice}\n\n{ht.comparison_table(found)}".rstrip())
     if not found.logits:
         result.failed = "no row could be had; the reasons are above."
     if min_gain is not None:
-        _judge(result, found, min_gain, found.recommended if gate is None else Variant.of(gate).name)
+        _judge(result, found, min_gain, found.recommended if gate is None else ht.Variant.of(gate).name)
     if output_dir is not None and run.main_process and found.logits:
         _write(output_dir, found, [weak, strong, dataset])
     return result
@@ -134,25 +135,22 @@ def compare(
 
 def _rows(methods: Sequence[str] | None, min_gain: float | None, gate: str | None):
     """The rows asked for, with those that the gate looks at."""
-    from ..evaluation.compare import STRONG
-    from ..evaluation.methods import METHODS, Variant
-
-    asked = [*(methods or METHODS), *([STRONG] if min_gain is not None else []), *([gate] if gate is not None else [])]
-    return list({row.name: row for row in map(Variant.of, asked)}.values())
+    asked = [
+        *(methods or ht.METHODS),
+        *([ht.STRONG] if min_gain is not None else []),
+        *([gate] if gate is not None else []),
+    ]
+    return list({row.name: row for row in map(ht.Variant.of, asked)}.values())
 
 
 def _label_column(images: Dataset, data: DataOptions) -> str | None:
-    from ..data.images import guess_columns
-
-    return guess_columns(images, data.image_column, data.label_column)[1]
+    return ht.guess_columns(images, data.image_column, data.label_column)[1]
 
 
 def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: int, seed: int) -> Dataset | None:
     """`shots` labelled pictures of each class, `None` without pictures."""
     if images is None:
         return None
-    from ..data.splits import few_shot
-
     label = _label_column(images, data)
     if label is None:
         raise ValueError(f"the labelled pictures have no labels; their columns are {', '.join(images.column_names)}.")
@@ -162,7 +160,7 @@ def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: i
             "others, or a dataset with a train and a test split."
         )
     labels = images[label][:]  # at once: one by one takes a minute for a million
-    drawn = few_shot(labels, shots, seed, allow_fewer=True)
+    drawn = ht.few_shot(labels, shots, seed, allow_fewer=True)
     names = getattr(images.features[label], "names", None)
     counts = Counter(labels[row] for row in drawn)
     short = [names[kind] if names else str(kind) for kind, count in counts.items() if count < shots]
@@ -174,46 +172,38 @@ def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: i
     return images.select(drawn)
 
 
-def _judge(result: Result, found: Comparison, min_gain: float, gate: str) -> None:
+def _judge(result: Result, found: ht.Comparison, min_gain: float, gate: str) -> None:
     """Notes in the result whether a row gains enough over the zero-shot strong model."""
-    from ..evaluation.compare import STRONG
-
-    missing = next((row for row in (gate, STRONG) if row not in found.logits), None)
+    missing = next((row for row in (gate, ht.STRONG) if row not in found.logits), None)
     if missing is not None:
         reason = found.skipped.get(missing, "it is not among --methods")
         result.failed = f"--min-gain has nothing to look at: no row {missing!r} ({reason})."
         return
-    gain, own, before = found.value(gate) - found.value(STRONG), found.value(gate), found.value(STRONG)
-    said = f"{gate} gains {gain:+.1f} points over {STRONG} ({own:.1f} against {before:.1f})"
+    gain, own, before = found.value(gate) - found.value(ht.STRONG), found.value(gate), found.value(ht.STRONG)
+    said = f"{gate} gains {gain:+.1f} points over {ht.STRONG} ({own:.1f} against {before:.1f})"
     result.data["gate"] = {"method": gate, "gain": gain, "min_gain": min_gain, "passed": gain >= min_gain}
     result.text += f"\nGate: {said}; {min_gain:g} are asked for."
     if gain < min_gain:
         result.failed = f"{said}, fewer than the {min_gain:g} of --min-gain."
 
 
-def _write(folder: Path, found: Comparison, sources: Sequence[str]) -> None:
+def _write(folder: Path, found: ht.Comparison, sources: Sequence[str]) -> None:
     """report.md, comparison.json and the figures."""
-    from ..evaluation import figures
-    from ..evaluation.compare import STRONG
-    from ..evaluation.report import Section, comparison_table, write_report
-    from ..hub.files import replace_file
-    from ..hub.repo import public_name
-
     metric = "agreement" if found.labels is None else "accuracy"
     label = "agreement with the tuned weak model (%)" if found.labels is None else "accuracy (%)"
-    lines = {row: found.value(row, metric) for row in (STRONG, "tuned weak") if row in found.logits}
+    lines = {row: found.value(row, metric) for row in (ht.STRONG, "tuned weak") if row in found.logits}
     values = {row: [found.value(row, metric)] for row in found.logits if row not in lines}
-    weak, strong, dataset = map(public_name, sources)
+    weak, strong, dataset = map(ht.public_name, sources)
     title = f"{weak} to {strong} on {dataset}"
     drawn = []
     if values:
         path = folder / "figures" / "methods.png"
-        drawn.append(figures.bars(values, path, title=title, xlabel=label, reference=lines))
+        drawn.append(ht.bars(values, path, title=title, xlabel=label, reference=lines))
     if found.labels is not None:
         shown = {row: found.logits[row] for row in (*lines, found.recommended) if row in found.logits}
         path = folder / "figures" / "reliability.png"
-        drawn.append(figures.reliability_figure(shown or found.logits, found.labels, path, title=title))
+        drawn.append(ht.reliability_figure(shown or found.logits, found.labels, path, title=title))
     text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(folder / "comparison.json", lambda path: path.write_text(text, encoding="utf-8"))
-    section = Section("Comparison", f"{found.advice}\n\n{comparison_table(found)}", figures=drawn)
-    write_report(folder, [section], title=title)
+    ht.replace_file(folder / "comparison.json", lambda path: path.write_text(text, encoding="utf-8"))
+    section = ht.Section("Comparison", f"{found.advice}\n\n{ht.comparison_table(found)}", figures=drawn)
+    ht.write_report(folder, [section], title=title)

@@ -1,4 +1,4 @@
-"""The command that shares; `cli` adds it to the others. Heavy imports are inside, as there."""
+"""The command `push`, which shares."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .options import HubOptions, Result, RunOptions, command
+import hf_transmiter as ht
+
+from .options import HubOptions, Result, RunOptions
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Registers the command of this module."""
-    command(app)(push_command)
-
-
-def push_command(
+def push(
     folder: Annotated[str, typer.Argument(help="Folder of an adapter, a tuned model or a bridge.")],
     repo_id: Annotated[str, typer.Argument(help="Where to: user/name.")],
     hub: HubOptions,
@@ -34,9 +31,7 @@ def push_command(
 
     [bold]Example:[/bold] hf-transmiter push out/upgraded me/clip-l14-dtd --license apache-2.0
     """
-    from ..hub.push import push
-
     options = {"base_model": base_model, "subfolder": subfolder, "license": license, "tags": tags or ()}
-    made = push(folder, repo_id, **options, **asdict(hub))
+    made = ht.push(folder, repo_id, **options, **asdict(hub))
     where = made.pr_url or made.commit_url
     return Result({"repo_id": repo_id, "commit": made.oid, "url": where}, f"Pushed {folder}: {where}")

@@ -1,30 +1,65 @@
-"""From dataclasses to command-line options, and what every command shares: config files, errors, outputs.
+"""From dataclasses to command-line options, and what every command shares: config files, errors, remarks, outputs.
 
 A command is a function whose parameters are dataclasses; each field becomes an option of its name with the help in
-its metadata. The same names are the keys of a YAML file (``--config``). Nothing heavy is imported at the top.
+its metadata. The same names are the keys of a YAML file (``--config``) and of ``--set key=value``, which is how a
+command takes its experts' options: the fields in `EXPERT`, and typer's hidden ones. Nothing heavy is imported at the
+top.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
+import re
 import shutil
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+import yaml
+
+import hf_transmiter as ht
 
 from ..settings import FitConfig
-from .reporting import fail, reporting
 
+
+UNLABELLED = ("unlabelled", "unlabeled", "train")
+LABELLED = ("train",)
+TEST = ("test", "validation")
+
+MODEL = "Hub id (id@revision), folder, open_clip:NAME/TAG, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
+IMAGES = "Hub id (id@revision), name in the catalogue, folder, .parquet or .arrow files, or sandbox:DOMAIN."
+
+Weak = Annotated[str, typer.Option(help=f"The weak model: {MODEL}")]
+Strong = Annotated[str, typer.Option(help=f"The strong model: {MODEL}")]
+Teacher = Annotated[
+    str, typer.Option(help="The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors).")
+]
+Images = Annotated[str, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
+OptionalImages = Annotated[str | None, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
+Seen = Annotated[
+    list[str] | None, typer.Option(help="Names the tuning saw: repeated, 'a,b,c', or a file with one name per line.")
+]
 
 SETTINGS_FILE = "settings.yaml"
-_NOT_SAVED = ("config", "json", "quiet", "debug", "overwrite", "output_dir", "output")
+EXPERT = {
+    *("subset", "image_column", "skip_unreadable", "embed_batch_size"),
+    *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "n_ctx", "init_phrase"),
+    *("gaussian_mean", "gaussian_std", "rank", "alpha", "target_modules", "views", "precision", "text_batch_size"),
+    *("lambdas", "noise_std", "noise_probability", "orthogonal_map", "width"),
+    *("pseudo_count", "carried_images", "beta", "beta_per_image"),
+}
+"""Fields that `--help` only names, behind ``--set``."""
+_NOT_SAVED = ("config", "set", "json", "quiet", "debug", "overwrite", "output_dir", "output")
 
 
 def _option(help: str, default: Any = None, **extra):
@@ -61,8 +96,8 @@ class RunOptions:
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world < 2:
             return None
-        import torch
-        from accelerate import Accelerator
+        import torch  # takes seconds
+        from accelerate import Accelerator  # likewise
 
         # Without a GPU accelerate must be told, or every process believes to be the only one.
         made = Accelerator(cpu=not torch.accelerator.is_available())
@@ -79,8 +114,8 @@ class ModelOptions:
     dtype: str = _option("'float32', 'bfloat16', 'float16' or 'auto' (as stored).", "float32")
 
     def load(self, run: RunOptions) -> dict:
-        """Arguments of `catalog.load_encoder`."""
-        import torch
+        """Arguments of `load_encoder`."""
+        import torch  # takes seconds
 
         known = ("float32", "bfloat16", "float16", "auto")
         if self.dtype not in known:
@@ -114,17 +149,14 @@ class DataOptions:
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
         """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
         catalogue it is the one for the role that `prefer` begins with."""
-        from ..data.catalogue import find_row, load_split
-        from ..data.images import load_images
-
         if source is None:
             return None
         options = {"max_images": self.max_images, "skip_unreadable": self.skip_unreadable}
-        spec = find_row(source)
+        spec = ht.find_row(source)
         if spec is not None:
-            return load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
+            return ht.load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
         columns = {"image_column": self.image_column, "label_column": self.label_column}
-        return load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
+        return ht.load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
@@ -167,8 +199,6 @@ class OutputOptions:
 
     def saved(self) -> dict | None:
         """The settings of an earlier run that filled the folder, `None` where there was none."""
-        import yaml
-
         path = self.output_dir / SETTINGS_FILE
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -181,8 +211,6 @@ class OutputOptions:
         """Fills the folder in one step by `save(folder)`, together with the settings; the main process only."""
         if not run.main_process:
             return
-        import yaml
-
         parent = self.output_dir.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{self.output_dir.name}-", dir=parent))
@@ -206,6 +234,57 @@ class HubOptions:
     commit_message: str | None = _option("Title of the commit.")
     create_pr: bool = _option("Propose the change instead of making it.", False)
     token: str | None = _option("Hub token; the one of `hf auth login` if unset.")
+
+
+def fail(message: str, quiet: bool = False) -> None:
+    if not quiet:
+        print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def reporting(run: RunOptions) -> Iterator[None]:
+    """Remarks go to stderr; foreseen errors become one line there and exit code 1."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger(ht.__name__)
+    before = logger.level
+    logger.addHandler(handler)
+    quiet = run.quiet or not run.main_process
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with _silence() if quiet else nullcontext():
+            yield
+    except (ValueError, OSError) as error:
+        if run.debug or isinstance(error, BrokenPipeError):  # `| head` closed the pipe: typer leaves quietly
+            raise
+        fail(str(error) or type(error).__name__)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and remarks of the libraries either: they read these variables when a command imports them."""
+    variables = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def check_new(path: Path, overwrite: bool) -> None:
@@ -234,11 +313,11 @@ class Result:
     failed: str = ""
 
 
-def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
+def command(app: typer.Typer, panel: str, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
     """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
     a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
-    `config_file` its options may stand in a YAML file (``--config``); with `no_args_is_help` it says how to be called
-    when it is called with nothing."""
+    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``; with `no_args_is_help` it
+    says how to be called when it is called with nothing. `panel` is where the overview lists it."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -251,7 +330,7 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
             elif name != "values":
                 parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
         if config_file:
-            parameters.append(_CONFIG)
+            parameters += _from_elsewhere(parameters)
 
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
@@ -276,7 +355,7 @@ def command(app: typer.Typer, *, config_file: bool = True, no_args_is_help: bool
         run_command.__signature__ = inspect.Signature(parameters)
         run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         name = function.__name__.removesuffix("_command")
-        app.command(name=name, no_args_is_help=no_args_is_help)(run_command)
+        app.command(name=name, no_args_is_help=no_args_is_help, rich_help_panel=panel)(run_command)
         return function
 
     return register
@@ -291,14 +370,15 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
             default = item.default_factory()
         if get_origin(annotation) is tuple:  # of any length; typer knows that as a list
             annotation, default = list[get_args(annotation)[0]], list(default)
-        panel = inspect.getdoc(kind).splitlines()[0].rstrip(".").replace("[`", "").replace("`]", "")
+        panel = re.split("[.,;]", inspect.getdoc(kind))[0].replace("[`", "").replace("`]", "")
         if item.name in FitConfig.__dataclass_fields__ and issubclass(kind, FitConfig):
             panel = "Training"
         elif issubclass(kind, RunOptions):
             panel = "Options"
         # A switch that is off needs no opposite.
         flag = [f"--{item.name.replace('_', '-')}"] if default is False else []
-        option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel)
+        hidden = item.name in EXPERT
+        option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel, hidden=hidden)
         yield inspect.Parameter(
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -326,8 +406,6 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
     """Takes the file's values as defaults, so that options on the command line win."""
     if path is None:
         return
-    import yaml
-
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -336,24 +414,51 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
         fail(f"{path} is not valid YAML: {error}")
     if not isinstance(content, dict):
         fail(f"{path} must hold 'option: value' lines, not a {type(content).__name__}.")
-    content = {str(key).replace("-", "_"): value for key, value in content.items()}
-    known = [parameter.name for parameter in context.command.params if parameter.name not in ("config", "help")]
+    _take(context, {str(key): value for key, value in content.items()}, str(path))
+
+
+def _read_settings(context: typer.Context, entries: list[str] | None) -> None:
+    """Takes ``key=value`` as a config file's lines; they win over the file."""
+    content = {}
+    for entry in entries or ():
+        key, found, value = entry.partition("=")
+        if not found or not key.strip():
+            fail(f"--set takes key=value, got {entry!r}.")
+        try:
+            content[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            content[key.strip()] = value
+    _take(context, content, "--set", wins=True)
+
+
+def _take(context: typer.Context, content: dict, where: str, wins: bool = False) -> None:
+    content = {key.replace("-", "_"): value for key, value in content.items()}
+    known = [option.name for option in context.command.params if option.name not in ("config", "set", "help")]
     unknown = [key for key in content if key not in known]
     if unknown:
-        fail(f"{path} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
-    context.default_map = {**(context.default_map or {}), **content}
+        fail(f"{where} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
+    before = context.default_map or {}
+    context.default_map = {**before, **content} if wins else {**content, **before}
 
 
-_CONFIG = inspect.Parameter(
-    "config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML file with any of these options, spelt as here without the dashes in front.",
-            callback=_read_config,
-            is_eager=True,
-        ),
-    ],
-)
+def _from_elsewhere(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """``--config``, and ``--set`` where there are experts' options."""
+    hidden = [item.name for item in parameters if item.annotation.__metadata__[0].hidden]
+    named = typer.Option(
+        "--set",
+        help=f"For experts: key=value of {', '.join(hidden)}; may be repeated.",
+        callback=_read_settings,
+        is_eager=True,
+    )
+    file = typer.Option(
+        "--config",
+        help="YAML file with any of these options, spelt as here without the dashes in front.",
+        callback=_read_config,
+        is_eager=True,
+    )
+    found = [_parameter("config", Annotated[Path | None, file])]
+    return [_parameter("set", Annotated[list[str] | None, named]), *found] if hidden else found
+
+
+def _parameter(name: str, annotation) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -105,6 +105,11 @@ class DualEncoder:
             processor = load_processor(self.name_or_path, revision=self.revision)
         self.processor = processor
 
+    def __repr__(self) -> str:
+        adapters = "".join(f", {kind.peft_type} adapter" for kind in getattr(self.model, "peft_config", {}).values())
+        kind = f"{type(self.model).__name__} of width {self.embed_dim}"
+        return f"{type(self).__name__}({self.name_or_path!r}, {kind}{adapters}, on {self.device})"
+
     @classmethod
     def from_pretrained(
         cls,

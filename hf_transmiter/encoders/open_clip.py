@@ -276,7 +276,7 @@ class _Source(NamedTuple):
 
 def _open_clip():
     try:
-        import open_clip
+        import open_clip  # of the extra `open-clip`
     except ImportError as error:
         remedy = 'pip install "hf-transmiter[open-clip]"'
         raise ValueError(f"{OPEN_CLIP!r} models need the open_clip library ({error}): {remedy}.") from error
@@ -322,7 +322,7 @@ def _config(source: _Source) -> OpenClipConfig:
     Raises:
         ValueError: a model that cannot be read as a CLIP.
     """
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict  # of the extra `open-clip`
 
     _check_readable(source.model_cfg)
     vision, text = ({**source.model_cfg[tower]} for tower in ("vision_cfg", "text_cfg"))

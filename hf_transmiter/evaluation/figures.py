@@ -59,7 +59,7 @@ def _drawn(draw: Callable[..., Path]) -> Callable[..., Path | None]:
     @functools.wraps(draw)
     def wrapper(*args, **kwargs) -> Path | None:
         try:
-            import matplotlib
+            import matplotlib  # of the extra `plots`
         except ImportError:
             _say_missing()
             return None
@@ -75,7 +75,7 @@ def _say_missing() -> None:
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # of the extra `plots`
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=11)

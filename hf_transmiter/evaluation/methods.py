@@ -50,7 +50,7 @@ class RowSettings:
     strategy: str = "random"
 
     def __post_init__(self):
-        check_choice("solver", self.solver, tuple(_READ_BY))
+        check_choice("solver", self.solver, _CLOSED)
         check_choice("start", self.start, tuple(_STARTS))
         check_choice("strategy", self.strategy, STRATEGIES)
         if None not in (self.num_anchors, self.num_auxiliary):
@@ -92,11 +92,9 @@ class Variant:
         try:
             settings = {key: _value(kinds[key], key, value) for key, value in self.settings.items()}
             object.__setattr__(self, "settings", settings)
-            for kind in takes:
-                kind(**self.of_step(kind))  # says what is wrong now and not after hours
-            for solver, key in _READ_BY.items():
-                if key in self.of_step(ExtractionConfig) and solver != self.own.solver:
-                    raise ValueError(f"{key} is read by the solver {solver!r} alone.")
+            solver = self.own.solver if "solver" in takes.get(RowSettings, ()) else "gradient"
+            for kind in takes:  # says what is wrong now and not after hours
+                kind(**({"solver": solver} if kind is ExtractionConfig else {}), **self.of_step(kind))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         said = ", ".join(f"{key}: {value}" for key, value in settings.items())
@@ -140,7 +138,7 @@ class Variant:
         return replace(found, task_images=found.task_images and self.own.start not in _UNTRAINED)
 
 
-_READ_BY = {"discriminant": "shrinkage", "ridge": "lambdas"}
+_CLOSED = ("discriminant", "ridge")
 
 
 def _value(kind: type, key: str, value):

@@ -95,6 +95,11 @@ class Bridge:
     through: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        kept = "not measured" if self.held_out is None else f"held-out alignment {self.held_out:.3f}"
+        how = f"{self.space} space, {self.num_pairs} pairs of {self.source}, {kept}"
+        return f"{type(self).__name__}({self.weak.name!r} to {self.strong.name!r}, {how})"
+
     @classmethod
     def build(
         cls,
@@ -127,13 +132,15 @@ class Bridge:
             **embedding: passed to `embed_dataset`.
 
         Raises:
-            ValueError: an unknown space, or a logit-space bridge without images.
+            ValueError: an unknown space, a logit-space bridge without images, or a beta in embedding space.
             TypeError: a keyword that `embed_dataset` does not have.
         """
         if space not in ("embedding", "logit"):
             raise ValueError(f"space must be 'embedding' or 'logit', got {space!r}.")
         if dataset is None and space == "logit":
             raise ValueError("a logit-space bridge needs images; without them build one in embedding space.")
+        if space == "embedding" and (beta != BETA or beta_per_image is not None):
+            raise ValueError("a bridge in embedding space does not read beta: leave that out, or build one of logits.")
         anchors = anchors or Anchors.universal()
         options = {"accelerator": accelerator, "progress": progress, **embedding}
         moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **options)

@@ -76,6 +76,10 @@ class AnchorClassifier(nn.Module):
             )
         self.register_buffer("_text_embeds", text_embeds, persistent=False)
 
+    def __repr__(self) -> str:
+        adapter = f", {self.adapter_config.form} adapter" if self.adapter_config else ""
+        return f"{type(self).__name__}({self.encoder.name_or_path!r}, {len(self.class_names)} classes{adapter})"
+
     @property
     def text_embeds(self) -> Tensor:
         """(K, d) unit text embeddings of the anchors."""

@@ -20,7 +20,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import without_paths
 from ..hub.provenance import library_versions, named_dataset
-from ..settings import TransferConfig
+from ..settings import TransferConfig, check_read
 from ..tuners import TransMiterConfig
 from .bridge import Bridge
 from .classifier import AnchorClassifier
@@ -83,7 +83,10 @@ def transfer(
         anchors = source.anchors if space == "logit" else None
         bridge = Bridge.build(weak, strong, dataset, space=space, anchors=anchors, **beta, **options)
     else:
+        check_read(config, "a transfer over a finished bridge", ("beta", "beta_per_image"))
         bridge.weak.check(weak, "weak")
+    if config.refit and (dataset is None or space == "logit"):
+        raise ValueError("a refit is of class vectors, to unlabelled images: pass images, or leave refit out.")
     if config.zero_shot_weight is not None:
         weight = config.zero_shot_weight
     else:

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import run
 
 from hf_transmiter import AnchorClassifier, Anchors, DualEncoder, TransMiterConfig
 from hf_transmiter.cli.compare import _few_shot, _judge, _rows
-from hf_transmiter.cli.main import app
 from hf_transmiter.cli.options import DataOptions, Result
 from hf_transmiter.evaluation.compare import Comparison
 from hf_transmiter.evaluation.methods import METHODS
@@ -17,14 +16,6 @@ from hf_transmiter.hub.scores import Score
 
 NAMES = ("cat", "dog", "car")
 ROWS = ("zero-shot strong", "tuned weak", "EFT", "bridge from task images", "refit", "linear probe")
-
-
-def run(*args, code=0):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def rows(*names):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_cli import error, run
+from commands import error, run
 
 from hf_transmiter.data import catalogue
 from hf_transmiter.data.catalogue import DatasetSpec

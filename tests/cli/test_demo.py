@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
+from commands import error, run
 from peft import PeftModel
 from PIL import Image
-from test_cli import error, run
 from transformers import CLIPModel
 
 from hf_transmiter import DualEncoder, evaluate, sandbox

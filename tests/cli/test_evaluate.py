@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_cli import error, run
+from commands import error, run
 from torch.nn.functional import normalize
 
 from hf_transmiter.data.embeddings import embed_dataset

@@ -5,22 +5,13 @@ import json
 import pytest
 import tiny_models
 import torch
+from commands import run
 from huggingface_hub import HfApi, ModelCard
-from typer.testing import CliRunner
 
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, transfer
-from hf_transmiter.cli.main import app
 
 
 NAMES = ("cat", "dog", "car")
-
-
-def run(*args, code=0):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture

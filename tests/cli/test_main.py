@@ -8,34 +8,16 @@ import sys
 
 import pytest
 import yaml
+from commands import error, run
 from safetensors import safe_open
-from typer.testing import CliRunner
 
-from hf_transmiter.cli.main import app
 from hf_transmiter.data.images import load_images
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.classifier import AnchorClassifier
 
 
-COMMANDS = ("demo", "tune", "extract", "bridge", "transfer", "evaluate", "compare")
+COMMANDS = ("demo", "tune", "extract", "bridge", "transfer", "evaluate", "compare", "bench", "push", "app")
 PRINT = ("--dataset", "sandbox:print", "--split", "validation")
-
-
-def run(*args, code=0):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def error(*args) -> str:
-    """The one line that a failing command says."""
-    result = run(*args, "--quiet", code=1)
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: ")
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +54,41 @@ def test_help(name):
 
 def test_the_overview_lists_every_command():
     text = run("--help").stdout
-    assert [name for name in COMMANDS if re.search(rf"│ {name} ", text)] == list(COMMANDS)
+    assert re.findall(r"^│ (\w+) ", text, re.M) == list(COMMANDS)
+    assert re.findall("─ (To .*?) ─", text) == ["To try", "To upgrade", "To see what it is worth", "To show others"]
 
 
 def test_settings_are_options():
     text = run("extract", "--help").stdout
-    for option in ("--solver", "--teacher-temperature", "--lambdas", "--warmup", "--seed", "--orthogonal-map"):
+    for option in ("--solver", "--teacher-temperature", "--shrinkage", "--lr", "--basis", "--seed"):
         assert option in text
     assert "Divides the teacher's logits." in text and "[default: 30.0]" in text
     assert re.search(r"--refit +--no-refit", run("transfer", "--help").stdout)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_shows_few_options_and_names_those_of_experts(name):
+    text = run(name, "--help").stdout
+    assert len(re.findall(r"^│ [* ] +--", text, re.M)) <= 30
+    if name in ("tune", "extract", "transfer", "compare"):
+        words = re.findall(r"\w+", text[text.index("For experts: key=value of") :])
+        assert {"embed_batch_size", {"tune": "n_ctx", "extract": "warmup"}.get(name, "subset")} <= set(words)
+        assert "--embed-batch-size" not in text
+
+
+def test_settings_of_experts(out):
+    file, folder = out / "experts.yaml", out / "experts"
+    file.write_text("weight_decay: 0.5\nn_ctx: 2\n")
+    tune = ("tune", "--weak", "sandbox:weak", *PRINT, "--method", "coop", "--shots", "1", "--epochs", "1")
+    given = ("--set", "n_ctx=8", "--set", "lr=1e-2", "--set", "init-phrase=a drawing")
+    run(*tune, "--config", file, *given, "--output-dir", folder, "--quiet")
+    made = json.loads((folder / "teacher.json").read_text())["settings"]
+    assert [made[key] for key in ("n_ctx", "lr", "weight_decay", "init_phrase")] == [8, 0.01, 0.5, "a drawing"]
+    assert yaml.safe_load((folder / "settings.yaml").read_text())["n_ctx"] == 8
+    assert "--set has unknown options n_context; there are: weak," in error(*tune, "--set", "n_context=8")
+    assert "--set takes key=value, got 'n_ctx'" in error(*tune, "--set", "n_ctx")
+    extract = ("extract", "--weak", "sandbox:weak", "--teacher", folder, "--output-dir", out / "none")
+    assert "solver 'ridge' does not read lr: leave that out" in error(*extract, "--solver", "ridge", "--lr", "0.1")
 
 
 def test_help_is_cheap():

@@ -5,23 +5,14 @@ import shutil
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig
-from hf_transmiter.cli.main import app
 
 
 WEAK, UPGRADED, STRONG = "sandbox:weak", "sandbox:weak-upgraded", "sandbox:strong"
 STREET = ("--dataset", "sandbox:street", "--max-images", "150")
-
-
-def run(*args, code=0):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def facts(*args) -> dict:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
-from hf_transmiter import AnchorClassifier, Anchors, CalibrationPack, DualEncoder, TransMiterConfig, transfer
+from hf_transmiter import AnchorClassifier, Anchors, DualEncoder, TransMiterConfig, transfer
 from hf_transmiter.encoders.identity import ModelId
 from hf_transmiter.hub.adapter_files import SCORES, WEIGHTS, read_adapter
 from hf_transmiter.hub.push import push
+from hf_transmiter.method.stored_logits import CalibrationPack
 
 
 NAMES = ("cat", "dog", "car")

@@ -10,10 +10,11 @@ from huggingface_hub import HfApi, ModelCard, metadata_update
 from peft import PeftModel
 from transformers import CLIPModel
 
-from hf_transmiter import AnchorClassifier, Anchors, Bridge, CalibrationPack, DualEncoder, TransMiterConfig, evaluate
+from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, evaluate
 from hf_transmiter.evaluation.evaluate import record_scores
 from hf_transmiter.hub.push import push
 from hf_transmiter.hub.scores import read_scores, write_scores
+from hf_transmiter.method.stored_logits import CalibrationPack
 
 
 NAMES = ("cat", "dog", "car")

@@ -310,3 +310,10 @@ def test_widths_and_families_may_differ(tmp_path, model_dir):
         assert bridge.matrix.shape == (strong.embed_dim, weak.embed_dim)
         singular = torch.linalg.svdvals(bridge.matrix)
         assert torch.minimum(singular, (1 - singular).abs()).max() < 1e-5
+
+
+def test_one_line_says_what_it_is():
+    made = bridge_of(rows(20, 4), rows(20, 3, 1), "embedding", source="images")
+    assert repr(made) == "Bridge('weak' to 'strong', embedding space, 20 pairs of images, not measured)"
+    made.held_out = 0.5
+    assert repr(made).endswith("20 pairs of images, held-out alignment 0.500)")

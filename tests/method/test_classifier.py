@@ -213,3 +213,11 @@ def test_loading_refuses(encoder, tmp_path):
     lora.save_pretrained(str(tmp_path / "lora"))
     with pytest.raises(ValueError, match="holds a .*LORA adapter, not a TransMiter adapter"):
         AnchorClassifier.from_pretrained(tmp_path / "lora", encoder)
+
+
+def test_one_line_says_what_it_is(encoder):
+    assert repr(encoder) == f"DualEncoder({encoder.name_or_path!r}, CLIPModel of width {encoder.embed_dim}, on cpu)"
+    classifier = AnchorClassifier(encoder, ANCHORS)
+    assert repr(classifier) == f"AnchorClassifier({encoder.name_or_path!r}, 3 classes)"
+    with_adapter = repr(AnchorClassifier(encoder, ANCHORS).add_adapter(make_config()))
+    assert with_adapter == f"AnchorClassifier({encoder.name_or_path!r}, 3 classes, mlp adapter)"

@@ -200,7 +200,7 @@ def test_noise_is_in_units_of_the_rows_spread(weak, table, linear, monkeypatch):
     refine = extraction.refine
     monkeypatch.setattr(extraction, "refine", lambda z, *parts: seen.append(z) or refine(z, *parts))
     text = weak.embed_names(ANCHORS.names)
-    config = replace(GRADIENT, epochs=200, batch_size=40, lr=0.0, noise_std=0.5, noise_probability=0.25)
+    config = replace(GRADIENT, epochs=200, batch_size=40, lr=1e-30, noise_std=0.5, noise_probability=0.25)
     gradient(table, linear, text, weak, config, progress=False)
     clean = weak.logits(table.embeds, text)
     sums = clean.sum(1).sort().values
@@ -333,6 +333,16 @@ def test_bad_settings():
         ExtractionConfig(basis="free")
     with pytest.raises(ValueError, match="orthogonal_map must be 'cayley' or 'matrix_exp', got 'householder'"):
         ExtractionConfig(orthogonal_map="householder")
+    for unread, said in (
+        ({"solver": "ridge", "lr": 0.1, "shrinkage": 3.0}, "solver 'ridge' does not read lr, shrinkage: leave"),
+        ({"lambdas": (1.0,), "basis": "fixed"}, "solver 'discriminant' does not read lambdas, basis: leave"),
+        ({"solver": "gradient", "shrinkage": 3.0}, "solver 'gradient' does not read shrinkage: leave"),
+        ({"solver": "gradient", "epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"solver": "gradient", "batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"solver": "gradient", "lr": 0.0}, "lr must be above 0, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ExtractionConfig(**unread)
 
 
 # Several processes

@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageClassification, CLIPConfig, pipeline
 
-from hf_transmiter import TransMiterForImageClassification, TransMiterImageClassificationConfig
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.image_classifier import TransMiterForImageClassification, TransMiterImageClassificationConfig
 from hf_transmiter.tuners import TransMiterConfig
 
 

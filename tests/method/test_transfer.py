@@ -278,6 +278,16 @@ def test_unseen_classes_keep_a_share_of_zero_shot(weak, strong):
         transfer(adapter, strong, bridge=bridge, seen_classes=["cat", "tree"])
     with pytest.raises(ValueError, match="zero_shot_weight must lie between 0 and 1, got 1.5"):
         TransferConfig(zero_shot_weight=1.5)
+    with pytest.raises(ValueError, match="a transfer without a refit does not read shrinkage: leave"):
+        TransferConfig(refit=False, shrinkage=2.0)
+    with pytest.raises(ValueError, match="a bridge with beta_per_image does not read beta: leave"):
+        TransferConfig(beta=1.0, beta_per_image=2.0)
+    with pytest.raises(ValueError, match="a transfer over a finished bridge does not read beta: leave"):
+        transfer(adapter, strong, bridge=bridge, config=TransferConfig(beta=1.0))
+    with pytest.raises(ValueError, match="a bridge in embedding space does not read beta: leave"):
+        transfer(adapter, strong, config=TransferConfig(beta=1.0))
+    with pytest.raises(ValueError, match="a refit is of class vectors, to unlabelled images: pass images"):
+        transfer(adapter, strong, bridge=bridge, config=TransferConfig(refit=True))
 
 
 def test_interpolate():

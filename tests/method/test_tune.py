@@ -208,9 +208,10 @@ def test_saved_as_any_adapter(encoder, make_dataset, run, tmp_path, make_images,
 @pytest.mark.parametrize("method", BOTH)
 def test_the_seed_decides(encoder, make_dataset, run, make_images, method):
     dataset, images = make_dataset(30), make_images(3)
+    own = {"init_phrase": None, "n_ctx": 4} if method == "coop" else {}
 
     def outcome(seed):
-        tuned = run(encoder, dataset, quick(method, seed=seed, init_phrase=None, n_ctx=4))
+        tuned = run(encoder, dataset, quick(method, seed=seed, **own))
         return torch.cat([tuned.embed_images(images), tuned.embed_names(NAMES, ("{}.",))])
 
     first = outcome(1)
@@ -333,6 +334,15 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
     dataset = make_dataset(12)
     for bad in ({"method": "tipadapter"}, {"keep_near": -1.0}, {"pull": "l3"}, {"precision": "float16"}):
         with pytest.raises(ValueError, match="must"):
+            TuningConfig(**bad)
+    for bad, said in (
+        ({"n_ctx": 8}, "method 'lora' does not read n_ctx: leave"),
+        ({"method": "coop", "rank": 4, "alpha": 1}, "method 'coop' does not read rank, alpha: leave"),
+        ({"shots": 0}, "shots must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": -1e-3}, "lr must be above 0, got -0.001"),
+    ):
+        with pytest.raises(ValueError, match=said):
             TuningConfig(**bad)
     with pytest.raises(ValueError, match="one split of a datasets.Dataset, not a DatasetDict"):
         run(encoder, datasets.DatasetDict(train=dataset), quick())

@@ -172,7 +172,7 @@ def test_the_average_is_that_of_the_epochs():
 def test_half_precision_is_averaged_in_single():
     """A hundred epochs of a parameter that stays: sums in bfloat16 would lose it."""
     parameter = nn.Parameter(torch.tensor([1.0, -3.0], dtype=torch.bfloat16))
-    config = FitConfig(epochs=100, batch_size=1, lr=0.0, optimizer="sgd")
+    config = FitConfig(epochs=100, batch_size=1, lr=1e-30, optimizer="sgd")
     fit([parameter], lambda i, g: parameter.sum(), 1, config, epoch_weights=[0.01] * 100, progress=False)
     assert parameter.dtype == torch.bfloat16 and parameter.tolist() == [1.0, -3.0]
 

@@ -1,0 +1,358 @@
+"""The method, one command per step: tune, extract, bridge, transfer, evaluate. They do little but call the API."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import hf_transmiter as ht
+
+from ..settings import ExtractionConfig, TransferConfig, TuningConfig
+from .options import (
+    LABELLED,
+    MODEL,
+    TEST,
+    UNLABELLED,
+    DataOptions,
+    Images,
+    ModelOptions,
+    NameOptions,
+    OptionalImages,
+    OutputOptions,
+    Result,
+    RunOptions,
+    Seen,
+    Strong,
+    Teacher,
+    Weak,
+    check_new,
+)  # fmt: skip
+
+
+_BRIDGE = "bridge (file, folder or Hub id)"
+
+
+def tune(
+    weak: Weak,
+    dataset: Images,
+    output: OutputOptions,
+    data: DataOptions,
+    names: NameOptions,
+    config: TuningConfig,
+    models: ModelOptions,
+    run: RunOptions,
+    values: dict,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="Tune once with each of these, into OUTPUT_DIR/seed-N; may be repeated.")
+    ] = None,
+) -> Result:
+    """Labelled pictures to a tuned weak model, saved as a PEFT adapter.
+
+    With several seeds, adapters that are there already are kept: an interrupted run goes on.
+
+    [bold]Example:[/bold] hf-transmiter tune --weak openai/clip-vit-base-patch16 --dataset mteb/dtd --method contcoop --output-dir out/tuned
+    """  # noqa: E501
+    if not seeds:
+        output.check(run)
+    elif output.overwrite:
+        raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
+    encoder, images = ht.load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
+    usual = ht.starting_templates(config.method, ht.usual_templates(dataset))
+    templates = ht.read_templates(names.template) if names.template else usual
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    options = {"class_names": ht.read_names(names.class_names), "templates": templates, **columns}
+    options |= {"accelerator": run.accelerator, "progress": run.progress, "cache_dir": data.cache_dir}
+    if seeds:
+        folders = [
+            str(folder) for folder in ht.tune_seeds(encoder, images, config, seeds, output.output_dir, **options)
+        ]
+        return Result({"output_dirs": folders, "method": config.method}, "Tuned: " + ", ".join(folders))
+    tuned = ht.tune(encoder, images, config=config, checkpoint=output.checkpoint, **options)
+    output.write(tuned.save_pretrained, values, run)
+    count = len(tuned.class_names)
+    found = {"output_dir": str(output.output_dir), "method": config.method, "num_classes": count}
+    return Result(found, f"Tuned {weak} ({config.method}) on {count} classes: {output.output_dir}")
+
+
+def extract(
+    weak: Weak,
+    teacher: Teacher,
+    output: OutputOptions,
+    data: DataOptions,
+    names: NameOptions,
+    config: ExtractionConfig,
+    models: ModelOptions,
+    run: RunOptions,
+    values: dict,
+    dataset: OptionalImages = None,
+) -> Result:
+    """What the tuning changed, as an adapter of the weak model, from unlabelled pictures.
+
+    Pictures are not needed when a prompt was tuned.
+
+    [bold]Example:[/bold] hf-transmiter extract --weak openai/clip-vit-base-patch16 --teacher out/tuned --dataset mteb/dtd --output-dir out/adapter
+    """  # noqa: E501
+    output.check(run)
+    encoder = ht.load_encoder(weak, **models.load(run))
+    images = data.load(dataset, UNLABELLED, data.split)
+    adapter = ht.extract(
+        encoder,
+        ht.load_teacher(teacher, encoder),
+        images,
+        class_names=ht.read_names(names.class_names),
+        templates=ht.teacher_templates(teacher, names.template, ht.usual_templates(dataset)),
+        config=config,
+        dataset_name=dataset,
+        checkpoint=output.checkpoint,
+        **data.embedding(run),
+    )
+    facts = adapter.adapter_config.provenance
+    facts["teacher"] = ht.teacher_facts(teacher)
+    output.write(adapter.save_pretrained, values, run)
+    found = {"output_dir": str(output.output_dir), "form": adapter.adapter_config.form, "provenance": facts}
+    return Result(found, f"Extracted from {facts['num_images']} images ({config.solver}): {output.output_dir}")
+
+
+def bridge(
+    output: Annotated[Path, typer.Option(help="A .safetensors file, or a folder ready for the Hub, with a card.")],
+    data: DataOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    weak: Annotated[str | None, typer.Option(help=f"The weak model: {MODEL}")] = None,
+    strong: Annotated[str | None, typer.Option(help=f"The strong model: {MODEL}")] = None,
+    dataset: OptionalImages = None,
+    space: Annotated[str, typer.Option(help="'embedding' or 'logit' (published; needs pictures).")] = "embedding",
+    anchors: Annotated[
+        str | None,
+        typer.Option(help="Names to ask about: an adapter, or a file of `Anchors.save`; common nouns if unset."),
+    ] = None,
+    beta: Annotated[float, typer.Option(help="Logit space: pull towards the identity.")] = TransferConfig.beta,
+    compose: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Instead of building one: a {_BRIDGE} from A to B, repeated with one from B to C, and so on."
+        ),
+    ] = None,
+    invert: Annotated[str | None, typer.Option(help=f"Instead of building one: turn this {_BRIDGE} round.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bridge.")] = False,
+) -> Result:
+    """The map between two models, once per pair: from any pictures, from text alone, or from other bridges.
+
+    A composed bridge is measured on the pictures of --dataset, if there are any.
+
+    [bold]Example:[/bold] hf-transmiter bridge --weak openai/clip-vit-base-patch16 --strong openai/clip-vit-large-patch14 --output out/b16-l14
+    """  # noqa: E501
+    if run.main_process:
+        check_new(output, overwrite)
+    images = data.load(dataset, UNLABELLED, data.split)
+    if compose or invert:
+        made = _derived(compose or [], invert)
+        if compose and images is not None:
+            pair = [
+                ht.load_encoder(model.name, model.revision, **models.load(run)) for model in (made.weak, made.strong)
+            ]
+            made.measure(*pair, images, **data.embedding(run))
+    elif weak is None or strong is None:
+        raise ValueError("a bridge needs --weak and --strong, or other bridges: --compose twice, or --invert.")
+    else:
+        pair = [ht.load_encoder(model, **models.load(run)) for model in (weak, strong)]
+        names = None if anchors is None else ht.load_anchors(anchors)
+        made = ht.Bridge.build(*pair, images, space=space, anchors=names, beta=beta, **data.embedding(run))
+        made.dataset = None if images is None else f"{ht.public_name(dataset)} ({images.split})"
+    if run.main_process:
+        (made.save if output.suffix == ".safetensors" else made.save_pretrained)(output, overwrite=overwrite)
+    known = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "beta", "derived")
+    return Result({"output": str(output), **{key: getattr(made, key) for key in known}}, f"{_said(made)}: {output}")
+
+
+def _said(made: ht.Bridge) -> str:
+    """Where a bridge comes from and what it is worth."""
+    kept = "not measured" if made.held_out is None else f"{made.held_out:.3f}"
+    if made.derived:
+        return f"Bridge {made.derived}, alignment {kept}"
+    return f"Bridge from {made.num_pairs} {made.source} pairs, alignment {made.alignment:.3f} (held out: {kept})"
+
+
+def _derived(compose: list[str], invert: str | None) -> ht.Bridge:
+    if bool(compose) == bool(invert) or len(compose) == 1:
+        raise ValueError("pass --compose at least twice, from the first model to the last, or --invert once.")
+    first, *others = (ht.Bridge.from_pretrained(source) for source in compose or [invert])
+    if invert:
+        return first.invert()
+    for bridge in others:
+        first = first.compose(bridge)
+    return first
+
+
+def transfer(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="Adapter of the weak model: folder or Hub id; several with a --bridge and no pictures."),
+    ],
+    strong: Strong,
+    output: OutputOptions,
+    data: DataOptions,
+    config: TransferConfig,
+    models: ModelOptions,
+    run: RunOptions,
+    values: dict,
+    weak: Annotated[str | None, typer.Option(help="The weak model, if it is not where the adapter says.")] = None,
+    bridge: Annotated[str | None, typer.Option(help=f"A {_BRIDGE} of this pair; built here if unset.")] = None,
+    dataset: OptionalImages = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The tuned weak model, for pictures that `extract` did not see.")
+    ] = None,
+    seen_classes: Seen = None,
+) -> Result:
+    """An adapter of the weak model becomes one of the strong model, from unlabelled pictures, a bridge, or text alone.
+
+    Of several adapters each becomes a folder of --output-dir; those that are finished are kept, so that an interrupted
+    run goes on.
+
+    [bold]Example:[/bold] hf-transmiter transfer out/adapter --strong openai/clip-vit-large-patch14 --dataset mteb/dtd --output-dir out/strong
+    """  # noqa: E501
+    several = len(adapters) > 1
+    if several and (bridge is None or dataset or teacher or seen_classes):
+        raise ValueError(
+            "several adapters cross one bridge, without pictures: pass --bridge, and neither --dataset, --teacher nor "
+            "--seen-classes."
+        )
+    if several:
+        left = _unfinished(adapters, output, values, run)
+    else:
+        output.check(run)
+        left = {adapters[0]: output}
+    options = models.load(run)
+    weak_model = ht.load_encoder(weak, **options) if weak else None
+    strong_model = ht.load_encoder(strong, **options) if left else None
+    crossed = None if bridge is None else ht.Bridge.from_pretrained(bridge)
+    images, made = data.load(dataset, UNLABELLED, data.split), []
+    for adapter, place in left.items():
+        source = ht.load_classifier(adapter, weak_model, **options)
+        weak_model = source.encoder
+        upgraded = ht.transfer(
+            source,
+            strong_model,
+            images,
+            bridge=crossed,
+            teacher=None if teacher is None else ht.load_teacher(teacher, source.encoder),
+            seen_classes=ht.read_names(seen_classes),
+            config=config,
+            dataset_name=dataset,
+            **data.embedding(run),
+        )
+        place.write(upgraded.save_pretrained, {**values, "adapters": [adapter]}, run)
+        facts = upgraded.adapter_config
+        made.append({"output_dir": str(place.output_dir), "form": facts.form, "provenance": facts.provenance})
+    if several:
+        kept = len(adapters) - len(made)
+        said = f"Transferred to {strong}: {len(made)} adapters, {kept} were finished already: {output.output_dir}"
+        return Result({"transferred": made, "kept": kept}, said)
+    facts = made[0]["provenance"]
+    how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"
+    return Result(made[0], f"Transferred to {strong} ({how}): {output.output_dir}")
+
+
+def _unfinished(adapters: list[str], output: OutputOptions, values: dict, run: RunOptions) -> dict[str, OutputOptions]:
+    """Where each adapter goes, without those that an earlier run of the same command has finished.
+
+    Raises:
+        FileExistsError: one of the folders holds something else.
+        ValueError: two adapters would go to one folder.
+    """
+    left, taken = {}, set()
+    for adapter in adapters:
+        name = Path(adapter).resolve().name if Path(adapter).is_dir() else ht.split_revision(adapter)[0].split("/")[-1]
+        if name in taken:
+            raise ValueError(f"two adapters are called {name!r}: carry them over in separate runs.")
+        taken.add(name)
+        place = OutputOptions(output.output_dir / name, output.overwrite)
+        if place.saved() != {**values, "adapters": [adapter]} or output.overwrite:
+            place.check(run)
+            left[adapter] = place
+    return left
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help=f"Adapter or tuned model (folder or Hub id), or a plain model: {MODEL}")
+    ],
+    dataset: Images,
+    data: DataOptions,
+    names: NameOptions,
+    models: ModelOptions,
+    run: RunOptions,
+    base_model: Annotated[
+        str | None, typer.Option(help="The model under an adapter, if it is not where the adapter says.")
+    ] = None,
+    seen_classes: Seen = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Note the scores in the adapter's folder, beside zero-shot, for its card.")
+    ] = False,
+    analyse: Annotated[
+        bool,
+        typer.Option("--analyse", help="What the adapter changed against zero-shot; pictures without labels will do."),
+    ] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Analysis: the tuned weak model or its logits on these pictures, to compare with."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Analysis: folder for report.md, analysis.json, figures.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+) -> Result:
+    """Accuracy on labelled pictures; with seen classes also base, novel, their harmonic mean, and joint.
+
+    With --analyse also which classes an adapter prefers now, what it corrected and broke, and how sure it is.
+
+    [bold]Example:[/bold] hf-transmiter evaluate out/strong --dataset mteb/dtd --analyse --output-dir out/analysis
+    """
+    if not analyse and (teacher or output_dir):
+        raise ValueError("--teacher and --output-dir are for an analysis: pass --analyse, too.")
+    if output_dir is not None and run.main_process:
+        check_new(output_dir / "report.md", overwrite)
+    if record and not (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
+    options = models.load(run)
+    images = data.load(dataset, TEST, data.split)
+    _, label = ht.guess_columns(images, data.image_column, data.label_column)
+    classifier = ht.load_classifier(
+        model,
+        ht.load_encoder(base_model, **options) if base_model else None,
+        class_names=ht.read_names(names.class_names) or getattr(images.features.get(label), "names", None),
+        templates=ht.read_templates(names.template) if names.template else ht.usual_templates(dataset),
+        **options,
+    )
+    seen = ht.read_names(seen_classes)
+    split = str(images.split)
+    about = {"seen_classes": seen, "split": split, "dataset_name": dataset, **data.embedding(run)}
+    unscored = analyse and not record and label is None
+    scores = [] if unscored else ht.evaluate(classifier, images, method=model, **about)
+    if record and run.main_process:
+        ht.record_scores(model, classifier, images, scores, **about)
+    found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}
+    result = Result(found, ht.markdown_table(scores) if scores else "")
+    if analyse:
+        own = None if teacher is None else _own_teacher(teacher, classifier, options)
+        changed = ht.analyse(classifier, images, teacher=own, **data.embedding(run))
+        result.data["analysis"] = changed.to_dict()
+        result.text = f"{result.text}\n{ht.markdown(changed)}".strip()
+        if output_dir is not None and run.main_process:
+            title = f"What the adapter {ht.public_name(model)} changes on {ht.public_name(dataset)} ({split})"
+            path = ht.write_analysis(output_dir, changed, title=title)
+            result.text += f"\n\nReport: {path}"
+    return result
+
+
+def _own_teacher(
+    source: str, classifier: ht.AnchorClassifier, options: dict
+) -> ht.AnchorClassifier | ht.CalibrationPack:
+    """The tuned model by itself: which weak model is under it is noted beside it."""
+    if source.endswith(".safetensors"):
+        return ht.CalibrationPack.load(source)
+    names, templates = classifier.class_names, classifier.adapter_config.templates
+    return ht.load_classifier(source, class_names=names, templates=templates, **options)
