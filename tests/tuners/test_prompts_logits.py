@@ -247,7 +247,7 @@ def test_set_classes_needs_a_learner_and_a_tokenizer(encoders, prompted):
     finally:
         model.config._name_or_path = before
     for names, message in (
-        ([], "is empty"),
+        ([], "there is no class name"),
         (["cat", "cat"], "twice"),
         (["a " * 12], "has 15 tokens, .* room for 14"),
     ):
