@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 
-TESTED = "peft 0.21.0 with transformers 5.20.0, peft 0.21.2 with transformers 5.23.0 and 5.24.0"
+TESTED = "peft 0.21.2 with transformers 5.23.0 and 5.24.0"
 """Pairs that the whole test suite has passed with."""
 
 _INTERNALS = (
