@@ -232,7 +232,7 @@ def compare(
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
     )
-    found.verdict = verdict(found)
+    found.verdict = f"{verdict(found)}{_seen(task)}"
     return found
 
 
@@ -293,6 +293,16 @@ def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
         "confidence": 100 * float(logits.softmax(1).amax(1).mean()),
         "calibration gap": expected_calibration_error(logits, said),
     }
+
+
+def _seen(task: Task) -> str:
+    """What methods have seen of the test images, as a sentence that begins with a space; empty for nothing."""
+    if task.seen_in_test:
+        return (
+            f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
+            "rows that need labels are scored on what they learnt."
+        )
+    return ""
 
 
 def verdict(found: Comparison) -> str:

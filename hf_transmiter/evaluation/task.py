@@ -29,6 +29,7 @@ from ..tuners.prompts import prompt_layer
 from .evaluate import align_labels, measured
 
 
+SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
 SPREAD_IMAGES = 2048  # so many tell which names spread most; their logits over a whole vocabulary stay in memory
 _MISSING = {
     "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
@@ -174,6 +175,15 @@ class Task:
         """Embeddings of the labelled images, labels as positions in the names."""
         table = self.table(self.strong, "labelled")
         return FeatureTable(table.embeds, self._aligned(table, "labelled"), self.names)
+
+    @cached_property
+    def seen_in_test(self) -> int:
+        """Labelled images that are among the test images: what learns from them is scored on what it saw."""
+        if self.labelled is None:
+            return 0
+        test = self.table(self.strong, "test").embeds
+        nearest = [(x @ test.T).amax(1) for x in self.labelled_table.batches(256)]
+        return int((torch.cat(nearest) > 1 - SAME).sum())
 
     @cached_property
     def teacher_soft(self) -> Tensor:

@@ -297,6 +297,17 @@ def test_images_without_labels(found):
         compare(weak, strong, weak, bare, progress=False)
 
 
+def test_labelled_images_that_are_test_images_are_counted(found):
+    result, weak, strong, teacher, sets = found
+    assert "Beware" not in result.verdict
+    three = sets["test"].select([4, 0, 8])  # in other batches than the test images
+    rows = {"variants": ["zero-shot strong"], "progress": False}
+    seen = compare(weak, strong, teacher, sets["test"], labelled=three, **rows)
+    assert "Beware: 3 of the 3 labelled images are test images too" in seen.advice
+    bare = compare(weak, strong, teacher, sets["test"].remove_columns("label"), labelled=three, **rows)
+    assert "Beware: 3 of the 3" in bare.advice
+
+
 def test_rows_of_the_callers_own(found):
     _, weak, strong, teacher, sets = found
     own = {"refit": {"carried_images": 0.1}, "name": "weak prior"}
