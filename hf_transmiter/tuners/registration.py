@@ -34,7 +34,7 @@ _INTERNALS = (
 """What a method from outside needs of PEFT beyond its documented functions."""
 
 
-class PeftType(str, enum.Enum):
+class PeftType(str, enum.Enum):  # noqa: UP042 - as in PEFT
     """The PEFT types of this package. PEFT's own enum stays as it is: it looks types up by value."""
 
     TRANSMITER = "TRANSMITER"
