@@ -80,6 +80,7 @@ _FOR_THE_COMMAND_LINE = {
     "teacher_facts": "method.saved",
     "teacher_templates": "method.saved",
     "tune_seeds": "evaluation.upgrade",
+    "adapter_settings": "method.tune",
     "tuning_of": "evaluation.upgrade",
     "usual_templates": "data.catalogue",
     "write_analysis": "evaluation.report",

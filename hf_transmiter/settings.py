@@ -5,9 +5,8 @@ Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 
 SOLVERS = ("discriminant", "ridge", "gradient")
@@ -15,7 +14,6 @@ AUGMENTATIONS = ("none", "shift", "crop")
 SCHEDULES = ("cosine", "epochs")
 LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 BETA = 500.0  # of the published run (arXiv 2508.08604)
-METHODS = ("lora", "coop", "kgcoop", "prograd", "cocoop", "contcoop", "ivlp", "maple", "promptsrc")
 PULLS = ("kl", "cosine", "l2", "l1", "promptsrc")
 PRECISIONS = ("float32", "bfloat16")
 # The linear layers in the blocks of an image tower that is a vision transformer, in every family that has one. The
@@ -60,9 +58,9 @@ class FitConfig:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.lr <= 0:
+        if self.lr is not None and self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr}.")
 
 
@@ -72,7 +70,7 @@ METHOD_SETTINGS = {
     "lora": {**_ADAMW, "epochs": 20, "batch_size": 64, "pull": "kl", "keep_near": 0.1, "augment": "shift"},
     "coop": {**_SGD, "batch_size": 32},
     "kgcoop": {**_SGD, "epochs": 100, "batch_size": 128, "pull": "cosine", "keep_near": 8.0},
-    "prograd": {**_SGD, "batch_size": 32, "pull": "kl", "keep_near": 1.0},
+    "prograd": {**_SGD, "batch_size": 32, "pull": "kl", "keep_near": 1.0, "project": True},
     "cocoop": {**_SGD, "epochs": 10, "batch_size": 1},
     "contcoop": {**_SGD, "epochs": 100, "batch_size": 32, "pull": "kl", "keep_near": 0.1},
     "ivlp": {**_SGD, "lr": 2.5e-3, "epochs": 20, "batch_size": 4, "augment": "crop"},
@@ -81,17 +79,19 @@ METHOD_SETTINGS = {
         **_SGD, "lr": 2.5e-3, "epochs": 20, "batch_size": 4, "augment": "crop", "pull": "promptsrc", "keep_near": 1.0,
     },
 }  # fmt: skip
-"""What a field of [`TuningConfig`] is for each method where it is left open, as published where it was."""
+"""What a field of [`TuningConfig`] is for each method where it is left open, as published where it was; other methods
+of PEFT take LoRA's."""
+METHODS = tuple(METHOD_SETTINGS)
 
 
 @dataclass
 class TuningConfig(FitConfig):
-    """Settings of [`tune`], besides those of [`FitConfig`]. What is left open becomes the method's published setting;
-    only `augment` stays off where that lets images be embedded once.
+    """How [`tune`] trains; what is trained is its `adapter`. What is left open becomes the method's published setting
+    ([`of`](TuningConfig.of)); only `augment` stays off where that lets images be embedded once.
 
-    | method | what is learnt | optimiser, schedule, rate | batch, epochs | pull |
+    | adapter | what is learnt | optimiser, schedule, rate | batch, epochs | pull |
     |---|---|---|---|---|
-    | `lora` | low-rank updates of the image tower | AdamW, cosine, 2e-4 | 64, 20 | 0.1 · kl |
+    | `lora`, others of PEFT | low-rank updates of the image tower | AdamW, cosine, 2e-4 | 64, 20 | 0.1 · kl |
     | `coop` | a context beside the name | SGD, epochs, 2e-3 | 32, 200 (100 with up to 4 shots, 50 with 1) | none |
     | `kgcoop` | the same | SGD, epochs, 2e-3 | 128, 100 | 8 · cosine |
     | `prograd` | the same, where the gradient agrees with the pull's | as `coop` | as `coop` | kl |
@@ -108,7 +108,6 @@ class TuningConfig(FitConfig):
     model does not know the *words*, a prompt.
 
     Args:
-        method (`str`, *optional*, defaults to `"lora"`): one of the above.
         shots (`int`, *optional*, defaults to 16): training images per class; all of a class that has fewer.
         epochs, batch_size, lr, weight_decay, warmup, schedule, optimizer (*optional*):
             See [`FitConfig`]. The default rates are for CLIPs of usual size (LoRA's after Zanella and Ben Ayed, arXiv
@@ -117,9 +116,9 @@ class TuningConfig(FitConfig):
             What training is pulled back to zero-shot by: `"kl"` (predictions on the training images), `"cosine"`,
             `"l2"`, `"l1"` (class vectors) or `"promptsrc"` (predictions, class vectors and image embeddings).
         keep_near (`float`, *optional*):
-            Weight of that pull; `prograd`: strength of its rule. What was tuned far away from zero-shot carries over
-            badly. On the sandbox's validation splits (16 shots, mean of 3 seeds), accuracy of the tuned weak model and
-            (in brackets) of the strong model with the change of logits added:
+            Weight of that pull. What was tuned far away from zero-shot carries over badly. On the sandbox's
+            validation splits (16 shots, mean of 3 seeds), accuracy of the tuned weak model and (in brackets) of the
+            strong model with the change of logits added:
 
             | keep_near | LoRA, print | CoOp, jargon | CoOp, print |
             |---|---|---|---|
@@ -129,21 +128,10 @@ class TuningConfig(FitConfig):
 
             More of it pays where zero-shot is only partly wrong, and costs accuracy where it is mostly wrong. Made
             with `tests/studies/tuning_defaults.py`.
-        n_ctx (`int`, *optional*): prompts: vectors in the context, see `PromptConfig`.
-        init_phrase (`str`, *optional*, defaults to `"a photo of a"`):
-            Prompts: words the context starts from; `None` starts from noise.
-        adapter (`tuple[str, ...]` or `dict`, *optional*):
-            Prompts: further fields of the method's PEFT configuration, such as `{"position": "middle"}` for
-            `CoOpConfig`; on the command line `--adapter position=middle`. Prompts in several layers reach the
-            published 9 or as deep as the tower is.
+        project (`bool`, *optional*):
+            ProGrad's rule: follow the cross-entropy only where it does not oppose the pull, with strength `keep_near`.
         gaussian_mean, gaussian_std (`float`, *optional*):
             Average the parameters over the epochs with these weights; `promptsrc`: 15 and 1 of 20 epochs.
-        rank (`int`, *optional*, defaults to 8): LoRA: rank r of each update.
-        alpha (`float`, *optional*, defaults to 16): LoRA: updates are multiplied by alpha / r.
-        target_modules (`str`, *optional*):
-            LoRA: regular expression for the whole name of a layer. Defaults to query, key, value and output of
-            attention and both layers of the MLP, in every block of the image tower (of open_clip's own vision
-            transformers the MLP alone, of its ResNets the convolutions).
         augment (`str`, *optional*):
             Of the training images: `"none"`, `"shift"` (mirrored, moved a little) or `"crop"` (published: mirrored,
             random resized crops). Methods that leave the image tower alone default to `"none"`, which embeds each
@@ -158,8 +146,7 @@ class TuningConfig(FitConfig):
             gradient, so that memory does not grow with their number.
 
     Raises:
-        ValueError: an unknown method, pull, augmentation or precision, a number out of range, or a setting that the
-            method does not read.
+        ValueError: an unknown pull, augmentation or precision, or a number out of range.
     """
 
     epochs: int | None = field(default=None, metadata={"help": "Passes over the training images."})
@@ -169,69 +156,67 @@ class TuningConfig(FitConfig):
     warmup: float | None = field(default=None, metadata={"help": "Cosine schedule: share of the steps to warm up."})
     schedule: str | None = field(default=None, metadata={"help": "'cosine' or 'epochs' (published prompt learners)."})
     optimizer: str | None = field(default=None, metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
-    method: str = field(default="lora", metadata={"help": f"One of {', '.join(METHODS)}."})
     shots: int = field(default=16, metadata={"help": "Training images per class; all of a class that has fewer."})
     pull: str | None = field(default=None, metadata={"help": f"Back to zero-shot: {', '.join(PULLS)}."})
     keep_near: float | None = field(default=None, metadata={"help": "Weight of the pull towards zero-shot."})
-    n_ctx: int | None = field(default=None, metadata={"help": "Prompts: vectors in the context."})
-    init_phrase: str | None = field(default="a photo of a", metadata={"help": "Prompts: words to start from."})
-    adapter: tuple[str, ...] = field(
-        default=(), metadata={"help": "Prompts: another field of the PEFT config, key=value; may be repeated."}
-    )
+    project: bool | None = field(default=None, metadata={"help": "Follow no gradient against the pull (ProGrad)."})
     gaussian_mean: float | None = field(default=None, metadata={"help": "Average over epochs: centre."})
     gaussian_std: float | None = field(default=None, metadata={"help": "Average over epochs: spread."})
-    rank: int = field(default=8, metadata={"help": "LoRA: rank r of each update."})
-    alpha: float = field(default=16, metadata={"help": "LoRA: updates are multiplied by alpha / r."})
-    target_modules: str = field(default=VISION_LINEARS, metadata={"help": "LoRA: regular expression of layer names."})
     augment: str | None = field(default=None, metadata={"help": f"Of training images: {', '.join(AUGMENTATIONS)}."})
     views: int = field(default=0, metadata={"help": "Augmented views per image, embedded once; 0: new each step."})
     precision: str = field(default="float32", metadata={"help": "'float32', or 'bfloat16' autocast of the towers."})
     text_batch_size: int = field(default=256, metadata={"help": "Class prompts per forward pass."})
 
     def __post_init__(self):
-        check_choice("method", self.method, METHODS)
-        by_shots = 50 if self.shots == 1 else 100 if self.shots <= 4 else 200
-        common = {"epochs": by_shots, "pull": "kl", "keep_near": 0.0, "augment": "none"}
-        for name, value in {**common, **METHOD_SETTINGS[self.method]}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.method == "promptsrc":
-            self.gaussian_mean = 0.75 * self.epochs if self.gaussian_mean is None else self.gaussian_mean
-            self.gaussian_std = 0.05 * self.epochs if self.gaussian_std is None else self.gaussian_std
-        if isinstance(self.adapter, dict):
-            self.adapter = tuple(f"{key}={json.dumps(value)}" for key, value in self.adapter.items())
         super().__post_init__()
         if self.shots < 1:
             raise ValueError(f"shots must be at least 1, got {self.shots}.")
-        of_prompts, of_lora = ("n_ctx", "init_phrase", "adapter"), ("rank", "alpha", "target_modules")
-        check_read(self, f"method {self.method!r}", of_prompts if self.method == "lora" else of_lora)
-        check_choice("pull", self.pull, PULLS)
-        check_choice("augment", self.augment, AUGMENTATIONS)
-        check_choice("precision", self.precision, PRECISIONS)
-        if self.keep_near < 0:
+        for name, choices in (("pull", PULLS), ("augment", AUGMENTATIONS), ("precision", PRECISIONS)):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices)
+        if self.keep_near is not None and self.keep_near < 0:
             raise ValueError(f"keep_near must not be negative, got {self.keep_near}.")
         if self.text_batch_size < 1 or self.views < 0:
             raise ValueError("text_batch_size must be at least 1 and views at least 0.")
-        if (self.gaussian_mean is None) != (self.gaussian_std is None):
-            raise ValueError("gaussian_mean and gaussian_std must both be given, or neither.")
 
-    @property
-    def adapter_options(self) -> dict:
-        """`adapter` as a dictionary; values are read as JSON where they are.
+    def of(self, method: str) -> TuningConfig:
+        """These settings with nothing left open: the others are the method's, see [`METHOD_SETTINGS`].
+
+        Args:
+            method (`str`): such as `"coop"`; one that is not listed there is trained as LoRA is.
 
         Raises:
-            ValueError: an entry without ``=``.
+            ValueError: a setting that this training does not read.
         """
-        options = {}
-        for entry in self.adapter:
-            key, found, value = entry.partition("=")
-            if not found or not key:
-                raise ValueError(f"adapter options must be key=value, got {entry!r}.")
-            try:
-                options[key.strip()] = json.loads(value)
-            except json.JSONDecodeError:
-                options[key.strip()] = value
-        return options
+        by_shots = 50 if self.shots == 1 else 100 if self.shots <= 4 else 200
+        common = {"epochs": by_shots, "pull": "kl", "keep_near": 0.0, "augment": "none", "project": False}
+        published = {**common, **METHOD_SETTINGS.get(method, METHOD_SETTINGS["lora"])}
+        found = replace(self, **{name: value for name, value in published.items() if getattr(self, name) is None})
+        if method == "promptsrc":
+            found.gaussian_mean = 0.75 * found.epochs if found.gaussian_mean is None else found.gaussian_mean
+            found.gaussian_std = 0.05 * found.epochs if found.gaussian_std is None else found.gaussian_std
+        if (found.gaussian_mean is None) != (found.gaussian_std is None):
+            raise ValueError("gaussian_mean and gaussian_std must both be given, or neither.")
+        if found.schedule == "epochs" and found.warmup:
+            raise ValueError("schedule 'epochs' does not read warmup: leave that out, or choose 'cosine'.")
+        if found.augment == "none" and found.views:
+            raise ValueError("without augmentation there are no views: leave that out, or choose an augment.")
+        return found
+
+
+def split_tuning(settings: Mapping) -> dict:
+    """Arguments of [`tune`] from one flat mapping, as YAML files and saved adapters hold it.
+
+    Returns:
+        `dict`: `config`, a [`TuningConfig`] of the settings that are its fields, and `adapter`, the other ones: its
+        `method` (`"lora"` where none is named) and options of its PEFT configuration.
+
+    Raises:
+        ValueError: what [`TuningConfig`] refuses.
+    """
+    training = {key: value for key, value in settings.items() if key in TuningConfig.__dataclass_fields__}
+    adapter = {key: value for key, value in settings.items() if key not in training}
+    return {"adapter": {"method": "lora", **adapter}, "config": TuningConfig(**training)}
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

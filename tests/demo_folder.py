@@ -17,9 +17,10 @@ TASK = "jargon"
 def make(folder: Path, tuned: bool = True) -> Path:
     """Writes `jargon/adapter`, `jargon/strong_adapter` and, if asked for, `jargon/tuned` to `folder`."""
     weak, strong, task = load_encoder("sandbox:weak"), load_encoder("sandbox:strong"), folder / TASK
-    config = TuningConfig(method="coop", **{**SANDBOX_TUNING, "epochs": 2, "lr": 0.05, "shots": 1})
-    templates = starting_templates(config.method)
-    teacher = tune(weak, load_dataset(TASK, "validation"), config=config, templates=templates, progress=False)
+    config = TuningConfig(**{**SANDBOX_TUNING, "epochs": 2, "lr": 0.05, "shots": 1})
+    templates = starting_templates("coop")
+    images = load_dataset(TASK, "validation")
+    teacher = tune(weak, images, "coop", config=config, templates=templates, progress=False)
     adapter = extract(weak, teacher, progress=False)
     adapter.save_pretrained(task / "adapter")
     transfer(adapter, strong, progress=False).save_pretrained(task / "strong_adapter")

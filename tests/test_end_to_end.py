@@ -22,7 +22,7 @@ from hf_transmiter.settings import TuningConfig
 def job():
     """Print, LoRA: a domain shift. 600 unlabelled and 600 test pictures."""
     weak, strong = (DualEncoder.from_pretrained(sandbox.model_path(name)) for name in ("weak", "strong"))
-    config = TuningConfig(method="lora", shots=8, **{**SANDBOX_TUNING, "epochs": 12})
+    config = TuningConfig(shots=8, **{**SANDBOX_TUNING, "epochs": 12})
     tuned = tune(weak, sandbox.load_dataset("print", "train"), config=config, progress=False)
     images = sandbox.load_dataset("print", "unlabelled").select(range(600))
     test = sandbox.load_dataset("print", "test").select(range(600))

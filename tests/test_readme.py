@@ -34,7 +34,8 @@ STAND_INS = {
 # What is changed in a snippet before it runs: the user on the tests' Hub, and shorter runs.
 REPLACED = {
     "me/": "alice/",
-    'TuningConfig(method="contcoop")': 'TuningConfig(method="contcoop", epochs=1, shots=1)',
+    'labelled, "contcoop")': 'labelled, "contcoop", config=TuningConfig(epochs=1, shots=1))',
+    "import attach, tune": "import TuningConfig, attach, tune",
     "--shots 16": "--shots 4 --epochs 2 --batch-size 8",
     "--unlabelled my_photos --labelled my_photos": "--methods refit --unlabelled my_photos",  # not the slow ones
     "--min-gain 1": "--min-gain -100",  # of tiny models

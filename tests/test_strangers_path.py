@@ -48,7 +48,7 @@ def shared(hub, tmp_path):
         HfApi().upload_folder(repo_id=f"alice/{name}", folder_path=model_location(f"sandbox:{name}"))
     weak, strong = (DualEncoder.from_pretrained(f"alice/{name}") for name in ("weak", "strong"))
     data = sandbox.load_dataset("print", "validation")
-    config = TuningConfig(method="lora", shots=2, epochs=2, batch_size=24, lr=1e-3)
+    config = TuningConfig(shots=2, epochs=2, batch_size=24, lr=1e-3)
     tuned = tune(weak, data, config=config, progress=False)
     tuned.save_pretrained(tmp_path / "tuned")
     push(tmp_path / "tuned", "alice/tuned")

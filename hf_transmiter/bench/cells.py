@@ -33,7 +33,7 @@ from ..hub.repo import public_name
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_teacher
 from ..method.tune import starting_templates, tune
-from ..settings import ExtractionConfig, TuningConfig
+from ..settings import ExtractionConfig
 from .config import BenchConfig, Pair, Tuning, digest
 from .protocols import Part, Parts, base_names, draw, only_base, parts
 
@@ -75,8 +75,9 @@ class Cell:
         return [self.pair.weak] + [self.pair.strong] * ceiling
 
     @cached_property
-    def settings(self) -> TuningConfig:
-        return self.tuning.config(self.parts.train.spec.name, self.shots, self.seed)
+    def how(self) -> dict:
+        """Arguments of `tune`."""
+        return self.tuning.on(self.parts.train.spec.name, self.shots, self.seed)
 
     @cached_property
     def facts(self) -> dict:
@@ -89,7 +90,7 @@ class Cell:
             "models": [self.pair.weak, self.pair.strong],
             "test": _spec_digest(self.parts.test.spec),
             "train": _spec_digest(self.parts.train.spec),
-            "tuning": asdict(self.settings),
+            "tuning": {**self.how["adapter"], **asdict(self.how["config"])},
             "rows": [asdict(variant) for variant in config.variants],
         }
 
@@ -308,12 +309,11 @@ class Workshop:
 
     def tuned(self, cell: Cell, model: str) -> Path:
         """Folder of a model of the cell after tuning; tuned now, or from its checkpoint on, if it is not there."""
-        encoder, train, config = self.encoder(model), self.images(cell.parts.train), cell.settings
+        encoder, train = self.encoder(model), self.images(cell.parts.train)
         self.few_shots(cell)  # says what is wrong with them
-        own = starting_templates(config.method)
-        templates = own if config.method == "promptsrc" else cell.parts.train.spec.templates
+        templates = starting_templates(cell.how["adapter"]["method"], cell.parts.train.spec.templates)
         names = train.features["label"].names
-        facts = [encoder.fingerprint, train._fingerprint, names, list(templates), asdict(config)]
+        facts = [encoder.fingerprint, train._fingerprint, names, list(templates), cell.facts["tuning"]]
         words = [cell.parts.train.spec.name, cell.tuning.name, f"{cell.shots}-shot", f"seed-{cell.seed}"]
         folder = self.output_dir / TUNED / "-".join([*map(slug, words), digest(facts)])
         if (folder / TEACHER_FILE).is_file():
@@ -321,7 +321,7 @@ class Workshop:
         folder.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = folder.with_name(f".{folder.name}.checkpoint.safetensors")
         options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
-        tuned = tune(encoder, train, config=config, templates=templates, checkpoint=checkpoint, **options)
+        tuned = tune(encoder, train, **cell.how, templates=templates, checkpoint=checkpoint, **options)
         new_folder(folder, tuned.save_pretrained)
         return folder
 

@@ -17,7 +17,8 @@ from ..data.catalogue import DatasetSpec, find_spec
 from ..evaluation.methods import METHODS, Variant
 from ..hub.checks import did_you_mean
 from ..hub.repo import public_name
-from ..settings import TuningConfig, check_choice
+from ..method.tune import adapter_settings
+from ..settings import check_choice, split_tuning
 from .protocols import ELSEWHERE, PROTOCOLS, parts
 
 
@@ -44,7 +45,7 @@ class Tuning:
 
     Args:
         name (`str`): of its rows.
-        settings (`Mapping`): fields of [`TuningConfig`].
+        settings (`Mapping`): what [`split_tuning`] reads.
         per_dataset (`Mapping[str, Mapping]`, *optional*): other settings on single datasets, by name.
     """
 
@@ -52,18 +53,21 @@ class Tuning:
     settings: Mapping
     per_dataset: Mapping[str, Mapping] = field(default_factory=dict)
 
-    def config(self, dataset: str, shots: int, seed: int) -> TuningConfig:
-        """
+    def on(self, dataset: str, shots: int, seed: int) -> dict:
+        """Arguments of [`tune`] on a dataset, nothing left open.
+
         Raises:
-            ValueError: an unknown field or value.
+            ValueError: an unknown setting or value.
         """
         settings = {**self.settings, **self.per_dataset.get(dataset, {}), "shots": shots, "seed": seed}
-        known = [item.name for item in fields(TuningConfig)]
-        _check_names(settings, known, f"setting of the tuning {self.name!r}")
         try:
-            return TuningConfig(**settings)
+            found = split_tuning(settings)
+            adapter = adapter_settings(found["adapter"])
+            return {"adapter": adapter, "config": found["config"].of(adapter["method"])}
         except TypeError as error:
             raise ValueError(f"the settings of the tuning {self.name!r} are of the wrong kind: {error}.") from error
+        except ValueError as error:
+            raise ValueError(f"the tuning {self.name!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class BenchConfig:
         models (`list[Pair]`): in YAML ``{weak: ..., strong: ...}``, or ``{old: ..., new: ...}`` of an upgrade.
         datasets (`list[DatasetSpec]`): in YAML what [`find_spec`] takes: a row of the catalogue, a mapping, a source.
         tunings (`list[Tuning]`):
-            In YAML the fields of [`TuningConfig`] but `shots` and `seed`, a `name`, and under `per_dataset` other
-            values on single datasets.
+            In YAML a `name`, the `method` with options of its PEFT configuration, the fields of [`TuningConfig`] but
+            `shots` and `seed`, and under `per_dataset` other values on single datasets.
         experiment (`str`, *optional*, defaults to `"transfer"`):
             `"transfer"` tunes the weak model and scores every variant on the strong one. `"upgrade"` puts the prompts
             learnt on the old model into the new one as they are (ContCoOp, arXiv 2412.20895).
@@ -152,7 +156,7 @@ class BenchConfig:
         for spec in self.datasets:
             parts(self.protocol, spec, self.train_on)
             for tuning in self.tunings:
-                tuning.config(spec.name, self.shots[0], self.seeds[0])
+                tuning.on(spec.name, self.shots[0], self.seeds[0])
         if self.published is not None:
             published_table(self.published)
 

@@ -266,7 +266,7 @@ def _swept(config: BenchConfig, main: Mapping[str, Summary]) -> dict[str, list[t
     """Points (x, mean, std) of the rows that have the swept setting, by method; infinity is left to the table."""
     part, setting = config.sweep.split(".")
     if part == "tuning":
-        swept = [(tuning.name, {**tuning.settings, **tuning.settings.get("adapter", {})}) for tuning in config.tunings]
+        swept = [(tuning.name, tuning.settings) for tuning in config.tunings]
     else:
         swept = [(each.name, {"method": each.method, **each.settings}) for each in config.variants]
     known = [(each, main[name]) for name, each in swept if name in main]

@@ -79,11 +79,11 @@ class Task:
         Returns:
             The comparison and the tuned weak model.
         """
-        config = TuningConfig(method=method, seed=seed, **SANDBOX_TUNING)
+        config = TuningConfig(seed=seed, **SANDBOX_TUNING)
         train, test = self.images("train"), self.images("test")
         seen, names = (tuple(images.features["label"].names) for images in (train, test))
         models = (self.weak, self.strong) if ceiling else (self.weak,)
-        tuned = [tune(model, train, config=config, progress=progress) for model in models]
+        tuned = [tune(model, train, method, config=config, progress=progress) for model in models]
         if seen != names:
             tuned = [AnchorClassifier(t.encoder, Anchors(names, (), t.anchors.templates)) for t in tuned]
         left_out = () if ceiling else ("tuned strong",)

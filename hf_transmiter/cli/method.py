@@ -10,7 +10,7 @@ import typer
 
 import hf_transmiter as ht
 
-from ..settings import ExtractionConfig, TransferConfig, TuningConfig
+from ..settings import METHODS, ExtractionConfig, TransferConfig, TuningConfig
 from .options import (
     LABELLED,
     MODEL,
@@ -29,6 +29,7 @@ from .options import (
     Teacher,
     Weak,
     check_new,
+    key_values,
 )  # fmt: skip
 
 
@@ -45,6 +46,10 @@ def tune(
     models: ModelOptions,
     run: RunOptions,
     values: dict,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}, or another PEFT method.")] = "lora",
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="An option of its PEFT configuration, such as n_ctx=8; may be repeated.")
+    ] = None,
     seeds: Annotated[
         list[int] | None, typer.Option(help="Tune once with each of these, into OUTPUT_DIR/seed-N; may be repeated.")
     ] = None,
@@ -59,22 +64,22 @@ def tune(
         output.check(run)
     elif output.overwrite:
         raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
+    adapter = ht.adapter_settings({"method": method, **key_values(adapter, "--adapter")})
     encoder, images = ht.load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
-    usual = ht.starting_templates(config.method, ht.usual_templates(dataset))
+    usual = ht.starting_templates(method, ht.usual_templates(dataset))
     templates = ht.read_templates(names.template) if names.template else usual
     columns = {"image_column": data.image_column, "label_column": data.label_column}
     options = {"class_names": ht.read_names(names.class_names), "templates": templates, **columns}
     options |= {"accelerator": run.accelerator, "progress": run.progress, "cache_dir": data.cache_dir}
     if seeds:
-        folders = [
-            str(folder) for folder in ht.tune_seeds(encoder, images, config, seeds, output.output_dir, **options)
-        ]
-        return Result({"output_dirs": folders, "method": config.method}, "Tuned: " + ", ".join(folders))
-    tuned = ht.tune(encoder, images, config=config, checkpoint=output.checkpoint, **options)
+        folders = ht.tune_seeds(encoder, images, seeds, output.output_dir, adapter, config=config, **options)
+        found = {"output_dirs": list(map(str, folders)), "method": method}
+        return Result(found, "Tuned: " + ", ".join(found["output_dirs"]))
+    tuned = ht.tune(encoder, images, adapter, config=config, checkpoint=output.checkpoint, **options)
     output.write(tuned.save_pretrained, values, run)
     count = len(tuned.class_names)
-    found = {"output_dir": str(output.output_dir), "method": config.method, "num_classes": count}
-    return Result(found, f"Tuned {weak} ({config.method}) on {count} classes: {output.output_dir}")
+    found = {"output_dir": str(output.output_dir), "method": method, "num_classes": count}
+    return Result(found, f"Tuned {weak} ({method}) on {count} classes: {output.output_dir}")
 
 
 def extract(

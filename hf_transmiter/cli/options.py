@@ -53,8 +53,8 @@ Seen = Annotated[
 SETTINGS_FILE = "settings.yaml"
 EXPERT = {
     *("subset", "image_column", "skip_unreadable", "embed_batch_size"),
-    *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "n_ctx", "init_phrase"),
-    *("gaussian_mean", "gaussian_std", "rank", "alpha", "target_modules", "views", "precision", "text_batch_size"),
+    *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
+    *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
     *("lambdas", "noise_std", "noise_probability", "orthogonal_map", "width"),
     *("pseudo_count", "carried_images", "beta", "beta_per_image"),
 }
@@ -419,16 +419,29 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
 
 def _read_settings(context: typer.Context, entries: list[str] | None) -> None:
     """Takes ``key=value`` as a config file's lines; they win over the file."""
+    try:
+        content = key_values(entries, "--set")
+    except ValueError as error:
+        fail(str(error))
+    _take(context, content, "--set", wins=True)
+
+
+def key_values(entries: list[str] | None, option: str) -> dict:
+    """``key=value`` of a repeated option; values as YAML reads them.
+
+    Raises:
+        ValueError: an entry without ``=``.
+    """
     content = {}
     for entry in entries or ():
         key, found, value = entry.partition("=")
         if not found or not key.strip():
-            fail(f"--set takes key=value, got {entry!r}.")
+            raise ValueError(f"{option} takes key=value, got {entry!r}.")
         try:
             content[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             content[key.strip()] = value
-    _take(context, content, "--set", wins=True)
+    return content
 
 
 def _take(context: typer.Context, content: dict, where: str, wins: bool = False) -> None:

@@ -19,7 +19,7 @@ from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.stored_logits import CalibrationPack
 from ..method.teacher import Teacher
-from ..settings import ExtractionConfig, TuningConfig
+from ..settings import ExtractionConfig
 from .evaluate import score_logits
 from .methods import METHODS, Needs, Variant
 from .reliability import expected_calibration_error
@@ -141,7 +141,7 @@ def compare(
     labelled=None,
     general=None,
     tuned_strong: Teacher | None = None,
-    tuning: TuningConfig | None = None,
+    tuning: Mapping | None = None,
     bridge: Bridge | None = None,
     class_names: Sequence[str] | None = None,
     seen_classes: Sequence[str] | None = None,
@@ -171,8 +171,9 @@ def compare(
         labelled (`datasets.Dataset`, *optional*): a few labelled images of the seen classes, for what needs labels.
         general (`datasets.Dataset`, *optional*): any images, not the task's, for a bridge without task images.
         tuned_strong (*optional*): a tuned strong model, as a ceiling; tuned here on `labelled` when omitted.
-        tuning (`TuningConfig`, *optional*):
-            How it is tuned here, on all images of `labelled`: by default LoRA in its published settings.
+        tuning (`Mapping`, *optional*):
+            How it is tuned here, on all images of `labelled`: what [`split_tuning`] reads. LoRA in its published
+            settings when omitted.
         bridge (`Bridge`, *optional*): a finished one between the two models.
         class_names (`Sequence[str]`, *optional*):
             In label order; the test set's names when omitted, or without labels those the teacher was tuned on.

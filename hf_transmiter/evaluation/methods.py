@@ -20,6 +20,7 @@ from ..method import attach
 from ..method.classifier import AnchorClassifier
 from ..method.label_tune import label_tune
 from ..method.transfer import transfer
+from ..method.tune import adapter_settings
 from ..settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
 from ..tuners import TransMiterConfig
 from . import baselines
@@ -85,12 +86,14 @@ class Variant:
         if not isinstance(self.settings, Mapping):
             raise ValueError(f"{where} must hold settings by name, got {self.settings!r}.")
         kinds = {key: kind for kind, keys in takes.items() for key in keys}
-        for key in self.settings:
-            if key not in kinds:
-                known = did_you_mean(str(key), kinds) if kinds else "it takes none."
-                raise ValueError(f"{where} has no setting {key!r}; {known}")
+        others = {key: value for key, value in self.settings.items() if key not in kinds}
+        if others and not METHODS[self.method].tunes:
+            key = next(iter(others))
+            known = did_you_mean(str(key), kinds) if kinds else "it takes none."
+            raise ValueError(f"{where} has no setting {key!r}; {known}")
         try:
-            settings = {key: _value(kinds[key], key, value) for key, value in self.settings.items()}
+            adapter_settings(others)  # of a PEFT configuration
+            settings = {k: _value(kinds[k], k, value) if k in kinds else value for k, value in self.settings.items()}
             object.__setattr__(self, "settings", settings)
             solver = self.own.solver if "solver" in takes.get(RowSettings, ()) else "gradient"
             for kind in takes:  # says what is wrong now and not after hours
@@ -195,11 +198,13 @@ class Method:
             it.
         needs ([`Needs`]): what it asks for.
         takes (`Mapping[type, tuple[str, ...]]`): the settings it reads, by what they are fields of.
+        tunes (`bool`): whether it tunes a model, so that it also takes a `method` and the options of its adapter.
     """
 
     run: Callable[[Task, Variant], AnchorClassifier | Answer]
     needs: Needs = Needs()
     takes: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
+    tunes: bool = False
 
 
 # Baselines
@@ -371,7 +376,7 @@ METHODS: dict[str, Method] = {
         {RowSettings: ("start",), LabelTuningConfig: _names(LabelTuningConfig)},
     ),
     # The ceiling: the strong model tuned on labels, as given or here.
-    "tuned strong": Method(_tuned_strong, _LABELS, {TuningConfig: _names(TuningConfig)}),
+    "tuned strong": Method(_tuned_strong, _LABELS, {TuningConfig: _names(TuningConfig)}, tunes=True),
 }
 """Every method by the name of its row, in the order of a table. Those that need labels have an advantage over those
 that do not, and those that need the weak model at run time cost its time in every prediction."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
 from ..method.teacher import Teacher, as_classifier, teacher_class_vectors, teacher_logits
 from ..method.tune import starting_templates, tune
-from ..settings import ExtractionConfig, TuningConfig
+from ..settings import ExtractionConfig, split_tuning
 from ..tuners.prompts import prompt_layer
 from .evaluate import align_labels, measured
 
@@ -87,7 +87,7 @@ class Task:
     text_anchors: Anchors | None = None
     vocabulary: str | Sequence[str] = "common-nouns"
     gradient: ExtractionConfig = field(default_factory=lambda: ExtractionConfig(solver="gradient"))
-    tuning: TuningConfig | None = None
+    tuning: Mapping | None = None
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -273,10 +273,9 @@ class Task:
         labels = self.labelled_table.labels
         seen = labels.unique().tolist()
         shots = {"shots": int(labels.bincount().max())}
-        if self.tuning is None or own.get("method", self.tuning.method) != self.tuning.method:
-            config = TuningConfig(**{**shots, **own})
-        else:
-            config = replace(self.tuning, **{**shots, **own})
+        given = {"method": "lora", **(self.tuning or {})}
+        kept = given if own.get("method", given["method"]) == given["method"] else {}
+        how = split_tuning({**kept, **shots, **own})
         columns = {key: self.options.get(key) for key in ("image_column", "label_column")}
         options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
         images = self.labelled.with_format(None)
@@ -288,8 +287,8 @@ class Task:
             images = images.remove_columns(column)
             images = images.add_column(column, [positions[label] for label in labels.tolist()])
             images = images.cast_column(column, ClassLabel(names=names))
-        templates = starting_templates(config.method) if config.method == "promptsrc" else self.templates
-        tuned = tune(self.strong, images, config=config, templates=templates, **columns, **options)
+        templates = starting_templates(how["adapter"]["method"], self.templates)
+        tuned = tune(self.strong, images, **how, templates=templates, **columns, **options)
         return AnchorClassifier(tuned.encoder, Anchors(self.names, (), tuned.anchors.templates))
 
 

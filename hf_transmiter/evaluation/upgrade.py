@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub.utils import tqdm
+from peft import PeftConfig
 
 from ..data.anchors import PROMPTED, Anchors
 from ..data.embeddings import embed_dataset
@@ -32,8 +33,8 @@ from ..hub.scores import Score, markdown_table
 from ..method.attach import Incompatible, attach, read_config
 from ..method.classifier import AnchorClassifier
 from ..method.teacher import same_image_tower
-from ..method.tune import starting_templates, tune
-from ..settings import TuningConfig
+from ..method.tune import adapter_settings, starting_templates, tune
+from ..settings import TuningConfig, split_tuning
 from .evaluate import align_labels, harmonic_mean, score_logits
 
 
@@ -48,9 +49,11 @@ METRICS = ("accuracy", "base", "novel", "hm")
 def tune_seeds(
     old: DualEncoder,
     train: Dataset,
-    config: TuningConfig,
     seeds: Sequence[int],
     output_dir: str | os.PathLike,
+    adapter: str | Mapping | PeftConfig = "lora",
+    *,
+    config: TuningConfig | None = None,
     **options,
 ) -> list[Path]:
     """Tunes with each seed and saves the adapters to `seed-0`, … in `output_dir`; those that are there are kept.
@@ -58,9 +61,10 @@ def tune_seeds(
     Args:
         old (`DualEncoder`): the model to tune.
         train (`datasets.Dataset`): labelled images.
-        config (`TuningConfig`): settings; its seed does not count.
         seeds (`Sequence[int]`): of the draw of examples and of the training.
         output_dir (`str` or `os.PathLike`): where the adapters go.
+        adapter (`str`, `Mapping` or `PeftConfig`, *optional*, defaults to `"lora"`): what is learnt, see [`tune`].
+        config (`TuningConfig`, *optional*): how; its seed does not count.
         **options: passed to [`tune`].
 
     Returns:
@@ -70,22 +74,24 @@ def tune_seeds(
         ValueError: as [`tune`]; a folder that holds an adapter of another model, of other settings, classes or
             templates.
     """
-    folders, templates = [], options.get("templates") or starting_templates(config.method)
+    adapter, config = adapter_settings(adapter), config or TuningConfig()
+    folders, templates = [], options.get("templates") or starting_templates(adapter["method"])
     column = guess_columns(train, options.get("image_column"), options.get("label_column"))[1]
     for seed in seeds:
         folder, seeded = Path(output_dir) / f"seed-{seed}", replace(config, seed=seed)
         folders.append(folder)
         if not (folder / TEACHER_FILE).is_file():
-            tuned, accelerator = tune(old, train, config=seeded, **options), options.get("accelerator")
+            tuned, accelerator = tune(old, train, adapter, config=seeded, **options), options.get("accelerator")
             if accelerator is None or accelerator.is_main_process:
                 new_folder(folder, tuned.save_pretrained)
             if accelerator is not None:
                 accelerator.wait_for_everyone()
             continue
+        settings = json.loads(json.dumps({**adapter, **asdict(seeded.of(adapter["method"]))}))
         kept, names = TeacherFacts.read(os.fspath(folder)), options.get("class_names") or train.features[column].names
         for what, found, wanted in (
             ("another model", kept.fingerprint, old.fingerprint),
-            ("other settings", kept.settings, json.loads(json.dumps(asdict(seeded)))),
+            ("other settings", kept.settings, settings),
             ("other classes", kept.class_names, list(names)),
             ("other templates", kept.zero_shot_templates, list(templates)),
         ):
@@ -94,8 +100,8 @@ def tune_seeds(
     return folders
 
 
-def tuning_of(source: str) -> TuningConfig:
-    """The settings that a saved model was tuned with.
+def tuning_of(source: str) -> dict:
+    """The settings that a saved model was tuned with, which [`split_tuning`] turns into arguments of [`tune`].
 
     Args:
         source (`str`): folder or Hub id of what `tune(...).save_pretrained` wrote.
@@ -108,9 +114,10 @@ def tuning_of(source: str) -> TuningConfig:
     if facts is None:
         raise ValueError(f"the settings of {source!r} were not saved with it: there is no {TEACHER_FILE}.")
     try:
-        return TuningConfig(**{**facts.settings, "adapter": tuple(facts.settings.get("adapter") or ())})
-    except TypeError as error:
-        raise ValueError(f"the settings of {source!r} are of another version: {error}.") from error
+        adapter_settings(split_tuning(facts.settings)["adapter"])
+    except ValueError as error:
+        raise ValueError(f"the settings of {source!r} are of another version: {error}") from error
+    return facts.settings
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ people wrote keeps its text; only its metadata is completed.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from typing import ClassVar
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..settings import TuningConfig
 from .card_text import METHOD_NAMES, NamedDataset, NamedModel, Noted, Raw, Step, escape, fill, one_line
 from .checks import check_json, load_json, parse_json, read_header
 from .files import replace_file
@@ -243,14 +245,14 @@ class TunedCard(Card):
 
     Args:
         peft_type (`str`): PEFT's name of the method.
-        settings (`dict[str, str]`): of the tuning.
+        settings ([`Noted`]): what was tuned, and how.
         noted (`Noted`): what else `tune` noted: number, split and fingerprint of the labelled images.
         class_names (`list[str]`): what it was tuned on; empty where that is not noted.
         by_tune (`bool`): whether `tune` made it.
     """
 
     peft_type: str
-    settings: dict[str, str]
+    settings: Noted
     noted: Noted
     class_names: list[str]
     by_tune: bool
@@ -260,7 +262,20 @@ class TunedCard(Card):
     @property
     def method(self) -> str | None:
         """Of `tune`, in words."""
-        return METHOD_NAMES.get(self.settings.get("method"))
+        return METHOD_NAMES.get(self.settings.known("method"))
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """Of `hf-transmiter tune`, to do it again."""
+        found = []
+        for key, value in self.settings.items():
+            if key == "method" or (key in TuningConfig.__dataclass_fields__ and self.settings.known(key) is not None):
+                found.append((key, str(value)))
+            elif key not in TuningConfig.__dataclass_fields__:
+                found.append(("adapter", f"{key}={value if isinstance(value, str) else json.dumps(value)}"))
+            elif value is True:
+                found.append(("set", f"{key}=true"))
+        return found
 
     @property
     def is_prompt(self) -> bool:
@@ -270,12 +285,6 @@ class TunedCard(Card):
     def has_class_vectors(self) -> bool:
         """Whether `extract` needs no image of the task: a prompt that leaves images alone and does not read them."""
         return self.peft_type in _CLASS_VECTORS
-
-    @property
-    def options(self) -> dict[str, str]:
-        """The settings that the method reads."""
-        unread = () if self.peft_type == "LORA" else ("rank", "alpha", "target_modules")
-        return {key: value for key, value in self.settings.items() if key not in unread}
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -315,7 +324,7 @@ def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) ->
         **common,
         datasets=[dataset] if dataset else [],
         peft_type=content["peft_type"],
-        settings=(Noted(teacher).inner("settings") or noted.inner("settings")).texts(),
+        settings=Noted(teacher).inner("settings") or noted.inner("settings"),
         noted=noted,
         class_names=_texts(teacher.get("class_names") or content.get("class_names")),
         by_tune=bool(teacher),

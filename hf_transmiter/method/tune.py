@@ -10,12 +10,12 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields
 
 import torch
 from datasets import ClassLabel, Dataset
-from peft import LoraConfig, PeftConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PromptLearningConfig
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -25,38 +25,29 @@ from ..data.images import guess_columns
 from ..data.splits import few_shot
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import TeacherFacts
-from ..settings import TuningConfig
-from ..training.batches import Pixels, forward_pass, frozen_images, trained_images
+from ..hub.checks import did_you_mean
+from ..settings import METHODS, VISION_LINEARS, TuningConfig
+from ..training.batches import Pixels, forward_pass, frozen_images, learns, trained_images
 from ..training.loop import fit, gaussian_epoch_weights, project_gradient
 from ..training.objectives import losses
-from ..tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, IVLPConfig, KgCoOpConfig, MaPLeConfig, PromptSRCConfig
+from ..tuners import CoOpConfig, TransMiterConfig
 from ..tuners.injection import inject
-from ..tuners.prompts import layers, phrase_token_ids, prompt_layer
+from ..tuners.prompts import PromptConfig, layers, phrase_token_ids, prompt_layer
 from .classifier import AnchorClassifier
 
 
 logger = logging.getLogger(__name__)
 
-CONFIGS = {
-    "coop": CoOpConfig,
-    "kgcoop": KgCoOpConfig,
-    "prograd": CoOpConfig,
-    "cocoop": CoCoOpConfig,
-    "contcoop": ContCoOpConfig,
-    "ivlp": IVLPConfig,
-    "maple": MaPLeConfig,
-    "promptsrc": PromptSRCConfig,
-}
-"""PEFT configuration of each prompt learner; ProGrad is a way to train CoOp's."""
 DEPTH = 9  # published, of prompts in several layers
 
 
 def tune(
     weak: DualEncoder,
     dataset: Dataset,
+    adapter: str | Mapping | PeftConfig = "lora",
+    *,
     class_names: Sequence[str] | None = None,
     config: TuningConfig | None = None,
-    *,
     templates: Sequence[str] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -69,13 +60,20 @@ def tune(
 
     Minimises ``CE(z, y) + keep_near · pull`` with ``z = s · x wᵀ`` (B, C): x (B, d) are unit image rows and w (C, d)
     unit class vectors, learnt or as they were, by method. The pull goes back to the weak model's zero-shot answers
-    (see [`TuningConfig`]); `prograd` follows the gradient of CE where it does not oppose that of the pull.
+    (see [`TuningConfig`]).
 
     Args:
         weak ([`DualEncoder`]): stays untouched.
         dataset (`datasets.Dataset`): one split with an image and a label column.
+        adapter (`str`, `Mapping` or `PeftConfig`, *optional*, defaults to `"lora"`):
+            What is learnt: a method of [`TuningConfig`]'s table, or another one of PEFT that changes layers
+            (`"loha"`, `"lokr"`, ...); with options, ``{"method": "coop", "n_ctx": 8}``, the fields of its PEFT
+            configuration; or that configuration itself. By name, LoRA has ``r=8, lora_alpha=16``, and contexts start
+            from ``"a photo of a"``. Where `target_modules` is left open, they are the linear layers of the image
+            tower (of open_clip's own vision transformers the MLPs, of its ResNets the convolutions). Prompts in
+            several layers reach the published 9, or as deep as the tower is. `seed` is that of `config`.
         class_names (`Sequence[str]`, *optional*): C names in label order; those of the label column when omitted.
-        config ([`TuningConfig`], *optional*): settings.
+        config ([`TuningConfig`], *optional*): how it is trained.
         templates (`Sequence[str]`, *optional*):
             Prompts of the zero-shot class vectors; `"a photo of a {}."` when omitted, or PromptSRC's 60.
         image_column, label_column (`str`, *optional*): guessed when omitted.
@@ -91,51 +89,54 @@ def tune(
 
     Raises:
         ValueError: no or unusable labels, a class without images, duplicate names, a name too long for the context,
-            an unknown option of the adapter, or a weak model that has adapters already.
+            an unknown method or option of it, or a weak model that has adapters already.
 
     ```python
     >>> weak = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
-    >>> tuned = tune(weak, load_dataset("mteb/dtd", split="train"), config=TuningConfig(method="contcoop"))
+    >>> tuned = tune(weak, load_dataset("mteb/dtd", split="train"), "contcoop")
     >>> tuned.save_pretrained("dtd-contcoop")
     ```
     """
-    config = config or TuningConfig()
+    adapter = adapter_settings(adapter)
+    method, config = adapter["method"], (config or TuningConfig()).of(adapter["method"])
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
     columns = guess_columns(dataset, image_column, label_column)
-    templates = starting_templates(config.method) if templates is None else templates
+    templates = starting_templates(method) if templates is None else templates
     anchors = Anchors(tuple(_class_names(dataset, columns[1], class_names)), (), tuple(templates))
     rows, labels = _few_shot(dataset, columns[1], anchors.task, config)
+    tuned = _with_adapter(weak, anchors.task, adapter, config)
+    moves_images = _moves_images(tuned)
+    if moves_images and config.views:
+        raise ValueError("views are of images that are embedded once; here the image tower is tuned: leave views out.")
     examples, labels = dataset.select(rows), labels.to(weak.device)
     embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
     try:
         table = embed_dataset(weak, examples, image_column=columns[0], label_column=columns[1], **embedding)
     except ValueError as error:
         raise ValueError(f"{error} (Rows are counted among the {len(rows)} drawn examples.)") from error
-    embeds, zero_shot = table.embeds.to(weak.device), _zero_shot(weak, anchors, config)
-    tuned = _with_adapter(weak, anchors.task, config)
+    embeds, zero_shot = table.embeds.to(weak.device), _zero_shot(weak, anchors, method, config)
     pixels = functools.partial(Pixels, tuned, examples, columns[0])
-    if _moves_images(tuned, config):
+    if moves_images:
         images = trained_images(weak, tuned, embeds, pixels, config)
     else:
         images = frozen_images(weak, embeds, pixels, config)
-    answers = forward_pass(tuned, anchors.task, zero_shot, images, config)
-    projects = config.method == "prograd"
+    answers = forward_pass(tuned, anchors.task, anchors.templates, zero_shot, images, config)
 
     def step(drawn: Tensor, generator: torch.Generator) -> Tensor | tuple[Tensor, Tensor]:
         main, pull = losses(*answers(drawn, generator), labels[drawn.to(weak.device)], config.pull)
-        return (main, pull) if projects else main + config.keep_near * pull
+        return (main, pull) if config.project else main + config.keep_near * pull
 
     found = fit(
         list(tuned.model.parameters()),
         step,
         len(rows),
         config,
-        combine=functools.partial(project_gradient, strength=config.keep_near) if projects else None,
+        combine=functools.partial(project_gradient, strength=config.keep_near) if config.project else None,
         epoch_weights=_epoch_weights(config),
         accelerator=accelerator,
         checkpoint=checkpoint,
-        description=f"Tuning ({config.method})",
+        description=f"Tuning ({method})",
         progress=progress,
     )
     hits = ((embeds @ zero_shot.T).argmax(1) == labels).float().mean()
@@ -143,9 +144,10 @@ def tune(
         "tuned %s on %d images of %d classes; zero-shot accuracy on them %.1f %%, losses %s",
         weak.name_or_path, len(rows), len(anchors.task), 100 * hits, found,
     )  # fmt: skip
-    _note(tuned, len(rows), dataset, config)
+    settings = {**adapter, **asdict(config)}
+    _note(tuned, len(rows), dataset, settings)
     tuned.model.requires_grad_(False)
-    templates = anchors.templates if config.method == "lora" else PROMPTED
+    templates = anchors.templates if prompt_layer(tuned.model) is None else PROMPTED
     classifier = AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
     classifier.facts = TeacherFacts(
         weak=weak.name_or_path,
@@ -154,7 +156,7 @@ def tune(
         class_names=list(anchors.task),
         templates=list(templates),
         zero_shot_templates=list(anchors.templates),
-        settings=asdict(config),
+        settings=settings,
     )
     return classifier
 
@@ -165,9 +167,9 @@ def starting_templates(method: str, usual: Sequence[str] = DEFAULT_TEMPLATES) ->
     return TEMPLATES["promptsrc"] if method == "promptsrc" else tuple(usual)
 
 
-def _zero_shot(weak: DualEncoder, anchors: Anchors, config: TuningConfig) -> Tensor:
+def _zero_shot(weak: DualEncoder, anchors: Anchors, method: str, config: TuningConfig) -> Tensor:
     """(C, d) unit class vectors of the frozen model; PromptSRC's are of features that were averaged as they come."""
-    if config.method != "promptsrc":
+    if method != "promptsrc":
         return weak.embed_names(anchors.names, anchors.templates)
     blocks = []
     for start in range(0, len(anchors.names), config.text_batch_size):
@@ -181,10 +183,12 @@ def _zero_shot(weak: DualEncoder, anchors: Anchors, config: TuningConfig) -> Ten
     return torch.cat(blocks)
 
 
-def _moves_images(tuned: DualEncoder, config: TuningConfig) -> bool:
+def _moves_images(tuned: DualEncoder) -> bool:
     """Whether what is learnt changes image embeddings."""
     layer = prompt_layer(tuned.model)
-    return config.method == "lora" or layer.vision_prompt(layer.active_name, 0) is not None
+    if layer is not None:
+        return layer.vision_prompt(layer.active_name, 0) is not None
+    return learns(tuned.model, text=False)
 
 
 def _epoch_weights(config: TuningConfig) -> list[float] | None:
@@ -193,19 +197,16 @@ def _epoch_weights(config: TuningConfig) -> list[float] | None:
     return gaussian_epoch_weights(config.epochs, config.gaussian_mean, config.gaussian_std)
 
 
-def _note(tuned: DualEncoder, num_images: int, dataset: Dataset, config: TuningConfig) -> None:
+def _note(tuned: DualEncoder, num_images: int, dataset: Dataset, settings: dict) -> None:
     """Where the prompts come from, into the adapter's configuration."""
     adapter = tuned.model.peft_config["default"]
     if hasattr(adapter, "provenance"):
-        settings = {
-            key: value for key, value in asdict(config).items() if key not in ("target_modules", "rank", "alpha")
-        }
         adapter.provenance = {
             "base_model": {"name": tuned.name_or_path, "revision": tuned.revision},
             "num_images": num_images,
             "dataset_fingerprint": dataset._fingerprint,
             "split": None if dataset.split is None else str(dataset.split),
-            "settings": {**settings, "adapter": list(config.adapter)},
+            "settings": settings,
         }
 
 
@@ -240,37 +241,87 @@ def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config:
     return rows, labels
 
 
-def _with_adapter(weak: DualEncoder, names: Sequence[str], config: TuningConfig) -> DualEncoder:
+def _with_adapter(weak: DualEncoder, names: Sequence[str], adapter: Mapping, config: TuningConfig) -> DualEncoder:
     """A copy of the weak model with a fresh adapter, the only part of it that trains."""
     if getattr(weak.model, "peft_config", None):
         raise ValueError("the weak model has adapters already: merge or unload them before tuning.")
-    adapter = _adapter_config(weak, names, config)
+    found = _peft_config(weak, names, adapter, config.seed)
     model = copy.deepcopy(weak.model).eval().requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # LoRA draws its start from the global generator
-        inject(model, adapter)
+        inject(model, found)
     return DualEncoder(model, weak.processor, weak.name_or_path, weak.revision)
 
 
-def _adapter_config(weak: DualEncoder, names: Sequence[str], config: TuningConfig) -> PeftConfig:
-    if config.method == "lora":
-        return LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, revision=weak.revision
-        )
-    kind = CONFIGS[config.method]
-    own = {item.name for item in fields(kind)} - {item.name for item in fields(PeftConfig)}
-    unknown = sorted(set(config.adapter_options) - own)
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}; it has {', '.join(sorted(own))}.")
-    options = {"init_phrase": config.init_phrase, "seed": config.seed, "class_names": list(names)}
-    if config.n_ctx is not None:
-        options["n_ctx"] = config.n_ctx
+def adapter_settings(adapter: str | Mapping | PeftConfig) -> dict:
+    """An adapter of [`tune`] as its `method` and the options of its PEFT configuration that somebody chose.
+
+    Raises:
+        TypeError: none of the kinds that [`tune`] takes.
+        ValueError: an unknown method, or an option that it does not have.
+    """
+    if isinstance(adapter, PeftConfig):
+        adapter = {"method": str(adapter.peft_type.value).lower(), **_chosen(adapter)}
+    elif isinstance(adapter, str):
+        adapter = {"method": adapter}
+    elif not isinstance(adapter, Mapping):
+        raise TypeError(f"an adapter is a method, a mapping or a PeftConfig, not a {type(adapter).__name__}.")
+    kind = _kind(str(adapter.get("method", "lora")))
+    own = [item.name for item in _options(kind)]
+    for name in adapter:
+        if name in TuningConfig.__dataclass_fields__ and name not in own:
+            raise ValueError(f"{name} is how to train, not what: pass config=TuningConfig({name}=...).")
+        if name not in ("method", *own):
+            near = did_you_mean(str(name), [*own, *TuningConfig.__dataclass_fields__])
+            raise ValueError(f"neither {kind.__name__} nor TuningConfig has an option {name!r}; {near}")
+    return {"method": "lora", **_usual(kind), **adapter}
+
+
+def _usual(kind: type[PeftConfig]) -> dict:
+    """Options that differ from PEFT's own where nobody chose them."""
+    if issubclass(kind, PromptConfig):
+        return {"init_phrase": "a photo of a"}
+    return {"r": 8, "lora_alpha": 16} if kind is LoraConfig else {}
+
+
+def _chosen(config: PeftConfig) -> dict:
+    """The options of a configuration that are not as by default, or would not be that."""
+    options = {}
+    for item in _options(type(config)):
+        value = getattr(config, item.name)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if value != default or item.name in _usual(type(config)):
+            options[item.name] = sorted(value) if isinstance(value, set) else value
+    return options
+
+
+def _kind(method: str) -> type[PeftConfig]:
+    """PEFT configuration of a method."""
+    kind = CoOpConfig if method == "prograd" else PEFT_TYPE_TO_CONFIG_MAPPING.get(method.upper())
+    if kind is None or issubclass(kind, (PromptLearningConfig, TransMiterConfig)):
+        known = [str(one.value).lower() for one, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()]
+        raise ValueError(f"tune cannot train an adapter {method!r}; {did_you_mean(method, (*METHODS, *known))}")
+    return kind
+
+
+def _options(kind: type[PeftConfig]) -> list[Field]:
+    """The fields that are a method's own, and up to the user."""
+    filled_in = {item.name for item in fields(PeftConfig)} | {"base", "provenance", "period_id", "end_id", "seed"}
+    return [item for item in fields(kind) if item.init and item.name not in filled_in]
+
+
+def _peft_config(weak: DualEncoder, names: Sequence[str], adapter: Mapping, seed: int) -> PeftConfig:
+    kind, options = _kind(adapter["method"]), {key: value for key, value in adapter.items() if key != "method"}
+    own = {item.name for item in _options(kind)}
+    if not issubclass(kind, PromptConfig):
+        everywhere = {"target_modules": VISION_LINEARS} if "target_modules" in own else {}
+        return kind(**{**everywhere, **options}, revision=weak.revision)
+    options = {"class_names": list(names), **options, "seed": seed}
     depths = {"text_depth": weak.model.text_model, "vision_depth": weak.model.vision_model, "depth": None}
     for name, tower in depths.items():
         if name in own:
             towers = [weak.model.text_model, weak.model.vision_model] if tower is None else [tower]
-            options[name] = min(DEPTH, *(len(layers(tower)) for tower in towers))
-    options |= config.adapter_options
+            options.setdefault(name, min(DEPTH, *(len(layers(tower)) for tower in towers)))
     if options["init_phrase"] is not None and "init_token_ids" not in options:
         options["init_token_ids"] = phrase_token_ids(weak.processor.tokenizer, options["init_phrase"])
     return kind(**options, revision=weak.revision)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..encoders.dual_encoder import DualEncoder
@@ -95,12 +95,23 @@ def trained_images(
     return embed
 
 
+def learns(model: nn.Module, *, text: bool) -> bool:
+    """Whether something that trains is on the text side of a dual encoder, or else on its image side."""
+    return any(p.requires_grad and name.startswith("text_") == text for name, p in model.named_parameters())
+
+
 def forward_pass(
-    tuned: DualEncoder, names: tuple[str, ...], zero_shot: Tensor, images: Images, config: TuningConfig
+    tuned: DualEncoder,
+    names: tuple[str, ...],
+    templates: tuple[str, ...],
+    zero_shot: Tensor,
+    images: Images,
+    config: TuningConfig,
 ) -> Callable[[Tensor, torch.Generator], tuple[Answers, Answers]]:
     """Drawn rows (B,) and a generator to the answers of the model in training and of the frozen one.
 
-    Class vectors follow the prompt learner on the model, if there is one, and are the zero-shot ones (C, d) otherwise.
+    Class vectors follow the prompt learner on the model, or the text tower in training over all the templates; where
+    there is neither they are the zero-shot ones (C, d).
 
     Raises:
         ValueError: a name too long for the text tower beside the context.
@@ -110,6 +121,8 @@ def forward_pass(
         context = len(layer.slot_ids(layer.active_config))
         inputs = class_inputs(names, tuned.processor.tokenizer, tuned.family, tuned.context_length, context)
         inputs = {key: value.to(tuned.device) for key, value in inputs.items()}
+    elif learns(model, text=True):
+        inputs = tuned.tokenize([t.replace("{}", name.replace("_", " ")) for t in templates for name in names])
     scale, conditioned = tuned.logit_scale, image_conditioned(model)
 
     def answers(rows: Tensor, generator: torch.Generator) -> tuple[Answers, Answers]:
@@ -120,6 +133,8 @@ def forward_pass(
                 z = image_conditioned_logits(model, conditioned, x, inputs, config.text_batch_size)
             else:
                 vectors = zero_shot if inputs is None else class_vectors(model, inputs, config.text_batch_size)
+            if layer is None and inputs is not None:
+                vectors = normalize(vectors.unflatten(0, (len(templates), -1)).mean(0), dim=-1)
         if vectors is not None:  # outside autocast, which would round the logits
             z = scale * x @ vectors.T
         return Answers(z.float(), vectors, x), Answers(scale * frozen @ zero_shot.T, zero_shot, frozen)

@@ -46,14 +46,14 @@ def test_what_the_papers_compare():
     assert ready["few-shot-coop"].shots == (1, 2, 4, 8, 16)
     upgrade = ready["contcoop-upgrade"]
     assert len(upgrade.datasets) == 15 and upgrade.retrain and upgrade.train_on.name == "imagenet"
-    layers = [tuning.config("dtd", 16, 1).adapter_options["layer"] for tuning in ready["prompt-layer"].tunings]
+    layers = [tuning.on("dtd", 16, 1)["adapter"]["layer"] for tuning in ready["prompt-layer"].tunings]
     assert layers == list(range(12)) and ready["prompt-layer"].sweep == "tuning.layer"
     assert {tuning.settings["n_ctx"] for tuning in ready["context-length"].tunings} == {2, 4, 8, 16}
     assert ready["cross-dataset"].train_on.name == "imagenet"
     # Few-shot settings of PromptSRC differ by dataset.
     promptsrc = ready["base-to-base-b16-l14-promptsrc"].tunings[0]
-    assert promptsrc.config("dtd", 16, 1).gaussian_mean == 45
-    assert promptsrc.config("food101", 16, 1).gaussian_mean == 30
+    assert promptsrc.on("dtd", 16, 1)["config"].gaussian_mean == 45
+    assert promptsrc.on("food101", 16, 1)["config"].gaussian_mean == 30
 
 
 def test_published_rows_are_rows_of_the_bench():
@@ -134,11 +134,14 @@ def test_reading_a_file(tmp_path, monkeypatch):
         ({"shots": [0]}, "shots must be whole numbers of at least 1, got 0"),
         ({"shots": ["16"]}, "got '16'"),
         ({"max_images": 1.5}, "max_images must be a whole number of at least 1, got 1.5"),
-        ({"tunings": [{"method": "cop"}]}, "method must be one of lora, coop"),
-        ({"tunings": [{"method": "coop", "epoch": 3}]}, "no setting of the tuning 'coop' 'epoch'.*'epochs'"),
+        ({"tunings": [{"method": "cop"}]}, "cannot train an adapter 'cop'; did you mean 'coop'"),
+        (
+            {"tunings": [{"method": "coop", "epoch": 3}]},
+            "the tuning 'coop': .* an option 'epoch'; did you mean 'epochs'",
+        ),
         ({"tunings": [{"method": "coop", "seed": 3}]}, "list values under seeds"),
         ({"tunings": [{"method": "coop", "per_dataset": {"dtd": {"shots": 3}}}]}, "list values under shots"),
-        ({"tunings": [{"method": "coop", "per_dataset": {"dtd": {"lr": -1, "rat": 1}}}]}, "'rat'"),
+        ({"tunings": [{"method": "coop", "per_dataset": {"dtd": {"lr": 1, "rat": 1}}}]}, "'rat'"),
         ({"tunings": ["coop"]}, "a tuning is a mapping such as"),
         ({"variants": ["ETF"]}, "there is no method 'ETF'; did you mean 'EFT'"),
         ({"variants": ["EFT", {"refit": {}, "name": "EFT"}]}, "variants has EFT twice"),

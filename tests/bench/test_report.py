@@ -215,7 +215,7 @@ def test_figures_over_shots_and_tunings(tmp_path):
 
 
 def test_sweeps_over_settings_of_the_tuning(tmp_path):
-    tunings = [{"name": f"CoOp, layer {n}", "method": "coop", "adapter": {"layer": n}} for n in (0, 1, 2)]
+    tunings = [{"name": f"CoOp, layer {n}", "method": "coop", "layer": n} for n in (0, 1, 2)]
     models = [{"old": PAIR["weak"], "new": PAIR["strong"]}]
     changes = {"models": models, "tunings": tunings, "variants": [], "experiment": "upgrade"}
     found = config(**changes, sweep="tuning.layer", protocol="few-shot")

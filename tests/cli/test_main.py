@@ -72,21 +72,26 @@ def test_a_command_shows_few_options_and_names_those_of_experts(name):
     assert len(re.findall(r"^│ [* ] +--", text, re.M)) <= 30
     if name in ("tune", "extract", "transfer", "compare"):
         words = re.findall(r"\w+", text[text.index("For experts: key=value of") :])
-        assert {"embed_batch_size", {"tune": "n_ctx", "extract": "warmup"}.get(name, "subset")} <= set(words)
+        assert {"embed_batch_size", {"tune": "pull", "extract": "warmup"}.get(name, "subset")} <= set(words)
         assert "--embed-batch-size" not in text
 
 
 def test_settings_of_experts(out):
     file, folder = out / "experts.yaml", out / "experts"
-    file.write_text("weight_decay: 0.5\nn_ctx: 2\n")
+    file.write_text("weight_decay: 0.5\npull: l1\nadapter: [n_ctx=2]\n")
     tune = ("tune", "--weak", "sandbox:weak", *PRINT, "--method", "coop", "--shots", "1", "--epochs", "1")
-    given = ("--set", "n_ctx=8", "--set", "lr=1e-2", "--set", "init-phrase=a drawing")
+    given = ("--set", "pull=l2", "--set", "lr=1e-2", "--adapter", "init_phrase=a drawing", "--adapter", "n_ctx=8")
     run(*tune, "--config", file, *given, "--output-dir", folder, "--quiet")
     made = json.loads((folder / "teacher.json").read_text())["settings"]
-    assert [made[key] for key in ("n_ctx", "lr", "weight_decay", "init_phrase")] == [8, 0.01, 0.5, "a drawing"]
-    assert yaml.safe_load((folder / "settings.yaml").read_text())["n_ctx"] == 8
+    assert [made[key] for key in ("n_ctx", "lr", "weight_decay", "pull")] == [8, 0.01, 0.5, "l2"]
+    assert made["init_phrase"] == "a drawing"
+    assert yaml.safe_load((folder / "settings.yaml").read_text())["adapter"] == ["init_phrase=a drawing", "n_ctx=8"]
     assert "--set has unknown options n_context; there are: weak," in error(*tune, "--set", "n_context=8")
-    assert "--set takes key=value, got 'n_ctx'" in error(*tune, "--set", "n_ctx")
+    for option in ("--set", "--adapter"):
+        said = error(*tune, option, "n_ctx", "--output-dir", out / "none")
+        assert f"{option} takes key=value, got 'n_ctx'" in said
+    said = error(*tune, "--adapter", "n_contexts=8", "--output-dir", out / "none")
+    assert "CoOpConfig nor TuningConfig has an option 'n_contexts'; did you mean" in said
     extract = ("extract", "--weak", "sandbox:weak", "--teacher", folder, "--output-dir", out / "none")
     assert "solver 'ridge' does not read lr: leave that out" in error(*extract, "--solver", "ridge", "--lr", "0.1")
 
@@ -242,7 +247,7 @@ def test_errors_are_one_line(out, chain, tmp_path):
     assert "me/none" in error(*tune, *weak, "--dataset", "me/none")
     assert "train, unlabelled" in error(*tune, *weak, "--dataset", "sandbox:print", "--split", "dev")
     assert "no column 'kind'" in error(*tune, *weak, *PRINT, "--label-column", "kind")
-    assert "method must be one of" in error(*tune, *weak, *PRINT, "--method", "magic")
+    assert "tune cannot train an adapter 'magic'" in error(*tune, *weak, *PRINT, "--method", "magic")
     assert "dtype must be" in error(*tune, *weak, *PRINT, "--dtype", "int8")
     assert "cannot be used" in error(*tune, *weak, *PRINT, "--device", "abacus")
     assert "No templates named 'nice'" in error(*tune, *weak, *PRINT, "--template", "nice")

@@ -303,8 +303,8 @@ def test_prompt_transfer_on_the_sandbox():
     weak, strong = (DualEncoder.from_pretrained(sandbox.model_path(name)) for name in ("weak", "strong"))
     train, images = sandbox.load_dataset("jargon", "train"), sandbox.load_dataset("jargon", "unlabelled")
     names, images = train.features["label"].names, images.select(range(500))
-    config = TuningConfig(method="coop", **{**SANDBOX_TUNING, "epochs": 8})
-    tuned = tune(weak, train, config=config, progress=False)
+    config = TuningConfig(**{**SANDBOX_TUNING, "epochs": 8})
+    tuned = tune(weak, train, "coop", config=config, progress=False)
     said = teacher_logits(tuned, images, names, progress=False)
     x = embed_dataset(strong, images, progress=False).embeds
     learnt, held_out = slice(0, 300), slice(300, None)

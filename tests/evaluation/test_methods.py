@@ -19,7 +19,7 @@ from hf_transmiter.method.extract import extract
 from hf_transmiter.method.label_tune import label_tune
 from hf_transmiter.method.transfer import transfer
 from hf_transmiter.method.tune import tune
-from hf_transmiter.settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig
+from hf_transmiter.settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, split_tuning
 from hf_transmiter.tuners import TransMiterConfig
 
 
@@ -106,8 +106,9 @@ def test_rows_are_read_as_people_write_them():
     assert row.of_step(ExtractionConfig) == {"lr": 1e-3, "width": None}
     assert row.of_step(TransferConfig) == {"beta": math.inf}
     assert replace(row, name="other").settings == row.settings
-    tuning = {"method": "coop", "adapter": {"position": "middle"}, "epochs": 3}
-    assert TuningConfig(**Variant("tuned strong", tuning).settings).adapter_options == {"position": "middle"}
+    tuning = {"method": "coop", "position": "middle", "epochs": 3}
+    found = split_tuning(Variant("tuned strong", tuning).settings)
+    assert found == {"adapter": {"method": "coop", "position": "middle"}, "config": TuningConfig(epochs=3)}
 
 
 def test_needs_of_the_table():
@@ -263,7 +264,7 @@ def test_the_strong_model_is_tuned_on_all_labelled_images(task, models, sets):
     assert found.class_names == NAMES
     # The comparison's own settings, unless the row wants another method.
     coop = {"method": "coop", "epochs": 1, "lr": 0.01, "init_phrase": "a photo of a"}
-    own = replace(task, tuning=TuningConfig(**QUICK))
+    own = replace(task, tuning=QUICK)
     (adapter,) = own.tune_strong(coop).encoder.model.peft_config.values()
     assert adapter.peft_type == "COOP"
     same(own.answer(own.tune_strong({})).logits, task.answer(found).logits)

@@ -22,7 +22,7 @@ from hf_transmiter.method.attach import attach
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.tune import tune
 from hf_transmiter.sandbox import load_dataset, model_path
-from hf_transmiter.settings import TuningConfig
+from hf_transmiter.settings import TuningConfig, split_tuning
 from hf_transmiter.tuners.prompts import set_classes
 
 
@@ -44,10 +44,10 @@ def task(tmp_path_factory):
     options = {"progress": False, "cache_dir": folder / "features"}
     adapters, again = {}, {}
     for name, settings in TUNINGS.items():
-        config = TuningConfig(**{**ADAMW, **settings})
+        how = split_tuning({**ADAMW, **settings})
         for model, found, place in ((old, adapters, folder), (new, again, folder / "again")):
             found[name] = str(place / name)
-            tune(model, train, config=config, templates=DEFAULT_TEMPLATES, **options).save_pretrained(found[name])
+            tune(model, train, **how, templates=DEFAULT_TEMPLATES, **options).save_pretrained(found[name])
     shutil.rmtree(options["cache_dir"])
     rows = score_upgrade(list(adapters.values()), old, new, test, retrained=list(again.values()), **options)
     names = train.features["label"].names
@@ -149,9 +149,9 @@ def test_base_and_novel_are_two_problems(task, score):
 def test_tuned_on_the_base_classes_only(task, score, tmp_path, caplog):
     names = task.names[:18]
     images = only_base(task.train)
-    config, folders = TuningConfig(method="coop", **ADAMW), []
+    how, folders = split_tuning({"method": "coop", **ADAMW}), []
     for name, model in (("half", task.old), ("again", task.new)):
-        folders += tune_seeds(model, images, config, (0,), tmp_path / name, templates=("a {}.",), **task.options)
+        folders += tune_seeds(model, images, (0,), tmp_path / name, **how, templates=("a {}.",), **task.options)
     options = {"retrained": [folders[1], task.again["coop-0"]], "seen_classes": names}
     rows = score(folders[0], "coop-0", **options)
     assert list(rows) == ["zero-shot, a {}.", "zero-shot, a photo of a {}.", "coop, 18 classes, 1 templates",
@@ -166,13 +166,13 @@ def test_tuned_on_the_base_classes_only(task, score, tmp_path, caplog):
 
 def test_settings_set_rows_apart(task, score, tmp_path):
     sources = []
-    for name, settings in {"a": {}, "b": {"n_ctx": 6}, "c": {"adapter": ("layer=1",)}}.items():
-        config = TuningConfig(method="coop", **{**ADAMW, "epochs": 1, **settings})
-        tuned = tune(task.old, task.train, config=config, **task.options)
+    for name, settings in {"a": {}, "b": {"n_ctx": 6}, "c": {"layer": 1}}.items():
+        how = split_tuning({"method": "coop", **ADAMW, "epochs": 1, **settings})
+        tuned = tune(task.old, task.train, **how, **task.options)
         tuned.save_pretrained(tmp_path / name)
         sources.append(str(tmp_path / name))
     rows = score(*sources)
-    assert list(rows) == ["zero-shot", "coop, n_ctx=None", "coop, n_ctx=6", "coop, n_ctx=None, layer=1"]
+    assert list(rows) == ["zero-shot", "coop", "coop, n_ctx=6", "coop, layer=1"]
     with pytest.raises(ValueError, match="have the same settings and the same seed"):
         score(sources[0], shutil.copytree(sources[0], tmp_path / "copy"))
     with pytest.raises(ValueError, match="have the same settings and the same seed"):
@@ -182,8 +182,8 @@ def test_settings_set_rows_apart(task, score, tmp_path):
 def test_cocoop_is_scored_image_by_image(model_dir, make_dataset, tmp_path):
     old, new = (DualEncoder.from_pretrained(model_dir("clip", seed)) for seed in (0, 1))
     dataset, options = make_dataset(30), {"progress": False, "cache_dir": tmp_path / "features"}
-    config = TuningConfig(method="cocoop", **{**ADAMW, "shots": 8, "epochs": 10})
-    tuned = tune(old, dataset, config=config, **options)
+    how = split_tuning({"method": "cocoop", **ADAMW, "shots": 8, "epochs": 10})
+    tuned = tune(old, dataset, **how, **options)
     tuned.save_pretrained(tmp_path / "cocoop")
     _, row = score_upgrade([tmp_path / "cocoop"], old, new, make_dataset(60, seed=7), **options)
     for accuracies, model in ((row.old, old), (row.upgraded, new)):
@@ -198,10 +198,8 @@ def test_adapters_that_cannot_be_read_stay_rows(task, score, tmp_path):
     damaged = shutil.copytree(task.adapters["coop-1"], tmp_path / "damaged")
     tensors = load_file(damaged / "adapter_model.safetensors")
     save_file({key: tensor * torch.inf for key, tensor in tensors.items()}, damaged / "adapter_model.safetensors")
-    config = TuningConfig(**{**ADAMW, "method": "lora", "epochs": 1})
-    tune(task.old, task.train, config=config, templates=DEFAULT_TEMPLATES, **task.options).save_pretrained(
-        tmp_path / "lora"
-    )
+    how = split_tuning({**ADAMW, "method": "lora", "epochs": 1})
+    tune(task.old, task.train, **how, templates=DEFAULT_TEMPLATES, **task.options).save_pretrained(tmp_path / "lora")
     rows = score("coop-0", damaged, tmp_path / "lora", retrained=[task.again["coop-0"]] * 3)
     assert list(rows) == ["zero-shot", "coop", "coop, seed 1", "lora"]
     assert rows["coop"].seeds == (0,) and rows["coop"].old == task.rows["coop"].old[:1]
@@ -212,7 +210,9 @@ def test_adapters_that_cannot_be_read_stay_rows(task, score, tmp_path):
 
 
 def test_settings_that_were_not_saved(task, score, tmp_path):
-    assert tuning_of(task.adapters["coop-1"]) == TuningConfig(**{**ADAMW, "method": "coop", "seed": 1})
+    config = TuningConfig(**ADAMW, seed=1).of("coop")
+    found = {"adapter": {"method": "coop", "init_phrase": "a photo of a"}, "config": config}
+    assert split_tuning(tuning_of(task.adapters["coop-1"])) == found
     source = shutil.copytree(task.adapters["coop-0"], tmp_path / "newer")
     facts = json.loads((source / "teacher.json").read_text())
     (source / "teacher.json").write_text(json.dumps({**facts, "settings": {**facts["settings"], "charm": 1}}))
@@ -227,8 +227,8 @@ def test_settings_that_were_not_saved(task, score, tmp_path):
 
 
 def test_class_specific_contexts(task, score, tmp_path):
-    config = TuningConfig(method="coop", **{**ADAMW, "epochs": 1}, adapter=("class_specific=true",))
-    tune(task.old, task.train, config=config, templates=("a {}.",), **task.options).save_pretrained(tmp_path / "own")
+    how = split_tuning({"method": "coop", **ADAMW, "epochs": 1, "class_specific": True})
+    tune(task.old, task.train, **how, templates=("a {}.",), **task.options).save_pretrained(tmp_path / "own")
     row = score(tmp_path / "own")["coop"]
     assert row.upgraded == (pytest.approx(by_hand(task, attach(tmp_path / "own", task.new))),)
     row = score(tmp_path / "own", class_names=[*task.names, "unicorn"])["coop"]
@@ -288,22 +288,23 @@ def test_what_makes_no_sense(task, score, tmp_path):
 
 
 def test_seeds_are_tuned_once(task, tmp_path, monkeypatch):
-    config = TuningConfig(**{**ADAMW, "method": "contcoop", "epochs": 1})
-    models, contcoop = (task.old, task.new), tune_seeds(task.old, task.train, config, (0, 1), tmp_path, **task.options)
+    how, models = split_tuning({**ADAMW, "method": "contcoop", "epochs": 1}), (task.old, task.new)
+    contcoop = tune_seeds(task.old, task.train, (0, 1), tmp_path, **how, **task.options)
 
     def never(*args, **kwargs):
         raise AssertionError("tuned again")
 
     monkeypatch.setattr(upgrade, "tune", never)
     folder = contcoop[0].parent
-    assert tune_seeds(models[0], task.train, config, (1, 0), folder, **task.options) == contcoop[::-1]
+    assert tune_seeds(models[0], task.train, (1, 0), folder, **how, **task.options) == contcoop[::-1]
     with pytest.raises(ValueError, match="seed-0 holds an adapter of other settings"):
-        tune_seeds(models[0], task.train, replace(config, epochs=3), (0,), folder, **task.options)
+        other = replace(how["config"], epochs=3)
+        tune_seeds(models[0], task.train, (0,), folder, how["adapter"], config=other, **task.options)
     with pytest.raises(ValueError, match="an adapter of another model"):
-        tune_seeds(models[1], task.train, config, (0,), folder, **task.options)
+        tune_seeds(models[1], task.train, (0,), folder, **how, **task.options)
     with pytest.raises(ValueError, match="an adapter of other classes"):
-        tune_seeds(models[0], load_dataset("print", "validation"), config, (0,), folder, **task.options)
+        tune_seeds(models[0], load_dataset("print", "validation"), (0,), folder, **how, **task.options)
     with pytest.raises(ValueError, match="an adapter of other templates"):
-        tune_seeds(models[0], task.train, config, (0,), folder, templates=("{}.",), **task.options)
+        tune_seeds(models[0], task.train, (0,), folder, **how, templates=("{}.",), **task.options)
     first, second = (attach(path, models[0]).embed_names(["red thing"], ("{}.",)) for path in contcoop)
     assert not torch.allclose(first, second, atol=1e-4)

@@ -303,9 +303,9 @@ def test_card_of_a_composed_bridge_in_logit_space(tmp_path):
 @pytest.fixture
 def tuned_folder(encoder, make_dataset, tmp_path):
     def make(method: str, name: str = "tuned") -> Path:
-        config = TuningConfig(method=method, shots=2, epochs=1, batch_size=4, seed=5)
+        config = TuningConfig(shots=2, epochs=1, batch_size=4, seed=5)
         encoder.name_or_path = "me/tiny"
-        tuned = tune(encoder, make_dataset(), config=config, progress=False)
+        tuned = tune(encoder, make_dataset(), method, config=config, progress=False)
         tuned.save_pretrained(tmp_path / name)
         return tmp_path / name
 
@@ -317,14 +317,20 @@ def test_card_of_a_prompt(tuned_folder):
     assert card.data.tags == ["peft", "clip", "prompt-learning", "contcoop"] and card.data.base_model == "me/tiny"
     for words in ("A ContCoOp prompt for [me/tiny]", "2 labelled images per class (6 in all)", "3: cat, dog, car",
                   "arxiv.org/abs/2412.20895", "seed `5`", "attach(",
-                  " --seed 5 ", " --method contcoop ", " --shots 2 ", " --epochs 1 "):  # fmt: skip
+                  " --seed 5 ", " --method contcoop ", " --shots 2 ",
+                  " --adapter 'init_phrase=a photo of a' "):  # fmt: skip
         assert words in card.text, words
 
 
 def test_card_of_a_lora_without_what_tune_notes(tuned_folder):
     folder = tuned_folder("lora")
     text = written(folder).text
-    assert "LoRA in the image tower for [me/tiny]" in text and "rank `8`" in text and "attach(" not in text
+    assert (
+        "LoRA in the image tower for [me/tiny]" in text
+        and "r `8`" in text
+        and " --adapter r=8 " in text
+        and "attach(" not in text
+    )
     (folder / "teacher.json").unlink()
     (folder / "README.md").unlink()
     card = written(folder)

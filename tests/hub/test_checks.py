@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter.algebra import check_semi_orthogonal
@@ -34,9 +34,16 @@ from hf_transmiter.hub.checks import (
 from hf_transmiter.hub.scores import Score
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.saved import load_teacher
-from hf_transmiter.method.tune import CONFIGS
 from hf_transmiter.tuners import TransMiterConfig, inject, save_adapter
+from hf_transmiter.tuners.prompts import PromptConfig
 from hf_transmiter.tuners.transmiter.config import FORMS
+
+
+CONFIGS = {
+    kind.value.lower(): config
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    if issubclass(config, PromptConfig)
+}
 
 
 ANCHORS = Anchors(("cat", "dog"), ("sky", "sea"))

@@ -60,9 +60,9 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
     weak, strong = (DualEncoder.from_pretrained(SANDBOX + name) for name in ("weak", "strong"))
     train, unlabelled, test = (load_dataset(DOMAIN, split) for split in ("train", "unlabelled", "test"))
     names = tuple(test.features["label"].names)
-    config = TuningConfig(method=METHOD, seed=0, **SANDBOX_TUNING)
+    config = TuningConfig(seed=0, **SANDBOX_TUNING)
 
-    tuned = tune(weak, train, config=config, progress=progress)
+    tuned = tune(weak, train, METHOD, config=config, progress=progress)
     bridge = Bridge.build(weak, strong, anchors=Anchors((), tuple(vocabulary())), progress=progress)
     adapter = extract(weak, tuned, unlabelled, progress=progress)
     source = f"{SANDBOX}{DOMAIN}"

@@ -1,6 +1,7 @@
 """Few-shot tuning: what is learnt, what stays, and that the product is an ordinary adapter."""
 
 import copy
+import json
 
 import datasets
 import pytest
@@ -8,7 +9,7 @@ import tiny_models
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -18,12 +19,13 @@ from hf_transmiter.data.embeddings import embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.method import tune as tuning
 from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.saved import load_teacher
 from hf_transmiter.method.teacher import teacher_class_vectors
-from hf_transmiter.method.tune import tune
+from hf_transmiter.method.tune import adapter_settings, tune
 from hf_transmiter.sandbox import load_dataset, model_path
-from hf_transmiter.settings import METHODS, TuningConfig
+from hf_transmiter.settings import METHODS, TuningConfig, split_tuning
 from hf_transmiter.training import batches
-from hf_transmiter.tuners import inject, save_adapter
+from hf_transmiter.tuners import CoOpConfig, TransMiterConfig, inject, save_adapter
 
 
 NAMES = ["cat", "dog", "car"]
@@ -34,14 +36,14 @@ ADAMW = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "weight_dec
 
 def quick(method="lora", **kwargs):
     defaults = {"shots": 4, "epochs": 6, "batch_size": 6, "lr": 1e-2, **ADAMW}
-    return TuningConfig(**{**defaults, "method": method, **kwargs})
+    return split_tuning({**defaults, "method": method, **kwargs})
 
 
 @pytest.fixture
 def run(tmp_path):
-    def run(weak, dataset, config, **kwargs):
-        tuned = tune(weak, dataset, config=config, progress=False, cache_dir=tmp_path / "features", **kwargs)
-        assert tuned.anchors.templates == templates(config.method)
+    def run(weak, dataset, how, **kwargs):
+        tuned = tune(weak, dataset, **how, progress=False, cache_dir=tmp_path / "features", **kwargs)
+        assert tuned.anchors.templates == templates(how["adapter"]["method"])
         return tuned.encoder
 
     return run
@@ -89,7 +91,7 @@ def test_each_method_learns_on_its_own_side(encoder, make_dataset, run, make_ima
 
 def test_settings_left_open_are_the_published_ones():
     def shown(method, *fields, **kwargs):
-        config = TuningConfig(method=method, **kwargs)
+        config = TuningConfig(**kwargs).of(method)
         return tuple(getattr(config, field) for field in fields)
 
     recipe = ("optimizer", "schedule", "lr", "weight_decay", "batch_size", "epochs")
@@ -105,28 +107,90 @@ def test_settings_left_open_are_the_published_ones():
     assert shown("coop", "keep_near", "gaussian_mean", "augment") == (0.0, None, "none")
     assert shown("lora", *recipe, "keep_near") == ("adamw", "cosine", 2e-4, 1e-3, 64, 20, 0.1)
     assert shown("coop", "lr", "epochs", lr=0.1, epochs=3) == (0.1, 3)
+    assert shown("prograd", "project") == (True,) and shown("coop", "project") == (False,)
+    assert shown("loha", *recipe) == shown("lora", *recipe)
+    settled = TuningConfig(shots=2).of("promptsrc")
+    assert settled.of("promptsrc") == settled and TuningConfig(shots=2).epochs is None
 
 
 def test_depths_follow_the_towers(encoder, make_dataset, run):
     for method, fields in (("ivlp", ("text_depth", "vision_depth")), ("maple", ("depth",))):
         adapter = run(encoder, make_dataset(6), quick(method, epochs=1, shots=2)).model.peft_config["default"]
         assert all(getattr(adapter, field) == 2 for field in fields)
-    shallow = quick("ivlp", epochs=1, shots=2, adapter={"vision_depth": 0})
+    shallow = quick("ivlp", epochs=1, shots=2, vision_depth=0)
     tuned = run(encoder, make_dataset(6), shallow)
     assert tuned.model.peft_config["default"].vision_depth == 0
     assert teacher_class_vectors(tuned, encoder, NAMES, ("{}.",)) is not None
 
 
-def test_options_of_the_adapter(encoder, make_dataset, run):
-    config = quick("coop", epochs=1, adapter={"position": "middle", "class_specific": True})
-    assert config.adapter == ('position="middle"', "class_specific=true")
-    adapter = run(encoder, make_dataset(12), config).model.peft_config["default"]
+def test_an_adapter_by_name_by_options_and_as_a_configuration(encoder, make_dataset, run):
+    config = TuningConfig(shots=2, epochs=1)
+
+    def found(adapter):
+        return tune(encoder, make_dataset(12), adapter, config=config, progress=False)
+
+    several = [{"method": "coop", "position": "middle", "class_specific": True}]
+    several += [CoOpConfig(init_phrase="a photo of a", position="middle", class_specific=True, class_names=NAMES)]
+    first, second = map(found, several)
+    adapter = first.encoder.model.peft_config["default"]
     assert (adapter.position, adapter.class_specific, adapter.n_ctx) == ("middle", True, 4)
-    assert quick("coop", adapter=("position=middle", "layer=1")).adapter_options == {"position": "middle", "layer": 1}
-    with pytest.raises(ValueError, match="CoOpConfig has no option 'depth'; it has base, class_names"):
-        run(encoder, make_dataset(12), quick("coop", adapter={"depth": 3}))
-    with pytest.raises(ValueError, match="must be key=value, got 'position'"):
-        run(encoder, make_dataset(12), quick("coop", adapter=("position",)))
+    assert torch.equal(first.text_embeds, second.text_embeds)
+    assert first.facts.settings | {"class_names": NAMES} == second.facts.settings
+    # What is saved makes the same again, and so does a configuration that differs from the method's usual one.
+    for adapter in ("coop", CoOpConfig(n_ctx=3), LoraConfig(r=2, target_modules=["q_proj"]), "loha"):
+        tuned = found(adapter)
+        again = found(split_tuning(json.loads(json.dumps(tuned.facts.settings)))["adapter"])
+        assert torch.equal(tuned.text_embeds, again.text_embeds) and tuned.facts.settings == again.facts.settings
+    assert adapter_settings(CoOpConfig(n_ctx=3)) == {"method": "coop", "n_ctx": 3, "init_phrase": None}
+    assert adapter_settings("lora") == adapter_settings({}) == {"method": "lora", "r": 8, "lora_alpha": 16}
+    lora = adapter_settings(LoraConfig(r=2, use_dora=True, target_modules=["v_proj", "q_proj"]))
+    assert lora == {
+        "method": "lora", "r": 2, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "v_proj"],
+    }  # fmt: skip
+
+
+def test_adapters_that_cannot_be_tuned(encoder, make_dataset):
+    for adapter, said in (
+        ("tipadapter", "tune cannot train an adapter 'tipadapter'; did you mean"),
+        ("prefix_tuning", "tune cannot train an adapter 'prefix_tuning'"),
+        (TransMiterConfig(class_names=NAMES), "tune cannot train an adapter 'transmiter'"),
+        ({"method": "coop", "depth": 3}, "neither CoOpConfig nor TuningConfig has an option 'depth'"),
+        ({"method": "coop", "rank": 4}, "neither CoOpConfig nor TuningConfig has an option 'rank'"),
+        ({"method": "coop", "epochs": 4}, r"epochs is how to train, not what: pass config=TuningConfig\(epochs="),
+        ({"n_ctx": 8}, "neither LoraConfig nor TuningConfig has an option 'n_ctx'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tune(encoder, make_dataset(6), adapter, progress=False)
+    with pytest.raises(TypeError, match="a method, a mapping or a PeftConfig, not a int"):
+        tune(encoder, make_dataset(6), 8, progress=False)
+
+
+@pytest.mark.parametrize("towers", ["text", "both"])
+@pytest.mark.parametrize("several", [False, True])
+def test_lora_in_the_text_tower(encoder, make_dataset, tmp_path, towers, several):
+    """What people write for language models, `target_modules=["q_proj", "v_proj"]`, reaches both towers."""
+    modules = ["q_proj", "v_proj"] if towers == "both" else r"text_model\..*(q_proj|v_proj)"
+    config = TuningConfig(shots=10, epochs=20, lr=1e-2, batch_size=6, keep_near=0.0)
+    templates = ("a photo of a {}.", "a drawing of a {}.")[: 1 + several]
+    options = {"templates": templates, "progress": False, "cache_dir": tmp_path / "features"}
+    adapter, data = LoraConfig(r=4, target_modules=modules), make_dataset(30)
+    tuned = tune(encoder, data, adapter, config=config, **options)
+    layers = [name for name, module in tuned.encoder.model.named_modules() if isinstance(module, LoraLayer)]
+    assert {name.split("_")[0] for name in layers} == ({"text", "vision"} if towers == "both" else {"text"})
+    pixels = encoder.preprocess(data["image"])
+    moved = not torch.equal(tuned.encoder.embed_pixels(pixels), encoder.embed_pixels(pixels))
+    assert moved == (towers == "both") and tuned.anchors.templates == templates
+    assert not torch.allclose(tuned.text_embeds, encoder.embed_names(NAMES, templates), atol=1e-2)
+    losses = []
+    for classifier in (AnchorClassifier(encoder, Anchors(tuple(NAMES), (), templates)), tuned):
+        z = classifier.classify(classifier.encoder.embed_pixels(pixels))
+        losses.append(torch.nn.functional.cross_entropy(z, torch.tensor(data["label"])).item())
+    assert losses[1] < 0.7 * losses[0]
+    tuned.save_pretrained(tmp_path / "tuned")
+    loaded = load_teacher(str(tmp_path / "tuned"), encoder)
+    assert torch.allclose(loaded.text_embeds, tuned.text_embeds, atol=1e-5)
+    # What the text tower learnt is class vectors, which are carried over without an image.
+    assert (teacher_class_vectors(loaded, encoder, NAMES, templates) is None) == (towers == "both")
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "lora"])
@@ -153,7 +217,7 @@ def test_many_classes_in_parts(encoder, make_dataset, run):
 
 def test_embedded_once_or_in_every_step(encoder, make_dataset, run, monkeypatch):
     cached = run(encoder, make_dataset(12), quick("coop")).embed_names(NAMES, ("{}.",))
-    monkeypatch.setattr(tuning, "_moves_images", lambda tuned, config: True)
+    monkeypatch.setattr(tuning, "_moves_images", lambda tuned: True)
     again = run(encoder, make_dataset(12), quick("coop")).embed_names(NAMES, ("{}.",))
     assert torch.allclose(cached, again, atol=1e-5)
 
@@ -278,13 +342,12 @@ def test_shots(encoder, make_dataset, run, monkeypatch, caplog):
     assert "1 classes have fewer than 4 images" in caplog.text
 
 
-def _in_two_processes(folder, dataset, config, out):
+def _in_two_processes(folder, dataset, how, out):
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     weak = DualEncoder.from_pretrained(folder)
-    tuned = tune(
-        weak, dataset, config=config, accelerator=accelerator, progress=False, cache_dir=out / "features"
-    ).encoder
+    options = {"accelerator": accelerator, "progress": False, "cache_dir": out / "features"}
+    tuned = tune(weak, dataset, **how, **options).encoder
     assert accelerator.num_processes == 2
     texts = tuned.embed_names(NAMES, ("{}.",))
     save_file({"texts": texts}, out / f"{accelerator.process_index}.safetensors")
@@ -332,18 +395,24 @@ def test_names_may_be_given(encoder, make_dataset, run):
 
 def test_bad_input(encoder, make_dataset, run, tmp_path):
     dataset = make_dataset(12)
-    for bad in ({"method": "tipadapter"}, {"keep_near": -1.0}, {"pull": "l3"}, {"precision": "float16"}):
+    for bad in ({"keep_near": -1.0}, {"pull": "l3"}, {"precision": "float16"}):
         with pytest.raises(ValueError, match="must"):
             TuningConfig(**bad)
     for bad, said in (
-        ({"n_ctx": 8}, "method 'lora' does not read n_ctx: leave"),
-        ({"method": "coop", "rank": 4, "alpha": 1}, "method 'coop' does not read rank, alpha: leave"),
         ({"shots": 0}, "shots must be at least 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": -1e-3}, "lr must be above 0, got -0.001"),
     ):
         with pytest.raises(ValueError, match=said):
             TuningConfig(**bad)
+    for bad, said in (
+        ({"views": 2, "augment": "none"}, "without augmentation there are no views"),
+        ({"schedule": "epochs", "warmup": 0.1}, "schedule 'epochs' does not read warmup"),
+        ({"gaussian_mean": 2.0}, "gaussian_mean and gaussian_std must both be given"),
+        ({"views": 2}, "here the image tower is tuned: leave views out"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(encoder, dataset, quick(**bad))
     with pytest.raises(ValueError, match="one split of a datasets.Dataset, not a DatasetDict"):
         run(encoder, datasets.DatasetDict(train=dataset), quick())
     with pytest.raises(ValueError, match="tuning needs labels"):
@@ -359,7 +428,7 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
         run(encoder, words, quick(), class_names=NAMES)
     with pytest.raises(ValueError, match=r"'the old big red car and ship and tree\.' has 16 tokens.* room for 12"):
         run(encoder, dataset, quick("coop"), class_names=["cat", "the_old_big_red_car_and_ship_and_tree", "dog"])
-    inject(encoder.model, tuning._adapter_config(encoder, NAMES, quick()))
+    inject(encoder.model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has adapters already"):
         run(encoder, dataset, quick())
 

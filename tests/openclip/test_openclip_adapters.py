@@ -265,9 +265,9 @@ def test_tune(kind, method, load, make_dataset):
     encoder, data = load(kind), make_dataset(24)
     before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
     rate = 2e-3 if method == "lora" else 0.02
-    own = {"rank": 2} if method == "lora" else {}
-    config = TuningConfig(method=method, shots=8, epochs=4, batch_size=8, lr=rate, **own)
-    tuned = tune(encoder, data, config=config, progress=False)
+    own = {"r": 2} if method == "lora" else {}
+    config = TuningConfig(shots=8, epochs=4, batch_size=8, lr=rate)
+    tuned = tune(encoder, data, {"method": method, **own}, config=config, progress=False)
     labels, right = torch.tensor(data["label"]), []
     for classifier in (AnchorClassifier(encoder, Anchors(tuned.class_names)), tuned):
         logits = classifier.classify(classifier.encoder.embed_images(data["image"]))

@@ -21,7 +21,7 @@ from hf_transmiter.tuners import CoOpConfig, TransMiterConfig
 
 
 NAMES = ["cat", "dog", "car"]
-TUNING = TuningConfig(method="lora", shots=8, epochs=6, batch_size=8, rank=2, lr=5e-3)
+TUNING = TuningConfig(shots=8, epochs=6, batch_size=8, lr=5e-3)
 
 
 def right(classifier, data) -> int:
@@ -32,7 +32,7 @@ def right(classifier, data) -> int:
 @pytest.mark.parametrize(("weak", "strong"), [("resnet", "eva"), ("eva", "resnet")])
 def test_a_tuning_is_carried_between_them(weak, strong, load, make_dataset, tmp_path):
     weak, strong, data = load(weak), load(strong), make_dataset(60)
-    tuned = tune(weak, data, config=TUNING, progress=False)
+    tuned = tune(weak, data, {"method": "lora", "r": 2}, config=TUNING, progress=False)
     adapter = extract(weak, tuned, data, progress=False)
     zero_shot = AnchorClassifier(strong, Anchors(NAMES))
     carried = transfer(adapter, strong, data, progress=False)

@@ -47,8 +47,9 @@ class Bench:
         self.adapters = {name: [self.adapter(name, seed) for seed in range(seeds)] for name in sorted(starts)}
 
     def adapter(self, name: str, seed: int) -> AnchorClassifier:
-        config = TuningConfig(method="coop", seed=seed, **SANDBOX_TUNING)
-        tuned = tune(self.models[name], sandbox.load_dataset(self.task, "train"), config=config, progress=False)
+        config = TuningConfig(seed=seed, **SANDBOX_TUNING)
+        train = sandbox.load_dataset(self.task, "train")
+        tuned = tune(self.models[name], train, "coop", config=config, progress=False)
         return extract(self.models[name], tuned, class_names=self.names.task, progress=False)
 
     def accuracy(self, classifier: AnchorClassifier) -> float:

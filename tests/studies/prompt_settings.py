@@ -19,7 +19,7 @@ from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.evaluate import evaluate
 from hf_transmiter.hub.files import replace_file
 from hf_transmiter.method.tune import tune
-from hf_transmiter.settings import TuningConfig
+from hf_transmiter.settings import split_tuning
 
 
 TASKS = ("print", "jargon")  # night and neon stay unseen
@@ -54,8 +54,8 @@ def score(method: str, setting: dict, task: str, seed: int, cache: Path) -> floa
     if file.is_file():
         return json.loads(file.read_text())
     weak = DualEncoder.from_pretrained(sandbox.model_path("weak"))
-    config = TuningConfig(method=method, seed=seed, **setting)
-    tuned = tune(weak, sandbox.load_dataset(task, "train"), config=config, progress=False)
+    how = split_tuning({"method": method, "seed": seed, **setting})
+    tuned = tune(weak, sandbox.load_dataset(task, "train"), **how, progress=False)
     accuracy = evaluate(tuned, sandbox.load_dataset(task, "validation"), progress=False)[0].value
     replace_file(file, lambda temporary: Path(temporary).write_text(json.dumps(accuracy)))
     return accuracy

@@ -75,14 +75,14 @@ def cut_sequences(steps: int) -> None:
 def cached_features() -> None:
     weak = DualEncoder.from_pretrained(sandbox.model_path("weak"))
     train = sandbox.load_dataset("print", "train")
-    config = TuningConfig(method="coop", epochs=10, lr=2e-2)
+    config = TuningConfig(epochs=10, lr=2e-2)
     seconds, vectors = {}, {}
     for cached in (True, False):
         moves = tuning._moves_images
         if not cached:
-            tuning._moves_images = lambda tuned, config: True
+            tuning._moves_images = lambda tuned: True
         start = time.perf_counter()
-        tuned = tune(weak, train, config=config, progress=False)
+        tuned = tune(weak, train, "coop", config=config, progress=False)
         seconds[cached] = time.perf_counter() - start
         tuning._moves_images = moves
         vectors[cached] = tuned.text_embeds

@@ -31,7 +31,7 @@ from upgrade_studies import (
 from hf_transmiter import sandbox
 from hf_transmiter.evaluation.drift import drift_table, feature_drift
 from hf_transmiter.evaluation.upgrade import tune_seeds
-from hf_transmiter.settings import TuningConfig
+from hf_transmiter.settings import split_tuning
 
 
 TASK = "jargon"
@@ -57,8 +57,8 @@ def drift(arguments) -> None:
 
 def layers(arguments) -> None:
     old, new = (load(model, arguments.models) for model in ("deep", "deep-upgraded"))
-    config, seeds = TuningConfig(**SETTINGS["CoOp"]), range(arguments.seeds)
-    points, floors = layer_study(old, new, *images(), config, arguments.output_dir / "layers", seeds=seeds, **QUIET)
+    tuning, seeds = SETTINGS["CoOp"], range(arguments.seeds)
+    points, floors = layer_study(old, new, *images(), tuning, arguments.output_dir / "layers", seeds=seeds, **QUIET)
     print(f"\nCoOp at one layer, deep to deep-upgraded, {TASK}\n")
     print("| layer | old model | upgraded model | H |\n|---|---|---|---|")
     for (layer, before, spread), (_, after, other) in zip(*points.values(), strict=True):
@@ -69,9 +69,9 @@ def layers(arguments) -> None:
 
 def lengths(arguments) -> None:
     old, new = (load(model, arguments.models) for model in ("weak", "weak-upgraded"))
-    configs = {name: TuningConfig(**SETTINGS[name]) for name in ("CoOp", "ContCoOp")}
+    tunings = {name: SETTINGS[name] for name in ("CoOp", "ContCoOp")}
     options = {"seeds": range(arguments.seeds), "lengths": (2, 4, 8, 12), **QUIET}  # the sandbox reads 24 tokens
-    points = context_length_study(old, new, *images(), configs, arguments.output_dir / "lengths", **options)
+    points = context_length_study(old, new, *images(), tunings, arguments.output_dir / "lengths", **options)
     print(f"\nH by length of the context, {TASK}\n\n{points}")
     upgrade_figures.context_length_figure(points, arguments.output_dir / "lengths.png")
 
@@ -82,8 +82,8 @@ def class_embeddings(arguments) -> None:
         for task in TASKS:
             train, test = images(task)
             folder = arguments.output_dir.parent / "prompts" / pair[0] / "ContCoOp" / task / "all"
-            config = TuningConfig(**SETTINGS["ContCoOp"])
-            adapters = tune_seeds(old, train, config, range(arguments.seeds), folder, **QUIET)
+            how = split_tuning(SETTINGS["ContCoOp"])
+            adapters = tune_seeds(old, train, range(arguments.seeds), folder, **how, **QUIET)
             found = class_embedding_study(adapters, old, new, test, **QUIET)
             cells = ", ".join(f"{kind} {shown(values)}" for kind, values in found.items())
             print(f"class embeddings, {':'.join(pair)}, {task}: {cells}", flush=True)
@@ -97,7 +97,8 @@ def domains(arguments) -> None:
     print(f"\n{TASK}, other domains: old / upgraded\n\n| | {' | '.join(tests)} |\n|---|{'---|' * len(tests)}")
     for method in arguments.methods:
         folder = arguments.output_dir.parent / "prompts" / "weak" / method / TASK / "all"
-        adapters = tune_seeds(old, train, TuningConfig(**SETTINGS[method]), range(arguments.seeds), folder, **QUIET)
+        how = split_tuning(SETTINGS[method])
+        adapters = tune_seeds(old, train, range(arguments.seeds), folder, **how, **QUIET)
         found = out_of_distribution(adapters, old, new, tests, **QUIET)
         if method == arguments.methods[0]:
             floors = [f"{rows[0].old[0]:.1f} / {rows[0].upgraded[0]:.1f}" for rows in found.values()]

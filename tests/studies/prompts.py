@@ -22,7 +22,7 @@ from hf_transmiter import sandbox
 from hf_transmiter.data.splits import base_novel
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.upgrade import UpgradeScore, score_upgrade, tune_seeds
-from hf_transmiter.settings import TuningConfig
+from hf_transmiter.settings import split_tuning
 
 
 TASKS = ("print", "night", "neon", "jargon")
@@ -36,7 +36,7 @@ SETTINGS = {
     "CoCoOp": {"method": "cocoop", "epochs": 10, "batch_size": 8, "lr": 2e-2},
     "ContCoOp": {"method": "contcoop", **TEXT, "lr": 2e-3, "keep_near": 0.1},
     "IVLP": {"method": "ivlp", **DEEP, "lr": 2e-3},
-    "IVLP, text only": {"method": "ivlp", **TEXT, "lr": 2e-2, "augment": "none", "adapter": {"vision_depth": 0}},
+    "IVLP, text only": {"method": "ivlp", **TEXT, "lr": 2e-2, "augment": "none", "vision_depth": 0},
     "MaPLe": {"method": "maple", **DEEP, "lr": 2e-2},
     "PromptSRC": {"method": "promptsrc", **DEEP, "lr": 2e-3},
 }
@@ -58,20 +58,20 @@ def first_half(images):
 def row_of(method: str, task: str, pair: tuple[DualEncoder, DualEncoder], arguments) -> dict[str, tuple[float, ...]]:
     """Accuracies by column, one per seed."""
     old, new = pair
-    config, seeds = TuningConfig(**SETTINGS[method]), range(arguments.seeds)
+    how, seeds = split_tuning(SETTINGS[method]), range(arguments.seeds)
     train, test = (sandbox.load_dataset(task, split) for split in ("train", "test"))
     folder = arguments.output_dir / arguments.pair.split(":")[0] / method / task
     quiet = {"progress": False}
-    whole = tune_seeds(old, train, config, seeds, folder / "all", **quiet)
+    whole = tune_seeds(old, train, seeds, folder / "all", **how, **quiet)
     again = None
     if arguments.retrain:
-        again = tune_seeds(new, train, config, seeds, folder / new.name_or_path.rsplit("/", 1)[-1], **quiet)
+        again = tune_seeds(new, train, seeds, folder / new.name_or_path.rsplit("/", 1)[-1], **how, **quiet)
     floor, row = score_upgrade(whole, old, new, test, retrained=again, **quiet)
     if arguments.whole:
         none = UpgradeScore(method, (), {})
         return {"zero-shot": columns(floor, none, arguments.seeds), method: columns(row, none, arguments.seeds)}
     half, names = first_half(train)
-    halves = tune_seeds(old, half, config, seeds, folder / "base", **quiet)
+    halves = tune_seeds(old, half, seeds, folder / "base", **how, **quiet)
     half_floor, half_row = score_upgrade(halves, old, new, test, seen_classes=names, **quiet)
     return {"zero-shot": columns(floor, half_floor, arguments.seeds), method: columns(row, half_row, arguments.seeds)}
 

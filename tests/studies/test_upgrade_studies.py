@@ -39,8 +39,8 @@ def images():
 
 @pytest.fixture(scope="module")
 def contcoop(models, images, tmp_path_factory):
-    config = TuningConfig(method="contcoop", **QUICK)
-    return tune_seeds(models[0], images[0], config, (0, 1), tmp_path_factory.mktemp("contcoop"), **OPTIONS)
+    folder, config = tmp_path_factory.mktemp("contcoop"), TuningConfig(**QUICK)
+    return tune_seeds(models[0], images[0], (0, 1), folder, "contcoop", config=config, **OPTIONS)
 
 
 def accuracy(encoder, dataset):
@@ -49,8 +49,7 @@ def accuracy(encoder, dataset):
 
 
 def test_layer_study(models, images, tmp_path):
-    config = TuningConfig(method="coop", **QUICK)
-    points, floors = layer_study(*models, *images, config, tmp_path, **OPTIONS)
+    points, floors = layer_study(*models, *images, {"method": "coop", **QUICK}, tmp_path, **OPTIONS)
     assert [x for x, _, _ in points["old model"]] == [x for x, _, _ in points["upgraded model"]] == [0, 1]
     for layer in (0, 1):
         folder = tmp_path / f"layer-{layer}" / "seed-0"
@@ -65,14 +64,14 @@ def test_layer_study(models, images, tmp_path):
 
 
 def test_an_upgraded_model_that_refuses(models, images, tmp_path):
-    wide, config = DualEncoder.from_pretrained(sandbox.model_path("strong")), TuningConfig(method="coop", **QUICK)
+    wide, tuning = DualEncoder.from_pretrained(sandbox.model_path("strong")), {"method": "coop", **QUICK}
     with pytest.raises(ValueError, match="does not take the prompts of coop: the text tower is"):
-        context_length_study(models[0], wide, *images, {"CoOp": config}, tmp_path, lengths=(4,), **OPTIONS)
+        context_length_study(models[0], wide, *images, {"CoOp": tuning}, tmp_path, lengths=(4,), **OPTIONS)
 
 
 def test_context_length_study(models, images, tmp_path):
-    config = TuningConfig(method="coop", **QUICK)
-    points = context_length_study(*models, *images, {"CoOp": config}, tmp_path, lengths=(2, 4, 6), **OPTIONS)
+    tuning = {"method": "coop", **QUICK}
+    points = context_length_study(*models, *images, {"CoOp": tuning}, tmp_path, lengths=(2, 4, 6), **OPTIONS)
     assert [x for x, _, _ in points["CoOp"]] == [2, 4, 6]
     for length, mean, std in points["CoOp"]:
         tuned = [attach(tmp_path / f"CoOp-{length}" / "seed-0", encoder) for encoder in models]

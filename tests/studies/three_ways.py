@@ -24,7 +24,7 @@ from hf_transmiter.evaluation.compare import compare
 from hf_transmiter.hub.files import replace_file
 from hf_transmiter.method.tune import tune
 from hf_transmiter.sandbox import model_path
-from hf_transmiter.settings import METHOD_SETTINGS, ExtractionConfig, TuningConfig
+from hf_transmiter.settings import METHOD_SETTINGS, ExtractionConfig, split_tuning
 
 
 ROWS = {
@@ -43,14 +43,14 @@ ROWS = {
 """Methods of `compare`, and what they are called here."""
 
 
-def settings(method: str, seed: int) -> TuningConfig:
+def settings(method: str, seed: int) -> dict:
     """The sandbox's rates, the method's own pull; ContCoOp with a full KL, ten times its default."""
     pull = {key: METHOD_SETTINGS[method][key] for key in ("pull", "keep_near") if key in METHOD_SETTINGS[method]}
     pull |= {"keep_near": 1.0} if method == "contcoop" else {}
-    return TuningConfig(**{**SANDBOX_TUNING, **pull, "method": method, "seed": seed})
+    return split_tuning({**SANDBOX_TUNING, **pull, "method": method, "seed": seed})
 
 
-def run(task: Task, config: TuningConfig, teacher) -> dict[str, dict[str, float]]:
+def run(task: Task, how: dict, teacher) -> dict[str, dict[str, float]]:
     """Accuracy and seconds of every method."""
     quiet = {"progress": False}
     found = compare(
@@ -59,10 +59,10 @@ def run(task: Task, config: TuningConfig, teacher) -> dict[str, dict[str, float]
         teacher,
         task.images("test"),
         unlabelled=task.images("unlabelled"),
-        tuned_strong=tune(task.strong, task.images("train"), config=config, **quiet),
+        tuned_strong=tune(task.strong, task.images("train"), **how, **quiet),
         anchors=task.anchors,
         text_anchors=task.text_anchors,
-        gradient=ExtractionConfig(solver="gradient", basis="fixed", seed=config.seed),
+        gradient=ExtractionConfig(solver="gradient", basis="fixed", seed=how["config"].seed),
         variants=list(ROWS),
         **quiet,
     )
@@ -76,14 +76,14 @@ def cells(arguments, upgrades: list[str]) -> dict[tuple, dict]:
     for seed in range(arguments.seeds):
         for domain in arguments.tasks:
             for method in arguments.teachers:
-                task, config, teacher = None, settings(method, seed), None
+                task, how, teacher = None, settings(method, seed), None
                 for upgrade in upgrades:
                     path = arguments.cells / f"{upgrade}-{domain}-{method}-{seed}.json"
                     if not path.is_file():
                         task = task or Task.load(domain)
-                        teacher = teacher or tune(task.weak, task.images("train"), config=config, progress=False)
+                        teacher = teacher or tune(task.weak, task.images("train"), **how, progress=False)
                         new[upgrade] = new.get(upgrade) or model(upgrade, arguments.models)
-                        write_json(path, run(replace(task, strong=new[upgrade]), config, teacher))
+                        write_json(path, run(replace(task, strong=new[upgrade]), how, teacher))
                         print(f"done: {path.stem}", flush=True)
                     found[upgrade, domain, method, seed] = json.loads(path.read_text())
     return found

@@ -23,7 +23,7 @@ from hf_transmiter.data.embeddings import embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.method.tune import tune
 from hf_transmiter.sandbox import load_dataset, model_path
-from hf_transmiter.settings import TuningConfig
+from hf_transmiter.settings import split_tuning
 
 
 SETTINGS = {
@@ -34,9 +34,9 @@ SETTINGS = {
         {"epochs": 10},
         {"keep_near": 0.0},
         {"keep_near": 0.3},
-        {"augment": False},
-        {"rank": 2, "alpha": 4},
-        {"rank": 16, "alpha": 32},
+        {"augment": "none"},
+        {"r": 2, "lora_alpha": 4},
+        {"r": 16, "lora_alpha": 32},
         {"epochs": 40},
     ],
     "coop": [
@@ -92,9 +92,9 @@ def main() -> None:
             (z_weak, labels), (z_strong, _) = before[name]
             values = []
             for seed in range(arguments.seeds):
-                config = TuningConfig(**{"method": arguments.method, "seed": seed, **SANDBOX_TUNING, **setting})
+                how = split_tuning({"method": arguments.method, "seed": seed, **SANDBOX_TUNING, **setting})
                 start = time.process_time()
-                tuned = tune(weak, train, config=config, progress=False)
+                tuned = tune(weak, train, **how, progress=False)
                 seconds = time.process_time() - start
                 z, _ = logits(tuned.encoder, validation, templates)
                 carried = standardise(z_strong)[0] + standardise(z)[0] - standardise(z_weak)[0]

@@ -10,7 +10,6 @@ import copy
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
@@ -22,7 +21,7 @@ from hf_transmiter.evaluation.evaluate import evaluate
 from hf_transmiter.evaluation.upgrade import UpgradeScore, score_upgrade, tune_seeds
 from hf_transmiter.method.attach import attach, read_config
 from hf_transmiter.method.classifier import AnchorClassifier
-from hf_transmiter.settings import TuningConfig
+from hf_transmiter.settings import split_tuning
 from hf_transmiter.tuners import CoOpConfig
 from hf_transmiter.tuners.injection import inject
 from hf_transmiter.tuners.prompts import class_contexts, layers, phrase_token_ids, prompt_layer, set_classes
@@ -37,7 +36,7 @@ def layer_study(
     new: DualEncoder,
     train: Dataset,
     dataset: Dataset,
-    config: TuningConfig,
+    tuning: Mapping,
     output_dir: str | os.PathLike,
     *,
     seeds: Sequence[int] = (0,),
@@ -49,7 +48,7 @@ def layer_study(
     Args:
         old, new (`DualEncoder`): the model it is learnt on, and its upgrade.
         train, dataset (`datasets.Dataset`): labelled images to learn from, and to score on.
-        config (`TuningConfig`): with `method="coop"`.
+        tuning (`Mapping`): what [`split_tuning`] reads, with `method="coop"`.
         output_dir (`str` or `os.PathLike`): of the adapters.
         seeds (`Sequence[int]`, *optional*): mean and standard deviation are over these.
         depths (`Sequence[int]`, *optional*): layers l, counted from 0 (the input); all when omitted.
@@ -64,8 +63,8 @@ def layer_study(
     """
     points, floors = {"old model": [], "upgraded model": []}, {}
     for layer in range(len(layers(old.model.text_model))) if depths is None else depths:
-        at_layer = replace(config, adapter={**config.adapter_options, "layer": layer})
-        folders = tune_seeds(old, train, at_layer, seeds, Path(output_dir) / f"layer-{layer}", **options)
+        how, folder = split_tuning({**tuning, "layer": layer}), Path(output_dir) / f"layer-{layer}"
+        folders = tune_seeds(old, train, seeds, folder, **how, **options)
         floor, row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))
         floors = {"zero-shot, old model": floor.old[0], "zero-shot, upgraded model": floor.upgraded[0]}
         for model, values in zip(points, (row.old, _accepted(row).upgraded), strict=True):
@@ -78,7 +77,7 @@ def context_length_study(
     new: DualEncoder,
     train: Dataset,
     dataset: Dataset,
-    configs: Mapping[str, TuningConfig],
+    tunings: Mapping[str, Mapping],
     output_dir: str | os.PathLike,
     *,
     lengths: Sequence[int] = (2, 4, 8, 16),
@@ -92,7 +91,7 @@ def context_length_study(
     Args:
         old, new (`DualEncoder`): the model it is learnt on, and its upgrade.
         train, dataset (`datasets.Dataset`): labelled images to learn from, and to score on.
-        configs (`Mapping[str, TuningConfig]`): settings by the name to show.
+        tunings (`Mapping[str, Mapping]`): what [`split_tuning`] reads, by the name to show.
         output_dir (`str` or `os.PathLike`): of the adapters.
         lengths (`Sequence[int]`, *optional*, defaults to `(2, 4, 8, 16)`): M.
         seeds (`Sequence[int]`, *optional*): mean and standard deviation are over these.
@@ -104,14 +103,14 @@ def context_length_study(
     Raises:
         ValueError: as [`tune_seeds`]; an upgraded model that does not take the prompts.
     """
-    points: Points = {name: [] for name in configs}
-    for name, config in configs.items():
-        phrase = config.init_phrase
+    points: Points = {name: [] for name in tunings}
+    for name, tuning in tunings.items():
+        phrase = tuning.get("init_phrase", "a photo of a")
         words = 0 if phrase is None else len(phrase_token_ids(old.processor.tokenizer, phrase))
         for length in lengths:
-            sized = replace(config, n_ctx=length, init_phrase=phrase if length >= words else None)
-            folder = Path(output_dir) / f"{name}-{length}"
-            folders = tune_seeds(old, train, sized, seeds, folder, **options)
+            start = phrase if length >= words else None
+            how = split_tuning({**tuning, "n_ctx": length, "init_phrase": start})
+            folders = tune_seeds(old, train, seeds, Path(output_dir) / f"{name}-{length}", **how, **options)
             row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))[-1]
             points[name].append((length, *mean_std(_accepted(row).harmonic)))
     return points
