@@ -82,7 +82,7 @@ def test_commands(load, make_dataset, tmp_path):
         return json.loads(result.stdout)
 
     pictures = ("--dataset", tmp_path / "data", "--cache-dir", tmp_path / "features", "--json", "--quiet")
-    steps = ("--shots", 8, "--epochs", 4, "--batch-size", 8, "--rank", 2, "--lr", 0.005)
+    steps = ("--shots", 8, "--epochs", 4, "--batch-size", 8, "--adapter", "r=2", "--lr", 0.005)
     run("tune", "--weak", names[0], *pictures, *steps, "--output-dir", tmp_path / "tuned")
     teacher = ("--weak", names[0], "--teacher", tmp_path / "tuned")
     run("extract", *teacher, *pictures, "--output-dir", tmp_path / "adapter")
