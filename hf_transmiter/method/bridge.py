@@ -188,10 +188,10 @@ class Bridge:
                 aligned on them, for the attribute `held_out`.
         """
         matrix, fit = moment.solve(space, beta)
-        scales, means = (1.0, 1.0), (torch.zeros_like(fit.strong), torch.zeros_like(fit.weak))
+        scales, means = (1.0, 1.0), (torch.zeros_like(fit.x), torch.zeros_like(fit.y))
         if space == "embedding":
-            overlap, means, beta = float((matrix * fit.cross).sum()), (fit.strong, fit.weak), 0.0
-            mapped = ((matrix @ fit.weak_gram * matrix).sum(), (fit.strong_gram @ matrix * matrix).sum())
+            overlap, means, beta = float((matrix * fit.xy).sum()), (fit.x, fit.y), 0.0
+            mapped = ((matrix @ fit.yy * matrix).sum(), (fit.xx @ matrix * matrix).sum())
             scales = tuple(overlap / max(float(size), 1e-12) for size in mapped)
         kept = None
         if held_out is not None and held_out.n >= MIN_HELD_OUT:
