@@ -41,7 +41,8 @@ class ModelId:
         """Whether `encoder` is this model: the very revision of it with no adapter in its towers, or equal weights
         and processor. A model in float32 is also compared as it would be in half precision; of one in half precision,
         whose float32 weights are not known, the name decides, and the revision where both are known."""
-        if self.name is not None and self.name == encoder.name_or_path and not _is_adapted(encoder.model):
+        adapted = any(active for _, active, *_ in _adapter_state(encoder.model))
+        if self.name is not None and self.name == encoder.name_or_path and not adapted:
             if self.revision is not None and self.revision == encoder.revision:
                 return True
             if encoder.dtype != torch.float32 and None in (self.revision, encoder.revision):
@@ -96,10 +97,6 @@ def _without_provenance(value):
     if isinstance(value, (list, tuple)):
         return [_without_provenance(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    return any(active for _, active, *_ in _adapter_state(model))
 
 
 def _adapter_state(model: nn.Module) -> Iterator[list]:
