@@ -29,13 +29,22 @@ from ..tuners.transmiter.model import check_base
 from .stored_logits import CalibrationPack
 
 
+def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list[int]:
+    """Columns of the names that a tuning saw: of `seen` in that order, or all of them.
+
+    Raises:
+        ValueError: a name that is none of the class names.
+    """
+    unknown = sorted(set(seen or ()) - set(class_names))
+    if unknown:
+        raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
+    return [class_names.index(name) for name in (class_names if seen is None else seen)]
+
+
 @dataclass
 class AnchorClassifierOutput(ModelOutput):
-    """
-    Args:
-        logits_per_image (`Tensor`): (B, K) over all anchors; (B, C) over the task names once an adapter is attached.
-        image_embeds (`Tensor`): (B, d) unit rows.
-    """
+    """`logits_per_image` (B, K) over all anchors, (B, C) over the task names once an adapter is attached, and
+    `image_embeds` (B, d), unit rows."""
 
     logits_per_image: Tensor | None = None
     image_embeds: Tensor | None = None
@@ -146,7 +155,6 @@ class AnchorClassifier(nn.Module):
         Args:
             images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
             top_k (`int`, *optional*, defaults to 1): names per image.
-            batch_size (`int`, *optional*, defaults to 32): images per forward pass.
 
         Returns:
             `list[list[dict]]`: per image `{"label": name, "score": probability}`, best first.
@@ -163,15 +171,12 @@ class AnchorClassifier(nn.Module):
         return results
 
     def add_adapter(self, config: TransMiterConfig, tensors: dict[str, Tensor] | None = None) -> AnchorClassifier:
-        """Attaches an adapter, in the place of one that is there.
+        """Attaches an adapter, in the place of one that is there; returns the classifier itself.
 
         Args:
             config (`TransMiterConfig`): its `class_names` and `auxiliary_names` need not be this classifier's anchors.
             tensors (`dict[str, Tensor]`, *optional*): its weights, as `TransMiterLayer.tensors` gives them; starts as
                 the identity when omitted.
-
-        Returns:
-            `AnchorClassifier`: itself.
         """
         encoder = self.encoder
         config.base_model_name_or_path, config.revision = encoder.name_or_path, encoder.revision
@@ -208,9 +213,6 @@ class AnchorClassifier(nn.Module):
         Of a tuned model (what [`tune`] or [`attach`] made) the adapter inside it is written, and `teacher.json`
         ([`TeacherFacts`]) where `tune` made it.
 
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-
         Raises:
             FileExistsError: the folder holds another adapter with scores of its own.
             ValueError: there is no adapter to save.
@@ -230,13 +232,9 @@ class AnchorClassifier(nn.Module):
         write_card(target)
 
     def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
-        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and [`push`].
-
-        Args:
-            repo_id (`str`): ``user/name``; made if it is not there.
-            **options: `private`, `commit_message`, `create_pr`, `token`, `base_model` (Hub id of the model, where it
-                was loaded from a local folder) and the others of [`push`].
-        """
+        """Uploads what [`save_pretrained`] writes, in one commit; the repository ``user/name`` is made if it is not
+        there. Options are those of [`push`]: `private`, `commit_message`, `create_pr`, `token`, `base_model` (Hub id
+        of the model, where it was loaded from a local folder), ..."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push(folder, repo_id, **options)
@@ -266,13 +264,11 @@ class AnchorClassifier(nn.Module):
                 or not finite.
         """
         adapter, named = split_revision(os.fspath(adapter))
-        hub = {"revision": revision or named, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-        hub = {key: value for key, value in hub.items() if value is not None}
-        hub |= {"local_files_only": True} if local_files_only else {}
+        shared = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub = {"revision": revision or named, "subfolder": subfolder, **shared}
         content, tensors = read_adapter(adapter, **hub)
         config = TransMiterConfig.from_peft_type(**content)
         if encoder is None:
-            shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
             encoder = DualEncoder.from_pretrained(config.base_model_name_or_path, revision=config.revision, **shared)
         check_base(config, encoder.model, encoder)
         config.embed_dim = encoder.embed_dim

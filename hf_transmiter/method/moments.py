@@ -57,6 +57,10 @@ class CrossMoment(PairSums):
         }
         return CrossMoment(self.n, **means, **products)
 
+    def in_space(self, space: str) -> CrossMoment:
+        """The moment that a map is judged by: in `"embedding"` space the [`centred`] one."""
+        return self.centred() if space == "embedding" else self
+
     def solve(self, space: str, beta: float = 0.0) -> tuple[Tensor, CrossMoment]:
         """The best orthogonal map, and the moment it is judged by.
 
@@ -69,15 +73,13 @@ class CrossMoment(PairSums):
         Raises:
             ValueError: β is negative or no number.
         """
-        if space == "logit":
-            if not beta >= 0:
-                raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
-            identity = torch.eye(len(self.xy), dtype=torch.float64)
-            if math.isinf(beta):
-                return identity, self
-            return polar(self.xy + beta * identity), self
-        centred = self.centred()
-        return polar(centred.xy, RANK_TOLERANCE), centred
+        fit = self.in_space(space)
+        if space == "embedding":
+            return polar(fit.xy, RANK_TOLERANCE), fit
+        if not beta >= 0:
+            raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
+        identity = torch.eye(len(fit.xy), dtype=torch.float64)
+        return (identity if math.isinf(beta) else polar(fit.xy + beta * identity)), fit
 
     def alignment(self, matrix: Tensor) -> float:
         """``Σ ⟨x_strong, Q x_weak⟩ / √(Σ ‖x_strong‖² · Σ ‖x_weak‖²)``, the correlation of mapped and actual rows.

@@ -23,7 +23,7 @@ from ..hub.provenance import library_versions, named_dataset
 from ..settings import TransferConfig, check_read
 from ..tuners import TransMiterConfig
 from .bridge import Bridge
-from .classifier import AnchorClassifier
+from .classifier import AnchorClassifier, seen_columns
 from .stored_logits import CalibrationPack
 from .teacher import Teacher, teacher_logits
 
@@ -73,7 +73,7 @@ def transfer(
     config, source = config or TransferConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
-    unseen = _unseen(source.class_names, seen_classes)
+    all_seen = len(set(seen_columns(source.class_names, seen_classes))) == len(source.class_names)
     weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
     space = "logit" if source.form == "mlp" else "embedding"
     if bridge is None:
@@ -87,14 +87,13 @@ def transfer(
         bridge.weak.check(weak, "weak")
     if config.refit and (dataset is None or space == "logit"):
         raise ValueError("a refit is of class vectors, to unlabelled images: pass images, or leave refit out.")
-    if config.zero_shot_weight is not None:
-        weight = config.zero_shot_weight
-    else:
-        weight = 1 / 3 if unseen else 0.0
+    weight = config.zero_shot_weight
+    if weight is None:
+        weight = 0.0 if all_seen else 1 / 3
     content, tensors = carry(*adapter.adapter_tensors(), strong, bridge, weak=weak, zero_shot_weight=weight)
     upgraded, facts = TransMiterConfig.from_peft_type(**content), content["provenance"]
     facts.update(named_dataset(dataset, dataset_name))
-    wanted = not unseen if config.refit is None else config.refit
+    wanted = all_seen if config.refit is None else config.refit
     if source.form == "class_vectors" and dataset is not None and wanted:
         table = embed_dataset(strong, dataset, **options)
         pack, own = _teacher_on(table, dataset, adapter, teacher, options), _own_vectors(source.provenance)
@@ -105,14 +104,8 @@ def transfer(
     return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, tensors)
 
 
-def check_bridge(
-    source: TransMiterConfig, strong: DualEncoder, bridge: Bridge, weak: DualEncoder | None = None
-) -> None:
-    """Whether [`carry`] can take an adapter over a bridge to `strong`. Arguments as there; nothing is computed.
-
-    Raises:
-        ValueError: a bridge of another pair, width or space, or the weak model is missing.
-    """
+def _check_bridge(source: TransMiterConfig, strong: DualEncoder, bridge: Bridge, weak: DualEncoder | None) -> None:
+    """Makes sure that [`carry`] can take an adapter over a bridge."""
     bridge.strong.check(strong, "strong")
     name, revision, found = source.base_model_name_or_path, source.revision, source.base_fingerprint
     if weak is not None:
@@ -164,10 +157,10 @@ def carry(
         Configuration and tensors of the strong model's adapter.
 
     Raises:
-        ValueError: as [`check_bridge`], or a bridge of other anchors.
+        ValueError: a bridge of another pair, width, space or other anchors, or the weak model is missing.
     """
     source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
-    check_bridge(source, strong, bridge, weak)
+    _check_bridge(source, strong, bridge, weak)
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
     facts = {
         "step": "transfer",
@@ -273,15 +266,6 @@ def refit(
     )
     experts = 1 if pack is None else ask_carried + (1 if pack.weak_logits is None else 2)
     return {"class_vectors": fitted * spread / experts / scale, "bias": bias * spread / experts}
-
-
-def _unseen(class_names: Sequence[str], seen: Sequence[str] | None) -> list[str]:
-    if seen is None:
-        return []
-    unknown = sorted(set(seen) - set(class_names))
-    if unknown:
-        raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
-    return [name for name in class_names if name not in set(seen)]
 
 
 def _teacher_on(
