@@ -80,17 +80,14 @@ def teacher_class_vectors(
         return None
     if not same_image_tower(weak, classifier.encoder):
         return None
-    config = classifier.adapter_config
-    columns = [classifier.class_names.index(name) for name in class_names]
-    if config is None:
-        vectors, bias = classifier.text_embeds, 0.0
-    elif config.form == "class_vectors":
-        tensors = classifier.transmiter.tensors(classifier.transmiter.active_name)
-        vectors, bias = tensors["class_vectors"], tensors["bias"]
+    if classifier.transmiter is None:
+        vectors = classifier.text_embeds
     else:
-        return None
-    if torch.as_tensor(bias).any():
-        return None
+        tensors = classifier.transmiter.tensors("default")
+        if "class_vectors" not in tensors or tensors["bias"].any():
+            return None
+        vectors = tensors["class_vectors"]
+    columns = [classifier.class_names.index(name) for name in class_names]
     return vectors[columns] * (classifier.encoder.logit_scale / weak.logit_scale)
 
 
@@ -108,9 +105,7 @@ def teacher_logits(
     """Task logits (N, C) of a teacher, scale included, columns in the order of `class_names`.
 
     Args:
-        teacher: see [`Teacher`].
         dataset (`datasets.Dataset`): the images; not read for stored logits.
-        class_names (`Sequence[str]`): the C names.
         templates (`Sequence[str]`, *optional*):
             Prompts of a teacher given as a bare dual encoder, unless its prompts were learnt.
         weak (`DualEncoder`, *optional*), table (`FeatureTable`, *optional*):
@@ -123,11 +118,8 @@ def teacher_logits(
     if isinstance(teacher, (list, tuple)):
         if not teacher:
             raise ValueError("the list of teachers is empty.")
-        several = [
-            teacher_logits(one, dataset, class_names, templates=templates, weak=weak, table=table, **embedding)
-            for one in teacher
-        ]
-        return torch.stack(several).mean(0)
+        options = {"templates": templates, "weak": weak, "table": table, **embedding}
+        return torch.stack([teacher_logits(one, dataset, class_names, **options) for one in teacher]).mean(0)
     classifier = as_classifier(teacher, class_names, templates)
     if classifier is None:
         return _stored(teacher, class_names, table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -59,9 +60,8 @@ def transfer(
             The tuned model's logits on `dataset`, see [`Teacher`]. Defaults to the adapter's calibration pack when
             that belongs to these images; without either, the refit relies on the carried class vectors.
         seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
-        config (`TransferConfig`, *optional*): settings.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
-        **embedding: passed to `embed_dataset`.
+        accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Returns:
         `AnchorClassifier`: the strong model with its adapter; `adapter_config.provenance` says how it was made.
@@ -96,7 +96,7 @@ def transfer(
     wanted = all_seen if config.refit is None else config.refit
     if source.form == "class_vectors" and dataset is not None and wanted:
         table = embed_dataset(strong, dataset, **options)
-        pack, own = _teacher_on(table, dataset, adapter, teacher, options), _own_vectors(source.provenance)
+        pack, own = _teacher_on(table, dataset, adapter, teacher, options), _has_own_vectors(source)
         vectors, text = tensors["class_vectors"], tensors["anchors"]
         tensors.update(refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own))
         facts.update(refit_on=len(table), teacher_logits=pack is not None)
@@ -146,10 +146,8 @@ def carry(
     """An adapter over a bridge, without an image and without the weak model: what [`transfer`] starts from.
 
     Args:
-        content (`dict`), tensors (`dict[str, Tensor]`):
-            Of the weak model's adapter: its configuration and weights as `read_adapter` reads them.
+        content, tensors: configuration and weights of the weak model's adapter, as `read_adapter` reads them.
         strong (`DualEncoder`): the new model; embeds the names.
-        bridge (`Bridge`): between the adapter's model and `strong`.
         weak (`DualEncoder`, *optional*): needed only to carry class vectors over a logit-space bridge.
         zero_shot_weight (`float`, *optional*, defaults to 0.0): see [`TransferConfig`].
 
@@ -164,7 +162,7 @@ def carry(
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
     facts = {
         "step": "transfer",
-        "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
+        "strong": asdict(ModelId.of(strong)),
         "bridge": without_paths({key: getattr(bridge, key) for key in _BRIDGE_FACTS}),
         "extracted": source.provenance,
         "versions": library_versions(),
@@ -180,7 +178,7 @@ def carry(
             anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
         vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
         carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
-        if not _own_vectors(source.provenance):
+        if not _has_own_vectors(source):
             # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
             carried = {"delta": carried["delta"]}
         vectors = interpolate(carried, text, zero_shot_weight)
@@ -200,9 +198,9 @@ def carry(
     return upgraded.to_dict(), tensors
 
 
-def _own_vectors(provenance: dict) -> bool:
+def _has_own_vectors(source: TransMiterConfig) -> bool:
     """Whether the teacher had class vectors of its own (a prompt), or a tuned image tower was distilled."""
-    return bool(provenance.get("own_class_vectors"))
+    return bool(source.provenance.get("own_class_vectors"))
 
 
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
@@ -212,8 +210,6 @@ def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) ->
 
     Args:
         carried (`dict[str, Tensor]`): unit rows (C, d) of each kind of transport.
-        zero_shot (`Tensor`): (C, d).
-        weight (`float`): w in [0, 1].
     """
     mean = normalize(torch.stack(list(carried.values())).sum(0), dim=-1)
     return normalize((1 - weight) * mean + weight * zero_shot, dim=-1)
@@ -239,8 +235,7 @@ def refit(
 
     Args:
         table (`FeatureTable`): N image embeddings of the strong model.
-        vectors (`Tensor`): T (C, d), carried, unit rows.
-        zero_shot (`Tensor`): the strong model's own (C, d).
+        vectors, zero_shot (`Tensor`): T (C, d), carried, unit rows, and the strong model's own.
         pack (`CalibrationPack` or `None`): t and w on these images; without it q = softmax(c).
         ask_carried (`bool`, *optional*, defaults to `True`):
             Whether c is one of the experts. [`transfer`] leaves it out where an image tower was tuned: class vectors
@@ -276,15 +271,10 @@ def _teacher_on(
     names, pack = tuple(config.class_names), adapter.calibration
     if teacher is not None:
         weak_table = embed_dataset(adapter.encoder, dataset, **options)
-        said = teacher_logits(
-            teacher, dataset, names, templates=config.templates, weak=adapter.encoder, table=weak_table, **options
-        )
         zero_shot = AnchorClassifier(adapter.encoder, Anchors(names, (), config.templates))
-        return CalibrationPack(
-            said,
-            names,
-            weak_logits=teacher_logits(zero_shot, dataset, names, weak=adapter.encoder, table=weak_table, **options),
-        )
+        options = {"templates": config.templates, "weak": adapter.encoder, "table": weak_table, **options}
+        said, own = (teacher_logits(one, dataset, names, **options) for one in (teacher, zero_shot))
+        return CalibrationPack(said, names, weak_logits=own)
     if pack is None:
         return None
     if pack.class_names != names:
