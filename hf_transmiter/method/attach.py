@@ -78,9 +78,10 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder, *, token_map: Tenso
     if encoder.family not in TOKEN_TABLES:
         raise Incompatible(source, f"prompt learning does not know the family {encoder.family!r}")
     facts = _facts(encoder)
-    reason = misfit(config, facts if token_map is None else {**facts, "text_width": None})
-    if reason is None and token_map is not None:
-        reason = why_not_mapped(config)
+    if token_map is None:
+        reason = misfit(config, facts)
+    else:
+        reason = misfit(config, {**facts, "text_width": None}) or _why_not_mapped(config)
     if reason is not None:
         raise Incompatible(source, reason)
     if token_map is not None:
@@ -121,8 +122,7 @@ def read_config(source: str) -> PromptConfig:
         raise Incompatible(source, f"its configuration is damaged: {error}") from error
 
 
-def why_not_mapped(config: PromptConfig) -> str | None:
-    """Why the prompts of an adapter cannot go through [`token_map`], `None` where they can."""
+def _why_not_mapped(config: PromptConfig) -> str | None:
     if not isinstance(config, CoOpConfig):
         kind = config.peft_type.value
         return f"only what lives among token embeddings can be mapped, a context of CoOp or KgCoOp; {kind} learns more"

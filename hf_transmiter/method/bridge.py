@@ -66,9 +66,8 @@ class Bridge:
         anchors (`Anchors`, *optional*): the K names of a logit-space bridge.
         dataset (`str`, *optional*): what the images were, in words for people, such as ``"mteb/dtd (train)"``.
         held_out (`float`, *optional*):
-            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth;
-            of a composed bridge what [`measure`] found. `None` where that tenth would be fewer than `MIN_HELD_OUT`
-            pairs, and before a composed bridge was measured.
+            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth
+            (of at least `MIN_HELD_OUT` pairs); of a composed bridge what [`measure`] found.
         scale_back (`float`, *optional*): s of the bridge the other way round, see [`invert`].
         through (`tuple[str, ...]`): names of the models between the two, of a composed bridge.
         versions (`dict[str, str]`): of the libraries it was built with.
@@ -207,12 +206,10 @@ class Bridge:
 
         Embedding space: ``x_C ≈ μ_C + s₂Q₂(μ_B - μ'_B) + s₂s₁ · Q₂Q₁ (x_A - μ_A)``, where μ_B and μ'_B are what the
         two took for B's mean. Where a bridge drops directions, or B is wider than A and C, Q₂Q₁ is no partial
-        isometry: it shrinks what Q₁ writes outside of what Q₂ reads. It is left that way; its polar factor, which
-        turns without shrinking, is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``,
-        orthogonal.
+        isometry: it shrinks what Q₁ writes outside of what Q₂ reads. Its polar factor, which turns without shrinking,
+        is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``, orthogonal.
 
-        `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger;
-        `source` is images only if both are.
+        `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger.
 
         Raises:
             ValueError: `then` begins at another model or is in another space, or the anchors differ (logit space).
@@ -248,8 +245,7 @@ class Bridge:
 
     def invert(self) -> Bridge:
         """The bridge from the strong model back to the weak: for a built one what building it from the same pairs
-        would give. Not so for a composed one whose parts knew different means of the model between: its shift is that
-        of the way there turned round, not what composing the inverted parts gives.
+        would give; not quite for a composed one whose parts knew different means of the model between.
 
         ``polar(Xᵀ) = polar(X)ᵀ`` and ``polar(Xᵀ + βI) = polar(X + βI)ᵀ``: the matrix is transposed, the means change
         places, the alignment stays. The factor is the slope of the other regression,
@@ -276,17 +272,12 @@ class Bridge:
     def measure(
         self, weak: DualEncoder, strong: DualEncoder, dataset=None, *, anchors: Anchors | None = None, **embedding
     ) -> float:
-        """The alignment on images (or names, without images) that may be other ones than the bridge was built from.
-
-        A composed bridge keeps it as `held_out`.
+        """The alignment ([`CrossMoment.alignment`]) on images, or names without images, that may be other ones than
+        the bridge was built from. A composed bridge keeps it as `held_out`.
 
         Args:
-            weak, strong (`DualEncoder`): the pair.
             anchors (`Anchors`, *optional*): without images, the names; a vocabulary of common nouns when omitted.
             **embedding: passed to `embed_dataset`.
-
-        Returns:
-            `float`: at most 1, see [`CrossMoment.alignment`].
 
         Raises:
             ValueError: another pair of models, or no images for a logit-space bridge.
@@ -325,8 +316,7 @@ class Bridge:
         `SPAN_TOLERANCE`, stays behind.
 
         Args:
-            tuned (`Tensor`): T (C, d_weak).
-            weak_text, strong_text (`Tensor`): zero-shot vectors A (C, d_weak) and (C, d_strong).
+            tuned, weak_text, strong_text (`Tensor`): T and the zero-shot vectors A, each (C, d_weak) or (C, d_strong).
             anchor_texts (`Sequence[Tensor]`, *optional*): weak and strong anchor embeddings, for logit space.
 
         Returns:

@@ -124,7 +124,7 @@ def closed_form(
     """Class vectors of the weak model that say what the teacher says.
 
     Discriminant: ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
-    `solvers.discriminant_head`), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
+    [`discriminant_head`]), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
     zero-shot vectors T₀ (delta form), ``t_i = x_i T₀ᵀ + centred(teacher_i / s - x_i T₀ᵀ)``: only differences between
     classes count, so residuals are centred per image; λ by leave-one-out error. Both from streamed sums.
 

@@ -63,9 +63,8 @@ class TransMiterImageClassificationConfig(PreTrainedConfig):
     """Configuration of a [`TransMiterForImageClassification`].
 
     Args:
-        base_config (`PreTrainedConfig` or `dict`): of the two-tower model whose image tower is used.
-        adapter (`dict`): what the adapter's ``adapter_config.json`` says of its head, names and model.
-        id2label (`dict[int, str]`, *optional*): defaults to the adapter's class names.
+        base_config: of the two-tower model whose image tower is used.
+        adapter: what the adapter's ``adapter_config.json`` says of its head, names and model.
 
     Raises:
         ValueError: not a supported model, not a TransMiter adapter, other labels than its classes, or absurd sizes.
@@ -215,8 +214,8 @@ class TransMiterForImageClassification(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id (``id@revision`` too).
-            **kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`; of a classifier all others of
-                `PreTrainedModel.from_pretrained` as well.
+            **kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`; for a classifier all others of
+                transformers, too.
 
         Raises:
             FileNotFoundError: neither an adapter nor a classifier there.

@@ -85,80 +85,35 @@ def transfer(
     else:
         check_read(config, "a transfer over a finished bridge", ("beta", "beta_per_image"))
         bridge.weak.check(weak, "weak")
+        bridge.strong.check(strong, "strong")
     if config.refit and (dataset is None or space == "logit"):
         raise ValueError("a refit is of class vectors, to unlabelled images: pass images, or leave refit out.")
     weight = config.zero_shot_weight
     if weight is None:
         weight = 0.0 if all_seen else 1 / 3
-    content, tensors = carry(*adapter.adapter_tensors(), strong, bridge, weak=weak, zero_shot_weight=weight)
-    upgraded, facts = TransMiterConfig.from_peft_type(**content), content["provenance"]
-    facts.update(named_dataset(dataset, dataset_name))
+    upgraded, tensors = _carried(adapter, strong, bridge, weight)
+    upgraded.provenance.update(named_dataset(dataset, dataset_name))
     wanted = all_seen if config.refit is None else config.refit
     if source.form == "class_vectors" and dataset is not None and wanted:
         table = embed_dataset(strong, dataset, **options)
         pack, own = _teacher_on(table, dataset, adapter, teacher, options), _has_own_vectors(source)
         vectors, text = tensors["class_vectors"], tensors["anchors"]
         tensors.update(refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own))
-        facts.update(refit_on=len(table), teacher_logits=pack is not None)
+        upgraded.provenance.update(refit_on=len(table), teacher_logits=pack is not None)
     text = tensors["anchors"].to(strong.device)
     return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, tensors)
 
 
-def _check_bridge(source: TransMiterConfig, strong: DualEncoder, bridge: Bridge, weak: DualEncoder | None) -> None:
-    """Makes sure that [`carry`] can take an adapter over a bridge."""
-    bridge.strong.check(strong, "strong")
-    name, revision, found = source.base_model_name_or_path, source.revision, source.base_fingerprint
-    if weak is not None:
-        bridge.weak.check(weak, "weak")
-        same = found is None or ModelId(name, revision, found).is_of(weak)
-    else:  # without a fingerprint, or with that of half precision, the name decides
-        named = name is not None and (name, revision) == (bridge.weak.name, bridge.weak.revision)
-        same = named and (found is None or revision is not None)
-    if not same and found != bridge.weak.fingerprint:
-        unsure = "" if found is not None else " The adapter has no fingerprint of its model, so the names must agree."
+def _carried(
+    adapter: AnchorClassifier, strong: DualEncoder, bridge: Bridge, zero_shot_weight: float
+) -> tuple[TransMiterConfig, dict[str, Tensor]]:
+    """Configuration and tensors of the adapter over a bridge, without an image: what [`transfer`] starts from."""
+    weak, source, (_, tensors) = adapter.encoder, adapter.adapter_config, adapter.adapter_tensors()
+    if bridge.space == "embedding" and bridge.matrix.shape != (strong.embed_dim, weak.embed_dim):
         raise ValueError(
-            f"the adapter was made for {name!r} (revision {revision}), the bridge begins at {bridge.weak.name!r} "
-            f"(revision {bridge.weak.revision}): take a bridge of this pair.{unsure}"
+            f"the bridge's matrix is {tuple(bridge.matrix.shape)}, and the models' widths are {strong.embed_dim} and "
+            f"{weak.embed_dim}: take a bridge of this pair."
         )
-    if source.form == "mlp":
-        if bridge.space != "logit":
-            raise ValueError("the published adapter reads logits: build the bridge with space='logit'.")
-        return
-    if bridge.space == "logit" and weak is None:
-        raise ValueError("class vectors cross a logit-space bridge by the weak model's texts: pass it.")
-    width = bridge.matrix.shape[1] if bridge.space == "embedding" else weak.embed_dim
-    if source.embed_dim not in (None, width):
-        raise ValueError(
-            f"the adapter has embeddings of width {source.embed_dim}, the weak model of the bridge has {width}: "
-            "take a bridge of the adapter's model."
-        )
-
-
-def carry(
-    content: dict,
-    tensors: dict[str, Tensor],
-    strong: DualEncoder,
-    bridge: Bridge,
-    *,
-    weak: DualEncoder | None = None,
-    zero_shot_weight: float = 0.0,
-) -> tuple[dict, dict[str, Tensor]]:
-    """An adapter over a bridge, without an image and without the weak model: what [`transfer`] starts from.
-
-    Args:
-        content, tensors: configuration and weights of the weak model's adapter, as `read_adapter` reads them.
-        strong (`DualEncoder`): the new model; embeds the names.
-        weak (`DualEncoder`, *optional*): needed only to carry class vectors over a logit-space bridge.
-        zero_shot_weight (`float`, *optional*, defaults to 0.0): see [`TransferConfig`].
-
-    Returns:
-        Configuration and tensors of the strong model's adapter.
-
-    Raises:
-        ValueError: a bridge of another pair, width, space or other anchors, or the weak model is missing.
-    """
-    source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
-    _check_bridge(source, strong, bridge, weak)
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
     facts = {
         "step": "transfer",
@@ -184,18 +139,8 @@ def carry(
         vectors = interpolate(carried, text, zero_shot_weight)
         tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
         facts["zero_shot_weight"] = zero_shot_weight
-    upgraded = TransMiterConfig.for_anchors(
-        source.anchors,
-        form=source.form,
-        width=source.width,
-        mlp_ratio=source.mlp_ratio,
-        embed_dim=strong.embed_dim,
-        base_model_name_or_path=strong.name_or_path,
-        revision=strong.revision,
-        base_fingerprint=strong.fingerprint,
-        provenance=facts,
-    )
-    return upgraded.to_dict(), tensors
+    shape = {"form": source.form, "width": source.width, "mlp_ratio": source.mlp_ratio}
+    return TransMiterConfig.for_anchors(source.anchors, **shape, provenance=facts), tensors
 
 
 def _has_own_vectors(source: TransMiterConfig) -> bool:
@@ -230,7 +175,7 @@ def refit(
 
     Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
     embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
-    them is blended with the carried vectors (`solvers.discriminant_head`), which count as `carried_images` images per
+    them is blended with the carried vectors ([`discriminant_head`]), which count as `carried_images` images per
     class, and given the mean spread of one expert, so that probabilities stay meaningful.
 
     Args:
