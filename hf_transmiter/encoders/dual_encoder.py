@@ -106,7 +106,7 @@ class DualEncoder:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
     ) -> "DualEncoder":
-        """Load a frozen model in eval mode, with its processor, from a local folder or else from the Hub.
+        """A frozen model in eval mode with its processor, from a local folder or else from the Hub.
 
         Args:
             name_or_path (`str` or `os.PathLike`):
@@ -166,19 +166,13 @@ class DualEncoder:
     @property
     def image_size(self) -> int:
         """Side in pixels of the square pictures that [`preprocess`] makes."""
-        vision = self.model.config.vision_config
+        vision, processor = self.model.config.vision_config, getattr(self.processor, "image_processor", None)
         if self.family == "siglip2":
-            return vision.patch_size * math.isqrt(self._max_patches)
-        processor = getattr(self.processor, "image_processor", None)
+            return vision.patch_size * math.isqrt(getattr(processor, "max_num_patches", vision.num_patches))
         size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
         size = size or getattr(processor, "size", None) or {}
         side = dict(size).get("height") or dict(size).get("shortest_edge") or vision.image_size
         return int(side if isinstance(side, int) else side[0])
-
-    @property
-    def _max_patches(self) -> int:
-        processor = getattr(self.processor, "image_processor", None)
-        return getattr(processor, "max_num_patches", self.model.config.vision_config.num_patches)
 
     @property
     def device(self) -> torch.device:

@@ -35,12 +35,7 @@ def as_classifier(
         TypeError: not a kind of teacher.
     """
     if isinstance(teacher, AnchorClassifier):
-        missing = [name for name in class_names if name not in teacher.class_names]
-        if missing:
-            raise ValueError(
-                f"the teacher does not know {len(missing)} of the class names, first {missing[0]!r}: pass the names "
-                "it was tuned on."
-            )
+        _columns(teacher, class_names)
         return teacher
     if isinstance(teacher, nn.Module) and is_dual_encoder(teacher):
         if hasattr(unwrap(teacher), "transmiter"):
@@ -57,6 +52,17 @@ def as_classifier(
         f"a teacher is an AnchorClassifier, a tuned dual encoder, a CalibrationPack or its file, logits (N, C), or a "
         f"list of these, not {type(teacher).__name__}."
     )
+
+
+def _columns(teacher: AnchorClassifier | CalibrationPack, class_names: Sequence[str]) -> list[int]:
+    """Where the teacher has these names; an error where it has not."""
+    missing = [name for name in class_names if name not in teacher.class_names]
+    if missing:
+        raise ValueError(
+            f"the teacher does not know {len(missing)} of the class names, first {missing[0]!r}: pass the names it "
+            f"was tuned on, such as {teacher.class_names[0]!r}."
+        )
+    return [teacher.class_names.index(name) for name in class_names]
 
 
 @torch.no_grad()
@@ -87,8 +93,7 @@ def teacher_class_vectors(
         if "class_vectors" not in tensors or tensors["bias"].any():
             return None
         vectors = tensors["class_vectors"]
-    columns = [classifier.class_names.index(name) for name in class_names]
-    return vectors[columns] * (classifier.encoder.logit_scale / weak.logit_scale)
+    return vectors[_columns(classifier, class_names)] * (classifier.encoder.logit_scale / weak.logit_scale)
 
 
 @torch.no_grad()
@@ -125,8 +130,7 @@ def teacher_logits(
         return _stored(teacher, class_names, table)
     if table is None or weak is None or not same_image_tower(weak, classifier.encoder):
         table = embed_dataset(classifier.encoder, dataset, **embedding)
-    columns = [classifier.class_names.index(name) for name in class_names]
-    device = classifier.encoder.device
+    columns, device = _columns(classifier, class_names), classifier.encoder.device
     blocks = [classifier.classify(x.to(device))[:, columns].float().cpu() for x in table.batches(4096)]
     return check_finite(torch.cat(blocks), "the teacher's logits")
 
@@ -139,10 +143,7 @@ def _stored(
     if isinstance(teacher, CalibrationPack):
         if table is not None:
             teacher.check_images(len(table), table.dataset_fingerprint or None)
-        missing = [name for name in class_names if name not in teacher.class_names]
-        if missing:
-            raise ValueError(f"the stored logits have no column for {missing[0]!r}; they hold {teacher.class_names}.")
-        logits = teacher.logits[:, [teacher.class_names.index(name) for name in class_names]]
+        logits = teacher.logits[:, _columns(teacher, class_names)]
     else:
         logits = teacher.float()
     count = len(logits) if table is None else len(table)
