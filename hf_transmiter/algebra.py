@@ -36,15 +36,10 @@ def check_finite(rows: Tensor, what: str) -> Tensor:
 
 
 def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False) -> Tensor:
-    """Returns `matrix` unchanged.
+    """Returns `matrix` M (m, k) unchanged.
 
     ``G = MᵀM`` (or ``MMᵀ``, whichever is smaller) must be a projection, ``GG = G``: M keeps lengths or maps to zero.
     With `full_rank`, ``G = 1``: it keeps all of them.
-
-    Args:
-        matrix (`Tensor`): M (m, k).
-        what (`str`): what to call it in an error.
-        full_rank (`bool`, *optional*, defaults to `False`): whether nothing may be mapped to zero.
 
     Raises:
         ValueError: it is not, by more than the rounding of half precision (`ORTHOGONALITY`).
@@ -59,9 +54,6 @@ def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False)
 
 def standardise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``z = (logits - mean) / (std + 1e-6)`` per image, unbiased std (arXiv 2508.08604, section 3).
-
-    Args:
-        logits (`Tensor`): (N, K).
 
     Returns:
         `z` (N, K), and `std` + 1e-6 (N, 1) and `mean` (N, 1) which undo it: ``logits = z * std + mean``.
@@ -108,6 +100,7 @@ class PairSums:
 
     @classmethod
     def zeros(cls, d: int, c: int) -> Self:
+        """A name tells the shape: `x` is (d,), `xy` is (d, c)."""
         size = {"x": d, "y": c}
         shapes = {one.name: [size[letter] for letter in one.name] for one in fields(cls) if one.name != "n"}
         return cls(n=0.0, **{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
@@ -174,7 +167,7 @@ def ridge(
         accelerator (`Accelerator`, *optional*): sums are added up over processes, each with its own blocks.
 
     Raises:
-        ValueError: no row, or a non-finite value.
+        ValueError: fewer than two rows, or a value that is not finite.
     """
     prior = prior.double()
     checked = ((check_finite(x, "the embeddings"), check_finite(y, "the targets")) for x, y in blocks())
@@ -246,8 +239,7 @@ def discriminant_head(
         blocks: called twice, yields x (B, d) and label logits (B, C).
         prior (`Tensor`): T (C, d).
         prior_weight (`float`): ρ.
-        shrinkage, pseudo_count (`float`): see [`discriminant`].
-        accelerator (`Accelerator`, *optional*): sums are added up over processes, each with its own blocks.
+        shrinkage, pseudo_count (`float`), accelerator: as in [`discriminant`] and [`ridge`].
 
     Returns:
         Class vectors (C, d) and bias (C,) whose logits have spread 1 on these images, and the label logits' spread.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from huggingface_hub import CommitInfo
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers.utils import ModelOutput
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
@@ -39,15 +38,6 @@ def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list
     if unknown:
         raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
     return [class_names.index(name) for name in (class_names if seen is None else seen)]
-
-
-@dataclass
-class AnchorClassifierOutput(ModelOutput):
-    """`logits_per_image` (B, K) over all anchors, (B, C) over the task names once an adapter is attached, and
-    `image_embeds` (B, d), unit rows."""
-
-    logits_per_image: Tensor | None = None
-    image_embeds: Tensor | None = None
 
 
 class AnchorClassifier(nn.Module):
@@ -120,15 +110,16 @@ class AnchorClassifier(nn.Module):
         config = self.adapter_config
         return tuple(config.class_names) if config else self.anchors.task or self.anchors.names
 
-    def forward(self, pixel_values: Tensor) -> AnchorClassifierOutput:
-        """(B, 3, S, S) pixels to logits."""
+    def forward(self, pixel_values: Tensor) -> CLIPOutput:
+        """(B, 3, S, S) pixels to `logits_per_image`, (B, K) over all anchors or (B, C) over the task names once an
+        adapter is attached, and `image_embeds` (B, d), unit rows."""
         image_embeds = self.encoder.embed_pixels(pixel_values)
         if self.transmiter is not None:
             # Unit rows once more, as the layer does on the model itself: the same logits to the bit.
             logits = self.classify(normalize(image_embeds, dim=-1))
         else:
             logits = self._anchor_logits(image_embeds, len(self.anchors))
-        return AnchorClassifierOutput(logits_per_image=logits, image_embeds=image_embeds)
+        return CLIPOutput(logits_per_image=logits, image_embeds=image_embeds)
 
     def classify(self, image_embeds: Tensor) -> Tensor:
         """Task logits (B, C) from unit image embeddings (B, d): the head alone, for cached features."""

@@ -49,13 +49,11 @@ def label_tune(
         table = embed_dataset(adapter.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
     if table.labels is None or not len(table):
         raise ValueError("label_tune needs labelled images: pass a dataset with a label column (label_column=...).")
-    columns = torch.tensor(seen_columns(source.class_names, seen_classes))
-    position = torch.full((len(source.class_names),), -1)
-    position[columns] = torch.arange(len(columns))
-    outside = (table.labels < 0) | (table.labels >= len(source.class_names))
-    labels = torch.where(outside, -1, position[table.labels.clamp(0, len(position) - 1)])
-    if (labels < 0).any():
-        row = int((labels < 0).nonzero()[0])
+    columns = seen_columns(source.class_names, seen_classes)
+    places = {column: place for place, column in enumerate(columns)}
+    labels = [places.get(label, -1) for label in table.labels.tolist()]
+    if -1 in labels:
+        row = labels.index(-1)
         raise ValueError(
             f"image {row} has label {int(table.labels[row])}, which is not one of the {len(columns)} classes tuned "
             "here: select the images of those classes first, or pass seen_classes."
@@ -69,7 +67,7 @@ def label_tune(
     parameters = [p for key, p in tuned.transmiter.weights("default").items() if key not in frozen]
     device = adapter.encoder.device
     x = torch.cat(list(table.batches(4096))).to(device)
-    columns, labels = columns.to(device), labels.to(device)
+    columns, labels = torch.tensor(columns, device=device), torch.tensor(labels, device=device)
 
     def step(rows: Tensor, generator: torch.Generator) -> Tensor:
         rows = rows.to(device)
