@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,15 +36,10 @@ def check_finite(rows: Tensor, what: str) -> Tensor:
 
 
 def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False) -> Tensor:
-    """Returns `matrix` unchanged.
+    """Returns `matrix` M (m, k) unchanged.
 
     ``G = MᵀM`` (or ``MMᵀ``, whichever is smaller) must be a projection, ``GG = G``: M keeps lengths or maps to zero.
     With `full_rank`, ``G = 1``: it keeps all of them.
-
-    Args:
-        matrix (`Tensor`): M (m, k).
-        what (`str`): what to call it in an error.
-        full_rank (`bool`, *optional*, defaults to `False`): whether nothing may be mapped to zero.
 
     Raises:
         ValueError: it is not, by more than the rounding of half precision (`ORTHOGONALITY`).
@@ -59,9 +55,6 @@ def check_semi_orthogonal(matrix: Tensor, what: str, *, full_rank: bool = False)
 def standardise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``z = (logits - mean) / (std + 1e-6)`` per image, unbiased std (arXiv 2508.08604, section 3).
 
-    Args:
-        logits (`Tensor`): (N, K).
-
     Returns:
         `z` (N, K), and `std` + 1e-6 (N, 1) and `mean` (N, 1) which undo it: ``logits = z * std + mean``.
     """
@@ -70,7 +63,7 @@ def standardise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (logits - mean) / std, std, mean
 
 
-def polar(moment: Tensor, rank_tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
+def polar(moment: Tensor, rank_tolerance: float = 0.0) -> Tensor:
     """The orthogonal factor of ``moment = U S Vᵀ``: ``argmax_Q tr(Qᵀ moment)`` = ``U Vᵀ`` (orthogonal Procrustes).
 
     Args:
@@ -80,32 +73,24 @@ def polar(moment: Tensor, rank_tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
             arbitrary direction: with fewer images than dimensions nothing is known about them.
 
     Returns:
-        `Q` (m, n), a (partial) isometry, and the singular values (min(m, n),).
+        `Q` (m, n), a (partial) isometry.
     """
     u, s, vh = torch.linalg.svd(moment, full_matrices=False)
     keep = s > rank_tolerance * s[0] if rank_tolerance else torch.ones_like(s, dtype=torch.bool)
-    return u[:, keep] @ vh[keep], s
+    return u[:, keep] @ vh[keep]
 
 
-class Sums:
-    """Base of the streamed sums: dataclass fields that add up over blocks and over processes."""
-
-    def reduce(self, accelerator) -> Sums:
-        """Adds the sums of all processes up, in place; every process ends with the total. Returns `self`."""
-        if accelerator is not None and accelerator.num_processes > 1:
-            for field in fields(self):
-                value = torch.as_tensor(getattr(self, field.name), dtype=torch.float64).clone()
-                total = accelerator.reduce(value.to(accelerator.device), "sum").cpu()
-                setattr(self, field.name, total if value.ndim else total.item())
-        return self
+def total(partial: Tensor, accelerator) -> Tensor:
+    """The sum of a tensor over all processes, on the CPU; the tensor as it is where there is one."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return partial
+    return accelerator.reduce(partial.to(accelerator.device), "sum").cpu()
 
 
 @dataclass
-class RegressionSums(Sums):
-    """``n, Σx, Σy, Σxxᵀ, Σxyᵀ`` of inputs x (d) and targets y (C), in float64: all a centred ridge needs.
-
-    Build with [`RegressionSums.zeros`], feed with [`update`]. Memory is d² + dC, whatever N.
-    """
+class PairSums:
+    """``n, Σx, Σy, Σxxᵀ, Σxyᵀ`` of paired rows x (d) and y (C), in float64: all that a centred ridge and a linear
+    discriminant need. Memory is d² + dC, whatever N; sums add up over blocks and over processes."""
 
     n: float
     x: Tensor
@@ -114,9 +99,26 @@ class RegressionSums(Sums):
     xy: Tensor
 
     @classmethod
-    def zeros(cls, d: int, c: int) -> RegressionSums:
-        shapes = ((d,), (c,), (d, d), (d, c))
-        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+    def zeros(cls, d: int, c: int) -> Self:
+        """A name tells the shape: `x` is (d,), `xy` is (d, c)."""
+        size = {"x": d, "y": c}
+        shapes = {one.name: [size[letter] for letter in one.name] for one in fields(cls) if one.name != "n"}
+        return cls(n=0.0, **{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
+
+    @classmethod
+    def of(cls, blocks: Iterable[tuple[Tensor, Tensor]], d: int, c: int, accelerator=None) -> Self:
+        """Of the blocks of all processes.
+
+        Raises:
+            ValueError: fewer than two rows.
+        """
+        sums = cls.zeros(d, c)
+        for x, y in blocks:
+            sums.update(x, y)
+        sums.reduce(accelerator)
+        if sums.n < 2:
+            raise ValueError(f"a fit needs at least two images, got {int(sums.n)}.")
+        return sums
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Adds a block: x (B, d) and y (B, C)."""
@@ -126,6 +128,13 @@ class RegressionSums(Sums):
         self.y += y.sum(0)
         self.xx += x.T @ x
         self.xy += x.T @ y
+
+    def reduce(self, accelerator) -> Self:
+        """Adds the sums of all processes up, in place; every process ends with the total. Returns `self`."""
+        for name, value in vars(self).items():
+            found = total(torch.as_tensor(value, dtype=torch.float64), accelerator)
+            setattr(self, name, found if found.ndim else found.item())
+        return self
 
 
 @dataclass
@@ -158,16 +167,11 @@ def ridge(
         accelerator (`Accelerator`, *optional*): sums are added up over processes, each with its own blocks.
 
     Raises:
-        ValueError: no row, or a non-finite value.
+        ValueError: fewer than two rows, or a value that is not finite.
     """
     prior = prior.double()
-    sums = RegressionSums.zeros(*prior.shape)
-    for x, y in blocks():
-        x = check_finite(x, "the embeddings")
-        sums.update(x, check_finite(y, "the targets").double() - x.double() @ prior)
-    sums.reduce(accelerator)
-    if sums.n < 2:
-        raise ValueError(f"a fit needs at least two images, got {int(sums.n)}.")
+    checked = ((check_finite(x, "the embeddings"), check_finite(y, "the targets")) for x, y in blocks())
+    sums = PairSums.of(((x, y.double() - x.double() @ prior) for x, y in checked), *prior.shape, accelerator)
     mean_x, mean_y = sums.x / sums.n, sums.y / sums.n
     gram = sums.xx - sums.n * torch.outer(mean_x, mean_x)
     moment = sums.xy - sums.n * torch.outer(mean_x, mean_y)
@@ -177,48 +181,22 @@ def ridge(
     weights = {lam: rotated / (eig + lam * unit)[:, None] for lam in lambdas}
     errors: dict[float, float] = {}
     if len(weights) > 1:
-        total = torch.zeros(len(weights) + 1, dtype=torch.float64)
+        squares = torch.zeros(len(weights) + 1, dtype=torch.float64)
         for x, y in blocks():
             p = (x.double() - mean_x) @ vec
             target = y.double() - x.double() @ prior - mean_y
             for i, (lam, weight) in enumerate(weights.items()):
                 leverage = 1 / sums.n + (p**2 / (eig + lam * unit)).sum(1, keepdim=True)
-                total[i] += ((target - p @ weight) / (1 - leverage).clamp(min=1e-6)).square().sum()
-            total[-1] += target.numel()
-        if accelerator is not None and accelerator.num_processes > 1:
-            total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
-        errors = {lam: float(total[i] / total[-1]) for i, lam in enumerate(weights)}
+                squares[i] += ((target - p @ weight) / (1 - leverage).clamp(min=1e-6)).square().sum()
+            squares[-1] += target.numel()
+        squares = total(squares, accelerator)
+        errors = {lam: float(squares[i] / squares[-1]) for i, lam in enumerate(weights)}
     lam = min(errors, key=errors.__getitem__) if errors else next(iter(weights))
     delta = vec @ weights[lam]
     return RidgeSolution((prior + delta).float(), (mean_y - mean_x @ delta).float(), float(lam), errors)
 
 
-@dataclass
-class DiscriminantSums(Sums):
-    """Sums of a linear discriminant with soft labels: ``n_c = Σq_c, Σ q xᵀ, Σx, Σxxᵀ, n`` in float64."""
-
-    n: float
-    mass: Tensor
-    qx: Tensor
-    x: Tensor
-    xx: Tensor
-
-    @classmethod
-    def zeros(cls, d: int, c: int) -> DiscriminantSums:
-        shapes = ((c,), (c, d), (d,), (d, d))
-        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-
-    def update(self, x: Tensor, q: Tensor) -> None:
-        """Adds a block: x (B, d) and soft labels q (B, C) whose rows sum to one."""
-        x, q = x.double(), q.double()
-        self.n += len(x)
-        self.mass += q.sum(0)
-        self.qx += q.T @ x
-        self.x += x.sum(0)
-        self.xx += x.T @ x
-
-
-def discriminant(sums: DiscriminantSums, shrinkage: float = 1.0, pseudo_count: float = 1.0) -> tuple[Tensor, Tensor]:
+def discriminant(sums: PairSums, shrinkage: float = 1.0, pseudo_count: float = 1.0) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis with soft labels and one shared covariance, in closed form.
 
     ``w_c = Σ⁻¹ (μ_c - μ)`` and ``b_c = -½ (μ_c + μ)ᵀ w_c``, the logits of Gaussian classes with means μ_c and
@@ -227,19 +205,18 @@ def discriminant(sums: DiscriminantSums, shrinkage: float = 1.0, pseudo_count: f
     image belongs to gets (almost) no weight instead of a wild one.
 
     Args:
-        sums (`DiscriminantSums`): of N images.
-        shrinkage (`float`, *optional*, defaults to 1.0): in units of the mean within-class variance.
-        pseudo_count (`float`, *optional*, defaults to 1.0): in images.
+        sums (`PairSums`): of N embeddings x (d) and soft labels y (C) that sum to one.
 
     Returns:
         weight (C, d) and bias (C,), float32.
     """
     mean = sums.x / sums.n
-    means = sums.qx / sums.mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    within = (sums.xx - (means.T * sums.mass) @ means) / sums.n
+    mass, weighted = sums.y, sums.xy.T  # Σq (C,) and Σ q xᵀ (C, d)
+    means = weighted / mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    within = (sums.xx - (means.T * mass) @ means) / sums.n
     d = len(mean)
     covariance = within + shrinkage * within.trace() / d * torch.eye(d, dtype=torch.float64)
-    offset = (sums.qx - sums.mass[:, None] * mean) / (sums.mass + pseudo_count)[:, None]
+    offset = (weighted - mass[:, None] * mean) / (mass + pseudo_count)[:, None]
     weight = torch.linalg.solve(covariance, offset.T).T
     bias = -((offset / 2 + mean) * weight).sum(1)
     return weight.float(), bias.float()
@@ -262,8 +239,7 @@ def discriminant_head(
         blocks: called twice, yields x (B, d) and label logits (B, C).
         prior (`Tensor`): T (C, d).
         prior_weight (`float`): ρ.
-        shrinkage, pseudo_count (`float`): see [`discriminant`].
-        accelerator (`Accelerator`, *optional*): sums are added up over processes, each with its own blocks.
+        shrinkage, pseudo_count (`float`), accelerator: as in [`discriminant`] and [`ridge`].
 
     Returns:
         Class vectors (C, d) and bias (C,) whose logits have spread 1 on these images, and the label logits' spread.
@@ -271,27 +247,17 @@ def discriminant_head(
     Raises:
         ValueError: fewer than two images, or a value that is not finite.
     """
-    sums = DiscriminantSums.zeros(prior.shape[1], len(prior))
-    for x, logits in blocks():
-        sums.update(check_finite(x, "the embeddings"), check_finite(logits, "the label logits").softmax(1))
-    sums.reduce(accelerator)
-    if sums.n < 2:
-        raise ValueError(f"a fit needs at least two images, got {int(sums.n)}.")
+    checked = ((check_finite(x, "the embeddings"), check_finite(z, "the label logits")) for x, z in blocks())
+    sums = PairSums.of(((x, logits.softmax(1)) for x, logits in checked), prior.shape[1], len(prior), accelerator)
     weight, bias = discriminant(sums, shrinkage, pseudo_count)
     squares = torch.zeros(4, dtype=torch.float64)  # of the discriminant, the prior, their product, the labels
     for x, logits in blocks():
-        fitted, known, said = (_over_classes(z) for z in (x @ weight.T + bias, x @ prior.T, logits))
+        heads = (x @ weight.T + bias, x @ prior.T, logits)
+        fitted, known, said = ((z - z.mean(1, keepdim=True)).double() for z in heads)
         pairs = ((fitted, fitted), (known, known), (fitted, known), (said, said))
         squares += torch.stack([(a * b).sum() for a, b in pairs])
-    if accelerator is not None and accelerator.num_processes > 1:
-        squares = accelerator.reduce(squares.to(accelerator.device), "sum").cpu()
-    size = sums.n * len(prior)
-    fitted, known, both, said = (squares / size).tolist()
+    fitted, known, both, said = (total(squares, accelerator) / (sums.n * len(prior))).tolist()
     fitted, known, rho = max(fitted, 1e-12), max(known, 1e-12), prior_weight
     spread = max(1 + rho**2 + 2 * rho * both / (fitted * known) ** 0.5, 1e-12) ** 0.5
     vectors = (weight / fitted**0.5 + rho * prior / known**0.5) / spread
     return vectors, bias / fitted**0.5 / spread, said**0.5
-
-
-def _over_classes(logits: Tensor) -> Tensor:
-    return (logits - logits.mean(1, keepdim=True)).double()

@@ -7,7 +7,7 @@ With unit rows ``x`` (B, d) for images and ``a`` (K, d) for texts, the model's l
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, BaseImageProcessor
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    has_file,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
 from .families import (
-    EMBEDDING_PARTS,
     aligned,
     check_family,
     image_inputs,
@@ -48,15 +41,7 @@ from .open_clip import load_processor as load_open_clip_processor
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-
-
-def _has_only_pickles(where: str, **hub) -> bool:
-    with hub_errors(where):
-        safe, pickled = (
-            any(has_file(where, file, **hub) for file in files)
-            for files in (_WEIGHTS, (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
-        )
-    return pickled and not safe
+_PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 @contextmanager
@@ -81,7 +66,7 @@ class DualEncoder:
             A model of a supported family (`FAMILIES`). Adapters inside it (LoRA, prompts) stay active. The model is
             shared, not copied: its mode and `requires_grad` flags are left as they are.
         processor (`ProcessorMixin`, *optional*):
-            Holds `tokenizer` and `image_processor`. Loaded from `name_or_path` when omitted.
+            Holds `tokenizer` and `image_processor`. Loaded from `name_or_path`, if there is one, when omitted.
         name_or_path (`str`, *optional*): defaults to the model's `config._name_or_path`.
         revision (`str`, *optional*): defaults to the commit the model was loaded from.
 
@@ -90,7 +75,6 @@ class DualEncoder:
 
     Attributes:
         model (`PreTrainedModel`): the model without the PEFT wrapper, adapters active.
-        processor (`ProcessorMixin` or `None`): `None` only when there was no name to load it from.
     """
 
     def __init__(self, model: nn.Module, processor=None, name_or_path: str | None = None, revision: str | None = None):
@@ -122,7 +106,7 @@ class DualEncoder:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
     ) -> "DualEncoder":
-        """Load a frozen model in eval mode, with its processor, from a local folder or else from the Hub.
+        """A frozen model in eval mode with its processor, from a local folder or else from the Hub.
 
         Args:
             name_or_path (`str` or `os.PathLike`):
@@ -135,9 +119,7 @@ class DualEncoder:
                 What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
                 even for checkpoints stored in half precision; `"auto"` keeps the stored type.
             device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put the model.
-            token (`str` or `bool`, *optional*): Hub token.
-            cache_dir (`str` or `os.PathLike`, *optional*): download cache.
-            local_files_only (`bool`, *optional*, defaults to `False`): never ask the Hub.
+            token, cache_dir, local_files_only (*optional*): as everywhere in transformers.
 
         Raises:
             ValueError: the model's type is not supported.
@@ -146,37 +128,11 @@ class DualEncoder:
         name = os.fspath(name_or_path)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if is_open_clip(name):
-            model = aligned(OpenClipModel.from_pretrained(name, revision=revision, dtype=dtype, **hub))
+            model = OpenClipModel.from_pretrained(name, revision=revision, dtype=dtype, **hub)
             commit = model.config._commit_hash
-            model = model.eval().requires_grad_(False).to(device or "cpu")
-            return cls(model, load_processor(name, revision=commit, **hub), name, commit)
-        where = model_location(name)
-        if os.path.isfile(os.path.join(where, "adapter_config.json")) and not os.path.isfile(
-            os.path.join(where, "config.json")
-        ):
-            raise ValueError(
-                f"{name!r} holds a PEFT adapter, not a model: load its base model and wrap both, "
-                "DualEncoder(PeftModel.from_pretrained(base, folder)); a TransMiter adapter is loaded by "
-                "AnchorClassifier.from_pretrained."
-            )
-        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **hub)
-        check_family(config.model_type, f"{name!r}")
-        options = {"dtype": torch.float32 if dtype is None else dtype, "use_safetensors": True, **hub}
-        try:
-            model = AutoModel.from_pretrained(where, revision=revision, trust_remote_code=False, **options)
-        except OSError as error:
-            if not _has_only_pickles(where, revision=revision, **hub):
-                raise
-            raise OSError(
-                f"{name!r} has no {SAFE_WEIGHTS_NAME}, and pickles such as {WEIGHTS_NAME} are not read because they "
-                "run the code in them: take a revision that has one, such as that of a pull request which you trust "
-                "(revision='refs/pr/N'), or ask the owner for it."
-            ) from error
+        else:
+            model, commit = _load_model(name, revision, torch.float32 if dtype is None else dtype, **hub)
         model = aligned(model).eval().requires_grad_(False).to(device or "cpu")
-        model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
-        # The processor comes from the very commit of the weights, also when a branch moved in between. Weights that
-        # transformers took from the pull request of the Hub's converter are in no commit of the branch.
-        commit = cached_commit(where, _WEIGHTS, revision, cache_dir) or revision
         return cls(model, load_processor(name, revision=commit, **hub), name, commit)
 
     @property
@@ -210,19 +166,13 @@ class DualEncoder:
     @property
     def image_size(self) -> int:
         """Side in pixels of the square pictures that [`preprocess`] makes."""
-        vision = self.model.config.vision_config
+        vision, processor = self.model.config.vision_config, getattr(self.processor, "image_processor", None)
         if self.family == "siglip2":
-            return vision.patch_size * math.isqrt(self._max_patches)
-        processor = getattr(self.processor, "image_processor", None)
+            return vision.patch_size * math.isqrt(getattr(processor, "max_num_patches", vision.num_patches))
         size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
         size = size or getattr(processor, "size", None) or {}
         side = dict(size).get("height") or dict(size).get("shortest_edge") or vision.image_size
         return int(side if isinstance(side, int) else side[0])
-
-    @property
-    def _max_patches(self) -> int:
-        processor = getattr(self.processor, "image_processor", None)
-        return getattr(processor, "max_num_patches", self.model.config.vision_config.num_patches)
 
     @property
     def device(self) -> torch.device:
@@ -235,17 +185,14 @@ class DualEncoder:
     @property
     def fingerprint(self) -> str:
         """Hex digest of what the embeddings depend on: weights, config, processor settings, adapters and which of
-        them are active. Equal across processes and machines; computed again only after a weight was written.
-
-        Modules added to the root beside the two towers (a head on the logits) do not count.
-        """
+        them are active; not of modules added to the root beside the two towers (a head on the logits)."""
         return self.fingerprint_in(None)
 
     def fingerprint_in(self, dtype: torch.dtype | None) -> str:
         """The [`fingerprint`] that the model would have in another floating-point type."""
         # Only what differs from transformers' defaults: a later version that adds an entry changes nothing.
         settings = [self.model.config.to_diff_dict(), self._processor_facts]
-        return model_fingerprint(self.model, EMBEDDING_PARTS, settings, dtype)
+        return model_fingerprint(self.model, settings, dtype)
 
     def preprocess(self, images) -> Tensor:
         """Pictures to normalised pixels.
@@ -286,11 +233,10 @@ class DualEncoder:
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
-        blocks = [
-            self.embed_pixels(self.preprocess(images[start : start + batch_size]))
-            for start in range(0, len(images), batch_size)
-        ]
-        return torch.cat(blocks) if blocks else torch.empty(0, self.embed_dim, device=self.device)
+        blocks = [torch.empty(0, self.embed_dim, device=self.device)]
+        for start in range(0, len(images), batch_size):
+            blocks.append(self.embed_pixels(self.preprocess(images[start : start + batch_size])))
+        return torch.cat(blocks)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Texts to (N, d) unit rows ``a``, float32, on the model's device.
@@ -298,8 +244,9 @@ class DualEncoder:
         A text longer than `context_length` tokens is cut, its end-of-text token kept; one warning per call names the
         first such text.
         """
-        embeds, cut = self._embed_texts(texts, batch_size)
-        self._warn_cut(cut)
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of strings, not one string.")
+        (embeds,) = self._embed_lists([texts], batch_size)
         return embeds
 
     def embed_names(
@@ -310,7 +257,6 @@ class DualEncoder:
         Args:
             names (`Sequence[str]`): K names; underscores become spaces.
             templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): each with one ``{}``.
-            batch_size (`int`, *optional*, defaults to 256): texts per forward pass.
 
         Raises:
             ValueError: there are no templates, or one of them lacks ``{}``.
@@ -318,13 +264,9 @@ class DualEncoder:
         bad = [template for template in templates if "{}" not in template]
         if bad or not templates:
             raise ValueError(f"each template needs a {{}} where the name goes; got {bad or 'no template'}.")
-        total, cut = torch.zeros(len(names), self.embed_dim, device=self.device), []
-        for template in templates:
-            texts = [template.replace("{}", name.replace("_", " ")) for name in names]
-            embeds, too_long = self._embed_texts(texts, batch_size)
-            total, cut = total + embeds, cut + too_long
-        self._warn_cut(cut)
-        return normalize(total, dim=-1)
+        names = [name.replace("_", " ") for name in names]
+        lists = ([template.replace("{}", name) for name in names] for template in templates)
+        return normalize(sum(self._embed_lists(lists, batch_size)), dim=-1)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Texts to the arguments of the text tower on the model's device: `input_ids` (B, L) and, outside the SigLIP
@@ -352,16 +294,22 @@ class DualEncoder:
             raise ValueError(f"this DualEncoder has no {part}: pass processor= or the name_or_path to load it from.")
         return getattr(self.processor, part)
 
-    def _embed_texts(self, texts: Sequence[str], batch_size: int) -> tuple[Tensor, list[str]]:
-        if isinstance(texts, str):
-            raise ValueError("texts must be a list of strings, not one string.")
-        blocks, cut = [torch.empty(0, self.embed_dim, device=self.device)], []
-        for start in range(0, len(texts), batch_size):
-            inputs, too_long = self._tokenize(list(texts[start : start + batch_size]))
-            cut += too_long
-            with _frozen_pass(self.model):
-                blocks.append(unit_rows(self.model.get_text_features(**inputs)))
-        return torch.cat(blocks), cut
+    def _embed_lists(self, lists: Iterable[Sequence[str]], batch_size: int) -> Iterator[Tensor]:
+        """Unit rows of the texts of each list; at the end one warning about all that were cut."""
+        cut = []
+        for texts in lists:
+            blocks = [torch.empty(0, self.embed_dim, device=self.device)]
+            for start in range(0, len(texts), batch_size):
+                inputs, too_long = self._tokenize(list(texts[start : start + batch_size]))
+                cut += too_long
+                with _frozen_pass(self.model):
+                    blocks.append(unit_rows(self.model.get_text_features(**inputs)))
+            yield torch.cat(blocks)
+        if cut:
+            logger.warning(
+                "%d text(s) are longer than the %d tokens %s reads and were cut; the first is %r.",
+                len(cut), self.context_length, self.name_or_path or "the model", cut[0],
+            )  # fmt: skip
 
     def _tokenize(self, texts: list[str]) -> tuple[dict[str, Tensor], list[str]]:
         tokenizer, limit = self._require("tokenizer"), self.context_length
@@ -369,13 +317,6 @@ class DualEncoder:
         cut = [text for text, length in zip(texts, lengths, strict=True) if length > limit]
         inputs = tokenize(tokenizer, texts, self.family, limit)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, cut
-
-    def _warn_cut(self, cut: list[str]) -> None:
-        if cut:
-            logger.warning(
-                "%d text(s) are longer than the %d tokens %s reads and were cut; the first is %r.",
-                len(cut), self.context_length, self.name_or_path or "the model", cut[0],
-            )  # fmt: skip
 
 
 def load_encoder(
@@ -400,6 +341,36 @@ def load_encoder(
         return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
     except OSError as error:
         raise OSError(f"cannot load the model {source!r}: {error}") from error
+
+
+def _load_model(name: str, revision: str | None, dtype: torch.dtype | str, **hub) -> tuple[nn.Module, str | None]:
+    """A model of transformers, and the commit it is from."""
+    where = model_location(name)
+    if Path(where, "adapter_config.json").is_file() and not Path(where, "config.json").is_file():
+        raise ValueError(
+            f"{name!r} holds a PEFT adapter, not a model: load its base model and wrap both, "
+            "DualEncoder(PeftModel.from_pretrained(base, folder)); a TransMiter adapter is loaded by "
+            "AnchorClassifier.from_pretrained."
+        )
+    options = {"revision": revision, **hub}
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    check_family(config.model_type, f"{name!r}")
+    try:
+        model = AutoModel.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
+    except OSError as error:
+        with hub_errors(where):
+            safe, pickled = (any(has_file(where, file, **options) for file in files) for files in (_WEIGHTS, _PICKLES))
+        if safe or not pickled:
+            raise
+        raise OSError(
+            f"{name!r} has no {SAFE_WEIGHTS_NAME}, and pickles such as {WEIGHTS_NAME} are not read because they "
+            "run the code in them: take a revision that has one, such as that of a pull request which you trust "
+            "(revision='refs/pr/N'), or ask the owner for it."
+        ) from error
+    model.name_or_path = model.config._name_or_path = name  # what PEFT notes with an adapter
+    # The processor comes from the very commit of the weights, also when a branch moved in between. Weights that
+    # transformers took from the pull request of the Hub's converter are in no commit of the branch.
+    return model, cached_commit(where, _WEIGHTS, revision, hub["cache_dir"]) or revision
 
 
 def load_processor(name: str, *, revision: str | None = None, **hub):

@@ -67,11 +67,7 @@ def aligned(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def image_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A two-tower model without its text side: `get_image_features` and [`logit_scale_and_bias`] work as ever.
-
-    Args:
-        config (`PreTrainedConfig`): of a two-tower model of a supported family.
-    """
+    """A two-tower model without its text side: `get_image_features` and [`logit_scale_and_bias`] work as ever."""
     model = AutoModel.from_config(config, trust_remote_code=False)
     for part in TEXT_PARTS:
         if hasattr(model, part):
@@ -82,15 +78,8 @@ def image_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def logit_scale_and_bias(model: nn.Module) -> tuple[Tensor, Tensor | float]:
-    """Scale ``s`` and bias ``b`` of ``z = s * x @ a.T + b`` for a raw transformers model.
-
-    Args:
-        model (`nn.Module`): a two-tower model of a supported family.
-
-    Returns:
-        `tuple`: ``s`` as a 0-dimensional tensor (multiplicative, attached to the model's parameter) and ``b`` as a
-        0-dimensional tensor for the SigLIP families, else the float 0.0.
-    """
+    """Scale ``s`` and bias ``b`` of ``z = s * x @ a.T + b``, 0-dimensional and attached to the model's parameters; for
+    other families than SigLIP's ``b`` is the float 0.0."""
     model = unwrap(model)
     if hasattr(model, "temperature"):
         return 1 / model.temperature, 0.0
@@ -102,10 +91,8 @@ def dummy_text_inputs(model: nn.Module, device: torch.device | str | None = None
     """The smallest text that `model`'s root forward accepts, for calls that only want the image side.
 
     ``model(**image_inputs(model, pixel_values), **dummy_text_inputs(model))`` runs for every family; its
-    ``image_embeds`` are unit rows equal to [`DualEncoder.embed_pixels`], its logits are meaningless.
-
-    Returns:
-        `dict`: ``input_ids`` and ``attention_mask``, both (1, 2) int64 on `device` (the model's when `None`).
+    ``image_embeds`` are unit rows equal to [`DualEncoder.embed_pixels`], its logits are meaningless. Ids and mask are
+    (1, 2) int64, on `device` or the model's.
     """
     model = unwrap(model)
     # The padding id would be masked (RoBERTa) or make BERT warn; any other token does.
@@ -121,7 +108,6 @@ def image_inputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
     (B, patches, patch_size ** 2 * 3) with their mask and grid.
 
     Args:
-        model (`nn.Module`): a two-tower model of a supported family.
         pixel_values (`Tensor`): (B, 3, H, W), normalised as by [`DualEncoder.preprocess`].
     """
     model = unwrap(model)

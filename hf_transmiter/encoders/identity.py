@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,8 @@ class ModelId:
         """Whether `encoder` is this model: the very revision of it with no adapter in its towers, or equal weights
         and processor. A model in float32 is also compared as it would be in half precision; of one in half precision,
         whose float32 weights are not known, the name decides, and the revision where both are known."""
-        if self.name is not None and self.name == encoder.name_or_path and not _is_adapted(encoder.model):
+        adapted = any(active for _, active, *_ in _adapter_state(encoder.model))
+        if self.name is not None and self.name == encoder.name_or_path and not adapted:
             if self.revision is not None and self.revision == encoder.revision:
                 return True
             if encoder.dtype != torch.float32 and None in (self.revision, encoder.revision):
@@ -69,45 +70,39 @@ def vocabulary_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def model_fingerprint(model: nn.Module, parts: Sequence[str], settings, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 over `settings`, the adapters active inside `parts`, and the values of every tensor in `parts`.
+def model_fingerprint(model: nn.Module, settings, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over `settings`, the adapters active in the towers, and the values of every tensor in them.
 
     Equal across processes and machines. Values are read once; later calls read again only tensors that were
     replaced or written in place (as optimizers and `load_state_dict` do; a write through ``.data`` goes unseen).
 
     Args:
-        model (`nn.Module`): the model.
-        parts (`Sequence[str]`): names of the root's children and parameters that count.
         settings: anything made of dicts, lists and plain values; where it was saved and by which version is ignored.
         dtype (`torch.dtype`, *optional*): floating-point values as they would be in this type.
     """
-    facts = [without_provenance(settings), list(_adapter_state(model, parts))]
+    facts = [_without_provenance(settings), list(_adapter_state(model))]
     tensors = []
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.split(".", 1)[0] in parts and torch.is_tensor(tensor):
+        if name.split(".", 1)[0] in EMBEDDING_PARTS and torch.is_tensor(tensor):
             read = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
             tensors.append(f"{read.dtype} {tuple(read.shape)} {_tensor_digest(read)}")
     # Sorted by value, not by name: transformers renames modules between versions, saved fingerprints must outlive it.
     return hashlib.sha256(json.dumps([facts, sorted(tensors)], sort_keys=True).encode()).hexdigest()
 
 
-def without_provenance(value):
+def _without_provenance(value):
     """`value` as JSON can write it, without the entries that do not change what a model computes."""
     if isinstance(value, dict):
-        return {str(key): without_provenance(item) for key, item in value.items() if key not in _PROVENANCE}
+        return {str(key): _without_provenance(item) for key, item in value.items() if key not in _PROVENANCE}
     if isinstance(value, (list, tuple)):
-        return [without_provenance(item) for item in value]
+        return [_without_provenance(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _is_adapted(model: nn.Module) -> bool:
-    return any(active for _, active, *_ in _adapter_state(model, EMBEDDING_PARTS))
-
-
-def _adapter_state(model: nn.Module, parts: Sequence[str]) -> Iterator[list]:
+def _adapter_state(model: nn.Module) -> Iterator[list]:
     """Adapters switched on per layer, with their scale: the same weights answer differently."""
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and name.split(".", 1)[0] in parts:
+        if isinstance(module, BaseTunerLayer) and name.split(".", 1)[0] in EMBEDDING_PARTS:
             scaling = {key: float(value) for key, value in getattr(module, "scaling", {}).items()}
             active = [] if module.disable_adapters else list(module.active_adapters)
             yield [name, active, list(module.merged_adapters), scaling]

@@ -85,11 +85,8 @@ class OpenClipConfig(PreTrainedConfig):
 
 
 class OpenClipTextTower(nn.Module):
-    """open_clip's causal text tower for texts of any length up to its own: hidden states, and the end token's.
-
-    Args:
-        text (`open_clip.transformer.TextTransformer`): whose modules it takes over.
-    """
+    """open_clip's causal text tower for texts of any length up to its own: hidden states, and the end token's. Takes
+    over the modules of a `open_clip.transformer.TextTransformer`."""
 
     def __init__(self, text: nn.Module):
         super().__init__()
@@ -116,12 +113,6 @@ class OpenClipTextTower(nn.Module):
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), input_ids.argmax(1)]
         seen = tuple(states) if output_hidden_states else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled, hidden_states=seen)
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """(B, width) to (B, d)."""
-        if self.text_projection is None:
-            return pooled
-        return self.text_projection(pooled) if callable(self.text_projection) else pooled @ self.text_projection
 
 
 class OpenClipModel(PreTrainedModel):
@@ -157,8 +148,10 @@ class OpenClipModel(PreTrainedModel):
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
         """(B, L) token ids to projected features (B, d) in `pooler_output`."""
-        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
-        output.pooler_output = self.text_model.project(output.pooler_output)
+        output, project = self.text_model(input_ids, attention_mask), self.text_model.text_projection
+        if project is not None:
+            pooled = output.pooler_output
+            output.pooler_output = project(pooled) if callable(project) else pooled @ project
         return output
 
     def forward(
@@ -185,9 +178,8 @@ class OpenClipModel(PreTrainedModel):
 
         Args:
             name (`str`): ``open_clip:...``, see above.
-            revision (`str`, *optional*): branch, tag or commit of the repository with the weights.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): `"auto"` keeps the stored type.
-            **hub: `token`, `cache_dir`, `local_files_only` of `huggingface_hub.hf_hub_download`.
+            revision, **hub: of the repository with the weights, as in `huggingface_hub.hf_hub_download`.
 
         Raises:
             ValueError: open_clip is not installed or cannot build this model, the architecture or tag is unknown, or
@@ -224,19 +216,16 @@ class OpenClipModel(PreTrainedModel):
         for key, tensor in self.state_dict().items():
             key = re.sub(r"^text_model\.(embeddings\.)?", "text.", re.sub(r"^vision_model\.", "visual.", key))
             tensors[key] = tensor.detach().cpu().contiguous()
-        content = {"model_cfg": {**self.config.model_cfg, "custom_text": True}}
-        content["preprocess_cfg"] = self.config.preprocess_cfg
+        model_cfg = {**self.config.model_cfg, "custom_text": True}
+        content = {"model_cfg": model_cfg, "preprocess_cfg": self.config.preprocess_cfg}
         replace_file(folder / WEIGHTS[0], lambda path: save_file(tensors, path))
         text = json.dumps(content, indent=2) + "\n"
         replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load_processor(name: str, *, revision: str | None = None, **hub) -> CLIPProcessor:
-    """Tokenizer and image processor of an ``open_clip:`` model; its weights are not read.
-
-    Args:
-        name (`str`), revision (`str`, *optional*), hub: as in [`OpenClipModel.from_pretrained`].
-    """
+    """Tokenizer and image processor of an ``open_clip:`` model, see [`OpenClipModel.from_pretrained`]; its weights are
+    not read."""
     config = _config(_find(name, revision=revision, **hub))
     how, side = config.preprocess_cfg, config.image_size
     square = {"height": side, "width": side}
@@ -317,11 +306,7 @@ def _find(name: str, **hub) -> _Source:
 
 
 def _config(source: _Source) -> OpenClipConfig:
-    """In one form, whichever way the same model was found: its fingerprint depends on it.
-
-    Raises:
-        ValueError: a model that cannot be read as a CLIP.
-    """
+    """In one form, whichever way the same model was found: its fingerprint depends on it."""
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict  # of the extra `open-clip`
 
     _check_readable(source.model_cfg)
@@ -332,9 +317,8 @@ def _config(source: _Source) -> OpenClipConfig:
     vision.pop("timm_model_pretrained", None)
     model_cfg = {"embed_dim": source.model_cfg["embed_dim"], "quick_gelu": bool(source.model_cfg.get("quick_gelu"))}
     model_cfg |= {"vision_cfg": vision, "text_cfg": defaults | text}
-    for key in ("init_logit_bias", "nonscalar_logit_scale"):
-        if source.model_cfg.get(key) is not None:
-            model_cfg[key] = source.model_cfg[key]
+    optional = ("init_logit_bias", "nonscalar_logit_scale")
+    model_cfg |= {key: source.model_cfg[key] for key in optional if source.model_cfg.get(key) is not None}
     preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), source.preprocess_cfg)
     preprocess = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     preprocess |= {key: list(preprocess[key]) for key in ("mean", "std")}
@@ -350,10 +334,10 @@ def _check_readable(model_cfg: dict) -> None:
     if lacking:
         raise ValueError(f"the model's configuration has no {lacking[0]!r}: not one of open_clip.")
     text = model_cfg["text_cfg"]
-    odd = [f"{key}={text[key]!r}" for key in _OTHER_TEXTS if text.get(key)]
-    odd += [f"{key}={text[key]!r}" for key, usual in (("pool_type", "argmax"), ("vocab_size", VOCABULARY))
-            if text.get(key) not in (None, usual)]  # fmt: skip
-    odd += ["multimodal_cfg"] if model_cfg.get("multimodal_cfg") else []
+    usual = {"pool_type": "argmax", "vocab_size": VOCABULARY}
+    odd = [key for key in _OTHER_TEXTS if text.get(key)]
+    odd += [key for key, value in usual.items() if text.get(key) not in (None, value)]
+    odd = [f"{key}={text[key]!r}" for key in odd] + (["multimodal_cfg"] if model_cfg.get("multimodal_cfg") else [])
     if odd:
         raise ValueError(
             f"the model does not read texts as CLIP does ({', '.join(odd)}), and only those that do are supported: "

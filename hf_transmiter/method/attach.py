@@ -14,12 +14,13 @@ from dataclasses import replace
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..algebra import check_finite
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import CONFIG, WEIGHTS
+from ..hub.checks import read_header
 from ..hub.repo import fetch, read_json
 from ..tuners import CoOpConfig
 from ..tuners.injection import inject
@@ -36,12 +37,7 @@ TOKEN_RIDGE = 0.1
 
 
 class Incompatible(ValueError):
-    """A saved adapter cannot be attached to a model.
-
-    Args:
-        adapter (`str`): where it was saved.
-        reason (`str`): why not; also an attribute.
-    """
+    """A saved adapter cannot be attached to a model, for the `reason`."""
 
     def __init__(self, adapter: str, reason: str):
         super().__init__(f"the adapter {adapter!r} cannot be attached: {reason}.")
@@ -82,9 +78,10 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder, *, token_map: Tenso
     if encoder.family not in TOKEN_TABLES:
         raise Incompatible(source, f"prompt learning does not know the family {encoder.family!r}")
     facts = _facts(encoder)
-    reason = misfit(config, facts if token_map is None else {**facts, "text_width": None})
-    if reason is None and token_map is not None:
-        reason = why_not_mapped(config)
+    if token_map is None:
+        reason = misfit(config, facts)
+    else:
+        reason = misfit(config, {**facts, "text_width": None}) or _why_not_mapped(config)
     if reason is not None:
         raise Incompatible(source, reason)
     if token_map is not None:
@@ -125,8 +122,7 @@ def read_config(source: str) -> PromptConfig:
         raise Incompatible(source, f"its configuration is damaged: {error}") from error
 
 
-def why_not_mapped(config: PromptConfig) -> str | None:
-    """Why the prompts of an adapter cannot go through [`token_map`], `None` where they can."""
+def _why_not_mapped(config: PromptConfig) -> str | None:
     if not isinstance(config, CoOpConfig):
         kind = config.peft_type.value
         return f"only what lives among token embeddings can be mapped, a context of CoOp or KgCoOp; {kind} learns more"
@@ -138,26 +134,33 @@ def why_not_mapped(config: PromptConfig) -> str | None:
 def token_map(old: DualEncoder, new: DualEncoder) -> Tensor:
     """The linear map from the token space of one model to that of another with the same vocabulary.
 
-    ``A = argmin ‖E_old A - E_new‖²_F`` with a small ridge (`TOKEN_RIDGE`); E (V, d) are the two token tables.
+    ``A = argmin ‖E_old A - E_new‖²_F`` with a small ridge (`TOKEN_RIDGE`); E (V, d) are the two token tables. How well
+    it fits is logged: ``R² = 1 - ‖E_old A - E_new‖²_F / ‖E_new - mean‖²_F``, 1 where every token arrives at its place
+    in the new table, 0 where all might as well arrive at its mean.
 
     Returns:
-        `Tensor`: A (d_old, d_new), float32, for [`attach`]. How well it fits (R², see [`map_fit`]) is logged.
+        `Tensor`: A (d_old, d_new), float32, for [`attach`].
 
     Raises:
         ValueError: other tokens, or a family without a token table that is known.
     """
-    mapping = solve_token_map(*_tables(old, new), TOKEN_RIDGE)
-    logger.info("token map from %s to %s: R² = %.3f", old.name_or_path, new.name_or_path, map_fit(old, new, mapping))
+    for encoder in (old, new):
+        if encoder.family not in TOKEN_TABLES:
+            raise ValueError(f"where the family {encoder.family!r} keeps its token table is not known.")
+    facts = [_facts(encoder) for encoder in (old, new)]
+    if facts[0]["vocabulary"] is None or facts[0]["vocabulary"] != facts[1]["vocabulary"]:
+        raise ValueError(
+            f"{old.name_or_path!r} and {new.name_or_path!r} have other tokens: a map between their token tables needs "
+            "one vocabulary."
+        )
+    tables = [encoder.model.get_submodule(TOKEN_TABLES[encoder.family]) for encoder in (old, new)]
+    rows = min(fact["vocabulary_size"] for fact in facts)  # some tables are padded
+    before, after = (getattr(table, "base_layer", table).weight.detach().cpu().float()[:rows] for table in tables)
+    mapping = solve_token_map(before, after, TOKEN_RIDGE)
+    left, spread = (before @ mapping - after).square().sum(), (after - after.mean(0)).square().sum()
+    fit = 1 - float(left / spread)
+    logger.info("token map from %s to %s: R² = %.3f", old.name_or_path, new.name_or_path, fit)
     return mapping
-
-
-def map_fit(old: DualEncoder, new: DualEncoder, mapping: Tensor) -> float:
-    """How well a [`token_map`] fits: ``R² = 1 - ‖E_old A - E_new‖²_F / ‖E_new - mean‖²_F``.
-
-    1 where every token arrives at its place in the new table, 0 where all might as well arrive at its mean.
-    """
-    before, after = _tables(old, new)
-    return 1 - float((before @ mapping - after).square().sum() / (after - after.mean(0)).square().sum())
 
 
 def solve_token_map(old: Tensor, new: Tensor, ridge: float = 0.0) -> Tensor:
@@ -167,8 +170,7 @@ def solve_token_map(old: Tensor, new: Tensor, ridge: float = 0.0) -> Tensor:
     smallest. A context ``v`` (M, d_old) becomes ``v @ solve_token_map(...)`` (M, d_new).
 
     Args:
-        old (`Tensor`): E_old (V, d_old), row i the embedding of token i.
-        new (`Tensor`): E_new (V, d_new), of the same tokens.
+        old, new (`Tensor`): E_old (V, d_old) and E_new (V, d_new), row i the embedding of token i.
         ridge (`float`, *optional*, defaults to 0.0): λ.
 
     Returns:
@@ -195,24 +197,14 @@ def why_not_reattached(tuned: DualEncoder, strong: DualEncoder) -> str | None:
     layer = active_prompts(tuned)
     if layer is None:
         return "the tuned model has no prompt learner on it"
-    old = base_facts(tuned.model, tuned.processor.tokenizer)
-    return why_closed(strong) or misfit(
-        replace(layer.active_config, base=old), base_facts(strong.model, strong.processor.tokenizer)
-    )
+    return why_closed(strong) or misfit(replace(layer.active_config, base=_facts(tuned)), _facts(strong))
 
 
 def reattach_prompt(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
     """A copy of the strong model with the tuned model's learnt prompts in it, unchanged: no image, no training.
 
-    Args:
-        tuned (`DualEncoder`): with a prompt learner of any kind on it.
-        strong (`DualEncoder`): of the widths and the vocabulary the prompts were learnt with; stays untouched.
-
-    Returns:
-        `DualEncoder`: prompts of it are ``"{}."``, as of `tuned`.
-
     Raises:
-        ValueError: no prompts, or they do not fit; the message says why.
+        ValueError: no prompts, or [`why_not_reattached`] says why they do not fit.
     """
     reason = why_not_reattached(tuned, strong)
     if reason is not None:
@@ -250,23 +242,6 @@ def _facts(encoder: DualEncoder) -> dict:
     return base_facts(encoder.model, getattr(encoder.processor, "tokenizer", None))
 
 
-def _tables(old: DualEncoder, new: DualEncoder) -> tuple[Tensor, Tensor]:
-    """Token tables (V, d_old) and (V, d_new) of two models with the same tokens."""
-    for encoder in (old, new):
-        if encoder.family not in TOKEN_TABLES:
-            raise ValueError(f"where the family {encoder.family!r} keeps its token table is not known.")
-    facts = [_facts(encoder) for encoder in (old, new)]
-    if facts[0]["vocabulary"] is None or facts[0]["vocabulary"] != facts[1]["vocabulary"]:
-        raise ValueError(
-            f"{old.name_or_path!r} and {new.name_or_path!r} have other tokens: a map between their token tables needs "
-            "one vocabulary."
-        )
-    tables = [encoder.model.get_submodule(TOKEN_TABLES[encoder.family]) for encoder in (old, new)]
-    rows = min(fact["vocabulary_size"] for fact in facts)  # some tables are padded
-    before, after = (getattr(table, "base_layer", table).weight.detach().cpu().float()[:rows] for table in tables)
-    return before, after
-
-
 def _check_map(mapping: Tensor, shape: tuple[int | None, int]) -> None:
     if mapping.ndim != 2 or mapping.shape[1] != shape[1] or shape[0] not in (None, mapping.shape[0]):
         raise ValueError(f"the token map must be {shape}, from the old to the new width; got {tuple(mapping.shape)}.")
@@ -283,17 +258,17 @@ def _read_weights(source: str, model: nn.Module, mapping: Tensor | None) -> dict
     if mapping is not None:
         shapes = {key: (*shape[:-1], len(mapping)) for key, shape in shapes.items()}
     try:
-        with safe_open(path, framework="pt") as file:
-            saved = set(file.keys())
-            for key, shape in shapes.items():
-                if key not in saved:
-                    raise Incompatible(source, f"its file lacks {key.removeprefix(_PREFIX)!r}")
-                found = tuple(file.get_slice(key).get_shape())
-                if found != shape:
-                    raise Incompatible(source, f"{key.removeprefix(_PREFIX)!r} is {found} in its file, not {shape}")
-            tensors = {key: file.get_tensor(key) for key in shapes}
-    except SafetensorError as error:
+        header = read_header(path)[1]
+    except ValueError as error:
         raise Incompatible(source, f"{WEIGHTS} is damaged ({error})") from error
+    for key, shape in shapes.items():
+        if key not in header:
+            raise Incompatible(source, f"its file lacks {key.removeprefix(_PREFIX)!r}")
+        found = header[key][1]
+        if found != shape:
+            raise Incompatible(source, f"{key.removeprefix(_PREFIX)!r} is {found} in its file, not {shape}")
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in shapes}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise Incompatible(source, f"{key.removeprefix(_PREFIX)!r} is not finite")

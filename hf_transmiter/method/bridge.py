@@ -53,15 +53,12 @@ class Bridge:
     """The transfer matrix of a pair of models.
 
     Args:
-        space (`str`): `"embedding"` or `"logit"`.
         matrix (`Tensor`):
             Embedding space: Q (d_strong, d_weak), semi-orthogonal, ``x_strong - μ_s ≈ s · (x_weak - μ_w) Qᵀ``.
             Logit space: P (K, K), orthogonal, ``z_strong P ≈ z_weak``.
         scale (`float`): the Procrustes factor s (1 in logit space).
         mean_strong, mean_weak (`Tensor`): μ_s and μ_w (zero in logit space).
-        strong, weak (`ModelId`): the pair.
-        source (`str`): `"images"` or `"text"`, what the pairs were.
-        num_pairs (`int`): N.
+        source (`str`): what the `num_pairs` pairs were, `"images"` or `"text"`.
         alignment (`float`, *optional*):
             Correlation of mapped and actual rows ([`CrossMoment.alignment`]) on the pairs of the fit, 1 for a perfect
             bridge. With few pairs it flatters. `None` for a composed bridge, which was fitted to no pairs.
@@ -69,9 +66,8 @@ class Bridge:
         anchors (`Anchors`, *optional*): the K names of a logit-space bridge.
         dataset (`str`, *optional*): what the images were, in words for people, such as ``"mteb/dtd (train)"``.
         held_out (`float`, *optional*):
-            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth;
-            of a composed bridge what [`measure`] found. `None` where that tenth would be fewer than `MIN_HELD_OUT`
-            pairs, and before a composed bridge was measured.
+            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth
+            (of at least `MIN_HELD_OUT` pairs); of a composed bridge what [`measure`] found.
         scale_back (`float`, *optional*): s of the bridge the other way round, see [`invert`].
         through (`tuple[str, ...]`): names of the models between the two, of a composed bridge.
         versions (`dict[str, str]`): of the libraries it was built with.
@@ -111,8 +107,6 @@ class Bridge:
         anchors: Anchors | None = None,
         beta: float = BETA,
         beta_per_image: float | None = None,
-        accelerator=None,
-        progress: bool = True,
         **embedding,
     ) -> Bridge:
         """A bridge from unlabelled images, or from text alone when there are none.
@@ -122,14 +116,13 @@ class Bridge:
         Args:
             weak, strong (`DualEncoder`): any two models: families, widths, tokenizers and image sizes may differ.
             dataset (`datasets.Dataset`, *optional*): images; they need not be the task's.
-            space (`str`, *optional*, defaults to `"embedding"`): `"embedding"` or `"logit"` (published).
             anchors (`Anchors`, *optional*):
                 Logit space: the K names both models answer about. Without images: the names both models embed.
                 Defaults to the universal vocabulary of 1,024 common nouns.
             beta (`float`, *optional*, defaults to 500.0):
                 Pull towards the identity in logit space, absolute; infinite gives the identity.
             beta_per_image (`float`, *optional*): β = this times N instead, since X grows with N.
-            **embedding: passed to `embed_dataset`.
+            **embedding: passed to `embed_dataset` (`accelerator`, `progress`, `cache_dir`, ...).
 
         Raises:
             ValueError: an unknown space, a logit-space bridge without images, or a beta in embedding space.
@@ -142,8 +135,7 @@ class Bridge:
         if space == "embedding" and (beta != BETA or beta_per_image is not None):
             raise ValueError("a bridge in embedding space does not read beta: leave that out, or build one of logits.")
         anchors = anchors or Anchors.universal()
-        options = {"accelerator": accelerator, "progress": progress, **embedding}
-        moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **options)
+        moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **embedding)
         made = cls.from_moment(
             moment,
             ModelId.of(weak),
@@ -188,31 +180,18 @@ class Bridge:
                 aligned on them, for the attribute `held_out`.
         """
         matrix, fit = moment.solve(space, beta)
-        scales, means = (1.0, 1.0), (torch.zeros_like(fit.strong), torch.zeros_like(fit.weak))
+        scale, scale_back, means = 1.0, 1.0, (torch.zeros_like(fit.x), torch.zeros_like(fit.y))
         if space == "embedding":
-            overlap, means, beta = float((matrix * fit.cross).sum()), (fit.strong, fit.weak), 0.0
-            mapped = ((matrix @ fit.weak_gram * matrix).sum(), (fit.strong_gram @ matrix * matrix).sum())
-            scales = tuple(overlap / max(float(size), 1e-12) for size in mapped)
+            overlap, means, beta = float((matrix * fit.xy).sum()), (fit.x, fit.y), 0.0
+            scale = overlap / max(float((matrix @ fit.yy * matrix).sum()), 1e-12)
+            scale_back = overlap / max(float((fit.xx @ matrix * matrix).sum()), 1e-12)
         kept = None
         if held_out is not None and held_out.n >= MIN_HELD_OUT:
-            others, _ = (moment - held_out).solve(space, beta)
-            kept = (held_out.centred() if space == "embedding" else held_out).alignment(others)
-        return cls(
-            space,
-            matrix.float(),
-            scales[0],
-            means[0].float(),
-            means[1].float(),
-            strong,
-            weak,
-            source,
-            int(moment.n),
-            fit.alignment(matrix),
-            min(beta, 1e300),  # as far as files go, and for this β the map is the same
-            anchors,
-            held_out=kept,
-            scale_back=scales[1],
-        )
+            kept = held_out.in_space(space).alignment((moment - held_out).solve(space, beta)[0])
+        beta = min(beta, 1e300)  # as far as files go, and for this β the map is the same
+        mean_strong, mean_weak = (mean.float() for mean in means)
+        found = (scale, mean_strong, mean_weak, strong, weak, source, int(moment.n), fit.alignment(matrix), beta)
+        return cls(space, matrix.float(), *found, anchors, held_out=kept, scale_back=scale_back)
 
     @property
     def derived(self) -> str | None:
@@ -227,15 +206,10 @@ class Bridge:
 
         Embedding space: ``x_C ≈ μ_C + s₂Q₂(μ_B - μ'_B) + s₂s₁ · Q₂Q₁ (x_A - μ_A)``, where μ_B and μ'_B are what the
         two took for B's mean. Where a bridge drops directions, or B is wider than A and C, Q₂Q₁ is no partial
-        isometry: it shrinks what Q₁ writes outside of what Q₂ reads. It is left that way; its polar factor, which
-        turns without shrinking, is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``,
-        orthogonal.
+        isometry: it shrinks what Q₁ writes outside of what Q₂ reads. Its polar factor, which turns without shrinking,
+        is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``, orthogonal.
 
-        `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger;
-        `source` is images only if both are.
-
-        Args:
-            then (`Bridge`): from this one's strong model to a third.
+        `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger.
 
         Raises:
             ValueError: `then` begins at another model or is in another space, or the anchors differ (logit space).
@@ -271,8 +245,7 @@ class Bridge:
 
     def invert(self) -> Bridge:
         """The bridge from the strong model back to the weak: for a built one what building it from the same pairs
-        would give. Not so for a composed one whose parts knew different means of the model between: its shift is that
-        of the way there turned round, not what composing the inverted parts gives.
+        would give; not quite for a composed one whose parts knew different means of the model between.
 
         ``polar(Xᵀ) = polar(X)ᵀ`` and ``polar(Xᵀ + βI) = polar(X + βI)ᵀ``: the matrix is transposed, the means change
         places, the alignment stays. The factor is the slope of the other regression,
@@ -297,28 +270,14 @@ class Bridge:
         )
 
     def measure(
-        self,
-        weak: DualEncoder,
-        strong: DualEncoder,
-        dataset=None,
-        *,
-        anchors: Anchors | None = None,
-        accelerator=None,
-        progress: bool = True,
-        **embedding,
+        self, weak: DualEncoder, strong: DualEncoder, dataset=None, *, anchors: Anchors | None = None, **embedding
     ) -> float:
-        """The alignment on images (or names, without images) that may be other ones than the bridge was built from.
-
-        A composed bridge keeps it as `held_out`.
+        """The alignment ([`CrossMoment.alignment`]) on images, or names without images, that may be other ones than
+        the bridge was built from. A composed bridge keeps it as `held_out`.
 
         Args:
-            weak, strong (`DualEncoder`): the pair.
-            dataset (`datasets.Dataset`, *optional*): images.
             anchors (`Anchors`, *optional*): without images, the names; a vocabulary of common nouns when omitted.
             **embedding: passed to `embed_dataset`.
-
-        Returns:
-            `float`: at most 1, see [`CrossMoment.alignment`].
 
         Raises:
             ValueError: another pair of models, or no images for a logit-space bridge.
@@ -328,9 +287,8 @@ class Bridge:
         if dataset is None and self.space == "logit":
             raise ValueError("a logit-space bridge is measured on images: pass some.")
         anchors = (self.anchors if self.space == "logit" else anchors) or Anchors.universal()
-        options = {"accelerator": accelerator, "progress": progress, **embedding}
-        moment, _ = sum_dataset(weak, strong, dataset, self.space, anchors, **options)
-        found = (moment.centred() if self.space == "embedding" else moment).alignment(self.matrix)
+        moment, _ = sum_dataset(weak, strong, dataset, self.space, anchors, **embedding)
+        found = moment.in_space(self.space).alignment(self.matrix)
         if self.derived:
             self.held_out = found
         return found
@@ -358,8 +316,7 @@ class Bridge:
         `SPAN_TOLERANCE`, stays behind.
 
         Args:
-            tuned (`Tensor`): T (C, d_weak).
-            weak_text, strong_text (`Tensor`): zero-shot vectors A (C, d_weak) and (C, d_strong).
+            tuned, weak_text, strong_text (`Tensor`): T and the zero-shot vectors A, each (C, d_weak) or (C, d_strong).
             anchor_texts (`Sequence[Tensor]`, *optional*): weak and strong anchor embeddings, for logit space.
 
         Returns:
@@ -464,12 +421,8 @@ class Bridge:
         return cls.load(path)
 
     def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
-        """Uploads what [`save_pretrained`] writes, in one commit; the repository is made if it is not there.
-
-        Args:
-            repo_id (`str`): ``user/name``.
-            **options: `private`, `commit_message`, `create_pr`, `token` and the others of [`push`].
-        """
+        """Uploads what [`save_pretrained`] writes, in one commit; the repository ``user/name`` is made if it is not
+        there. Options are those of [`push`]: `private`, `commit_message`, `create_pr`, `token`, ..."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / BRIDGE)
             return push(folder, repo_id, **options)

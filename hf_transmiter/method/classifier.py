@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from huggingface_hub import CommitInfo
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers.utils import ModelOutput
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
@@ -29,16 +28,16 @@ from ..tuners.transmiter.model import check_base
 from .stored_logits import CalibrationPack
 
 
-@dataclass
-class AnchorClassifierOutput(ModelOutput):
-    """
-    Args:
-        logits_per_image (`Tensor`): (B, K) over all anchors; (B, C) over the task names once an adapter is attached.
-        image_embeds (`Tensor`): (B, d) unit rows.
-    """
+def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list[int]:
+    """Columns of the names that a tuning saw: of `seen` in that order, or all of them.
 
-    logits_per_image: Tensor | None = None
-    image_embeds: Tensor | None = None
+    Raises:
+        ValueError: a name that is none of the class names.
+    """
+    unknown = sorted(set(seen or ()) - set(class_names))
+    if unknown:
+        raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
+    return [class_names.index(name) for name in (class_names if seen is None else seen)]
 
 
 class AnchorClassifier(nn.Module):
@@ -111,15 +110,16 @@ class AnchorClassifier(nn.Module):
         config = self.adapter_config
         return tuple(config.class_names) if config else self.anchors.task or self.anchors.names
 
-    def forward(self, pixel_values: Tensor) -> AnchorClassifierOutput:
-        """(B, 3, S, S) pixels to logits."""
+    def forward(self, pixel_values: Tensor) -> CLIPOutput:
+        """(B, 3, S, S) pixels to `logits_per_image`, (B, K) over all anchors or (B, C) over the task names once an
+        adapter is attached, and `image_embeds` (B, d), unit rows."""
         image_embeds = self.encoder.embed_pixels(pixel_values)
         if self.transmiter is not None:
             # Unit rows once more, as the layer does on the model itself: the same logits to the bit.
             logits = self.classify(normalize(image_embeds, dim=-1))
         else:
             logits = self._anchor_logits(image_embeds, len(self.anchors))
-        return AnchorClassifierOutput(logits_per_image=logits, image_embeds=image_embeds)
+        return CLIPOutput(logits_per_image=logits, image_embeds=image_embeds)
 
     def classify(self, image_embeds: Tensor) -> Tensor:
         """Task logits (B, C) from unit image embeddings (B, d): the head alone, for cached features."""
@@ -146,7 +146,6 @@ class AnchorClassifier(nn.Module):
         Args:
             images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
             top_k (`int`, *optional*, defaults to 1): names per image.
-            batch_size (`int`, *optional*, defaults to 32): images per forward pass.
 
         Returns:
             `list[list[dict]]`: per image `{"label": name, "score": probability}`, best first.
@@ -163,15 +162,12 @@ class AnchorClassifier(nn.Module):
         return results
 
     def add_adapter(self, config: TransMiterConfig, tensors: dict[str, Tensor] | None = None) -> AnchorClassifier:
-        """Attaches an adapter, in the place of one that is there.
+        """Attaches an adapter, in the place of one that is there; returns the classifier itself.
 
         Args:
             config (`TransMiterConfig`): its `class_names` and `auxiliary_names` need not be this classifier's anchors.
             tensors (`dict[str, Tensor]`, *optional*): its weights, as `TransMiterLayer.tensors` gives them; starts as
                 the identity when omitted.
-
-        Returns:
-            `AnchorClassifier`: itself.
         """
         encoder = self.encoder
         config.base_model_name_or_path, config.revision = encoder.name_or_path, encoder.revision
@@ -208,9 +204,6 @@ class AnchorClassifier(nn.Module):
         Of a tuned model (what [`tune`] or [`attach`] made) the adapter inside it is written, and `teacher.json`
         ([`TeacherFacts`]) where `tune` made it.
 
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-
         Raises:
             FileExistsError: the folder holds another adapter with scores of its own.
             ValueError: there is no adapter to save.
@@ -230,13 +223,9 @@ class AnchorClassifier(nn.Module):
         write_card(target)
 
     def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
-        """Saves the adapter and uploads it in one commit, see [`save_pretrained`] and [`push`].
-
-        Args:
-            repo_id (`str`): ``user/name``; made if it is not there.
-            **options: `private`, `commit_message`, `create_pr`, `token`, `base_model` (Hub id of the model, where it
-                was loaded from a local folder) and the others of [`push`].
-        """
+        """Uploads what [`save_pretrained`] writes, in one commit; the repository ``user/name`` is made if it is not
+        there. Options are those of [`push`]: `private`, `commit_message`, `create_pr`, `token`, `base_model` (Hub id
+        of the model, where it was loaded from a local folder), ..."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push(folder, repo_id, **options)
@@ -266,13 +255,11 @@ class AnchorClassifier(nn.Module):
                 or not finite.
         """
         adapter, named = split_revision(os.fspath(adapter))
-        hub = {"revision": revision or named, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-        hub = {key: value for key, value in hub.items() if value is not None}
-        hub |= {"local_files_only": True} if local_files_only else {}
+        shared = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub = {"revision": revision or named, "subfolder": subfolder, **shared}
         content, tensors = read_adapter(adapter, **hub)
         config = TransMiterConfig.from_peft_type(**content)
         if encoder is None:
-            shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
             encoder = DualEncoder.from_pretrained(config.base_model_name_or_path, revision=config.revision, **shared)
         check_base(config, encoder.model, encoder)
         config.embed_dim = encoder.embed_dim

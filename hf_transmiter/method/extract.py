@@ -19,6 +19,7 @@ from ..algebra import discriminant_head, ridge
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
+from ..encoders.identity import ModelId
 from ..hub.provenance import library_versions, named_dataset
 from ..settings import ExtractionConfig
 from ..training.draws import per_example
@@ -59,12 +60,9 @@ def extract(
         class_names (`Sequence[str]`, *optional*): the C names; the teacher's or the dataset's when omitted.
         anchors (`Anchors`, *optional*): names the published adapter reads; 1,024 with random common nouns if omitted.
         templates (`Sequence[str]`, *optional*): prompts of the anchors made here.
-        config (`ExtractionConfig`, *optional*): settings.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
-        accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
-        progress (`bool`, *optional*, defaults to `True`): show progress bars.
-        **embedding: passed to `embed_dataset` (`batch_size`, `cache_dir`, `image_column`, ...).
+        accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Returns:
         `AnchorClassifier`: the weak model with the adapter, and the teacher's logits as its calibration pack.
@@ -82,35 +80,24 @@ def extract(
         raise ValueError("the anchors' task names are not the class names, or in another order.")
     table = logits = None
     if dataset is not None:
-        table = embed_dataset(weak, dataset, accelerator=accelerator, progress=progress, **embedding)
-        logits = teacher_logits(
-            teacher,
-            dataset,
-            class_names,
-            templates=anchors.templates,
-            weak=weak,
-            table=table,
-            accelerator=accelerator,
-            progress=progress,
-            **embedding,
-        )
+        options = {"accelerator": accelerator, "progress": progress, **embedding}
+        table = embed_dataset(weak, dataset, **options)
+        options |= {"templates": anchors.templates, "weak": weak, "table": table}
+        logits = teacher_logits(teacher, dataset, class_names, **options)
     text = weak.embed_names(anchors.names, anchors.templates)
     facts = {
         "step": "extract",
         "solver": config.solver,
-        "weak": {"name": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint},
+        "weak": asdict(ModelId.of(weak)),
         "num_images": 0 if table is None else len(table),
         "dataset_fingerprint": None if table is None else table.dataset_fingerprint,
         "versions": library_versions(),
     }
     if config.solver != "gradient":
         vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)
-        tensors, solved = closed_form(
-            table, logits, text[: len(class_names)].cpu(), weak, vectors, config, accelerator
-        )
-        adapter = TransMiterConfig(
-            class_names=list(class_names), templates=list(anchors.templates), form="class_vectors"
-        )
+        prior = text[: len(class_names)].cpu()
+        tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator)
+        adapter = TransMiterConfig.for_anchors(Anchors(class_names, (), anchors.templates), form="class_vectors")
     else:
         if table is None:
             raise ValueError("the gradient solver needs unlabelled images: pass a dataset.")
@@ -137,14 +124,13 @@ def closed_form(
     """Class vectors of the weak model that say what the teacher says.
 
     Discriminant: ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
-    `solvers.discriminant_head`), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
+    [`discriminant_head`]), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
     zero-shot vectors T₀ (delta form), ``t_i = x_i T₀ᵀ + centred(teacher_i / s - x_i T₀ᵀ)``: only differences between
     classes count, so residuals are centred per image; λ by leave-one-out error. Both from streamed sums.
 
     Args:
         table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): T₀ (C, d).
-        weak (`DualEncoder`): for its scale s.
         vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are.
 
     Returns:
@@ -197,8 +183,7 @@ def gradient(
     on the weak logits in some batches; W stays orthonormal by a parametrisation, or fixed.
 
     Args:
-        table (`FeatureTable`): N image embeddings of the weak model.
-        logits (`Tensor`): the teacher's, (N, C).
+        table (`FeatureTable`), logits (`Tensor`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): (K, d) anchor embeddings.
 
     Returns:
@@ -233,22 +218,11 @@ def gradient(
     parameters = [p for module in (basis, *parts) for p in module.requires_grad_().parameters()]
     if config.basis == "fixed":
         parameters.remove(basis.weight)
-    losses = fit(
-        parameters,
-        step,
-        len(x),
-        config,
-        accelerator=accelerator,
-        checkpoint=checkpoint,
-        description="Extracting",
-        progress=progress,
-    )
+    options = {"accelerator": accelerator, "checkpoint": checkpoint, "progress": progress}
+    losses = fit(parameters, step, len(x), config, description="Extracting", **options)
     layer.transmiter_basis["default"].data.copy_(basis.weight)
-    tensors = {**layer.tensors("default"), "anchors": text}
-    return tensors, {
-        "loss": losses[-1] if losses else None,
-        "settings": {**asdict(config), "lambdas": list(config.lambdas)},
-    }
+    facts = {"loss": losses[-1] if losses else None, "settings": {**asdict(config), "lambdas": list(config.lambdas)}}
+    return {**layer.tensors("default"), "anchors": text}, facts
 
 
 def _class_names(given, anchors: Anchors | None, teacher: Teacher, dataset) -> tuple[str, ...]:

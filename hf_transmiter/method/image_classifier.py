@@ -63,9 +63,8 @@ class TransMiterImageClassificationConfig(PreTrainedConfig):
     """Configuration of a [`TransMiterForImageClassification`].
 
     Args:
-        base_config (`PreTrainedConfig` or `dict`): of the two-tower model whose image tower is used.
-        adapter (`dict`): what the adapter's ``adapter_config.json`` says of its head, names and model.
-        id2label (`dict[int, str]`, *optional*): defaults to the adapter's class names.
+        base_config: of the two-tower model whose image tower is used.
+        adapter: what the adapter's ``adapter_config.json`` says of its head, names and model.
 
     Raises:
         ValueError: not a supported model, not a TransMiter adapter, other labels than its classes, or absurd sizes.
@@ -116,10 +115,7 @@ class TransMiterForImageClassification(PreTrainedModel):
     """A picture's class by a TransMiter adapter, with the image tower of its model and nothing else.
 
     Works wherever transformers expects an image classifier: ``pipeline("image-classification")``,
-    `AutoModelForImageClassification`, `Trainer`.
-
-    Args:
-        config (`TransMiterImageClassificationConfig`): of the model and the adapter; weights are random, or zero.
+    `AutoModelForImageClassification`, `Trainer`. Made of a configuration alone its weights are random, or zero.
 
     Attributes:
         encoder (`PreTrainedModel`): the two-tower model without its text side.
@@ -159,14 +155,8 @@ class TransMiterForImageClassification(PreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:
-        """
-        Args:
-            pixel_values (`Tensor`): (B, 3, S, S), as the image processor makes them.
-            labels (`Tensor`, *optional*): (B,) class numbers; gives the cross entropy as `loss`.
-
-        Returns:
-            `ImageClassifierOutput`: `logits` (B, C), float32, and `loss`.
-        """
+        """Pixels (B, 3, S, S), as the image processor makes them, to `logits` (B, C), float32; with class numbers
+        `labels` (B,) also their cross entropy, `loss`."""
         inputs = image_inputs(self.encoder, pixel_values.to(self.encoder.dtype))
         image_embeds = unit_rows(self.encoder.get_image_features(**inputs))
         logits = self.transmiter(image_embeds, *logit_scale_and_bias(self.encoder))
@@ -175,11 +165,7 @@ class TransMiterForImageClassification(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes a classifier that stands alone: `config.json`, `model.safetensors` (image tower and head) and the
-        image processor's file.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-            **kwargs: of `PreTrainedModel.save_pretrained`; for the Hub, call `push_to_hub`.
+        image processor's file. Keywords are those of transformers; for the Hub, call `push_to_hub`.
 
         Raises:
             ValueError: the folder holds an adapter, or `push_to_hub` was given.
@@ -228,8 +214,8 @@ class TransMiterForImageClassification(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id (``id@revision`` too).
-            **kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`; of a classifier all others of
-                `PreTrainedModel.from_pretrained` as well.
+            **kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`; for a classifier all others of
+                transformers, too.
 
         Raises:
             FileNotFoundError: neither an adapter nor a classifier there.
@@ -301,11 +287,7 @@ def _read_config(source: str, **hub) -> TransMiterImageClassificationConfig:
 
 
 def _check_weights(source: str, model: PreTrainedModel, **hub) -> None:
-    """
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: they are not those of `model` (on the meta device).
-    """
+    """Makes sure that the weights there are those of `model` (on the meta device)."""
     path = fetch(source, WEIGHTS, **hub)
     if path is None:
         raise FileNotFoundError(f"{source!r} has no {WEIGHTS}, the only kind of weights that is read.")

@@ -12,7 +12,7 @@ from ..data.embeddings import FeatureTable, embed_dataset
 from ..hub.provenance import library_versions
 from ..settings import LabelTuningConfig
 from ..training.loop import fit
-from .classifier import AnchorClassifier
+from .classifier import AnchorClassifier, seen_columns
 
 
 def label_tune(
@@ -36,7 +36,6 @@ def label_tune(
         dataset (`datasets.Dataset` or `FeatureTable`): labelled images; labels index the adapter's class names.
         seen_classes (`Sequence[str]`, *optional*):
             Only these names' columns enter the loss (base classes in base-to-novel runs). Defaults to all.
-        config (`LabelTuningConfig`, *optional*): settings.
         **embedding: passed to `embed_dataset`.
 
     Raises:
@@ -50,32 +49,25 @@ def label_tune(
         table = embed_dataset(adapter.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
     if table.labels is None or not len(table):
         raise ValueError("label_tune needs labelled images: pass a dataset with a label column (label_column=...).")
-    columns = torch.arange(len(source.class_names))
-    if seen_classes is not None:
-        unknown = sorted(set(seen_classes) - set(source.class_names))
-        if unknown:
-            raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
-        columns = torch.tensor([source.class_names.index(name) for name in seen_classes])
-    position = torch.full((len(source.class_names),), -1)
-    position[columns] = torch.arange(len(columns))
-    outside = (table.labels < 0) | (table.labels >= len(source.class_names))
-    labels = torch.where(outside, -1, position[table.labels.clamp(0, len(position) - 1)])
-    if (labels < 0).any():
-        row = int((labels < 0).nonzero()[0])
+    columns = seen_columns(source.class_names, seen_classes)
+    places = {column: place for place, column in enumerate(columns)}
+    labels = [places.get(label, -1) for label in table.labels.tolist()]
+    if -1 in labels:
+        row = labels.index(-1)
         raise ValueError(
             f"image {row} has label {int(table.labels[row])}, which is not one of the {len(columns)} classes tuned "
             "here: select the images of those classes first, or pass seen_classes."
         )
-    layer = adapter.transmiter
-    name = layer.active_name
     moved = source.train_basis or config.train_basis  # such a basis is no longer orthonormal
     tuned_config = type(source)(**{**source.to_dict(), "train_basis": moved, "inference_mode": False})
-    tuned = AnchorClassifier(adapter.encoder, adapter.anchors).add_adapter(tuned_config, layer.tensors(name))
+    tuned = AnchorClassifier(adapter.encoder, adapter.anchors).add_adapter(
+        tuned_config, adapter.transmiter.tensors("default")
+    )
     frozen = {"anchors"} if config.train_basis else {"anchors", "basis"}
     parameters = [p for key, p in tuned.transmiter.weights("default").items() if key not in frozen]
     device = adapter.encoder.device
     x = torch.cat(list(table.batches(4096))).to(device)
-    columns, labels = columns.to(device), labels.to(device)
+    columns, labels = torch.tensor(columns, device=device), torch.tensor(labels, device=device)
 
     def step(rows: Tensor, generator: torch.Generator) -> Tensor:
         rows = rows.to(device)
@@ -83,16 +75,8 @@ def label_tune(
 
     for p in parameters:
         p.requires_grad_()
-    fit(
-        parameters,
-        step,
-        len(x),
-        config,
-        accelerator=accelerator,
-        checkpoint=checkpoint,
-        description="Label tuning",
-        progress=progress,
-    )
+    options = {"accelerator": accelerator, "checkpoint": checkpoint, "progress": progress}
+    fit(parameters, step, len(x), config, description="Label tuning", **options)
     facts = {"step": "label_tune", "num_images": len(x), "before": source.provenance}
     tuned_config.provenance = {**facts, "versions": library_versions()}
     return tuned.requires_grad_(False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..algebra import Sums, check_finite, polar, standardise
+from ..algebra import PairSums, check_finite, polar, standardise
 from ..data.anchors import Anchors
 from ..data.embeddings import embed_dataset
 from ..encoders.dual_encoder import DualEncoder
@@ -21,67 +21,45 @@ HELD_OUT = 10  # every so many-th pair tells what a bridge from the others is wo
 
 
 @dataclass
-class CrossMoment(Sums):
-    """``X = Σ x_strongᵀ x_weak`` over paired rows, with the sums that centring and scaling need; all in float64.
+class CrossMoment(PairSums):
+    """``X = Σ x yᵀ`` (`xy`) over paired rows x of the strong model (m) and y of the weak (k), with the sums that
+    centring and scaling need.
 
-    One sum over images: memory does not grow with N, and it adds up over processes ([`reduce`]). It depends on the
-    pair of models (and the anchors, in logit space), not on an adapter.
-
-    Args:
-        n (`float`): pairs so far.
-        strong (`Tensor`): Σ x_strong (m,).
-        weak (`Tensor`): Σ x_weak (k,).
-        cross (`Tensor`): X (m, k).
-        strong_gram (`Tensor`): Σ x_strongᵀ x_strong (m, m).
-        weak_gram (`Tensor`): Σ x_weakᵀ x_weak (k, k).
+    It depends on the pair of models (and the anchors, in logit space), not on an adapter.
     """
 
-    n: float
-    strong: Tensor
-    weak: Tensor
-    cross: Tensor
-    strong_gram: Tensor
-    weak_gram: Tensor
+    yy: Tensor
 
-    @classmethod
-    def zeros(cls, strong_width: int, weak_width: int) -> CrossMoment:
-        m, k = strong_width, weak_width
-        shapes = ((m,), (k,), (m, k), (m, m), (k, k))
-        return cls(0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-
-    def update(self, strong: Tensor, weak: Tensor) -> None:
+    def update(self, x: Tensor, y: Tensor) -> None:
         """Adds paired rows: strong (B, m) and weak (B, k).
 
         Raises:
             ValueError: different numbers of rows, or a value that is not finite.
         """
-        if len(strong) != len(weak):
-            raise ValueError(f"rows must come in pairs, got {len(strong)} of the strong and {len(weak)} of the weak.")
-        strong, weak = check_finite(strong, "strong rows").double(), check_finite(weak, "weak rows").double()
-        self.n += len(strong)
-        self.strong += strong.sum(0)
-        self.weak += weak.sum(0)
-        self.cross += strong.T @ weak
-        self.strong_gram += strong.T @ strong
-        self.weak_gram += weak.T @ weak
+        if len(x) != len(y):
+            raise ValueError(f"rows must come in pairs, got {len(x)} of the strong and {len(y)} of the weak.")
+        y = check_finite(y, "weak rows").double()
+        super().update(check_finite(x, "strong rows"), y)
+        self.yy += y.T @ y
 
     def __sub__(self, part: CrossMoment) -> CrossMoment:
         """The moment without the pairs of `part`."""
         return CrossMoment(*(getattr(self, field.name) - getattr(part, field.name) for field in fields(self)))
 
     def centred(self) -> CrossMoment:
-        """The same moment of the rows minus their means; `strong` and `weak` become those means."""
+        """The same moment of the rows minus their means; `x` and `y` become those means."""
         if self.n < 2:
             raise ValueError(f"a bridge needs at least two pairs, got {int(self.n)}: pass more images or names.")
-        strong, weak = self.strong / self.n, self.weak / self.n
-        return CrossMoment(
-            self.n,
-            strong,
-            weak,
-            self.cross - self.n * torch.outer(strong, weak),
-            self.strong_gram - self.n * torch.outer(strong, strong),
-            self.weak_gram - self.n * torch.outer(weak, weak),
-        )
+        means = {"x": self.x / self.n, "y": self.y / self.n}
+        products = {
+            pair: getattr(self, pair) - self.n * torch.outer(means[pair[0]], means[pair[1]])
+            for pair in ("xx", "xy", "yy")
+        }
+        return CrossMoment(self.n, **means, **products)
+
+    def in_space(self, space: str) -> CrossMoment:
+        """The moment that a map is judged by: in `"embedding"` space the [`centred`] one."""
+        return self.centred() if space == "embedding" else self
 
     def solve(self, space: str, beta: float = 0.0) -> tuple[Tensor, CrossMoment]:
         """The best orthogonal map, and the moment it is judged by.
@@ -95,14 +73,13 @@ class CrossMoment(Sums):
         Raises:
             ValueError: β is negative or no number.
         """
-        if space == "logit":
-            if not beta >= 0:
-                raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
-            if math.isinf(beta):
-                return torch.eye(len(self.cross), dtype=torch.float64), self
-            return polar(self.cross + beta * torch.eye(len(self.cross), dtype=torch.float64))[0], self
-        centred = self.centred()
-        return polar(centred.cross, RANK_TOLERANCE)[0], centred
+        fit = self.in_space(space)
+        if space == "embedding":
+            return polar(fit.xy, RANK_TOLERANCE), fit
+        if not beta >= 0:
+            raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
+        identity = torch.eye(len(fit.xy), dtype=torch.float64)
+        return (identity if math.isinf(beta) else polar(fit.xy + beta * identity)), fit
 
     def alignment(self, matrix: Tensor) -> float:
         """``Σ ⟨x_strong, Q x_weak⟩ / √(Σ ‖x_strong‖² · Σ ‖x_weak‖²)``, the correlation of mapped and actual rows.
@@ -113,8 +90,8 @@ class CrossMoment(Sums):
         Args:
             matrix (`Tensor`): Q (m, k).
         """
-        size = float(self.strong_gram.trace() * self.weak_gram.trace()) ** 0.5
-        return float((matrix.double() * self.cross).sum()) / max(size, 1e-12)
+        size = float(self.xx.trace() * self.yy.trace()) ** 0.5
+        return float((matrix.double() * self.xy).sum()) / max(size, 1e-12)
 
 
 def image_pairs(
@@ -130,14 +107,6 @@ def image_pairs(
             x_weak = standardise(weak.logit_scale.cpu() * x_weak @ texts[0].T)[0]
             x_strong = standardise(strong.logit_scale.cpu() * x_strong @ texts[1].T)[0]
         yield x_strong, x_weak
-
-
-def image_moment(
-    weak: DualEncoder, strong: DualEncoder, tables: Sequence, texts: Sequence[Tensor] | None, accelerator=None
-) -> CrossMoment:
-    """The cross moment of [`image_pairs`], added up over processes."""
-    widths = (strong.embed_dim, weak.embed_dim) if texts is None else (len(texts[1]), len(texts[0]))
-    return sum_pairs(image_pairs(weak, strong, tables, texts, accelerator), *widths, accelerator)[0]
 
 
 def sum_pairs(
@@ -168,11 +137,11 @@ def sum_dataset(
         TypeError: a keyword that `embed_dataset` does not have, without images too.
     """
     inspect.signature(embed_dataset).bind(weak, dataset, accelerator=accelerator, **embedding)
-    texts = None
+    texts, widths = None, (strong.embed_dim, weak.embed_dim)
     if space == "logit" or dataset is None:
         texts = [model.embed_names(anchors.names, anchors.templates).cpu() for model in (weak, strong)]
     if dataset is None:
-        return sum_pairs([(texts[1], texts[0])], strong.embed_dim, weak.embed_dim)
+        return sum_pairs([(texts[1], texts[0])], *widths)
     tables = [embed_dataset(model, dataset, accelerator=accelerator, **embedding) for model in (weak, strong)]
-    widths = (strong.embed_dim, weak.embed_dim) if texts is None else (len(anchors), len(anchors))
+    widths = widths if texts is None else (len(anchors), len(anchors))
     return sum_pairs(image_pairs(weak, strong, tables, texts, accelerator), *widths, accelerator)

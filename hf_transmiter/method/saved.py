@@ -25,12 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def load_teacher(source: str, weak: DualEncoder) -> Teacher:
-    """A tuned version of `weak` from where it was saved.
-
-    Args:
-        source (`str`): a folder of `hf-transmiter tune` or any PEFT adapter of `weak`; a TransMiter adapter; a whole
-            tuned model; a ``.safetensors`` file with its logits ([`CalibrationPack`]).
-        weak (`DualEncoder`): what was tuned.
+    """A tuned version of `weak` from where it was saved: a folder of `hf-transmiter tune` or any PEFT adapter of
+    `weak`; a TransMiter adapter; a whole tuned model; a ``.safetensors`` file with its logits ([`CalibrationPack`]).
 
     Raises:
         FileNotFoundError, OSError: nothing there, or an adapter without safetensors.
@@ -89,8 +85,7 @@ def load_classifier(
     Args:
         source (`str`): folder, Hub id or ``sandbox:MODEL``.
         encoder (`DualEncoder`, *optional*): the model under an adapter; loaded by the name in its config if omitted.
-        class_names (`Sequence[str]`, *optional*), templates (`Sequence[str]`, *optional*):
-            Of a model that has none saved with it; learnt prompts need no templates.
+        class_names, templates (*optional*): of a model that has none saved with it; learnt prompts need no templates.
 
     Raises:
         ValueError: no class names where they are needed, or what [`load_teacher`] raises.
@@ -139,8 +134,7 @@ def teacher_facts(source: str) -> dict | None:
 def teacher_templates(
     source: str, given: Sequence[str] | None = None, usual: Sequence[str] = DEFAULT_TEMPLATES
 ) -> tuple[str, ...]:
-    """Prompts of the weak model's class vectors: those given, or those the teacher's tuning started from, or the usual
-    ones."""
+    """Prompts of the weak model's class vectors: those given, those the teacher's tuning started from, or `usual`."""
     if given:
         return read_templates(given)
     facts = _tuning(source)

@@ -93,11 +93,5 @@ class CalibrationPack:
         )
         names = read_metadata_json(path, metadata, "class_names", list)
         check_json({"class_names": names}, "calibration", str(path))
-        weak = tensors.get("weak_logits")
-        return cls(
-            tensors["logits"].float(),
-            tuple(names),
-            metadata.get("dataset_fingerprint") or None,
-            metadata.get("dataset") or None,
-            None if weak is None else weak.float(),
-        )
+        about = {key: metadata.get(key) or None for key in ("dataset_fingerprint", "dataset")}
+        return cls(class_names=names, **{key: tensor.float() for key, tensor in tensors.items()}, **about)

@@ -35,12 +35,7 @@ def as_classifier(
         TypeError: not a kind of teacher.
     """
     if isinstance(teacher, AnchorClassifier):
-        missing = [name for name in class_names if name not in teacher.class_names]
-        if missing:
-            raise ValueError(
-                f"the teacher does not know {len(missing)} of the class names, first {missing[0]!r}: pass the names "
-                "it was tuned on."
-            )
+        _columns(teacher, class_names)
         return teacher
     if isinstance(teacher, nn.Module) and is_dual_encoder(teacher):
         if hasattr(unwrap(teacher), "transmiter"):
@@ -57,6 +52,17 @@ def as_classifier(
         f"a teacher is an AnchorClassifier, a tuned dual encoder, a CalibrationPack or its file, logits (N, C), or a "
         f"list of these, not {type(teacher).__name__}."
     )
+
+
+def _columns(teacher: AnchorClassifier | CalibrationPack, class_names: Sequence[str]) -> list[int]:
+    """Where the teacher has these names; an error where it has not."""
+    missing = [name for name in class_names if name not in teacher.class_names]
+    if missing:
+        raise ValueError(
+            f"the teacher does not know {len(missing)} of the class names, first {missing[0]!r}: pass the names it "
+            f"was tuned on, such as {teacher.class_names[0]!r}."
+        )
+    return [teacher.class_names.index(name) for name in class_names]
 
 
 @torch.no_grad()
@@ -80,18 +86,14 @@ def teacher_class_vectors(
         return None
     if not same_image_tower(weak, classifier.encoder):
         return None
-    config = classifier.adapter_config
-    columns = [classifier.class_names.index(name) for name in class_names]
-    if config is None:
-        vectors, bias = classifier.text_embeds, 0.0
-    elif config.form == "class_vectors":
-        tensors = classifier.transmiter.tensors(classifier.transmiter.active_name)
-        vectors, bias = tensors["class_vectors"], tensors["bias"]
+    if classifier.transmiter is None:
+        vectors = classifier.text_embeds
     else:
-        return None
-    if torch.as_tensor(bias).any():
-        return None
-    return vectors[columns] * (classifier.encoder.logit_scale / weak.logit_scale)
+        tensors = classifier.transmiter.tensors("default")
+        if "class_vectors" not in tensors or tensors["bias"].any():
+            return None
+        vectors = tensors["class_vectors"]
+    return vectors[_columns(classifier, class_names)] * (classifier.encoder.logit_scale / weak.logit_scale)
 
 
 @torch.no_grad()
@@ -108,9 +110,7 @@ def teacher_logits(
     """Task logits (N, C) of a teacher, scale included, columns in the order of `class_names`.
 
     Args:
-        teacher: see [`Teacher`].
         dataset (`datasets.Dataset`): the images; not read for stored logits.
-        class_names (`Sequence[str]`): the C names.
         templates (`Sequence[str]`, *optional*):
             Prompts of a teacher given as a bare dual encoder, unless its prompts were learnt.
         weak (`DualEncoder`, *optional*), table (`FeatureTable`, *optional*):
@@ -123,18 +123,14 @@ def teacher_logits(
     if isinstance(teacher, (list, tuple)):
         if not teacher:
             raise ValueError("the list of teachers is empty.")
-        several = [
-            teacher_logits(one, dataset, class_names, templates=templates, weak=weak, table=table, **embedding)
-            for one in teacher
-        ]
-        return torch.stack(several).mean(0)
+        options = {"templates": templates, "weak": weak, "table": table, **embedding}
+        return torch.stack([teacher_logits(one, dataset, class_names, **options) for one in teacher]).mean(0)
     classifier = as_classifier(teacher, class_names, templates)
     if classifier is None:
         return _stored(teacher, class_names, table)
     if table is None or weak is None or not same_image_tower(weak, classifier.encoder):
         table = embed_dataset(classifier.encoder, dataset, **embedding)
-    columns = [classifier.class_names.index(name) for name in class_names]
-    device = classifier.encoder.device
+    columns, device = _columns(classifier, class_names), classifier.encoder.device
     blocks = [classifier.classify(x.to(device))[:, columns].float().cpu() for x in table.batches(4096)]
     return check_finite(torch.cat(blocks), "the teacher's logits")
 
@@ -147,10 +143,7 @@ def _stored(
     if isinstance(teacher, CalibrationPack):
         if table is not None:
             teacher.check_images(len(table), table.dataset_fingerprint or None)
-        missing = [name for name in class_names if name not in teacher.class_names]
-        if missing:
-            raise ValueError(f"the stored logits have no column for {missing[0]!r}; they hold {teacher.class_names}.")
-        logits = teacher.logits[:, [teacher.class_names.index(name) for name in class_names]]
+        logits = teacher.logits[:, _columns(teacher, class_names)]
     else:
         logits = teacher.float()
     count = len(logits) if table is None else len(table)

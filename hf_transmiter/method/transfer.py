@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ..hub.provenance import library_versions, named_dataset
 from ..settings import TransferConfig, check_read
 from ..tuners import TransMiterConfig
 from .bridge import Bridge
-from .classifier import AnchorClassifier
+from .classifier import AnchorClassifier, seen_columns
 from .stored_logits import CalibrationPack
 from .teacher import Teacher, teacher_logits
 
@@ -59,9 +60,8 @@ def transfer(
             The tuned model's logits on `dataset`, see [`Teacher`]. Defaults to the adapter's calibration pack when
             that belongs to these images; without either, the refit relies on the carried class vectors.
         seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
-        config (`TransferConfig`, *optional*): settings.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
-        **embedding: passed to `embed_dataset`.
+        accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Returns:
         `AnchorClassifier`: the strong model with its adapter; `adapter_config.provenance` says how it was made.
@@ -73,7 +73,7 @@ def transfer(
     config, source = config or TransferConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
-    unseen = _unseen(source.class_names, seen_classes)
+    all_seen = len(set(seen_columns(source.class_names, seen_classes))) == len(source.class_names)
     weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
     space = "logit" if source.form == "mlp" else "embedding"
     if bridge is None:
@@ -85,93 +85,39 @@ def transfer(
     else:
         check_read(config, "a transfer over a finished bridge", ("beta", "beta_per_image"))
         bridge.weak.check(weak, "weak")
+        bridge.strong.check(strong, "strong")
     if config.refit and (dataset is None or space == "logit"):
         raise ValueError("a refit is of class vectors, to unlabelled images: pass images, or leave refit out.")
-    if config.zero_shot_weight is not None:
-        weight = config.zero_shot_weight
-    else:
-        weight = 1 / 3 if unseen else 0.0
-    content, tensors = carry(*adapter.adapter_tensors(), strong, bridge, weak=weak, zero_shot_weight=weight)
-    upgraded, facts = TransMiterConfig.from_peft_type(**content), content["provenance"]
-    facts.update(named_dataset(dataset, dataset_name))
-    wanted = not unseen if config.refit is None else config.refit
+    weight = config.zero_shot_weight
+    if weight is None:
+        weight = 0.0 if all_seen else 1 / 3
+    upgraded, tensors = _carried(adapter, strong, bridge, weight)
+    upgraded.provenance.update(named_dataset(dataset, dataset_name))
+    wanted = all_seen if config.refit is None else config.refit
     if source.form == "class_vectors" and dataset is not None and wanted:
         table = embed_dataset(strong, dataset, **options)
-        pack, own = _teacher_on(table, dataset, adapter, teacher, options), _own_vectors(source.provenance)
+        pack, own = _teacher_on(table, dataset, adapter, teacher, options), _has_own_vectors(source)
         vectors, text = tensors["class_vectors"], tensors["anchors"]
         tensors.update(refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own))
-        facts.update(refit_on=len(table), teacher_logits=pack is not None)
+        upgraded.provenance.update(refit_on=len(table), teacher_logits=pack is not None)
     text = tensors["anchors"].to(strong.device)
     return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, tensors)
 
 
-def check_bridge(
-    source: TransMiterConfig, strong: DualEncoder, bridge: Bridge, weak: DualEncoder | None = None
-) -> None:
-    """Whether [`carry`] can take an adapter over a bridge to `strong`. Arguments as there; nothing is computed.
-
-    Raises:
-        ValueError: a bridge of another pair, width or space, or the weak model is missing.
-    """
-    bridge.strong.check(strong, "strong")
-    name, revision, found = source.base_model_name_or_path, source.revision, source.base_fingerprint
-    if weak is not None:
-        bridge.weak.check(weak, "weak")
-        same = found is None or ModelId(name, revision, found).is_of(weak)
-    else:  # without a fingerprint, or with that of half precision, the name decides
-        named = name is not None and (name, revision) == (bridge.weak.name, bridge.weak.revision)
-        same = named and (found is None or revision is not None)
-    if not same and found != bridge.weak.fingerprint:
-        unsure = "" if found is not None else " The adapter has no fingerprint of its model, so the names must agree."
+def _carried(
+    adapter: AnchorClassifier, strong: DualEncoder, bridge: Bridge, zero_shot_weight: float
+) -> tuple[TransMiterConfig, dict[str, Tensor]]:
+    """Configuration and tensors of the adapter over a bridge, without an image: what [`transfer`] starts from."""
+    weak, source, (_, tensors) = adapter.encoder, adapter.adapter_config, adapter.adapter_tensors()
+    if bridge.space == "embedding" and bridge.matrix.shape != (strong.embed_dim, weak.embed_dim):
         raise ValueError(
-            f"the adapter was made for {name!r} (revision {revision}), the bridge begins at {bridge.weak.name!r} "
-            f"(revision {bridge.weak.revision}): take a bridge of this pair.{unsure}"
+            f"the bridge's matrix is {tuple(bridge.matrix.shape)}, and the models' widths are {strong.embed_dim} and "
+            f"{weak.embed_dim}: take a bridge of this pair."
         )
-    if source.form == "mlp":
-        if bridge.space != "logit":
-            raise ValueError("the published adapter reads logits: build the bridge with space='logit'.")
-        return
-    if bridge.space == "logit" and weak is None:
-        raise ValueError("class vectors cross a logit-space bridge by the weak model's texts: pass it.")
-    width = bridge.matrix.shape[1] if bridge.space == "embedding" else weak.embed_dim
-    if source.embed_dim not in (None, width):
-        raise ValueError(
-            f"the adapter has embeddings of width {source.embed_dim}, the weak model of the bridge has {width}: "
-            "take a bridge of the adapter's model."
-        )
-
-
-def carry(
-    content: dict,
-    tensors: dict[str, Tensor],
-    strong: DualEncoder,
-    bridge: Bridge,
-    *,
-    weak: DualEncoder | None = None,
-    zero_shot_weight: float = 0.0,
-) -> tuple[dict, dict[str, Tensor]]:
-    """An adapter over a bridge, without an image and without the weak model: what [`transfer`] starts from.
-
-    Args:
-        content (`dict`), tensors (`dict[str, Tensor]`):
-            Of the weak model's adapter: its configuration and weights as `read_adapter` reads them.
-        strong (`DualEncoder`): the new model; embeds the names.
-        bridge (`Bridge`): between the adapter's model and `strong`.
-        weak (`DualEncoder`, *optional*): needed only to carry class vectors over a logit-space bridge.
-        zero_shot_weight (`float`, *optional*, defaults to 0.0): see [`TransferConfig`].
-
-    Returns:
-        Configuration and tensors of the strong model's adapter.
-
-    Raises:
-        ValueError: as [`check_bridge`], or a bridge of other anchors.
-    """
-    source = TransMiterConfig.from_peft_type(**{**content, "embed_dim": tensors["anchors"].shape[1]})
-    check_bridge(source, strong, bridge, weak)
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
     facts = {
         "step": "transfer",
-        "strong": {"name": strong.name_or_path, "revision": strong.revision, "fingerprint": strong.fingerprint},
+        "strong": asdict(ModelId.of(strong)),
         "bridge": without_paths({key: getattr(bridge, key) for key in _BRIDGE_FACTS}),
         "extracted": source.provenance,
         "versions": library_versions(),
@@ -187,29 +133,19 @@ def carry(
             anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
         vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
         carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
-        if not _own_vectors(source.provenance):
+        if not _has_own_vectors(source):
             # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
             carried = {"delta": carried["delta"]}
         vectors = interpolate(carried, text, zero_shot_weight)
         tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
         facts["zero_shot_weight"] = zero_shot_weight
-    upgraded = TransMiterConfig.for_anchors(
-        source.anchors,
-        form=source.form,
-        width=source.width,
-        mlp_ratio=source.mlp_ratio,
-        embed_dim=strong.embed_dim,
-        base_model_name_or_path=strong.name_or_path,
-        revision=strong.revision,
-        base_fingerprint=strong.fingerprint,
-        provenance=facts,
-    )
-    return upgraded.to_dict(), tensors
+    shape = {"form": source.form, "width": source.width, "mlp_ratio": source.mlp_ratio}
+    return TransMiterConfig.for_anchors(source.anchors, **shape, provenance=facts), tensors
 
 
-def _own_vectors(provenance: dict) -> bool:
+def _has_own_vectors(source: TransMiterConfig) -> bool:
     """Whether the teacher had class vectors of its own (a prompt), or a tuned image tower was distilled."""
-    return bool(provenance.get("own_class_vectors"))
+    return bool(source.provenance.get("own_class_vectors"))
 
 
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
@@ -219,8 +155,6 @@ def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) ->
 
     Args:
         carried (`dict[str, Tensor]`): unit rows (C, d) of each kind of transport.
-        zero_shot (`Tensor`): (C, d).
-        weight (`float`): w in [0, 1].
     """
     mean = normalize(torch.stack(list(carried.values())).sum(0), dim=-1)
     return normalize((1 - weight) * mean + weight * zero_shot, dim=-1)
@@ -241,13 +175,12 @@ def refit(
 
     Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
     embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
-    them is blended with the carried vectors (`solvers.discriminant_head`), which count as `carried_images` images per
+    them is blended with the carried vectors ([`discriminant_head`]), which count as `carried_images` images per
     class, and given the mean spread of one expert, so that probabilities stay meaningful.
 
     Args:
         table (`FeatureTable`): N image embeddings of the strong model.
-        vectors (`Tensor`): T (C, d), carried, unit rows.
-        zero_shot (`Tensor`): the strong model's own (C, d).
+        vectors, zero_shot (`Tensor`): T (C, d), carried, unit rows, and the strong model's own.
         pack (`CalibrationPack` or `None`): t and w on these images; without it q = softmax(c).
         ask_carried (`bool`, *optional*, defaults to `True`):
             Whether c is one of the experts. [`transfer`] leaves it out where an image tower was tuned: class vectors
@@ -275,15 +208,6 @@ def refit(
     return {"class_vectors": fitted * spread / experts / scale, "bias": bias * spread / experts}
 
 
-def _unseen(class_names: Sequence[str], seen: Sequence[str] | None) -> list[str]:
-    if seen is None:
-        return []
-    unknown = sorted(set(seen) - set(class_names))
-    if unknown:
-        raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
-    return [name for name in class_names if name not in set(seen)]
-
-
 def _teacher_on(
     table: FeatureTable, dataset, adapter: AnchorClassifier, teacher: Teacher | None, options: dict
 ) -> CalibrationPack | None:
@@ -292,15 +216,10 @@ def _teacher_on(
     names, pack = tuple(config.class_names), adapter.calibration
     if teacher is not None:
         weak_table = embed_dataset(adapter.encoder, dataset, **options)
-        said = teacher_logits(
-            teacher, dataset, names, templates=config.templates, weak=adapter.encoder, table=weak_table, **options
-        )
         zero_shot = AnchorClassifier(adapter.encoder, Anchors(names, (), config.templates))
-        return CalibrationPack(
-            said,
-            names,
-            weak_logits=teacher_logits(zero_shot, dataset, names, weak=adapter.encoder, table=weak_table, **options),
-        )
+        options = {"templates": config.templates, "weak": adapter.encoder, "table": weak_table, **options}
+        said, own = (teacher_logits(one, dataset, names, **options) for one in (teacher, zero_shot))
+        return CalibrationPack(said, names, weak_logits=own)
     if pack is None:
         return None
     if pack.class_names != names:

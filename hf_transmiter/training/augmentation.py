@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from ..settings import AUGMENTATIONS
+from ..settings import AUGMENTATIONS, check_choice
 from .draws import per_example
 
 
@@ -30,18 +30,13 @@ def augment(pixels: Tensor, generator: torch.Generator, kind: str) -> Tensor:
       difference that they cut from the picture as it is on disk and this one from the square that the model sees.
 
     Args:
-        pixels (`Tensor`): (B, 3, S, S), normalised.
+        pixels (`Tensor`): (B, 3, S, S), normalised; type and device stay.
         generator (`torch.Generator`): on the CPU; all that is random comes from it.
-        kind (`str`): one of `AUGMENTATIONS`.
-
-    Returns:
-        `Tensor`: (B, 3, S, S), of the same type and on the same device.
 
     Raises:
         ValueError: an unknown kind.
     """
-    if kind not in AUGMENTATIONS:
-        raise ValueError(f"the augmentation must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}.")
+    check_choice("the augmentation", kind, AUGMENTATIONS)
     if kind == "none":
         return pixels
     coins = per_example(generator, len(pixels), lambda count: torch.rand(count, generator=generator))
@@ -58,8 +53,7 @@ def _shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
         generator, len(pixels), lambda count: torch.randint(2 * reach + 1, (count, 2), generator=generator)
     )
     cuts = zip(padded, corners.tolist(), strict=True)
-    crops = [picture[:, y : y + side, x : x + side] for picture, (y, x) in cuts]
-    return torch.stack(crops)
+    return torch.stack([picture[:, y : y + side, x : x + side] for picture, (y, x) in cuts])
 
 
 def _cropped(pixels: Tensor, generator: torch.Generator) -> Tensor:

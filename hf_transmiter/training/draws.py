@@ -9,13 +9,7 @@ from torch import Tensor
 
 
 class BatchGenerator(torch.Generator):
-    """Alike in every process that works on a batch; knows which of the batch's examples are this process's.
-
-    Args:
-        seed (`int`): of the batch.
-        size (`int`): examples in the whole batch.
-        mine (`slice`): those of this process.
-    """
+    """Alike in every process that works on a batch of `size` examples; `mine` are this process's."""
 
     def __new__(cls, seed: int, size: int, mine: slice):
         return super().__new__(cls)  # torch's own takes a device
@@ -29,12 +23,7 @@ def per_example(generator: torch.Generator, count: int, draw: Callable[[int], Te
     """``draw(B)`` for a batch of B examples, of which a shared batch's process gets its own rows.
 
     So the numbers of an example do not depend on the number of processes, and the generators of all processes stay
-    alike.
-
-    Args:
-        generator (`torch.Generator`): the one `draw` uses.
-        count (`int`): examples at hand.
-        draw: number of examples to a tensor with a row for each.
+    alike. `draw` uses the `generator`; `count` examples are at hand.
     """
     if isinstance(generator, BatchGenerator):
         return draw(generator.size)[generator.mine]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..algebra import check_finite
 from ..hub.files import replace_file
-from ..settings import SCHEDULES, FitConfig
+from ..settings import SCHEDULES, FitConfig, check_choice
 from .draws import BatchGenerator
 
 
@@ -37,50 +37,38 @@ FIRST_EPOCH_LR = 1e-5  # of the "epochs" schedule, whatever the peak
 Step = Callable[[Tensor, torch.Generator], Tensor | tuple[Tensor, Tensor]]
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then cosine to 0, per step."""
-    ramp = max(1, round(warmup * total))
-    if step < ramp:
-        return peak * (step + 1) / ramp
-    return peak / 2 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
-
-
 def scheduled_rate(config: FitConfig, epoch: int, step: int, total: int) -> float:
     """The learning rate of a step.
 
-    With the schedule `"cosine"`, [`learning_rate`] of the step. With `"epochs"`, the one of CoOp (arXiv 2109.01134),
-    for epochs e = 1 ... E: 1e-5 for e = 1, and ``lr / 2 * (1 + cos(pi * (e - 2) / E))`` after that.
+    With the schedule `"cosine"`, linear warm-up over the first `warmup` share of the steps, then cosine to 0, per
+    step. With `"epochs"`, the one of CoOp (arXiv 2109.01134), for epochs e = 1 ... E: 1e-5 for e = 1, and
+    ``lr / 2 * (1 + cos(pi * (e - 2) / E))`` after that.
 
     Args:
-        config (`FitConfig`): settings.
         epoch (`int`): counted from 0, i.e. e - 1.
-        step (`int`): counted from 0 over the whole run.
-        total (`int`): steps of the whole run.
+        step (`int`): counted from 0 over the whole run of `total` steps.
 
     Raises:
         ValueError: an unknown schedule.
     """
-    if config.schedule == "cosine":
-        return learning_rate(step, total, config.lr, config.warmup)
-    if config.schedule != "epochs":
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}.")
-    if epoch == 0:
-        return FIRST_EPOCH_LR
-    return config.lr / 2 * (1 + math.cos(math.pi * (epoch - 1) / config.epochs))
+    check_choice("schedule", config.schedule, SCHEDULES)
+    if config.schedule == "epochs":
+        if epoch == 0:
+            return FIRST_EPOCH_LR
+        angle = math.pi * (epoch - 1) / config.epochs
+    else:
+        ramp = max(1, round(config.warmup * total))
+        if step < ramp:
+            return config.lr * (step + 1) / ramp
+        angle = math.pi * (step - ramp) / max(1, total - ramp)
+    return config.lr / 2 * (1 + math.cos(angle))
 
 
 def gaussian_epoch_weights(epochs: int, mean: float, std: float) -> list[float]:
     """Weights of PromptSRC's Gaussian aggregation of prompts (arXiv 2307.06948), for [`fit`].
 
-    ``g_e = exp(-(e - mean)^2 / (2 std^2)) / sum_k exp(-(k - mean)^2 / (2 std^2))`` for epochs e = 1 ... E.
-
-    Args:
-        epochs (`int`): E.
-        mean (`float`): in epochs, counted from 1.
-        std (`float`): in epochs.
-
-    Returns:
-        `list[float]`: E weights that add up to 1.
+    ``g_e = exp(-(e - mean)^2 / (2 std^2)) / sum_k exp(-(k - mean)^2 / (2 std^2))`` for epochs e = 1 ... E, in which
+    mean and std are counted. They add up to 1.
 
     Raises:
         ValueError: no epoch, or a standard deviation that is not positive.
@@ -98,9 +86,7 @@ def project_gradient(main: Tensor, pull: Tensor, strength: float = 1.0) -> Tenso
     points against k is taken out. For `fit(..., combine=project_gradient)`.
 
     Args:
-        main (`Tensor`): g, gradient of the main loss for one parameter, of any shape.
-        pull (`Tensor`): k, that of the pull, of the same shape; zero leaves g as it is.
-        strength (`float`, *optional*, defaults to 1.0): how much of that part is taken out.
+        main, pull (`Tensor`): g and k, gradients of the two losses for one parameter; where k is zero, g stays.
 
     Returns:
         `Tensor`: of the shape and type of g.
@@ -132,7 +118,6 @@ def fit(
         step: `step(indices, generator)` returns the mean loss over the examples at `indices` (B,); with `combine`, a
             pair of mean losses, the main one and a pull.
         num_examples (`int`): N.
-        config (`FitConfig`): settings.
         combine (*optional*): `combine(main, pull)` makes one gradient of those of the two losses, parameter by
             parameter, over the whole batch; see [`project_gradient`].
         epoch_weights (`Sequence[float]`, *optional*): g_e (E,) that add up to 1. At the end the parameters become
@@ -209,7 +194,11 @@ class _Run:
         losses, gradients = torch.zeros(count), [[None] * len(self.parameters)] * count
         if len(mine):
             generator = BatchGenerator(seed, len(indices), share)
-            scaled = [loss * (len(mine) / len(indices)) for loss in self._losses(mine, generator)]
+            found = self.step(mine, generator)
+            if isinstance(found, tuple) != (self.combine is not None):
+                raise ValueError("step must return two losses with combine=, and one without.")
+            found = found if isinstance(found, tuple) else (found,)
+            scaled = [loss * (len(mine) / len(indices)) for loss in found]
             losses = torch.stack([loss.detach() for loss in scaled])
             # The graph is kept for the second loss.
             gradients = [
@@ -226,25 +215,19 @@ class _Run:
             p.grad = own[0] if self.combine is None else self.combine(*own)
         return losses
 
-    def _losses(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        found = self.step(indices, generator)
-        if isinstance(found, tuple) != (self.combine is not None):
-            raise ValueError("step must return two losses with combine=, and one without.")
-        return found if isinstance(found, tuple) else (found,)
-
 
 class _EpochAverage:
     """Sums ``g_e theta_e`` in fp32; nothing where there are no weights."""
 
     def __init__(self, parameters: list[nn.Parameter], weights: Sequence[float] | None, epochs: int):
-        self.weights = None if weights is None else [float(weight) for weight in weights]
-        if self.weights is not None and len(self.weights) != epochs:
-            raise ValueError(f"epoch_weights must hold one weight per epoch: got {len(self.weights)} for {epochs}.")
-        if self.weights is not None and not math.isclose(sum(self.weights), 1, abs_tol=1e-4):
-            raise ValueError(f"epoch_weights must add up to 1, got {sum(self.weights)}: divide them by that.")
-        averaged = parameters if self.weights is not None else []
-        self.parameters = averaged
-        self.sums = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in averaged]
+        self.weights, self.parameters = None, []
+        if weights is not None:
+            self.weights, self.parameters = [float(weight) for weight in weights], parameters
+            if len(self.weights) != epochs:
+                raise ValueError(f"epoch_weights must hold one weight per epoch: got {len(weights)} for {epochs}.")
+            if not math.isclose(sum(self.weights), 1, abs_tol=1e-4):
+                raise ValueError(f"epoch_weights must add up to 1, got {sum(self.weights)}: divide them by that.")
+        self.sums = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.parameters]
 
     def add(self, epoch: int) -> None:
         for p, total in zip(self.parameters, self.sums, strict=True):

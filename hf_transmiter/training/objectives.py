@@ -68,7 +68,6 @@ def losses(tuned: Answers, frozen: Answers, labels: Tensor, pull: str) -> tuple[
 
     Args:
         tuned, frozen (`Answers`): of the model in training and of its start, on the same images.
-        labels (`Tensor`): (B,) class indices.
         pull (`str`): a key of `PULLS`.
 
     Raises:

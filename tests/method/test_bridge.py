@@ -85,7 +85,7 @@ def test_beta_keeps_directions_without_evidence_in_place():
     null = basis[4:].T  # (8, 4): what no image says anything about
     # Each of the two singular bases may turn on its own inside the null space of the moment.
     moment, turn = z.T @ z, null @ rotation(4, 3) @ null.T
-    arbitrary = polar(moment)[0] @ (torch.eye(8, dtype=torch.float64) - null @ null.T + turn)
+    arbitrary = polar(moment) @ (torch.eye(8, dtype=torch.float64) - null @ null.T + turn)
     assert (z @ arbitrary - z).abs().max() < 1e-9  # just as good without beta
     assert (arbitrary @ null - null).abs().max() > 0.1  # and not the identity
     for beta in (1e-3, 1.0, 500.0):
@@ -126,7 +126,7 @@ def test_a_wide_basis_is_carried_as_published(beta):
         basis = torch.linalg.qr(rows(width, 7, 3))[0]
         hidden = (strong @ basis.T).T @ (weak @ basis.T) + beta * torch.eye(width, dtype=torch.float64)
         # Columns outside the span of W are never reached; polar needs the tolerance where they are without evidence.
-        published = polar(hidden, 1e-9)[0].T @ basis
+        published = polar(hidden, 1e-9).T @ basis
         bridge = bridge_of(strong, weak, "logit", beta=beta)
         ours = bridge.carry_basis(basis.float()).double()
         # Rows of z sum to zero: without beta the direction of all ones is nobody's.

@@ -309,6 +309,8 @@ def test_refused(weak, strong, model_dir, adapters, make_dataset, dataset, cache
         transfer(adapter, DualEncoder.from_pretrained(model_dir("siglip")), bridge=bridge)
     with pytest.raises(ValueError, match="built for the weak model"):
         transfer(adapter, strong, bridge=Bridge.build(strong, strong, anchors=WORDS))
+    with pytest.raises(ValueError, match=r"matrix is .* the models' widths are \d+ and \d+: take a bridge of this"):
+        transfer(adapter, strong, bridge=replace(bridge, matrix=bridge.matrix[:, 1:]))
     with pytest.raises(ValueError, match="needs unlabelled images or a logit-space bridge: pass one of them"):
         transfer(adapters["mlp"], strong)
     with pytest.raises(ValueError, match="reads logits: build the bridge with space='logit'"):

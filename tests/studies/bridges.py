@@ -76,7 +76,7 @@ def variants(bench: Bench, kind: str, route: tuple[str, str, str]) -> Iterator[t
     yield "built for the pair", bench.build(kind, first, last)
     composed = bench.build(kind, first, between).compose(bench.build(kind, between, last))
     yield f"composed through {between}", composed
-    turned, _ = polar(composed.matrix.double(), RANK_TOLERANCE)
+    turned = polar(composed.matrix.double(), RANK_TOLERANCE)
     yield "its polar factor", replace(composed, matrix=turned.float())
 
 

@@ -29,7 +29,7 @@ from hf_transmiter.encoders.identity import ModelId
 from hf_transmiter.evaluation.baselines import emulated_fine_tuning, linear_head, logit_ensemble
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.extract import gradient
-from hf_transmiter.method.moments import CrossMoment, image_moment
+from hf_transmiter.method.moments import CrossMoment, image_pairs, sum_pairs
 from hf_transmiter.method.stored_logits import CalibrationPack
 from hf_transmiter.method.transfer import interpolate, refit
 from hf_transmiter.settings import ExtractionConfig, FitConfig, TransferConfig
@@ -102,7 +102,7 @@ class Run:
             moment.update(self.strong.x[rows], self.weak.x[rows])
         else:
             tables = [FeatureTable(model.x[rows]) for model in (self.weak, self.strong)]
-            moment = image_moment(self.weak, self.strong, tables, anchors)
+            moment, _ = sum_pairs(image_pairs(self.weak, self.strong, tables, anchors), *map(len, anchors[::-1]))
         nobody = ModelId(None, None, "")
         return Bridge.from_moment(moment, nobody, nobody, space="embedding" if anchors is None else "logit", beta=beta)
 

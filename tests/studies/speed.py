@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from hf_transmiter.data.embeddings import FeatureTable
 from hf_transmiter.evaluation.evaluate import measured
 from hf_transmiter.method.extract import closed_form, gradient
-from hf_transmiter.method.moments import image_moment
+from hf_transmiter.method.moments import image_pairs, sum_pairs
 from hf_transmiter.method.transfer import refit
 from hf_transmiter.settings import ExtractionConfig, TransferConfig
 
@@ -97,7 +97,7 @@ def memory() -> None:
                 tables.append(FeatureTable(torch.from_numpy(np.load(path, mmap_mode="c"))))
             vectors = normalize(torch.randn(100, 768), dim=-1)
             with measured() as cost:
-                image_moment(weak, strong, tables, None)
+                sum_pairs(image_pairs(weak, strong, tables, None), strong.embed_dim, weak.embed_dim)
                 refit(tables[1], vectors, vectors, None, strong, TransferConfig())
         print(f"  N = {images:6d}: {cost['peak_mb']:7.1f} MB, {cost['seconds']:.2f} s", flush=True)
 
