@@ -118,6 +118,12 @@ def fill(template: str, **facts) -> str:
 # ---- facts ----------------------------------------------------------------------------------------------------------
 
 
+def texts_in(value: object) -> list[str]:
+    """A text, or those in a list, on one line each; what is empty or no text is left out."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one_line(text) for text in values if isinstance(text, str) and one_line(text)]
+
+
 class Noted(dict):
     """An object in a JSON file, whatever its writer put there."""
 
@@ -131,6 +137,10 @@ class Noted(dict):
         value = self.get(key)
         fine = isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip()
         return value if fine else None
+
+    def lines(self, key: str) -> list[str]:
+        """The texts in a list inside it."""
+        return texts_in(self.get(key))
 
     def texts(self) -> dict[str, str]:
         """All texts and numbers inside it, as texts."""
@@ -191,9 +201,9 @@ class NamedModel(Named):
     """The model something belongs on."""
 
     @classmethod
-    def of(cls, noted: Noted) -> NamedModel:
-        """From what was noted of it."""
-        values = (noted.get(key) for key in ("name", "revision", "fingerprint"))
+    def of(cls, noted: Noted, name: str = "name") -> NamedModel:
+        """From what was noted of it; its name stands under the key `name`."""
+        values = (noted.get(key) for key in (name, "revision", "fingerprint"))
         return cls(*(value if isinstance(value, str) and value.strip() else None for value in values))
 
     @property
