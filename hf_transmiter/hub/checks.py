@@ -45,7 +45,9 @@ def parse_json(text: str | bytes, where: str):
         if isinstance(text, bytes):
             text = text.decode()
         value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-        _check_values(value)
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate, which could not be written again, raises
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: it is nested more than {MAX_DEPTH} deep.") from None
     except ValueError as error:
@@ -69,23 +71,11 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_values(value) -> None:
-    """Depth, and texts that could not be written again. Not recursive, so that depth cannot exhaust the stack."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        for text in level:
-            if isinstance(text, str) and not text.isascii():
-                text.encode()  # a lone surrogate raises a ValueError
-        deeper = []
-        for item in level:
-            if isinstance(item, dict):
-                deeper += [*item, *item.values()]
-            elif isinstance(item, list):
-                deeper += item
-        if not deeper:
-            return
-        level = deeper
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+def _depth(value) -> int:
+    """How many lists and objects stand inside each other."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def load_json(path: str | os.PathLike, kind: str | None = None):

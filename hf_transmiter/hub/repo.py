@@ -38,7 +38,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .checks import load_json
-from .rules import KIND_OF
+from .rules import KINDS
 
 
 logger = logging.getLogger(__name__)
@@ -264,8 +264,8 @@ def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None
     Raises:
         ValueError: not JSON, too large, or not what a file of this name holds.
     """
-    path = fetch(source, file, **hub)
-    return None if path is None else load_json(path, KIND_OF.get(file))
+    path, kind = fetch(source, file, **hub), file.removesuffix(".json")
+    return None if path is None else load_json(path, kind if kind in KINDS else None)
 
 
 def push_folder(

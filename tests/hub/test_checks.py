@@ -64,7 +64,6 @@ def test_rules_agree_with_the_package():
     assert all(own["form"].fits(form) for form in FORMS)
     kinds = {kind(class_names=["cat"]).peft_type.value for kind in CONFIGS.values()}
     assert set(rules.METHODS) == {"TRANSMITER", *kinds}
-    assert set(rules.KIND_OF.values()) <= set(rules.KINDS)
     assert set(rules.KINDS["scores"][0].item.keys) == {field.name for field in fields(Score)}
     assert set(rules.KINDS["teacher"][0].keys) == {field.name for field in fields(TeacherFacts)}
     assert set(rules.KINDS["anchors"][0].keys) == set(ANCHORS.to_dict())
