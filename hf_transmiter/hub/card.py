@@ -18,8 +18,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_text import METHOD_NAMES, NamedDataset, NamedModel, Noted, Raw, Step, escape, fill, one_line, texts_in
-from .checks import check_json, load_json, parse_json, read_header
-from .files import replace_file
+from .checks import load_json, read_header
+from .files import read_metadata_json, replace_file
 from .repo import is_hub_id
 from .scores import THIS, Score, markdown_table, read_scores
 
@@ -282,9 +282,8 @@ def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) ->
         if kind == "tuned":
             teacher = _optional(folder / "teacher.json", lambda path: load_json(path, "teacher"))
     elif bridge.is_file():
-        kind, where = "bridge", f"the metadata of {bridge}"
-        header, _ = read_header(bridge, "bridge", "write one with Bridge.save_pretrained")
-        content = check_json(parse_json(header.get("bridge", "{}"), where), "bridge", where)
+        kind, (metadata, _) = "bridge", read_header(bridge, "bridge", "write one with Bridge.save_pretrained")
+        content = read_metadata_json(bridge, metadata, kind, kind)
     else:
         raise FileNotFoundError(f"{folder} holds neither {config.name} nor {bridge.name}: no card to write.")
     named, given = given_metadata(folder / README, facts)

@@ -285,10 +285,7 @@ KINDS: dict[str, tuple[Rule, str]] = {
     "adapter_config": (_ADAPTER, "Restore the adapter_config.json that save_pretrained wrote."),
     "anchors": (_ANCHORS, "Write anchors with Anchors.save."),
     "bridge": (_BRIDGE, "Write a bridge with Bridge.save."),
-    "calibration": (
-        _object("the facts of a calibration pack (an object)", {"class_names": _SOME_NAMES}),
-        "Write a pack with CalibrationPack.save.",
-    ),
+    "calibration": (_SOME_NAMES, "Write a pack with CalibrationPack.save."),
     "config": (_MODEL, "Restore the config.json that was saved with the model."),
     "open_clip_config": (_OPEN_CLIP, "Restore the open_clip_config.json that open_clip wrote."),
     "scores": (
