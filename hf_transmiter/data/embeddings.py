@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,8 @@ def _make_parts(encoder: DualEncoder, pictures: Dataset, batch_size: int, folder
         for first in rows[::batch_size]:
             blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop))))
             bar.update(len(blocks[-1]))
-        _write_part(path, torch.cat(blocks))
+        part = torch.cat(blocks)
+        replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": _digest(part)}))
 
 
 def _embed(encoder: DualEncoder, pictures: Dataset, rows: range) -> Tensor:
@@ -256,11 +258,6 @@ def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:
 
 def _part_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.safetensors"
-
-
-def _write_part(path: Path, embeds: Tensor) -> None:
-    metadata = {"digest": _digest(embeds)}
-    replace_file(path, lambda temporary: save_file({"embeds": embeds}, temporary, metadata))
 
 
 def _is_whole(path: Path) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from .class_names import listed
+
 
 def few_shot(
     labels: Sequence[int], shots: int, seed: int, num_classes: int | None = None, *, allow_fewer: bool = False
@@ -33,10 +35,8 @@ def few_shot(
     members = _by_class(labels, num_classes)
     short = [f"class {label} has {len(indices)}" for label, indices in members.items() if len(indices) < shots]
     if short and not allow_fewer:
-        more = f" and {len(short) - 8} more classes" if len(short) > 8 else ""
         raise ValueError(
-            f"{shots} images per class are wanted, but {', '.join(short[:8])}{more}; use fewer shots or "
-            "allow_fewer=True."
+            f"{shots} images per class are wanted, but {listed(short)}; use fewer shots or allow_fewer=True."
         )
     for label, indices in members.items():
         # Seeding with a string goes through SHA-512, so neighbouring seeds and classes give unrelated streams.
