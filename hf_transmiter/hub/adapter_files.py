@@ -36,11 +36,11 @@ class TeacherFacts:
     """What `teacher.json` beside a tuned model's adapter says, so that the teacher can be put together again.
 
     Args:
-        weak (`str`), revision (`str` or `None`), fingerprint (`str`): the model that was tuned.
-        class_names (`list[str]`): C names in label order.
-        templates (`list[str]`): prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
-        zero_shot_templates (`list[str]`): prompts of the weak model's class vectors it started from.
-        settings (`dict`): the [`TuningConfig`].
+        weak, revision, fingerprint: the model that was tuned.
+        class_names: C names in label order.
+        templates: prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
+        zero_shot_templates: prompts of the weak model's class vectors it started from.
+        settings: the [`TuningConfig`].
     """
 
     weak: str
@@ -108,8 +108,8 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Te
     """
     folder = Path(folder)
     content = save({KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()})
-    scored = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
-    if scored and (folder / WEIGHTS).read_bytes() != content:
+    there = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
+    if there and (folder / WEIGHTS).read_bytes() != content:
         raise FileExistsError(f"{folder} holds another adapter with its {SCORES}: choose another folder.")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     replace_file(folder / WEIGHTS, lambda path: path.write_bytes(content))

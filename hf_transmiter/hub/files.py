@@ -64,8 +64,7 @@ def read_tensors(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a safetensors file, of another format, or of other `shapes`; the message says `what` was
-            expected and which `writer` makes one.
+        ValueError: another file than `what` was expected; the message says which `writer` makes one.
     """
     remedy = f"write one with {writer}"
     metadata, _ = read_header(path, what, remedy)

@@ -214,10 +214,10 @@ def test_expected_tensors(tmp_path):
 
     def check(tensors):
         save_file(tensors, path)
-        return check_tensors(path, expected, optional=("note",), what="map")
+        check_tensors(path, expected, optional=("note",), what="map")
 
-    assert check(good) == {"m": 3, "k": 4}
-    assert check({key: good[key] for key in ("matrix", "mean")}) == {"m": 3, "k": 4}
+    check(good)
+    check({key: good[key] for key in ("matrix", "mean")})
     for change, message in (
         ({"mean": torch.zeros(4)}, r"mean must have the shape \(3\), it has \(4,\)"),
         ({"matrix": torch.zeros(3)}, r"matrix must have the shape \(m, k\), it has \(3,\)"),
