@@ -173,7 +173,7 @@ class Anchors:
         embeds: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
     ) -> Anchors:
-        """Task names widened with auxiliary names from a vocabulary.
+        """C task names widened with auxiliary names from a vocabulary.
 
         A strategy that reads embeddings or logits takes them for the *pool*, that is for
         `Anchors.build(task, vocabulary=vocabulary, strategy="all").names`, in that order:
@@ -185,19 +185,14 @@ class Anchors:
         ```
 
         Args:
-            task (`Sequence[str]`): The C task names.
+            task, templates (`Sequence[str]`): as in [`Anchors`].
             vocabulary (`str`, `os.PathLike` or `Sequence[str]`, *optional*, defaults to `"common-nouns"`):
-                What [`load_vocabulary`] accepts. Names that equal a task name up to case, spaces, underscores and
-                hyphens are left out.
-            strategy (`str`, *optional*, defaults to `"random"`):
-                See [`choose_auxiliary`]; `"random"` is the published choice.
-            num_anchors (`int`, *optional*, defaults to 1024):
-                K, task names included. Not used by `"all"` and `"none"`.
-            seed (`int`, *optional*, defaults to 0): Names the random order.
-            templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): See [`Anchors`].
-            embeds (`torch.Tensor` of shape `(pool size, d)`, *optional*): Text embeddings of the pool.
-            logits (`torch.Tensor` of shape `(N, pool size)`, *optional*):
-                Logits of the N unlabelled images over the pool.
+                As in [`load_vocabulary`]. Names that equal a task name up to case, spaces, underscores and hyphens are
+                left out.
+            strategy (`str`), seed (`int`): as in [`choose_auxiliary`]; `"random"` is the published choice.
+            num_anchors (`int`, *optional*, defaults to 1024): K, task names included. Not used by `"all"`, `"none"`.
+            embeds (`torch.Tensor`, *optional*): (pool size, d) text embeddings of the pool.
+            logits (`torch.Tensor`, *optional*): (N, pool size) logits of the N unlabelled images over the pool.
 
         Raises:
             ValueError: more task names than `num_anchors`, a vocabulary too small for it, or what

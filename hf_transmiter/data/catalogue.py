@@ -268,11 +268,7 @@ def load_split(
 ) -> Dataset:
     """The pictures of one role, with labels over the row's names in their order, matched by name.
 
-    Args:
-        spec ([`DatasetSpec`]): the row.
-        role (`str`): ``"train"``, ``"validation"``, ``"test"`` or ``"unlabelled"``.
-        max_images (`int`, *optional*): take that many, drawn at random, always the same ones.
-        skip_unreadable (`bool`, *optional*, defaults to `False`): as in [`load_images`].
+    `role` is one of `ROLES`; `max_images` and `skip_unreadable` are as in [`load_images`].
 
     Returns:
         `datasets.Dataset`: columns `image` and `label` (`ClassLabel` over C names); without `label` where unlabelled

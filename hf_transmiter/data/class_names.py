@@ -16,15 +16,13 @@ from ..hub.checks import nearest, simplified
 
 
 def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Names of a text file, one class a line in label order; after tabs, how datasets spell the same class.
+    """C names of a text file, one class a line in label order; after tabs, how datasets spell the same class: {other
+    spelling: name}.
 
     ```text
     # a comment
     indoor church	/c/church/indoor
     ```
-
-    Returns:
-        `tuple[str, ...]` and `dict[str, str]`: C names, and {other spelling: name}.
 
     Raises:
         FileNotFoundError: no such file.
@@ -91,17 +89,9 @@ def match_names(
 ) -> list[int]:
     """For each name in the data, the position of its class among the names of the task.
 
-    A name matches when it is spelt the same, is an alias, or differs only in case, spaces and signs. Where no name
-    matches and all are whole numbers, they are positions: ``"10"`` is 10, however the names are sorted.
-
-    Args:
-        found (`Sequence[str]`): names in the data.
-        names (`Sequence[str]`): C names of the task.
-        aliases (`Mapping[str, str]`, *optional*): {spelling in the data: name of the task}.
-        left_out (`Sequence[str]`, *optional*): names in the data that are no classes of the task.
-
-    Returns:
-        `list[int]`: one position in `[0, C)` per name in `found`, or -1 for those left out.
+    A name matches when it is spelt the same, is an alias ({spelling in the data: name of the task}), or differs only
+    in case, spaces and signs. Where no name matches and all are whole numbers, they are positions: ``"10"`` is 10,
+    however the names are sorted. Names in the data that are `left_out` have the position -1.
 
     Raises:
         ValueError: names that match nothing (listed, with the nearest), two that match the same, or a number that

@@ -80,11 +80,11 @@ class FeatureTable:
         for start in range(0, len(self), batch_size):
             yield self._stored[start : start + batch_size].float()
 
-    def share(self, accelerator=None, batch_size: int = 4096) -> Iterator[tuple[slice, Tensor]]:
-        """Of the [`batches`] those that fall to this process of several, each with the rows it holds."""
+    def share(self, accelerator=None) -> Iterator[tuple[slice, Tensor]]:
+        """Of the [`batches`] of 4096 those that fall to this process of several, each with the rows it holds."""
         rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
         start = 0
-        for number, x in enumerate(self.batches(batch_size)):
+        for number, x in enumerate(self.batches(4096)):
             if number % world == rank:
                 yield slice(start, start + len(x)), x
             start += len(x)
@@ -116,8 +116,7 @@ def embed_dataset(
         encoder ([`DualEncoder`]): the model. Its fingerprint, with the processor's settings, is part of the key.
         dataset (`datasets.Dataset`):
             One split. Formats and transforms set on it are not applied: the pictures are taken as stored.
-        image_column (`str`, *optional*): guessed when omitted.
-        label_column (`str`, *optional*): guessed when omitted; without any, the table has no labels.
+        image_column, label_column (`str`, *optional*): guessed when omitted; without labels the table has none.
         batch_size (`int`, *optional*, defaults to 64): pictures per forward pass.
         cache_dir (`str` or `os.PathLike`, *optional*): defaults to a folder among the Hub's cached assets.
         accelerator (`accelerate.Accelerator`, *optional*): defaults to the state of the launched processes.

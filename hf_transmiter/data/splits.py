@@ -17,12 +17,10 @@ def few_shot(
     classes there are, and fewer shots are the beginning of more.
 
     Args:
-        labels (`Sequence[int]`): Label of each of the N images, 0-based. Tensors and arrays are fine.
-        shots (`int`): Images per class, at least 1.
-        seed (`int`): Names the draw.
-        num_classes (`int`, *optional*): C. Defaults to the classes that occur in `labels`; if given, every class
-            from 0 to C - 1 must be there.
-        allow_fewer (`bool`, *optional*, defaults to `False`): Take all images of a class that has less than `shots`.
+        labels (`Sequence[int]`): of each of the N images, 0-based. Tensors and arrays are fine.
+        shots (`int`), seed (`int`): images per class, and the name of the draw.
+        num_classes (`int`, *optional*): C, if every class from 0 to C - 1 must be there.
+        allow_fewer (`bool`, *optional*, defaults to `False`): take all images of a class that has less than `shots`.
 
     Returns:
         `list[int]`: image indices, class by class in the order of the labels, in drawn order within a class.
