@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 
-def inject(model: nn.Module, config: PeftConfig, name: str = "default") -> None:
+def inject(model: nn.Module, config: PeftConfig) -> None:
     """Puts an adapter into a model, in place, and makes it the one that answers; every other parameter is frozen.
 
     Raises:
@@ -24,7 +24,7 @@ def inject(model: nn.Module, config: PeftConfig, name: str = "default") -> None:
     if getattr(model, "peft_config", None):
         raise ValueError("the model has adapters already: merge or unload them before adding one.")
     config.base_model_name_or_path = getattr(model, "name_or_path", None)
-    inject_adapter_in_model(config, model, name)
+    inject_adapter_in_model(config, model)
 
 
 def active_adapter(model: nn.Module) -> str:

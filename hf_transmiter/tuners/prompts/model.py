@@ -6,8 +6,17 @@ from torch import nn
 
 from ...encoders.families import FAMILIES, is_dual_encoder, shared_width, text_positions
 from ...encoders.identity import vocabulary_hash
-from ..registration import Tuner
-from .config import PromptConfig
+from ..registration import Tuner, register
+from .config import (
+    CoCoOpConfig,
+    ContCoOpConfig,
+    CoOpConfig,
+    IVLPConfig,
+    KgCoOpConfig,
+    MaPLeConfig,
+    PromptConfig,
+    PromptSRCConfig,
+)
 from .layer import PromptLayer, takes_image_prompts
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
 from .logits import prompt_layer, set_classes
@@ -62,7 +71,8 @@ def misfit(config: PromptConfig, facts: dict) -> str | None:
 
 
 class PromptModel(Tuner):
-    """PEFT tuner of all prompt learners; a learner is a subclass with its own `layer`.
+    """PEFT tuner of all prompt learners; a learner is a subclass with its own `config` and `layer`,
+    which registers it.
 
     The root is a transformers two-tower model (`TOKEN_TABLES` lists the families). Hooks on it make room for the
     context; `unload` removes them.
@@ -75,9 +85,10 @@ class PromptModel(Tuner):
 
     target_module_mapping = TOKEN_TABLES
 
-    def __init_subclass__(cls, layer: type[PromptLayer], **kwargs):
+    def __init_subclass__(cls, config: type[PromptConfig], layer: type[PromptLayer], **kwargs):
         super().__init_subclass__(**kwargs)
         cls.prefix, cls.tuner_layer_cls = layer.prefix, layer
+        register(config.kind, config, cls)
 
     def set_classes(self, class_names: list[str], tokenizer=None) -> None:
         """See [`set_classes`](hf_transmiter.tuners.prompts.set_classes)."""
@@ -151,29 +162,29 @@ class PromptModel(Tuner):
         layer.attach(self.model)
 
 
-class CoOpModel(PromptModel, layer=CoOpLayer):
+class CoOpModel(PromptModel, config=CoOpConfig, layer=CoOpLayer):
     """PEFT tuner of CoOp."""
 
 
-class KgCoOpModel(PromptModel, layer=KgCoOpLayer):
+class KgCoOpModel(PromptModel, config=KgCoOpConfig, layer=KgCoOpLayer):
     """PEFT tuner of KgCoOp."""
 
 
-class CoCoOpModel(PromptModel, layer=CoCoOpLayer):
+class CoCoOpModel(PromptModel, config=CoCoOpConfig, layer=CoCoOpLayer):
     """PEFT tuner of CoCoOp."""
 
 
-class ContCoOpModel(PromptModel, layer=ContCoOpLayer):
+class ContCoOpModel(PromptModel, config=ContCoOpConfig, layer=ContCoOpLayer):
     """PEFT tuner of ContCoOp."""
 
 
-class IVLPModel(PromptModel, layer=IVLPLayer):
+class IVLPModel(PromptModel, config=IVLPConfig, layer=IVLPLayer):
     """PEFT tuner of IVLP."""
 
 
-class PromptSRCModel(PromptModel, layer=PromptSRCLayer):
+class PromptSRCModel(PromptModel, config=PromptSRCConfig, layer=PromptSRCLayer):
     """PEFT tuner of PromptSRC."""
 
 
-class MaPLeModel(PromptModel, layer=MaPLeLayer):
+class MaPLeModel(PromptModel, config=MaPLeConfig, layer=MaPLeLayer):
     """PEFT tuner of MaPLe."""
