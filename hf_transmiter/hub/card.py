@@ -8,6 +8,7 @@ people wrote keeps its text; only its metadata is completed.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -202,7 +203,8 @@ class Card:
         """The card's own scores for the Hub's model index. It wants to know the data set: rows without are left out,
         and stand in the card's tables only."""
         found = []
-        for score, data in ((score, NamedDataset.of(score.dataset)) for score in self.own):
+        for score in self.own:
+            data = NamedDataset.of(score.dataset)
             if data is None:
                 continue
             arguments = {"seeds": score.seeds, "num_images": score.num_images}
@@ -224,16 +226,15 @@ class Card:
 
     def warnings(self) -> list[str]:
         """Where a plain model was measured to be better."""
-        found = []
-        for own in (score for score in self.own if score.metric in _ACCURACIES):
-            for other in self.scores:
-                same = (own.dataset, own.split, own.metric) == (other.dataset, other.split, other.metric)
-                if same and other.method.startswith("zero-shot") and round(own.value, 1) < round(other.value, 1):
-                    where = (
-                        f"{other.method} on {own.split}: {own.metric} {own.value:.1f} % against {other.value:.1f} %"
-                    )
-                    found.append(f"This model is worse than {where}.")
-        return found
+        plain = [score for score in self.scores if score.method.startswith("zero-shot")]
+        return [
+            f"This model is worse than {other.method} on {own.split}: {own.metric} {own.value:.1f} % against "
+            f"{other.value:.1f} %."
+            for own, other in itertools.product(self.own, plain)
+            if (own.dataset, own.split, own.metric) == (other.dataset, other.split, other.metric)
+            and own.metric in _ACCURACIES
+            and round(own.value, 1) < round(other.value, 1)
+        ]
 
     def tables(self) -> Iterator[dict]:
         """The scores, one table per data set, and what it was measured on."""

@@ -177,8 +177,7 @@ def fetch(
 
     Args:
         source (`str` or `os.PathLike`): folder, or Hub id (``id@revision`` too).
-        file (`str`): path inside it.
-        subfolder (`str`, *optional*): folder inside it that `file` is relative to.
+        file (`str`), subfolder (`str`, *optional*): path inside it, and the folder that it is relative to.
         strict (`bool`, *optional*, defaults to `False`):
             For what is written again afterwards: a Hub that does not answer is an error whatever the cache has.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only` of `huggingface_hub.hf_hub_download`.
