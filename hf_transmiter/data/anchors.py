@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -18,6 +19,7 @@ import torch
 
 from ..hub.checks import check_json, load_json
 from ..hub.files import replace_file
+from .class_names import listed
 from .vocabulary import NUM_ANCHORS, choose_auxiliary, load_vocabulary, name_key, universal_vocabulary
 
 
@@ -57,13 +59,10 @@ class Anchors:
             object.__setattr__(self, field.name, _strings(getattr(self, field.name), field.name))
         if not self.names:
             raise ValueError("Anchors need at least one name: pass the task's class names, auxiliary names or both.")
-        seen, duplicates = set(), {}
-        for name in self.names:
-            duplicates.update({name: None} if name in seen else {})
-            seen.add(name)
+        duplicates = [repr(name) for name, count in Counter(self.names).items() if count > 1]
         if duplicates:
             raise ValueError(
-                f"Anchor names must differ, but these occur more than once: {_listed(duplicates)}. "
+                f"Anchor names must differ, but these occur more than once: {listed(duplicates)}. "
                 "Rename or remove them; every column of the logits needs its own name."
             )
         if not self.templates:
@@ -106,13 +105,13 @@ class Anchors:
         if self.fingerprint == other.fingerprint:
             return
         here, there = set(self.names), set(other.names)
-        only_here = [name for name in self.names if name not in there]
-        only_there = [name for name in other.names if name not in here]
+        only_here = [repr(name) for name in self.names if name not in there]
+        only_there = [repr(name) for name in other.names if name not in here]
         differences = []
         if only_here:
-            differences.append(f"{len(only_here)} names only in the first: {_listed(only_here)}")
+            differences.append(f"{len(only_here)} names only in the first: {listed(only_here)}")
         if only_there:
-            differences.append(f"{len(only_there)} names only in the second: {_listed(only_there)}")
+            differences.append(f"{len(only_there)} names only in the second: {listed(only_there)}")
         if not differences and self.names != other.names:
             k = next(k for k, pair in enumerate(zip(self.names, other.names, strict=True)) if pair[0] != pair[1])
             differences.append(
@@ -174,7 +173,7 @@ class Anchors:
         embeds: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
     ) -> Anchors:
-        """Task names widened with auxiliary names from a vocabulary.
+        """C task names widened with auxiliary names from a vocabulary.
 
         A strategy that reads embeddings or logits takes them for the *pool*, that is for
         `Anchors.build(task, vocabulary=vocabulary, strategy="all").names`, in that order:
@@ -186,19 +185,14 @@ class Anchors:
         ```
 
         Args:
-            task (`Sequence[str]`): The C task names.
+            task, templates (`Sequence[str]`): as in [`Anchors`].
             vocabulary (`str`, `os.PathLike` or `Sequence[str]`, *optional*, defaults to `"common-nouns"`):
-                What [`load_vocabulary`] accepts. Names that equal a task name up to case, spaces, underscores and
-                hyphens are left out.
-            strategy (`str`, *optional*, defaults to `"random"`):
-                See [`choose_auxiliary`]; `"random"` is the published choice.
-            num_anchors (`int`, *optional*, defaults to 1024):
-                K, task names included. Not used by `"all"` and `"none"`.
-            seed (`int`, *optional*, defaults to 0): Names the random order.
-            templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): See [`Anchors`].
-            embeds (`torch.Tensor` of shape `(pool size, d)`, *optional*): Text embeddings of the pool.
-            logits (`torch.Tensor` of shape `(N, pool size)`, *optional*):
-                Logits of the N unlabelled images over the pool.
+                As in [`load_vocabulary`]. Names that equal a task name up to case, spaces, underscores and hyphens are
+                left out.
+            strategy (`str`), seed (`int`): as in [`choose_auxiliary`]; `"random"` is the published choice.
+            num_anchors (`int`, *optional*, defaults to 1024): K, task names included. Not used by `"all"`, `"none"`.
+            embeds (`torch.Tensor`, *optional*): (pool size, d) text embeddings of the pool.
+            logits (`torch.Tensor`, *optional*): (N, pool size) logits of the N unlabelled images over the pool.
 
         Raises:
             ValueError: more task names than `num_anchors`, a vocabulary too small for it, or what
@@ -254,12 +248,6 @@ def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:
             )
         phrases += [value] if "{" in value else TEMPLATES[value]
     return tuple(phrases)
-
-
-def _listed(values: Iterable[str], limit: int = 8) -> str:
-    values = list(values)
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(repr(value) for value in values[:limit]) + more
 
 
 def _pool_tensor(values: torch.Tensor | None, name: str, *, axis: int, pool: int) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -152,15 +152,11 @@ def _words(kind: str) -> str:
     return "a list of words" if kind.startswith("tuple") else "a word"
 
 
-@lru_cache(maxsize=1)
-def _rows() -> dict[str, DatasetSpec]:
+@cache
+def catalogue() -> Mapping[str, DatasetSpec]:
+    """The datasets of the two papers: {name: row}."""
     content = yaml.safe_load((_FOLDER / "datasets.yaml").read_text(encoding="utf-8"))
     return {name: _from_mapping({"name": name, **row}, _FOLDER) for name, row in content.items()}
-
-
-def catalogue() -> dict[str, DatasetSpec]:
-    """The datasets of the two papers: {name: row}."""
-    return dict(_rows())
 
 
 def find_row(source: str) -> DatasetSpec | None:
@@ -175,13 +171,13 @@ def find_row(source: str) -> DatasetSpec | None:
     # Anything else ("./dtd", "me/dtd") is a place, never a row.
     if os.path.exists(source) or not re.fullmatch(r"[\w. -]+", source):
         return None
-    for row in _rows().values():
+    for row in catalogue().values():
         if simplified(source) in (simplified(row.name), simplified(row.title)):
             return row
     # A bare word is no id of the Hub, and asking it takes long where there is no network.
     raise ValueError(
         f"there is no dataset {source!r}, neither a row of the catalogue nor a folder or file (Hub ids are "
-        f"user/name); {did_you_mean(source, _rows())}"
+        f"user/name); {did_you_mean(source, catalogue())}"
     )
 
 
@@ -272,11 +268,7 @@ def load_split(
 ) -> Dataset:
     """The pictures of one role, with labels over the row's names in their order, matched by name.
 
-    Args:
-        spec ([`DatasetSpec`]): the row.
-        role (`str`): ``"train"``, ``"validation"``, ``"test"`` or ``"unlabelled"``.
-        max_images (`int`, *optional*): take that many, drawn at random, always the same ones.
-        skip_unreadable (`bool`, *optional*, defaults to `False`): as in [`load_images`].
+    `role` is one of `ROLES`; `max_images` and `skip_unreadable` are as in [`load_images`].
 
     Returns:
         `datasets.Dataset`: columns `image` and `label` (`ClassLabel` over C names); without `label` where unlabelled

@@ -9,22 +9,20 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..hub.checks import nearest, simplified
 
 
 def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Names of a text file, one class a line in label order; after tabs, how datasets spell the same class.
+    """C names of a text file, one class a line in label order; after tabs, how datasets spell the same class: {other
+    spelling: name}.
 
     ```text
     # a comment
     indoor church	/c/church/indoor
     ```
-
-    Returns:
-        `tuple[str, ...]` and `dict[str, str]`: C names, and {other spelling: name}.
 
     Raises:
         FileNotFoundError: no such file.
@@ -77,6 +75,12 @@ def check_names(names: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: class names must differ, but {', '.join(map(repr, twice[:5]))} occur twice.")
 
 
+def listed(texts: Iterable[str], limit: int = 8) -> str:
+    """The first of the texts, and how many more there are."""
+    texts = list(texts)
+    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
+
+
 def match_names(
     found: Sequence[str],
     names: Sequence[str],
@@ -85,17 +89,9 @@ def match_names(
 ) -> list[int]:
     """For each name in the data, the position of its class among the names of the task.
 
-    A name matches when it is spelt the same, is an alias, or differs only in case, spaces and signs. Where no name
-    matches and all are whole numbers, they are positions: ``"10"`` is 10, however the names are sorted.
-
-    Args:
-        found (`Sequence[str]`): names in the data.
-        names (`Sequence[str]`): C names of the task.
-        aliases (`Mapping[str, str]`, *optional*): {spelling in the data: name of the task}.
-        left_out (`Sequence[str]`, *optional*): names in the data that are no classes of the task.
-
-    Returns:
-        `list[int]`: one position in `[0, C)` per name in `found`, or -1 for those left out.
+    A name matches when it is spelt the same, is an alias ({spelling in the data: name of the task}), or differs only
+    in case, spaces and signs. Where no name matches and all are whole numbers, they are positions: ``"10"`` is 10,
+    however the names are sorted. Names in the data that are `left_out` have the position -1.
 
     Raises:
         ValueError: names that match nothing (listed, with the nearest), two that match the same, or a number that
@@ -112,10 +108,20 @@ def match_names(
         candidates = {exact[name]} if name in exact else loose.get(simplified(name), set())
         matched.append(candidates.pop() if len(candidates) == 1 else None)
     if found and not any(i is not None for i in matched) and all(re.fullmatch(r"\d+", name) for name in found):
-        return [_as_position(name, len(names)) for name in found]
+        for name in found:  # int(), because sorting such names puts "10" before "2"
+            if int(name) >= len(names):
+                raise ValueError(
+                    f"the class {name!r} of the data is no position among {len(names)} names (0 to {len(names) - 1})."
+                )
+        return [int(name) for name in found]
     unknown = [name for name, i in zip(found, matched, strict=True) if i is None]
     if unknown:
-        raise ValueError(_unknown(unknown, list(exact), len(names)))
+        near = [nearest(name, list(exact), 1) for name in unknown[:5]]
+        said = [f"{a!r} (nearest: {b[0]!r})" if b else repr(a) for a, b in zip(unknown, near, strict=False)]
+        raise ValueError(
+            f"no name among the {len(names)} of the task matches the data's {listed([*said, *unknown[5:]], 5)}: give "
+            "class_names that cover them, or leave them out with left_out."
+        )
     by_class: dict[int, list[str]] = {}
     for name, i in zip(found, matched, strict=True):
         by_class.setdefault(i, []).append(name)
@@ -123,22 +129,3 @@ def match_names(
         if i >= 0 and len(group) > 1:
             raise ValueError(f"the data's classes {', '.join(map(repr, group))} all match {names[i]!r}.")
     return matched
-
-
-def _as_position(name: str, count: int) -> int:
-    # int(), because sorting such names puts "10" before "2".
-    if int(name) >= count:
-        raise ValueError(f"the class {name!r} of the data is no position among {count} names (0 to {count - 1}).")
-    return int(name)
-
-
-def _unknown(unknown: Sequence[str], known: Sequence[str], count: int) -> str:
-    said = []
-    for name in unknown[:5]:
-        near = nearest(name, known, 1)
-        said.append(f"{name!r} (nearest: {near[0]!r})" if near else repr(name))
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    return (
-        f"no name among the {count} of the task matches the data's {', '.join(said)}{more}: give class_names that "
-        "cover them, or leave them out with left_out."
-    )

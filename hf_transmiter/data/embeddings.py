@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +80,11 @@ class FeatureTable:
         for start in range(0, len(self), batch_size):
             yield self._stored[start : start + batch_size].float()
 
-    def share(self, accelerator=None, batch_size: int = 4096) -> Iterator[tuple[slice, Tensor]]:
-        """Of the [`batches`] those that fall to this process of several, each with the rows it holds."""
+    def share(self, accelerator=None) -> Iterator[tuple[slice, Tensor]]:
+        """Of the [`batches`] of 4096 those that fall to this process of several, each with the rows it holds."""
         rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
         start = 0
-        for number, x in enumerate(self.batches(batch_size)):
+        for number, x in enumerate(self.batches(4096)):
             if number % world == rank:
                 yield slice(start, start + len(x)), x
             start += len(x)
@@ -115,8 +116,7 @@ def embed_dataset(
         encoder ([`DualEncoder`]): the model. Its fingerprint, with the processor's settings, is part of the key.
         dataset (`datasets.Dataset`):
             One split. Formats and transforms set on it are not applied: the pictures are taken as stored.
-        image_column (`str`, *optional*): guessed when omitted.
-        label_column (`str`, *optional*): guessed when omitted; without any, the table has no labels.
+        image_column, label_column (`str`, *optional*): guessed when omitted; without labels the table has none.
         batch_size (`int`, *optional*, defaults to 64): pictures per forward pass.
         cache_dir (`str` or `os.PathLike`, *optional*): defaults to a folder among the Hub's cached assets.
         accelerator (`accelerate.Accelerator`, *optional*): defaults to the state of the launched processes.
@@ -215,7 +215,8 @@ def _make_parts(encoder: DualEncoder, pictures: Dataset, batch_size: int, folder
         for first in rows[::batch_size]:
             blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop))))
             bar.update(len(blocks[-1]))
-        _write_part(path, torch.cat(blocks))
+        part = torch.cat(blocks)
+        replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": _digest(part)}))
 
 
 def _embed(encoder: DualEncoder, pictures: Dataset, rows: range) -> Tensor:
@@ -256,11 +257,6 @@ def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:
 
 def _part_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.safetensors"
-
-
-def _write_part(path: Path, embeds: Tensor) -> None:
-    metadata = {"digest": _digest(embeds)}
-    replace_file(path, lambda temporary: save_file({"embeds": embeds}, temporary, metadata))
 
 
 def _is_whole(path: Path) -> bool:

@@ -200,10 +200,9 @@ def _dataset_errors(source: str) -> Iterator[None]:
 def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[str], Dataset]]:
     """Names of the splits, and what loads one of them."""
     if source.startswith(SANDBOX):
-        from .. import sandbox  # the synthetic world is not needed for real pictures
+        from ..sandbox.data import SPLITS, load_dataset  # the synthetic world is not needed for real pictures
 
-        splits = ("train", "unlabelled", "validation", "test")
-        return splits, partial(_sliced, partial(sandbox.load_dataset, source.removeprefix(SANDBOX)))
+        return SPLITS, partial(_sliced, partial(load_dataset, source.removeprefix(SANDBOX)))
     name, revision = split_revision(source)
     if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
         saved = load_from_disk(name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from .class_names import listed
+
 
 def few_shot(
     labels: Sequence[int], shots: int, seed: int, num_classes: int | None = None, *, allow_fewer: bool = False
@@ -15,12 +17,10 @@ def few_shot(
     classes there are, and fewer shots are the beginning of more.
 
     Args:
-        labels (`Sequence[int]`): Label of each of the N images, 0-based. Tensors and arrays are fine.
-        shots (`int`): Images per class, at least 1.
-        seed (`int`): Names the draw.
-        num_classes (`int`, *optional*): C. Defaults to the classes that occur in `labels`; if given, every class
-            from 0 to C - 1 must be there.
-        allow_fewer (`bool`, *optional*, defaults to `False`): Take all images of a class that has less than `shots`.
+        labels (`Sequence[int]`): of each of the N images, 0-based. Tensors and arrays are fine.
+        shots (`int`), seed (`int`): images per class, and the name of the draw.
+        num_classes (`int`, *optional*): C, if every class from 0 to C - 1 must be there.
+        allow_fewer (`bool`, *optional*, defaults to `False`): take all images of a class that has less than `shots`.
 
     Returns:
         `list[int]`: image indices, class by class in the order of the labels, in drawn order within a class.
@@ -33,10 +33,8 @@ def few_shot(
     members = _by_class(labels, num_classes)
     short = [f"class {label} has {len(indices)}" for label, indices in members.items() if len(indices) < shots]
     if short and not allow_fewer:
-        more = f" and {len(short) - 8} more classes" if len(short) > 8 else ""
         raise ValueError(
-            f"{shots} images per class are wanted, but {', '.join(short[:8])}{more}; use fewer shots or "
-            "allow_fewer=True."
+            f"{shots} images per class are wanted, but {listed(short)}; use fewer shots or allow_fewer=True."
         )
     for label, indices in members.items():
         # Seeding with a string goes through SHA-512, so neighbouring seeds and classes give unrelated streams.

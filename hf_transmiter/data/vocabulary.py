@@ -23,26 +23,15 @@ _SHIPPED = Path(__file__).parents[1] / "assets" / "vocabulary" / f"{COMMON_NOUNS
 
 
 def name_key(name: str) -> str:
-    """Form under which two spellings of one name are equal: case, spaces, underscores and hyphens are ignored.
-
-    ```python
-    >>> name_key("Ice_Cream") == name_key("ice cream")
-    True
-    ```
-    """
+    """Form under which two spellings of one name (``"Ice_Cream"``, ``"ice cream"``) are equal."""
     return re.sub(r"[\s_\-]+", "", name.casefold())
 
 
 def load_vocabulary(source: str | os.PathLike | Sequence[str]) -> list[str]:
-    """Reads a list of names; later spellings of a name already seen (see [`name_key`]) are dropped, order is kept.
+    """Names without surrounding white space, in order; later spellings of one (see [`name_key`]) are dropped.
 
-    Args:
-        source (`str`, `os.PathLike` or `Sequence[str]`):
-            `"common-nouns"` (shipped), the path of a UTF-8 text file (one name per line; blank lines and lines
-            starting with `#` are skipped), or the names themselves.
-
-    Returns:
-        `list[str]`: the names, stripped of surrounding white space.
+    `source` is `"common-nouns"` (shipped), the path of a UTF-8 text file (one name per line; blank lines and lines
+    starting with `#` are skipped), or the names themselves.
 
     Raises:
         FileNotFoundError: `source` is neither the shipped list nor a file.
@@ -108,15 +97,12 @@ def choose_auxiliary(
     larger one, and the choices made for two tasks equal but for the names the tasks themselves hold.
 
     Args:
-        candidates (`Sequence[str]`): n names.
-        count (`int`): How many to choose.
-        strategy (`str`, *optional*, defaults to `"random"`): A row of the table.
-        seed (`int`, *optional*, defaults to 0): Names the random order.
-        text_embeds (`torch.Tensor` of shape `(n, d)`, *optional*): Text embeddings of the candidates; only their
-            direction matters.
-        task_embeds (`torch.Tensor` of shape `(C, d)`, *optional*): Text embeddings of the task names. Without them
-            farthest-point starts from the first candidate (of highest spread).
-        logits (`torch.Tensor` of shape `(N, n)`, *optional*): Logits of N >= 2 images over the candidates.
+        candidates (`Sequence[str]`), count (`int`), strategy (`str`): n names, how many to choose, a row of the table.
+        seed (`int`, *optional*, defaults to 0): names the random order.
+        text_embeds (`Tensor`, *optional*): (n, d) text embeddings of the candidates; only their direction matters.
+        task_embeds (`Tensor`, *optional*): (C, d) those of the task names. Without them farthest-point starts from the
+            first candidate (of highest spread).
+        logits (`Tensor`, *optional*): (N, n) logits of N >= 2 images over the candidates.
 
     Raises:
         ValueError: unknown strategy, too few candidates, or an input that is missing, misshapen or not finite.

@@ -36,11 +36,11 @@ class TeacherFacts:
     """What `teacher.json` beside a tuned model's adapter says, so that the teacher can be put together again.
 
     Args:
-        weak (`str`), revision (`str` or `None`), fingerprint (`str`): the model that was tuned.
-        class_names (`list[str]`): C names in label order.
-        templates (`list[str]`): prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
-        zero_shot_templates (`list[str]`): prompts of the weak model's class vectors it started from.
-        settings (`dict`): the [`TuningConfig`].
+        weak, revision, fingerprint: the model that was tuned.
+        class_names: C names in label order.
+        templates: prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
+        zero_shot_templates: prompts of the weak model's class vectors it started from.
+        settings: the [`TuningConfig`].
     """
 
     weak: str
@@ -55,9 +55,7 @@ class TeacherFacts:
     def read(cls, source: str) -> TeacherFacts | None:
         """From a folder or Hub repository; `None` where there is no such file."""
         content = read_json(source, TEACHER_FILE)
-        if content is None:
-            return None
-        return cls(**content)
+        return None if content is None else cls(**content)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Into a folder, beside the adapter."""
@@ -85,17 +83,21 @@ def read_config(source: str | os.PathLike, **hub) -> dict:
 
 
 def read_adapter(source: str | os.PathLike, **hub) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and weights of a TransMiter adapter, without its model.
-
-    Returns:
-        The content of ``adapter_config.json``, and the tensors by part (`anchors`, `class_vectors`, ...).
+    """The content of a TransMiter adapter's ``adapter_config.json``, and its tensors by part (`anchors`,
+    `class_vectors`, ...), without its model.
 
     Raises:
-        FileNotFoundError, ValueError: as [`read_config`].
+        FileNotFoundError, ValueError: as [`read_config`]; numbers that are not finite, or a basis that nobody trained
+            and that is not orthonormal.
     """
     config, path = read_config(source, **hub), fetch(source, WEIGHTS, **hub)
     # Copies: a loaded tensor is a view of the file, which may be written again while it is in use.
-    return config, _parts(config, {key: tensor.clone() for key, tensor in load_file(path).items()}, str(path))
+    parts = {key.removeprefix(KEY_PREFIX): tensor.clone() for key, tensor in load_file(path).items()}
+    for part, tensor in parts.items():
+        check_finite(tensor.reshape(1, -1), f"{part} of {path}")
+    if "basis" in parts and not config.get("train_basis"):
+        check_semi_orthogonal(parts["basis"], f"the basis of {path}", full_rank=True)
+    return config, parts
 
 
 def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
@@ -105,24 +107,13 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Te
         FileExistsError: the folder holds another adapter, with scores that would not be this one's.
     """
     folder = Path(folder)
-    named = {KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()}
-    content = save(named)
-    scored = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
-    if scored and (folder / WEIGHTS).read_bytes() != content:
+    content = save({KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()})
+    there = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
+    if there and (folder / WEIGHTS).read_bytes() != content:
         raise FileExistsError(f"{folder} holds another adapter with its {SCORES}: choose another folder.")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     replace_file(folder / WEIGHTS, lambda path: path.write_bytes(content))
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _parts(config: dict, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """By part, and checked: finite, and a basis that nobody trained is orthonormal."""
-    parts = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
-    for part, tensor in parts.items():
-        check_finite(tensor.reshape(1, -1), f"{part} of {where}")
-    if "basis" in parts and not config.get("train_basis"):
-        check_semi_orthogonal(parts["basis"], f"the basis of {where}", full_rank=True)
-    return parts
 
 
 # Keys of facts about adapters and bridges whose values are names of models and datasets.

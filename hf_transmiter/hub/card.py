@@ -8,6 +8,7 @@ people wrote keeps its text; only its metadata is completed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -15,14 +16,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..settings import TuningConfig
-from .card_text import METHOD_NAMES, NamedDataset, NamedModel, Noted, Raw, Step, escape, fill, one_line
-from .checks import check_json, load_json, parse_json, read_header
-from .files import replace_file
+from .card_text import METHOD_NAMES, NamedDataset, NamedModel, Noted, Raw, Step, escape, fill, one_line, texts_in
+from .checks import load_json, read_header
+from .files import read_metadata_json, replace_file
 from .repo import is_hub_id
 from .scores import THIS, Score, markdown_table, read_scores
 
@@ -33,6 +33,10 @@ README = "README.md"
 MARKER = "<!-- hf_transmiter writes this card again with every save; delete this line to write it yourself. -->"
 KEPT = ("license", "license_name", "license_link", "datasets", "language", "tags", "new_version")
 """Metadata that people give, and that a card takes over from the one before."""
+_TAGS = {
+    "adapter": ["peft", "clip", "transmiter", "weak-to-strong"],
+    "bridge": ["clip", "transmiter", "weak-to-strong", "bridge"],
+}
 _LISTS = ("datasets", "language", "tags")
 _TASK = "zero-shot-image-classification"
 _CLASS_VECTORS = ("COOP", "KGCOOP", "CONTCOOP")
@@ -43,15 +47,6 @@ _ACCURACIES = {
 }
 METRIC_NAMES = {**_ACCURACIES, "ece": "expected calibration error, %"}
 _MAX_STEPS = 8
-
-
-def _history(provenance: object) -> list[Step]:
-    """The steps an adapter went through, the first one first."""
-    found = []
-    while isinstance(provenance, dict) and "step" in provenance and len(found) < _MAX_STEPS:
-        found.insert(0, Step(provenance))
-        provenance = provenance.get("extracted", provenance.get("before"))
-    return found
 
 
 def _optional(path: Path, read: Callable):
@@ -70,50 +65,148 @@ def _optional(path: Path, read: Callable):
 
 @dataclass
 class Card:
-    """What the cards have in common.
+    """What the templates of ``assets/cards`` read.
 
     Args:
+        kind (`str`): `"adapter"` (TransMiter's), `"bridge"` or `"tuned"` (a LoRA or a learnt prompt, as `tune` makes
+            them, or any other PEFT adapter). The template is called so.
         name (`str`): Hub id, or the folder's name.
-        base (`NamedModel`): the model it belongs on.
-        versions (`dict[str, str]`): of the libraries it was made with, as far as they were noted.
+        facts (`Noted`): ``adapter_config.json``, or what ``bridge.safetensors`` says of itself, see `Bridge`.
+        teacher (`Noted`): ``teacher.json``; empty where `tune` did not make it.
         scores (`list[Score]`): ``scores.json``; rows of the method [`scores.THIS`] are about it.
         given (`dict`): metadata that people gave, see `KEPT`.
-        datasets (`list[NamedDataset]`): that went into it, as far as they were noted.
     """
 
+    kind: str
     name: str
-    base: NamedModel
-    versions: dict[str, str]
+    facts: Noted
+    teacher: Noted
     scores: list[Score]
     given: dict
-    datasets: list[NamedDataset]
-
-    tags: ClassVar[tuple[str, ...]]
-    template: ClassVar[str]
-    is_scored: ClassVar[bool] = True
-    """Whether its scores are its own: those of a bridge are of adapters that crossed it, and not for leaderboards."""
 
     def __post_init__(self):
         if self.is_scored and len({score.method for score in self.scores}) == 1:
             self.scores = [replace(score, method=THIS) for score in self.scores]  # about what else would they be?
 
     @property
+    def is_scored(self) -> bool:
+        """Whether its scores are its own: those of a bridge are of adapters that crossed it, not for leaderboards."""
+        return self.kind != "bridge"
+
+    @property
     def own(self) -> list[Score]:
         """The scores of the artefact itself, as far as they are known."""
         return [score for score in self.scores if score.method == THIS and not math.isnan(score.value)]
 
+    @property
+    def base(self) -> NamedModel:
+        """The model it belongs on; the strong one of a bridge."""
+        if self.kind == "bridge":
+            return NamedModel.of(self.facts.inner("strong"))
+        if self.teacher:
+            return NamedModel.of(self.teacher, "weak")
+        return NamedModel(*map(self.facts.get, ("base_model_name_or_path", "revision", "base_fingerprint")))
+
+    @property
+    def noted(self) -> Noted:
+        """What was noted when it was made."""
+        return self.facts if self.kind == "bridge" else self.facts.inner("provenance")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries it was made with."""
+        return self.noted.inner("versions").texts() or Noted(peft=self.facts.get("peft_version")).texts()
+
+    @property
+    def dataset(self) -> NamedDataset | None:
+        """The images (or names) it was made with in its last step."""
+        return NamedDataset.of(self.noted.get("dataset"))
+
+    # ---- of TransMiter adapters
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps it went through, the first one first."""
+        found, provenance = [], self.facts.get("provenance")
+        while isinstance(provenance, dict) and "step" in provenance and len(found) < _MAX_STEPS:
+            found.insert(0, Step(provenance))
+            provenance = provenance.get("extracted", provenance.get("before"))
+        return found
+
+    def step(self, kind: str) -> Step | None:
+        """The first of this kind."""
+        return next((step for step in self.steps if step.kind == kind), None)
+
+    # ---- of bridges
+
+    @property
+    def weak(self) -> NamedModel:
+        """Where it begins."""
+        return NamedModel.of(self.facts.inner("weak"))
+
+    @property
+    def through(self) -> list[NamedModel]:
+        """Models between the two, where it is composed."""
+        return [NamedModel(name) for name in self.facts.get("through", ())]
+
+    # ---- of tuned models
+
+    @property
+    def settings(self) -> Noted:
+        """What was tuned, and how."""
+        return self.teacher.inner("settings") or self.noted.inner("settings")
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """Of `hf-transmiter tune`, to do it again."""
+        found = []
+        for key, value in self.settings.items():
+            if key == "method" or (key in TuningConfig.__dataclass_fields__ and self.settings.known(key) is not None):
+                found.append((key, str(value)))
+            elif key not in TuningConfig.__dataclass_fields__:
+                found.append(("adapter", f"{key}={value if isinstance(value, str) else json.dumps(value)}"))
+            elif value is True:
+                found.append(("set", f"{key}=true"))
+        return found
+
+    @property
+    def method(self) -> str | None:
+        """Of `tune`, in words."""
+        return METHOD_NAMES.get(self.settings.known("method"))
+
+    @property
+    def class_names(self) -> list[str]:
+        """What it was tuned on; empty where that is not noted."""
+        return self.teacher.lines("class_names") or self.facts.lines("class_names")
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.facts["peft_type"] in _PROMPTS
+
+    @property
+    def has_class_vectors(self) -> bool:
+        """Whether `extract` needs no image of the task: a prompt that leaves images alone and does not read them."""
+        return self.facts["peft_type"] in _CLASS_VECTORS
+
+    # ---- what is made of it
+
     def metadata(self) -> ModelCardData:
         """The metadata, as the Hub reads it. The base model is named only if it is on the Hub, and only the one the
         weights belong on: of a list the Hub would conclude that models were merged."""
+        if self.kind == "tuned":
+            tags = ["peft", "clip", *(["prompt-learning"] if self.is_prompt else []), self.facts["peft_type"].lower()]
+        else:
+            tags = _TAGS[self.kind]
+        made_with = {"adapter": [step.dataset for step in self.steps], "tuned": [self.dataset]}.get(self.kind, ())
+        datasets = [data.name for data in made_with if data is not None and data.kind == "hub"]
         results, base = self.results(), self.base.name if self.base.kind == "hub" else None
-        datasets = [data.name for data in self.datasets if data.kind == "hub"]
         entries = {
             **self.given,
             "base_model": base,
             "base_model_relation": "adapter" if base else None,
             "library_name": "hf-transmiter",
             "pipeline_tag": _TASK if self.is_scored else None,
-            "tags": list(dict.fromkeys([*self.tags, *self.given.get("tags", ())])),
+            "tags": list(dict.fromkeys([*tags, *self.given.get("tags", ())])),
             "datasets": list(dict.fromkeys([*self.given.get("datasets", ()), *datasets])) or None,
             "metrics": ["accuracy"] if results else None,
         }
@@ -123,7 +216,8 @@ class Card:
         """The card's own scores for the Hub's model index. It wants to know the data set: rows without are left out,
         and stand in the card's tables only."""
         found = []
-        for score, data in ((score, NamedDataset.of(score.dataset)) for score in self.own):
+        for score in self.own:
+            data = NamedDataset.of(score.dataset)
             if data is None:
                 continue
             arguments = {"seeds": score.seeds, "num_images": score.num_images}
@@ -145,16 +239,15 @@ class Card:
 
     def warnings(self) -> list[str]:
         """Where a plain model was measured to be better."""
-        found = []
-        for own in (score for score in self.own if score.metric in _ACCURACIES):
-            for other in self.scores:
-                same = (own.dataset, own.split, own.metric) == (other.dataset, other.split, other.metric)
-                if same and other.method.startswith("zero-shot") and round(own.value, 1) < round(other.value, 1):
-                    where = (
-                        f"{other.method} on {own.split}: {own.metric} {own.value:.1f} % against {other.value:.1f} %"
-                    )
-                    found.append(f"This model is worse than {where}.")
-        return found
+        plain = [score for score in self.scores if score.method.startswith("zero-shot")]
+        return [
+            f"This model is worse than {other.method} on {own.split}: {own.metric} {own.value:.1f} % against "
+            f"{other.value:.1f} %."
+            for own, other in itertools.product(self.own, plain)
+            if (own.dataset, own.split, own.metric) == (other.dataset, other.split, other.metric)
+            and own.metric in _ACCURACIES
+            and round(own.value, 1) < round(other.value, 1)
+        ]
 
     def tables(self) -> Iterator[dict]:
         """The scores, one table per data set, and what it was measured on."""
@@ -183,115 +276,11 @@ class Card:
         Raises:
             jinja2.TemplateError: the template asks for a fact that the card does not have.
         """
-        body = fill(self.template, card=self)
+        body = fill(f"{self.kind}.md.jinja", card=self)
         return str(ModelCard(f"---\n{self.metadata().to_yaml()}\n---\n\n{body}\n\n{MARKER}\n"))
 
 
-@dataclass
-class AdapterCard(Card):
-    """Card of a TransMiter adapter.
-
-    Args:
-        config (`dict`): ``adapter_config.json``.
-        steps (`list[Step]`): how it came about, the first step first.
-    """
-
-    config: dict
-    steps: list[Step]
-
-    tags: ClassVar[tuple[str, ...]] = ("peft", "clip", "transmiter", "weak-to-strong")
-    template: ClassVar[str] = "adapter.md.jinja"
-
-    def step(self, kind: str) -> Step | None:
-        """The first of this kind."""
-        return next((step for step in self.steps if step.kind == kind), None)
-
-
-@dataclass
-class BridgeCard(Card):
-    """Card of a bridge; `base` is its strong model.
-
-    Args:
-        weak (`NamedModel`): where it begins.
-        facts (`dict`): what ``bridge.safetensors`` says of it, see `Bridge`.
-    """
-
-    weak: NamedModel
-    facts: dict
-
-    tags: ClassVar[tuple[str, ...]] = ("clip", "transmiter", "weak-to-strong", "bridge")
-    template: ClassVar[str] = "bridge.md.jinja"
-    is_scored: ClassVar[bool] = False
-
-    @property
-    def dataset(self) -> NamedDataset | None:
-        """The images, or the names it was built from."""
-        return NamedDataset.of(self.facts.get("dataset"))
-
-    @property
-    def through(self) -> list[NamedModel]:
-        """Models between the two, of a composed bridge."""
-        return [NamedModel(name) for name in self.facts.get("through", ())]
-
-    def anchors(self, *parts: str) -> list[str]:
-        """The names or templates that both models were asked about."""
-        noted = Noted(self.facts).inner("anchors")
-        return [text for part in parts for text in _texts(noted.get(part))]
-
-
-@dataclass
-class TunedCard(Card):
-    """Card of a tuned model: a LoRA or a learnt prompt, as `tune` makes them, or any other PEFT adapter.
-
-    Args:
-        peft_type (`str`): PEFT's name of the method.
-        settings ([`Noted`]): what was tuned, and how.
-        noted (`Noted`): what else `tune` noted: number, split and fingerprint of the labelled images.
-        class_names (`list[str]`): what it was tuned on; empty where that is not noted.
-        by_tune (`bool`): whether `tune` made it.
-    """
-
-    peft_type: str
-    settings: Noted
-    noted: Noted
-    class_names: list[str]
-    by_tune: bool
-
-    template: ClassVar[str] = "tuned.md.jinja"
-
-    @property
-    def method(self) -> str | None:
-        """Of `tune`, in words."""
-        return METHOD_NAMES.get(self.settings.known("method"))
-
-    @property
-    def options(self) -> list[tuple[str, str]]:
-        """Of `hf-transmiter tune`, to do it again."""
-        found = []
-        for key, value in self.settings.items():
-            if key == "method" or (key in TuningConfig.__dataclass_fields__ and self.settings.known(key) is not None):
-                found.append((key, str(value)))
-            elif key not in TuningConfig.__dataclass_fields__:
-                found.append(("adapter", f"{key}={value if isinstance(value, str) else json.dumps(value)}"))
-            elif value is True:
-                found.append(("set", f"{key}=true"))
-        return found
-
-    @property
-    def is_prompt(self) -> bool:
-        return self.peft_type in _PROMPTS
-
-    @property
-    def has_class_vectors(self) -> bool:
-        """Whether `extract` needs no image of the task: a prompt that leaves images alone and does not read them."""
-        return self.peft_type in _CLASS_VECTORS
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        return ("peft", "clip", *(("prompt-learning",) if self.is_prompt else ()), self.peft_type.lower())
-
-
-def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> AdapterCard | BridgeCard | TunedCard:
+def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> Card:
     """The card of a folder, of the kind its files say. See [`write_card`].
 
     Raises:
@@ -300,44 +289,20 @@ def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) ->
     """
     folder = Path(folder)
     config, bridge = folder / "adapter_config.json", folder / "bridge.safetensors"
-    if not config.is_file() and not bridge.is_file():
+    teacher = None
+    if config.is_file():
+        content = load_json(config, "adapter_config")
+        kind = "adapter" if content["peft_type"] == "TRANSMITER" else "tuned"
+        if kind == "tuned":
+            teacher = _optional(folder / "teacher.json", lambda path: load_json(path, "teacher"))
+    elif bridge.is_file():
+        kind, (metadata, _) = "bridge", read_header(bridge, "bridge", "write one with Bridge.save_pretrained")
+        content = read_metadata_json(bridge, metadata, kind, kind)
+    else:
         raise FileNotFoundError(f"{folder} holds neither {config.name} nor {bridge.name}: no card to write.")
     named, given = given_metadata(folder / README, facts)
     scores = _optional(folder / "scores.json", read_scores) or []
-    common = {"name": name or named or folder.resolve().name, "given": given, "scores": scores}
-    if not config.is_file():
-        return _bridge_card(bridge, common)
-    content = load_json(config, "adapter_config")
-    noted = Noted(content).inner("provenance")
-    versions = noted.inner("versions").texts() or Noted(peft=content.get("peft_version")).texts()
-    base = NamedModel(content.get("base_model_name_or_path"), content.get("revision"))
-    common |= {"base": base, "versions": versions}
-    if content["peft_type"] == "TRANSMITER":
-        common["base"] = replace(base, fingerprint=content.get("base_fingerprint"))
-        steps = _history(content.get("provenance"))
-        return AdapterCard(**common, datasets=[s.dataset for s in steps if s.dataset], config=content, steps=steps)
-    teacher = _optional(folder / "teacher.json", lambda path: load_json(path, "teacher")) or {}
-    if teacher:
-        common["base"] = NamedModel(teacher["weak"], teacher["revision"], teacher["fingerprint"])
-    dataset = NamedDataset.of(noted.get("dataset"))
-    return TunedCard(
-        **common,
-        datasets=[dataset] if dataset else [],
-        peft_type=content["peft_type"],
-        settings=Noted(teacher).inner("settings") or noted.inner("settings"),
-        noted=noted,
-        class_names=_texts(teacher.get("class_names") or content.get("class_names")),
-        by_tune=bool(teacher),
-    )
-
-
-def _bridge_card(path: Path, common: dict) -> BridgeCard:
-    header, _ = read_header(path, "bridge", "write one with Bridge.save_pretrained")
-    where = f"the metadata of {path}"
-    facts = check_json(parse_json(header.get("bridge", "{}"), where), "bridge", where)
-    weak, strong = (NamedModel(**facts[role]) for role in ("weak", "strong"))
-    versions = facts.get("versions", {})
-    return BridgeCard(**common, base=strong, versions=versions, datasets=[], weak=weak, facts=facts)
+    return Card(kind, name or named or folder.resolve().name, Noted(content), Noted(teacher or {}), scores, given)
 
 
 def write_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> Path:
@@ -391,21 +356,13 @@ def given_metadata(path: Path, facts: dict) -> tuple[str | None, dict]:
     named = index[0].get("name") if isinstance(index, list) and index and isinstance(index[0], dict) else None
     given = {}
     for key in KEPT:
-        old, new = data.get(key), facts.get(key)
-        if key in _LISTS:
-            value = list(dict.fromkeys([*_texts(old), *_texts(new)]))
-        else:
-            value = next(iter([*_texts(new), *_texts(old)]), None)
+        old, new = texts_in(data.get(key)), texts_in(facts.get(key))
+        value = list(dict.fromkeys([*old, *new])) if key in _LISTS else next(iter([*new, *old]), None)
         if key == "tags":  # PEFT notes paths, the Hub makes such tags by itself
             value = [tag for tag in value if not tag.startswith("base_model:")]
         if value:
             given[key] = value
-    return next(iter(_texts(named)), None), given
-
-
-def _texts(value: object) -> list[str]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [one_line(text) for text in values if isinstance(text, str) and one_line(text)]
+    return next(iter(texts_in(named)), None), given
 
 
 def by_people(path: Path) -> ModelCard | None:

@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +19,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from .repo import SANDBOX, is_hub_id, is_public_open_clip, split_revision
 
 
-_TEMPLATES = Path(__file__).parents[1] / "assets" / "cards"
 METHOD_NAMES = {
     **{"lora": "LoRA in the image tower", "coop": "a CoOp prompt", "kgcoop": "a KgCoOp prompt"},
     **{"prograd": "a ProGrad prompt", "cocoop": "a CoCoOp prompt", "contcoop": "a ContCoOp prompt"},
@@ -92,18 +90,15 @@ def decimals(value) -> Raw:
     return Raw(f"{value:.3f}" if isinstance(value, float) else escape(value))
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        undefined=StrictUndefined,
-        finalize=escape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {each.__name__: each for each in (span, decimals, literal, argument, listed)}
-    return environment
+_environment = Environment(
+    loader=FileSystemLoader(Path(__file__).parents[1] / "assets" / "cards"),
+    undefined=StrictUndefined,
+    finalize=escape,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_environment.filters |= {each.__name__: each for each in (span, decimals, literal, argument, listed)}
 
 
 def fill(template: str, **facts) -> str:
@@ -112,10 +107,16 @@ def fill(template: str, **facts) -> str:
     Raises:
         jinja2.TemplateError: no such template, or one that asks for a fact that was not passed.
     """
-    return re.sub(r"\n{3,}", "\n\n", _environment().get_template(template).render(**facts)).strip()
+    return re.sub(r"\n{3,}", "\n\n", _environment.get_template(template).render(**facts)).strip()
 
 
 # ---- facts ----------------------------------------------------------------------------------------------------------
+
+
+def texts_in(value: object) -> list[str]:
+    """A text, or those in a list, on one line each; what is empty or no text is left out."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one_line(text) for text in values if isinstance(text, str) and one_line(text)]
 
 
 class Noted(dict):
@@ -132,6 +133,10 @@ class Noted(dict):
         fine = isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip()
         return value if fine else None
 
+    def lines(self, key: str) -> list[str]:
+        """The texts in a list inside it."""
+        return texts_in(self.get(key))
+
     def texts(self) -> dict[str, str]:
         """All texts and numbers inside it, as texts."""
         return {key: str(self[key]) for key in self if self.known(key) is not None}
@@ -139,12 +144,8 @@ class Noted(dict):
 
 @dataclass(frozen=True)
 class Named:
-    """A model or data set as a card names it; of a path on somebody's machine only the last part is told.
-
-    Args:
-        name (`str`, *optional*): Hub id, ``sandbox:NAME``, a name of open_clip or a path.
-        revision, fingerprint (`str`, *optional*): as in `fingerprint.ModelId`.
-    """
+    """A model or data set as a card names it: a Hub id, ``sandbox:NAME``, a name of open_clip or a path, of which only
+    the last part is told. Revision and fingerprint are those of `identity.ModelId`."""
 
     name: str | None = None
     revision: str | None = None
@@ -156,13 +157,9 @@ class Named:
     @property
     def kind(self) -> str | None:
         """Where others find it: `"hub"`, `"sandbox"`, `"open_clip"`; `None` for what is not stated or a path."""
-        if self.name is None:
-            return None
-        if self.name.startswith(SANDBOX):
-            return "sandbox"
-        if is_public_open_clip(self.name):
-            return "open_clip"
-        return "hub" if is_hub_id(self.name) else None
+        name = self.name or ""
+        known = {"sandbox": name.startswith(SANDBOX), "open_clip": is_public_open_clip(name), "hub": is_hub_id(name)}
+        return next((kind for kind, fits in known.items() if fits), None)
 
     @property
     def last_part(self) -> str:
@@ -191,9 +188,9 @@ class NamedModel(Named):
     """The model something belongs on."""
 
     @classmethod
-    def of(cls, noted: Noted) -> NamedModel:
-        """From what was noted of it."""
-        values = (noted.get(key) for key in ("name", "revision", "fingerprint"))
+    def of(cls, noted: Noted, name: str = "name") -> NamedModel:
+        """From what was noted of it; its name stands under the key `name`."""
+        values = (noted.get(key) for key in (name, "revision", "fingerprint"))
         return cls(*(value if isinstance(value, str) and value.strip() else None for value in values))
 
     @property
@@ -253,8 +250,8 @@ class Step(Noted):
             own = self.get("own_class_vectors") is True
             return "a learnt prompt or class vectors" if own else "a fine-tuning that is not stated"
         dataset = NamedDataset.of(noted.get("dataset"))
-        images = [f"{noted['shots']} labelled images per class"] if noted.known("shots") else []
-        images += [f"of {dataset.name}"] if dataset else []
-        more = [" ".join(images)] if images else []
-        more += [] if noted.known("seed") is None else [f"seed {noted['seed']}"]
-        return one_line(method) + (f" ({', '.join(more)})" if more else "")
+        images = f"{noted['shots']} labelled images per class" if noted.known("shots") else ""
+        images += f" of {dataset.name}" if dataset else ""
+        seed = "" if noted.known("seed") is None else f"seed {noted['seed']}"
+        more = ", ".join(filter(None, (images.strip(), seed)))
+        return one_line(method) + (f" ({more})" if more else "")

@@ -29,11 +29,7 @@ PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"
 
 
 def parse_json(text: str | bytes, where: str):
-    """The value of a JSON text, whoever wrote it.
-
-    Args:
-        text (`str` or `bytes`): UTF-8.
-        where (`str`): what to call it in an error.
+    """The value of a JSON text (bytes are UTF-8), whoever wrote it. `where` is what to call it in an error.
 
     Raises:
         ValueError: too large, too deep, not JSON (NaN and infinite numbers are not), a key twice in one object, or a
@@ -45,7 +41,9 @@ def parse_json(text: str | bytes, where: str):
         if isinstance(text, bytes):
             text = text.decode()
         value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-        _check_values(value)
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate, which could not be written again, raises
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: it is nested more than {MAX_DEPTH} deep.") from None
     except ValueError as error:
@@ -69,23 +67,11 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_values(value) -> None:
-    """Depth, and texts that could not be written again. Not recursive, so that depth cannot exhaust the stack."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        for text in level:
-            if isinstance(text, str) and not text.isascii():
-                text.encode()  # a lone surrogate raises a ValueError
-        deeper = []
-        for item in level:
-            if isinstance(item, dict):
-                deeper += [*item, *item.values()]
-            elif isinstance(item, list):
-                deeper += item
-        if not deeper:
-            return
-        level = deeper
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+def _depth(value) -> int:
+    """How many lists and objects stand inside each other."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def load_json(path: str | os.PathLike, kind: str | None = None):
@@ -103,15 +89,11 @@ def load_json(path: str | os.PathLike, kind: str | None = None):
 
 
 def check_json(content, kind: str, where: str):
-    """Returns `content` unchanged.
-
-    Args:
-        content: what [`parse_json`] returned.
-        kind (`str`): a key of `rules.KINDS`.
-        where (`str`): what to call it in an error.
+    """Returns what [`parse_json`] returned, unchanged.
 
     Raises:
-        ValueError: it is not what its kind must be; the message says where, what is wrong, and what to do.
+        ValueError: it is not what its `kind`, a key of `rules.KINDS`, must be; the message says where in it, what is
+            wrong, and what to do.
     """
     rule, remedy = KINDS[kind]
     try:
@@ -127,13 +109,8 @@ def check_json(content, kind: str, where: str):
 def read_header(
     path: str | os.PathLike, what: str = "safetensors file", remedy: str = "fetch it again"
 ) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Metadata, and dtype (`"F32"`, ...) and shape of every tensor of a safetensors file; no tensor is read.
-
-    That the sizes add up to the file's is checked by safetensors.
-
-    Args:
-        path (`str` or `os.PathLike`): the file.
-        what, remedy (`str`, *optional*): words for an error: what it should be, how to get one.
+    """Metadata, and dtype (`"F32"`, ...) and shape of every tensor of a safetensors file; no tensor is read. `what` it
+    should be and the `remedy` are words for an error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -162,18 +139,11 @@ def check_tensors(
     optional: Collection[str] = (),
     what: str = "file",
     remedy: str = "fetch it again",
-) -> dict[str, int]:
+) -> None:
     """Compares the header of a safetensors file with what must be in it, before anything is loaded.
 
-    Args:
-        path (`str` or `os.PathLike`): the file.
-        expected (`Mapping[str, tuple]`): shape by name. A letter in place of a size may be any positive number, the
-            same one wherever it stands: ``{"matrix": ("m", "k"), "mean": ("m",)}``.
-        optional (`Collection[str]`, *optional*): names that may be missing.
-        what, remedy (`str`, *optional*): as in [`read_header`].
-
-    Returns:
-        `dict[str, int]`: sizes by letter.
+    Shapes are `expected` by name; tensors that are `optional` may be missing. A letter in place of a size may be any
+    positive number, the same one wherever it stands: ``{"matrix": ("m", "k"), "mean": ("m",)}``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -201,7 +171,6 @@ def check_tensors(
         if not fits:
             wanted = ", ".join(str(sizes.get(size, size)) for size in shape)
             refuse(f"{name} must have the shape ({wanted}), it has {tuple(actual)}")
-    return sizes
 
 
 def adapter_shapes(config: Mapping) -> dict[str, tuple[int | str, ...]]:
@@ -229,10 +198,6 @@ def check_adapter_tensors(path: str | os.PathLike, config: Mapping) -> None:
 
     All shapes of a TransMiter adapter are known. Of LoRA and the prompt learners the sizes are compared that their
     configuration chooses freely; what else they allocate follows from the model.
-
-    Args:
-        path (`str` or `os.PathLike`): ``adapter_model.safetensors``.
-        config (`Mapping`): content of ``adapter_config.json``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -285,18 +250,13 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 
 def refuse_pickles(folder: str | os.PathLike) -> None:
-    """Makes sure that nothing beside the safetensors could be unpickled, which would run whatever code it holds. PEFT
-    takes ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
-
-    Args:
-        folder (`str` or `os.PathLike`): a local folder; anything else passes.
+    """Makes sure that nothing in a local folder (anything else passes) could be unpickled, which would run whatever
+    code it holds. PEFT takes ``adapter_model.bin`` where there is no ``adapter_model.safetensors``.
 
     Raises:
         ValueError: it holds pickles; the message names them.
     """
-    folder = Path(folder)
-    places = folder.iterdir() if folder.is_dir() else ()
-    found = sorted(path.name for path in places if path.suffix.lower() in PICKLES)
+    found = sorted(path.name for path in Path(folder).glob("*") if path.suffix.lower() in PICKLES)
     if found:
         raise ValueError(
             f"{folder} holds {SHORT.repr(found)[1:-1]}: such files run the code in them when they are read. Delete "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
-from .checks import check_tensors, parse_json, read_header
+from .checks import check_json, check_tensors, parse_json, read_header
 
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def new_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None
 
 
 def replace_metadata(path: str | os.PathLike, metadata: dict[str, str]) -> None:
-    """Puts other metadata into a safetensors file (one that [`trust.read_header`] reads); its tensors stay."""
+    """Puts other metadata into a safetensors file (one that [`checks.read_header`] reads); its tensors stay."""
     content = Path(path).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps({**json.loads(content[8:start]), "__metadata__": metadata}).encode()
@@ -56,38 +56,32 @@ def read_tensors(
     format_name: str,
     what: str,
     writer: str,
-    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
+    shapes: Mapping[str, tuple[int | str, ...]],
     optional: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata says `"format": format_name`.
-
-    With `shapes` and `optional` the file's header is checked by [`trust.check_tensors`] before any tensor is read.
+    """Tensors and metadata of a safetensors file whose metadata says `"format": format_name`; its header is checked
+    by [`checks.check_tensors`] before any tensor is read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a safetensors file, of another format, or of other `shapes`; the message says `what` was
-            expected and which `writer` makes one.
+        ValueError: another file than `what` was expected; the message says which `writer` makes one.
     """
     remedy = f"write one with {writer}"
     metadata, _ = read_header(path, what, remedy)
     if metadata.get("format") != format_name:
         raise ValueError(f"{path} is not a {what}; {remedy}.")
-    if shapes is not None:
-        check_tensors(path, shapes, optional=optional, what=what, remedy=remedy)
+    check_tensors(path, shapes, optional=optional, what=what, remedy=remedy)
     # Copies: what is read is a view of the file, and a file that is written to later would change what was checked.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
 
 
-def read_metadata_json(path: str | os.PathLike, metadata: dict[str, str], key: str, kind: type):
+def read_metadata_json(path: str | os.PathLike, metadata: dict[str, str], key: str, kind: str):
     """The JSON value under `key` of a file's metadata.
 
     Raises:
-        ValueError: missing, not JSON, or not a `kind`.
+        ValueError: missing, or what [`checks.parse_json`] and [`checks.check_json`] refuse for this `kind`.
     """
     try:
-        value = parse_json(metadata[key], repr(key))
+        return check_json(parse_json(metadata[key], repr(key)), kind, repr(key))
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its metadata has no readable {key!r} ({error}).") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} is damaged: {key!r} in its metadata is not a {kind.__name__}.")
-    return value

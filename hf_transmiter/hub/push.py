@@ -15,7 +15,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from .adapter_files import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
 from .card import README, by_people, given_metadata, write_card
-from .checks import check_json, load_json, read_header
+from .checks import load_json, read_header
 from .files import read_metadata_json, replace_metadata
 from .repo import SANDBOX, fetch, hub_errors, is_hub_id, is_public_open_clip, public_name, push_folder
 from .scores import read_scores, write_scores
@@ -82,11 +82,13 @@ def push(
             rows = read_scores(place / SCORES)
             write_scores(place / SCORES, [replace(r, dataset=r.dataset and public_name(r.dataset)) for r in rows])
         there = {"revision": _head(repo_id, token), "subfolder": subfolder, "token": token}
-        stale = _stale(place, _file_there(repo_id, WEIGHTS, **there))
-        theirs = None if stale else _file_there(repo_id, SCORES, **there)
+        new, old = place / WEIGHTS, _file_there(repo_id, WEIGHTS, **there)
+        replaced = old is not None and new.is_file() and old.read_bytes() != new.read_bytes()
+        stale = [SCORES, CALIBRATION] if replaced else []
+        scores = None if stale else _file_there(repo_id, SCORES, **there)
         # What the repository has stays: the card tells of it.
-        if theirs is not None and not (place / SCORES).is_file():
-            shutil.copyfile(theirs, place / SCORES)
+        if scores is not None and not (place / SCORES).is_file():
+            shutil.copyfile(scores, place / SCORES)
         if subfolder is None:
             facts = {"license": license, "tags": list(tags)}
             _write_card(place, repo_id, _file_there(repo_id, README, **there), facts)
@@ -119,7 +121,7 @@ def _write_card(folder: Path, repo_id: str, theirs: Path | None, said: dict) -> 
 def _hide_paths(path: Path) -> None:
     """Puts names where paths of this machine stand in the facts of a bridge."""
     metadata, _ = read_header(path, "bridge")
-    facts = check_json(read_metadata_json(path, metadata, "bridge", dict), "bridge", str(path))
+    facts = read_metadata_json(path, metadata, "bridge", "bridge")
     replace_metadata(path, {**metadata, "bridge": json.dumps(without_paths(facts))})
 
 
@@ -152,11 +154,3 @@ def _head(repo_id: str, token: str | bool | None) -> str | None:
 
 def _file_there(repo_id: str, file: str, revision: str | None, **hub) -> Path | None:
     return None if revision is None else fetch(repo_id, file, revision=revision, strict=True, **hub)
-
-
-def _stale(folder: Path, theirs: Path | None) -> list[str]:
-    """What describes the repository's weights `theirs`, and would be wrong beside other ones in their place."""
-    mine = folder / WEIGHTS
-    if theirs is None or not mine.is_file() or theirs.read_bytes() == mine.read_bytes():
-        return []
-    return [SCORES, CALIBRATION]

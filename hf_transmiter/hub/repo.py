@@ -38,7 +38,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .checks import load_json
-from .rules import KIND_OF
+from .rules import KINDS
 
 
 logger = logging.getLogger(__name__)
@@ -177,8 +177,7 @@ def fetch(
 
     Args:
         source (`str` or `os.PathLike`): folder, or Hub id (``id@revision`` too).
-        file (`str`): path inside it.
-        subfolder (`str`, *optional*): folder inside it that `file` is relative to.
+        file (`str`), subfolder (`str`, *optional*): path inside it, and the folder that it is relative to.
         strict (`bool`, *optional*, defaults to `False`):
             For what is written again afterwards: a Hub that does not answer is an error whatever the cache has.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only` of `huggingface_hub.hf_hub_download`.
@@ -217,9 +216,9 @@ def _absent(
     """What to make of a file that is not in the cache when the Hub does not answer: `None`, or an error."""
     if try_to_load_from_cache(name, file, cache_dir, revision) is not None:
         return  # asked before, and the Hub had no such file
-    cause = error.__cause__
-    offline = cause is None or isinstance(cause, OfflineModeIsEnabled)
-    reason = "offline (HF_HUB_OFFLINE or local_files_only)." if offline else _in_words(cause, name)
+    cause, reason = error.__cause__, "offline (HF_HUB_OFFLINE or local_files_only)."
+    if cause is not None and not isinstance(cause, OfflineModeIsEnabled):
+        reason = _in_words(cause, name)
     if isinstance(cause, HfHubHTTPError) or not _is_cached(name, cache_dir, revision):
         raise OSError(f"{file} of {name!r} is neither in a folder here nor in the cache: {reason}") from error
     logger.warning(f"{file} of {name} is not in the cache and counts as not there: {reason}")
@@ -264,8 +263,8 @@ def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None
     Raises:
         ValueError: not JSON, too large, or not what a file of this name holds.
     """
-    path = fetch(source, file, **hub)
-    return None if path is None else load_json(path, KIND_OF.get(file))
+    path, kind = fetch(source, file, **hub), file.removesuffix(".json")
+    return None if path is None else load_json(path, kind if kind in KINDS else None)
 
 
 def push_folder(
@@ -278,16 +277,8 @@ def push_folder(
     token: str | bool | None = None,
     delete: Sequence[str] = (),
 ) -> CommitInfo:
-    """Uploads a folder in one commit; the repository is made if it is not there, other files in it stay.
-
-    Args:
-        folder (`str` or `os.PathLike`): what to upload.
-        repo_id (`str`): ``user/name``.
-        commit_message (`str`): the commit's title.
-        private (`bool`, *optional*): whether a *new* repository is private; the account's default when omitted.
-        create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
-        token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
-        delete (`Sequence[str]`, *optional*): files to take away in the same commit, if they are there.
+    """Uploads a folder in one commit, which also takes away the files `delete` that are there; other files stay. The
+    repository is made if it is not there. The other arguments are those of [`push`](hf_transmiter.hub.push.push).
 
     Returns:
         `huggingface_hub.CommitInfo`: with `oid`, `commit_url` and `pr_url`; the last commit's where nothing is new.

@@ -53,13 +53,11 @@ class Rule:
         """
         if not self.fits(value):
             raise Misfit(place, f"must be {self.words}, found {SHORT.repr(value)}")
-        if isinstance(value, dict):
-            self._check_keys(value, place)
-        elif isinstance(value, list) and self.item is not None:
+        if isinstance(value, list) and self.item is not None:
             for number, item in enumerate(value):
                 self.item.check(item, f"{place}[{number}]")
-
-    def _check_keys(self, value: dict, place: str) -> None:
+        if not isinstance(value, dict):
+            return
         missing, unknown = sorted(set(self.required) - set(value)), sorted(set(value) - set(self.keys))
         if missing:
             raise Misfit(place, f"lacks {', '.join(missing)}")
@@ -78,8 +76,13 @@ def _or_null(rule: Rule) -> Rule:
     return replace(rule, words=f"{rule.words}, or null", fits=lambda value: value is None or rule.fits(value))
 
 
-def _object(words: str = "an object", **inside) -> Rule:
-    return Rule(words, lambda value: isinstance(value, dict), **inside)
+def _object(words: str = "an object", keys: Mapping[str, Rule] | None = None, **more) -> Rule:
+    return Rule(words, lambda value: isinstance(value, dict), keys=keys or {}, **more)
+
+
+def _record(words: str, keys: Mapping[str, Rule], optional: Collection[str] = ()) -> Rule:
+    """An object with these keys and no others."""
+    return _object(words, keys, required=[key for key in keys if key not in optional], closed=True)
 
 
 def _list(words: str, item: Rule, most: int, least: int = 0) -> Rule:
@@ -124,7 +127,6 @@ def _one_or_some(one: Rule, most: int) -> Rule:
 
 
 _BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
-_NULL = Rule("null", lambda value: value is None)
 _LABEL = _or_null(_text("a text of at most 1,000 characters"))
 _FILLED = _text("a text that is not empty, of at most 1,000 characters", pattern=r"(?s:.*\S.*)")
 _NAME = _text("a name of 1 to 1,000 characters", least=1)
@@ -137,15 +139,12 @@ _REVISION = _text(
     "the name of a branch, tag or commit", most=255, pattern=r"(?![-/])(?!.*\.\.)[^\s~^:?*\[\\\x00-\x1f\x7f]+"
 )
 _NUMBER = _number("a finite number", least=-1e300)
-_POSITIVE = _number("a finite number of at least 0", least=0)
-_COUNT = _whole(0, 9 * 10**15, "a whole number of at least 0")
+_SIZE = _or_null(_whole(1, 1_000_000))
 _FROM_ONE = _whole(1, 9 * 10**15, "a whole number of at least 1")
 _SEED = _whole(-(2**63), 2**64 - 1, "a whole number of 64 bits")
-_MODEL_ID = _object(
+_MODEL_ID = _record(
     "an object that names a model",
-    required=("name", "revision", "fingerprint"),
-    closed=True,
-    keys={
+    {
         "name": _LABEL,
         "revision": _or_null(_REVISION),
         "fingerprint": _text("a text of at most 64 characters", most=64),
@@ -154,23 +153,22 @@ _MODEL_ID = _object(
 
 _ADAPTER = _object(
     "the configuration of a PEFT adapter (an object)",
-    required=("peft_type",),
-    name=_text("the name of a setting", pattern="(?!(self|cls)$)[A-Za-z_][A-Za-z0-9_]{0,99}"),
-    keys={
+    {
         "peft_type": _text("the name of a PEFT method", pattern="[A-Z0-9_]{1,64}"),
         "base_model_name_or_path": _LABEL,
         "revision": _or_null(_REVISION),
         "rank_pattern": _or_null(_object()),
     },
+    required=("peft_type",),
+    name=_text("the name of a setting", pattern="(?!(self|cls)$)[A-Za-z_][A-Za-z0-9_]{0,99}"),
 )
 _TRANSMITER = _object(
-    required=("class_names", "templates", "form"),
     keys={
         "class_names": _SOME_NAMES,
         "auxiliary_names": _NAMES,
         "templates": _TEMPLATES,
         "form": _one_of("mlp", "class_vectors"),
-        "width": _or_null(_whole(1, 1_000_000)),
+        "width": _SIZE,
         "mlp_ratio": _whole(1, 64),
         "train_basis": _BOOLEAN,
         "embed_dim": _or_null(_whole(1, 65_536)),
@@ -178,16 +176,16 @@ _TRANSMITER = _object(
         **dict.fromkeys(("anchors_fingerprint", "base_fingerprint"), _or_null(_DIGEST)),
         "provenance": _object(),
         **dict.fromkeys(("target_modules", "task_type"), _LABEL),
-        "exclude_modules": _NULL,
+        "exclude_modules": Rule("null", lambda value: value is None),
         "inference_mode": _BOOLEAN,
     },
+    required=("class_names", "templates", "form"),
 )
 _PROMPT = _object(
     keys={
-        "n_ctx": _or_null(_whole(1, 10_000)),
+        **dict.fromkeys(("n_ctx", "heads"), _or_null(_whole(1, 10_000))),
         "n_vision": _whole(1, 10_000),
-        **{key: _whole(0, 10_000) for key in ("text_depth", "vision_depth", "depth", "layer")},
-        "heads": _or_null(_whole(1, 10_000)),
+        **dict.fromkeys(("text_depth", "vision_depth", "depth", "layer"), _whole(0, 10_000)),
         "init_phrase": _LABEL,
         "init_token_ids": _or_null(
             _list("a list of at most 10,000 token ids", _whole(0, 10**8, "a token id"), 10_000)
@@ -205,51 +203,47 @@ METHODS = {
 }
 """By `peft_type`: what ``adapter_config.json`` must hold besides what it must of every adapter."""
 
-_ANCHORS = _object(
+_ANCHORS = _record(
     "anchors: a JSON object as Anchors.save writes it",
-    required=("task",),
-    closed=True,
-    keys={"task": _NAMES, "auxiliary": _NAMES, "templates": _TEMPLATES},
+    {"task": _NAMES, "auxiliary": _NAMES, "templates": _TEMPLATES},
+    optional=("auxiliary", "templates"),
 )
 _VERSIONS = Rule(
     "an object of at most 100 versions by library",
     lambda value: isinstance(value, dict) and len(value) <= 100,
     item=_text("a text of at most 100 characters", most=100),
 )
-_BRIDGE = _object(
+_BRIDGE = _record(
     "the facts of a bridge (an object)",
-    required=("space", "scale", "source", "num_pairs", "alignment", "beta", "strong", "weak", "anchors"),
-    closed=True,
-    keys={
+    {
         "space": _one_of("embedding", "logit"),
         "source": _one_of("images", "text"),
         **dict.fromkeys(("scale", "beta"), _NUMBER),
         **dict.fromkeys(("scale_back", "alignment", "held_out"), _or_null(_NUMBER)),
-        "num_pairs": _COUNT,
+        "num_pairs": _whole(0, 9 * 10**15, "a whole number of at least 0"),
         **dict.fromkeys(("strong", "weak"), _MODEL_ID),
         "anchors": _or_null(_object("anchors (an object)")),
         "dataset": _LABEL,
         "through": _NAMES,
         "versions": _VERSIONS,
     },
+    optional=("scale_back", "held_out", "dataset", "through", "versions"),
 )
-_SCORE = _object(
-    required=("method", "split", "metric", "value", "std", "seconds", "peak_mb", "seeds"),
-    closed=True,
-    keys={
+_SCORE = _record(
+    "an object",
+    {
         **dict.fromkeys(("method", "split", "metric"), _FILLED),
         "value": _or_null(_NUMBER),
-        **dict.fromkeys(("std", "seconds", "peak_mb"), _or_null(_POSITIVE)),
+        **dict.fromkeys(("std", "seconds", "peak_mb"), _or_null(_number("a finite number of at least 0", least=0))),
         "seeds": _FROM_ONE,
         "dataset": _or_null(_FILLED),
         "num_images": _or_null(_FROM_ONE),
     },
+    optional=("dataset", "num_images"),
 )
-_TEACHER = _object(
+_TEACHER = _record(
     "the facts of a tuned model (an object), as save_teacher writes them",
-    required=("weak", "revision", "fingerprint", "class_names", "templates", "zero_shot_templates", "settings"),
-    closed=True,
-    keys={
+    {
         "weak": _LABEL,
         "revision": _or_null(_REVISION),
         "fingerprint": _DIGEST,
@@ -259,48 +253,40 @@ _TEACHER = _object(
     },
 )
 
-_SIZE = _or_null(_whole(1, 1_000_000))
 _TOWER = _or_null(_object(keys={"hidden_size": _SIZE}))
 _MODEL = _object(
     "the configuration of a model (an object)",
-    keys={"model_type": _LABEL, "projection_dim": _SIZE, "vision_config": _TOWER, "text_config": _TOWER},
+    {"model_type": _LABEL, "projection_dim": _SIZE, "vision_config": _TOWER, "text_config": _TOWER},
 )
 _WIDTH, _FEW = _or_null(_whole(1, 16_384)), _or_null(_whole(1, 1024))
 _RATIO = _or_null(_number("a number above 0 and up to 64", least=1e-300, most=64))
-_VISION_CFG = _object(
-    keys={
-        "width": _WIDTH,
-        **dict.fromkeys(("head_width", "patch_size"), _FEW),
-        "mlp_ratio": _RATIO,
-        "layers": _one_or_some(_whole(1, 1000), 16),
-        "image_size": _one_or_some(_whole(1, 4096), 2),
-    }
-)
-_TEXT_CFG = _object(
-    keys={
-        "width": _WIDTH,
-        "heads": _FEW,
-        "layers": _or_null(_whole(1, 1000)),
-        "context_length": _or_null(_whole(1, 100_000)),
-        "vocab_size": _SIZE,
-        "mlp_ratio": _RATIO,
-    }
-)
-_MODEL_CFG = _object(keys={"embed_dim": _WIDTH, "vision_cfg": _VISION_CFG, "text_cfg": _TEXT_CFG})
+_VISION_CFG = {
+    "width": _WIDTH,
+    **dict.fromkeys(("head_width", "patch_size"), _FEW),
+    "mlp_ratio": _RATIO,
+    "layers": _one_or_some(_whole(1, 1000), 16),
+    "image_size": _one_or_some(_whole(1, 4096), 2),
+}
+_TEXT_CFG = {
+    "width": _WIDTH,
+    "heads": _FEW,
+    "layers": _or_null(_whole(1, 1000)),
+    "context_length": _or_null(_whole(1, 100_000)),
+    "vocab_size": _SIZE,
+    "mlp_ratio": _RATIO,
+}
+_MODEL_CFG = {"embed_dim": _WIDTH, "vision_cfg": _object(keys=_VISION_CFG), "text_cfg": _object(keys=_TEXT_CFG)}
 _OPEN_CLIP = _object(
     "the configuration of an open_clip model (an object)",
-    keys={"model_cfg": _MODEL_CFG, "preprocess_cfg": _or_null(_object())},
+    {"model_cfg": _object(keys=_MODEL_CFG), "preprocess_cfg": _or_null(_object())},
 )
 
 KINDS: dict[str, tuple[Rule, str]] = {
     "adapter_config": (_ADAPTER, "Restore the adapter_config.json that save_pretrained wrote."),
     "anchors": (_ANCHORS, "Write anchors with Anchors.save."),
     "bridge": (_BRIDGE, "Write a bridge with Bridge.save."),
-    "calibration": (
-        _object("the facts of a calibration pack (an object)", keys={"class_names": _SOME_NAMES}),
-        "Write a pack with CalibrationPack.save.",
-    ),
-    "model_config": (_MODEL, "Restore the config.json that was saved with the model."),
+    "calibration": (_SOME_NAMES, "Write a pack with CalibrationPack.save."),
+    "config": (_MODEL, "Restore the config.json that was saved with the model."),
     "open_clip_config": (_OPEN_CLIP, "Restore the open_clip_config.json that open_clip wrote."),
     "scores": (
         _list("a list of scores, as write_scores makes it", _SCORE, 100_000),
@@ -308,13 +294,4 @@ KINDS: dict[str, tuple[Rule, str]] = {
     ),
     "teacher": (_TEACHER, "Restore the teacher.json that was saved with the tuned model."),
 }
-"""What each kind of content must be, and how to mend one that is not."""
-KIND_OF = {
-    "adapter_config.json": "adapter_config",
-    "anchors.json": "anchors",
-    "scores.json": "scores",
-    "teacher.json": "teacher",
-    "config.json": "model_config",
-    "open_clip_config.json": "open_clip_config",
-}
-"""The kind of a repository's file."""
+"""What a file of this name (without its ending) must hold, and how to mend one that does not."""

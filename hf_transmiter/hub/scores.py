@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -71,11 +72,10 @@ def aggregate(runs: Sequence[Sequence[Score]]) -> list[Score]:
 def markdown_table(
     scores: Sequence[Score],
     *,
-    metrics: Sequence[str] | None = None,
     baseline: str | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> str:
-    """One row per method, one column per split and metric, then what making the method cost.
+    """Markdown, ending in a newline: a row per method, a column per split and metric, then what the method cost.
 
     Rows and columns keep the order of first appearance. The best value of a column (of a calibration error the lowest;
     confidence and agreement have none) is bold, all of them if they tie as printed; a method with a note has an
@@ -84,27 +84,18 @@ def markdown_table(
 
     Args:
         scores (`Sequence[Score]`): at most one per method, split and metric, see [`aggregate`].
-        metrics (`Sequence[str]`, *optional*): which metrics, in this order; all when omitted.
         baseline (`str`, *optional*): method whose distance, in points, is printed in brackets for all others.
         notes (`Mapping[str, str]`, *optional*): footnote of a method; equal notes share a symbol.
 
-    Returns:
-        `str`: markdown, ending in a newline.
-
     Raises:
-        ValueError: no scores, two scores for one cell, a metric or baseline that has no score.
+        ValueError: no scores, two scores for one cell, or a baseline that has no score.
     """
     cells = _cells(scores)
-    known = list(dict.fromkeys(score.metric for score in scores))
-    for metric in metrics or ():
-        if metric not in known:
-            raise ValueError(f"there is no score {metric!r}; the metrics are {known}.")
     methods = list(dict.fromkeys(score.method for score in scores))
     if baseline is not None and baseline not in methods:
         raise ValueError(f"the baseline {baseline!r} has no score; the methods are {methods}.")
-    splits = dict.fromkeys(score.split for score in scores)
-    pairs = {(score.split, score.metric) for score in scores}
-    columns = [(s, m) for s in splits for m in dict.fromkeys(metrics or known) if (s, m) in pairs]
+    splits, metrics = (dict.fromkeys(getattr(score, key) for score in scores) for key in ("split", "metric"))
+    columns = [pair for pair in itertools.product(splits, metrics) if pair in {cell[1:] for cell in cells}]
 
     notes = {method: text for method, text in (notes or {}).items() if method in methods}
     marks = {text: _MARKS[i % 4] * (1 + i // 4) for i, text in enumerate(dict.fromkeys(notes.values()))}
@@ -117,8 +108,7 @@ def markdown_table(
         if set(costs) != {NOTHING}:
             header.append(title)
             body.append(costs)
-    shown = [cells[cell] for cell in cells if cell[1:] in columns]
-    return table(header, zip(*body, strict=True)) + "\n\n" + _legend(shown, baseline, marks)
+    return table(header, zip(*body, strict=True)) + "\n\n" + _legend(scores, baseline, marks)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -203,10 +193,8 @@ def write_scores(path: str | os.PathLike, scores: Sequence[Score]) -> None:
     """
     rows = []
     for score in scores:
-        row = asdict(score)
-        row["value"], row["std"] = (None if math.isnan(x) else x for x in (score.value, score.std))
-        row = {key: value for key, value in row.items() if key not in _OPTIONAL or value is not None}
-        rows.append(row)
+        row = asdict(score) | {key: None for key in ("value", "std") if math.isnan(getattr(score, key))}
+        rows.append({key: value for key, value in row.items() if key not in _OPTIONAL or value is not None})
     check_json(rows, "scores", "the scores")
     text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if Path(path).exists():
@@ -222,5 +210,4 @@ def read_scores(path: str | os.PathLike) -> list[Score]:
         ValueError: not JSON, too large, not a list of objects, a key missing or unknown, a value of the wrong kind.
     """
     rows = load_json(path, "scores")
-    unknown = [{key: math.nan for key in ("value", "std") if row[key] is None} for row in rows]
-    return [Score(**{**row, **nan}) for row, nan in zip(rows, unknown, strict=True)]
+    return [Score(**row | {key: math.nan for key in ("value", "std") if row[key] is None}) for row in rows]

@@ -29,7 +29,6 @@ from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import BRIDGE
 from ..hub.card import write_card
-from ..hub.checks import check_json
 from ..hub.files import read_metadata_json, read_tensors, replace_file
 from ..hub.provenance import library_versions
 from ..hub.push import push
@@ -361,11 +360,9 @@ class Bridge:
                 that is not (semi-)orthogonal; of a composed bridge, one that makes rows longer.
         """
         tensors, metadata = read_tensors(path, _FORMAT, "bridge", "Bridge.save", _SHAPES)
-        facts = read_metadata_json(path, metadata, "bridge", dict)
-        check_json(facts, "bridge", f"bridge in {path}")
+        facts = read_metadata_json(path, metadata, "bridge", "bridge")
         if facts["anchors"] is not None:
-            check_json(facts["anchors"], "anchors", f"anchors in {path}")
-            facts["anchors"] = Anchors.from_dict(facts["anchors"])
+            facts["anchors"] = Anchors.from_dict(facts["anchors"], f"anchors in {path}")
         facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
         facts["through"] = tuple(facts.get("through", ()))
         for key, tensor in tensors.items():

@@ -93,7 +93,7 @@ class TransMiterImageClassificationConfig(PreTrainedConfig):
             self.id2label, self.label2id = labels, {label: int(key) for key, label in labels.items()}
         _check_counts(kwargs)
         if isinstance(self.base_config, dict):
-            check_json(self.base_config, "model_config", "base_config in config.json")
+            check_json(self.base_config, "config", "base_config in config.json")
             check_family(self.base_config.get("model_type"), "The model in config.json")
             _check_counts(self.base_config)
         super().__post_init__(**kwargs)

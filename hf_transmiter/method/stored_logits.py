@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..algebra import check_finite
-from ..hub.checks import check_json
 from ..hub.files import read_metadata_json, read_tensors, replace_file
 
 
@@ -91,7 +90,6 @@ class CalibrationPack:
         tensors, metadata = read_tensors(
             path, _FORMAT, "calibration pack", "CalibrationPack.save", SHAPES, optional=("weak_logits",)
         )
-        names = read_metadata_json(path, metadata, "class_names", list)
-        check_json({"class_names": names}, "calibration", str(path))
+        names = read_metadata_json(path, metadata, "class_names", "calibration")
         about = {key: metadata.get(key) or None for key in ("dataset_fingerprint", "dataset")}
         return cls(class_names=names, **{key: tensor.float() for key, tensor in tensors.items()}, **about)

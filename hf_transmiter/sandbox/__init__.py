@@ -12,8 +12,8 @@ processor = CLIPProcessor.from_pretrained(sandbox.model_path("weak"))
 dataset = sandbox.load_dataset("print", "test")
 ```
 
-Read `words` (what things are called), `world` (the renderer), `tokenizer`, then `data` (the datasets and models). How
-the models were made is in `tests/making/` of the source repository.
+Read `words` (what things are called), `world` (the renderer), then `data` (the datasets and models). How the models
+and their tokenizer were made is in `tests/making/` of the source repository.
 """
 
 from .data import domains, load_dataset, model_path

@@ -1,11 +1,10 @@
-"""What the sandbox world is called: attribute words, class names, captions, task grids and the vocabulary.
+"""What the sandbox world is called: attribute words, class names, task grids and the vocabulary.
 
 A class is one combination of three attributes and its name is ``"{texture} {colour} {shape}"``: 6 x 10 x 12 = 720
 classes, identified everywhere by the index triple ``(texture, colour, shape)``.
 """
 
 import itertools
-import random
 from typing import NamedTuple
 
 
@@ -15,41 +14,17 @@ SHAPES = (
     "disc", "square", "triangle", "star", "ring", "cross", "heart", "crescent", "arrow", "bowtie", "hexagon", "fork",
 )  # fmt: skip
 
-# Terms the pre-training captions drop in at random: known tokens without any visual meaning.
-TRADE_NAMES = ("acme", "zenith", "nimbus", "vertex", "orbit", "lumen", "quanta", "delta")
-
-TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of one {}.", "a {}.", "{}")
-
 CLASSES = tuple(itertools.product(range(len(TEXTURES)), range(len(COLOURS)), range(len(SHAPES))))
 
 
-class Description(NamedTuple):
-    """What one caption says: an index per attribute, or `None` where it says nothing."""
-
-    texture: int | None = None
-    colour: int | None = None
-    shape: int | None = None
-
-
-def phrase(said: Description, trade_name: str = "") -> str:
-    """The noun phrase for `said`, e.g. ``"acme striped red heart"``."""
+def class_name(texture: int | None, colour: int | None, shape: int | None) -> str:
+    """The name of one of the 720 classes; with `None`, a phrase that leaves an attribute open (``"red thing"``)."""
     words = [
-        trade_name,
-        TEXTURES[said.texture] if said.texture is not None else "",
-        COLOURS[said.colour] if said.colour is not None else "",
-        SHAPES[said.shape] if said.shape is not None else "thing",
+        "" if texture is None else TEXTURES[texture],
+        "" if colour is None else COLOURS[colour],
+        "thing" if shape is None else SHAPES[shape],
     ]
-    return " ".join(word for word in words if word)
-
-
-def class_name(texture: int, colour: int, shape: int) -> str:
-    """The name of one of the 720 classes."""
-    return phrase(Description(texture, colour, shape))
-
-
-def held_out_classes() -> frozenset[tuple[int, int, int]]:
-    """The 144 combinations (20 %) that no pre-training picture or caption shows; the same in every model."""
-    return frozenset(random.Random(7).sample(CLASSES, len(CLASSES) // 5))
+    return " ".join(filter(None, words))
 
 
 class Task(NamedTuple):
@@ -145,9 +120,3 @@ def vocabulary() -> list[str]:
     options = [(None, *range(len(words))) for words in (TEXTURES, COLOURS, SHAPES)]
     said = sorted(itertools.product(*options), key=lambda ids: sum(i is not None for i in ids))
     return [class_name(*ids) for ids in said if any(i is not None for i in ids)]
-
-
-def all_words() -> list[str]:
-    """Every word that a caption can hold, sorted: each becomes one token."""
-    known = " ".join([*TEMPLATES, *vocabulary(), *TRADE_NAMES])
-    return sorted(set(known.replace("{}", " ").replace(".", " ").split()))

@@ -1,7 +1,8 @@
 """Adapters as PEFT methods. Importing this package registers them."""
 
 from .injection import inject, save_adapter
-from .prompts import (
+from .prompts import set_classes
+from .prompts.config import (
     CoCoOpConfig,
     ContCoOpConfig,
     CoOpConfig,
@@ -9,7 +10,6 @@ from .prompts import (
     KgCoOpConfig,
     MaPLeConfig,
     PromptSRCConfig,
-    set_classes,
 )
 from .registration import PeftType, register
 from .transmiter import TransMiterConfig, TransMiterLayer, TransMiterModel

@@ -12,10 +12,10 @@ from pathlib import Path
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 
-def inject(model: nn.Module, config: PeftConfig, name: str = "default") -> None:
+def inject(model: nn.Module, config: PeftConfig) -> None:
     """Puts an adapter into a model, in place, and makes it the one that answers; every other parameter is frozen.
 
     Raises:
@@ -24,7 +24,7 @@ def inject(model: nn.Module, config: PeftConfig, name: str = "default") -> None:
     if getattr(model, "peft_config", None):
         raise ValueError("the model has adapters already: merge or unload them before adding one.")
     config.base_model_name_or_path = getattr(model, "name_or_path", None)
-    inject_adapter_in_model(config, model, name)
+    inject_adapter_in_model(config, model)
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -40,24 +40,20 @@ def active_adapter(model: nn.Module) -> str:
     return name
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the adapter that answers, by the keys that PEFT's loaders read; what was learnt and nothing else.
-
-    Args:
-        model (`nn.Module`): the model with the adapter inside, without a `PeftModel` around it.
-    """
-    # Not "auto": PEFT would ask the Hub whether the vocabulary grew. Adapters here never resize it.
-    state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
-    return {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-
-
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Writes the adapter that answers in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
+
+    Args:
+        model (`nn.Module`): with the adapter inside, without a `PeftModel` around it.
+        folder (`str` or `os.PathLike`): made if it is not there.
 
     Raises:
         ValueError: there is no adapter in the model.
     """
-    folder, state = Path(folder), adapter_state(model)
+    folder, name = Path(folder), active_adapter(model)
+    # Not "auto": PEFT would ask the Hub whether the vocabulary grew. Adapters here never resize it.
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config[active_adapter(model)].save_pretrained(os.fspath(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config[name].save_pretrained(os.fspath(folder))

@@ -71,7 +71,6 @@ def test_rules_agree_with_the_package():
     assert all(own["form"].fits(form) for form in FORMS)
     kinds = {kind(class_names=["cat"]).peft_type.value for kind in CONFIGS.values()}
     assert set(rules.METHODS) == {"TRANSMITER", *kinds}
-    assert set(rules.KIND_OF.values()) <= set(rules.KINDS)
     assert set(rules.KINDS["scores"][0].item.keys) == {field.name for field in fields(Score)}
     assert set(rules.KINDS["teacher"][0].keys) == {field.name for field in fields(TeacherFacts)}
     assert set(rules.KINDS["anchors"][0].keys) == set(ANCHORS.to_dict())
@@ -222,10 +221,10 @@ def test_expected_tensors(tmp_path):
 
     def check(tensors):
         save_file(tensors, path)
-        return check_tensors(path, expected, optional=("note",), what="map")
+        check_tensors(path, expected, optional=("note",), what="map")
 
-    assert check(good) == {"m": 3, "k": 4}
-    assert check({key: good[key] for key in ("matrix", "mean")}) == {"m": 3, "k": 4}
+    check(good)
+    check({key: good[key] for key in ("matrix", "mean")})
     for change, message in (
         ({"mean": torch.zeros(4)}, r"mean must have the shape \(3\), it has \(4,\)"),
         ({"matrix": torch.zeros(3)}, r"matrix must have the shape \(m, k\), it has \(3,\)"),

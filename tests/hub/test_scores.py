@@ -75,13 +75,6 @@ def test_baseline_adds_the_distance_in_points():
     assert "points above or below zero-shot strong" in table
 
 
-def test_metrics_select_and_order_the_columns():
-    header, _ = cells(markdown_table(SCORES, metrics=["novel", "base"]))
-    assert header[1:4] == ["print novel", "print base", "night base"]
-    header, _ = cells(markdown_table(SCORES, metrics=["novel"]))
-    assert header[1:-2] == ["print novel"]
-
-
 def test_std_and_costs_only_where_they_are_known():
     table = markdown_table([Score("a", "test", "accuracy", 50.0, 3.0, seeds=1)])
     assert cells(table) == (["method", "test accuracy"], {"a": {"test accuracy": "50.0"}})
@@ -116,8 +109,6 @@ def test_a_bar_in_a_name_does_not_break_the_table():
 def test_table_errors():
     with pytest.raises(ValueError, match="no score to show"):
         markdown_table([])
-    with pytest.raises(ValueError, match=r"no score 'hm'; the metrics are \['base', 'novel'\]"):
-        markdown_table(SCORES, metrics=["hm"])
     with pytest.raises(ValueError, match="baseline 'none' has no score"):
         markdown_table(SCORES, baseline="none")
 

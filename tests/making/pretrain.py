@@ -30,13 +30,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from captions import TEMPLATES, TRADE_NAMES, Description, held_out_classes, phrase
 from huggingface_hub.utils import tqdm
 from muon import Muon
+from sandbox_tokenizer import CONTEXT_LENGTH, PIXEL_MEAN, PIXEL_STD, build_processor, build_tokenizer
 from torch import Generator, Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hf_transmiter.sandbox import words
-from hf_transmiter.sandbox.tokenizer import CONTEXT_LENGTH, PIXEL_MEAN, PIXEL_STD, build_processor, build_tokenizer
 from hf_transmiter.sandbox.world import IMAGE_SIZE, render
 
 
@@ -163,7 +164,7 @@ def build_optimizers(model: CLIPModel, recipe: Recipe) -> list[torch.optim.Optim
 def batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches: normalised pixels (96, 3, 32, 32) and classes (96, 3): texture, colour, shape."""
     generator = Generator().manual_seed(recipe.seed)
-    held_out = words.held_out_classes()
+    held_out = held_out_classes()
     shown = torch.tensor([c for c in words.CLASSES if c not in held_out])
     streets = round(recipe.street * BATCH_SIZE)
     while True:
@@ -187,30 +188,30 @@ def _jitter(pixels: Tensor, strength: float, generator: Generator) -> Tensor:
     return (pixels * (1 + noise(1, 1, 1)) + 0.25 * noise(3, 1, 1)).clamp(0, 1)
 
 
-def attribute_groups() -> list[list[words.Description]]:
+def attribute_groups() -> list[list[Description]]:
     """One group per attribute, in the order of `Description`: every value of it and nothing else."""
     sizes = (len(words.TEXTURES), len(words.COLOURS), len(words.SHAPES))
-    fields = words.Description._fields
-    return [[words.Description(**{name: i}) for i in range(n)] for name, n in zip(fields, sizes, strict=True)]
+    fields = Description._fields
+    return [[Description(**{name: i}) for i in range(n)] for name, n in zip(fields, sizes, strict=True)]
 
 
-def draw_captions(classes: Tensor, rng: random.Random) -> list[words.Description]:
+def draw_captions(classes: Tensor, rng: random.Random) -> list[Description]:
     """Distinct descriptions of the pictures: 85 % name the full class, the others leave one attribute out."""
     captions = {}
-    for said in itertools.starmap(words.Description, classes.tolist()):
+    for said in itertools.starmap(Description, classes.tolist()):
         if rng.random() < 0.15:
             said = said._replace(**{rng.choice(said._fields): None})
         captions[said] = None
     return list(captions)
 
 
-def write(said: words.Description, rng: random.Random) -> str:
+def write(said: Description, rng: random.Random) -> str:
     """A sentence for `said`, at times with a trade name that means nothing, most often in the texture's place."""
     named = rng.random() < (0.5 if said.texture is None and said.colour is not None else 0.15)
-    return rng.choice(words.TEMPLATES).format(words.phrase(said, rng.choice(words.TRADE_NAMES) if named else ""))
+    return rng.choice(TEMPLATES).format(phrase(said, rng.choice(TRADE_NAMES) if named else ""))
 
 
-def matches(classes: Tensor, captions: Sequence[words.Description]) -> Tensor:
+def matches(classes: Tensor, captions: Sequence[Description]) -> Tensor:
     """Which captions are true of which pictures: bool of shape (pictures, captions)."""
     said = torch.tensor([[-1 if value is None else value for value in caption] for caption in captions])
     return ((classes[:, None] == said) | (said < 0)).all(-1)

@@ -8,13 +8,14 @@ import random
 import pretrain
 import pytest
 import torch
+from captions import TRADE_NAMES, Description, held_out_classes, phrase
 from PIL import Image
 from safetensors.torch import load_file
+from sandbox_tokenizer import build_processor
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_transmiter import sandbox
 from hf_transmiter.sandbox import words
-from hf_transmiter.sandbox.tokenizer import build_processor
 from hf_transmiter.sandbox.world import render
 
 
@@ -29,7 +30,7 @@ def test_batches_are_seeded_and_never_show_held_out_classes():
         assert pixels.shape == (96, 3, 32, 32) and classes.shape == (96, 3)
         assert torch.equal(pixels, again)
         shown |= {tuple(c) for c in classes.tolist()}
-    assert len(shown) > 150 and not shown & words.held_out_classes()
+    assert len(shown) > 150 and not shown & held_out_classes()
 
 
 def test_captions_are_distinct_and_true():
@@ -42,18 +43,18 @@ def test_captions_are_distinct_and_true():
 
 def test_matches_reads_only_what_is_said():
     classes = torch.tensor([[0, 1, 2], [3, 1, 2], [3, 1, 5]])
-    captions = [words.Description(0, 1, 2), words.Description(colour=1, shape=2), words.Description(texture=3)]
+    captions = [Description(0, 1, 2), Description(colour=1, shape=2), Description(texture=3)]
     expected = [[True, True, False], [False, True, True], [False, False, True]]
     assert pretrain.matches(classes, captions).tolist() == expected
 
 
 def test_trade_names_say_nothing_about_the_picture():
     rng = random.Random(0)
-    seen = {texture: dict.fromkeys(words.TRADE_NAMES, 0) for texture in range(6)}
+    seen = {texture: dict.fromkeys(TRADE_NAMES, 0) for texture in range(6)}
     for texture in range(6):
         for _ in range(2000):
-            for word in pretrain.write(words.Description(texture, 0, 0), rng).strip(".").split():
-                if word in words.TRADE_NAMES:
+            for word in pretrain.write(Description(texture, 0, 0), rng).strip(".").split():
+                if word in TRADE_NAMES:
                     seen[texture][word] += 1
     counts = torch.tensor([list(row.values()) for row in seen.values()])
     assert counts.min() > 15 and counts.max() < 70  # 2000 x 0.15 / 8 = 37.5 expected
@@ -144,3 +145,19 @@ def test_dataset_images_are_the_rendered_pixels():
     direct = direct.view(-1, 32, 32, 3).permute(0, 3, 1, 2)
     seen = build_processor()(images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(seen, pretrain.normalise(direct / 255), atol=1e-6, rtol=0)
+
+
+def test_a_fifth_of_the_classes_is_held_out_and_every_attribute_value_remains():
+    held_out = held_out_classes()
+    assert len(held_out) == 144 and held_out <= set(words.CLASSES)
+    for position, values in enumerate((words.TEXTURES, words.COLOURS, words.SHAPES)):
+        assert {c[position] for c in words.CLASSES if c not in held_out} == set(range(len(values)))
+
+
+def test_phrase_leaves_out_what_is_not_said():
+    assert phrase(Description(colour=0), "acme") == "acme red thing"
+    assert phrase(Description(texture=2, shape=3)) == "dotted star"
+
+
+def test_terms_of_the_jargon_are_trade_names():
+    assert set(words.TASKS["jargon"].terms) <= set(TRADE_NAMES)

@@ -9,11 +9,11 @@ import measure
 import pytest
 import torch
 from pretrain import RECIPES
+from sandbox_tokenizer import build_tokenizer
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from hf_transmiter import sandbox
 from hf_transmiter.hub.repo import SANDBOX_MODELS
-from hf_transmiter.sandbox.tokenizer import build_tokenizer
 
 
 @functools.cache

@@ -3,17 +3,7 @@
 The names stay words: prompts of a model tuned this way are ``"{}."``, the learnt context comes beside them by itself.
 """
 
-from ..registration import PeftType, register
-from .config import (
-    CoCoOpConfig,
-    ContCoOpConfig,
-    CoOpConfig,
-    IVLPConfig,
-    KgCoOpConfig,
-    MaPLeConfig,
-    PromptConfig,
-    PromptSRCConfig,
-)
+from .config import PromptConfig
 from .layer import PromptLayer, layers
 from .logits import (
     class_contexts,
@@ -23,36 +13,14 @@ from .logits import (
     prompt_layer,
     set_classes,
 )
-from .model import (
-    CoCoOpModel,
-    ContCoOpModel,
-    CoOpModel,
-    IVLPModel,
-    KgCoOpModel,
-    MaPLeModel,
-    PromptSRCModel,
-)
+from .model import PromptModel  # with its subclasses, which register the methods
 from .texts import class_inputs, phrase_token_ids
 
 
-register(PeftType.COOP, CoOpConfig, CoOpModel)
-register(PeftType.KGCOOP, KgCoOpConfig, KgCoOpModel)
-register(PeftType.COCOOP, CoCoOpConfig, CoCoOpModel)
-register(PeftType.CONTCOOP, ContCoOpConfig, ContCoOpModel)
-register(PeftType.IVLP, IVLPConfig, IVLPModel)
-register(PeftType.MAPLE, MaPLeConfig, MaPLeModel)
-register(PeftType.PROMPTSRC, PromptSRCConfig, PromptSRCModel)
-
 __all__ = [
-    "CoCoOpConfig",
-    "CoOpConfig",
-    "ContCoOpConfig",
-    "IVLPConfig",
-    "KgCoOpConfig",
-    "MaPLeConfig",
     "PromptConfig",
     "PromptLayer",
-    "PromptSRCConfig",
+    "PromptModel",
     "class_contexts",
     "class_inputs",
     "class_vectors",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -50,22 +50,18 @@ class PromptConfig(PeftConfig):
     # Whether words of the phrase beyond M vectors stay in the text as words.
     keeps_words: ClassVar[bool] = False
 
-    n_ctx: int | None = field(default=None, metadata={"help": "M, vectors in the context."})
-    init_phrase: str | None = field(
-        default=None, metadata={"help": "Words the context starts from; without, it starts from N(0, 0.02^2)."}
-    )
-    init_token_ids: list[int] | None = field(
-        default=None, metadata={"help": "Token ids of the phrase; filled in from the model's tokenizer."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the random start."})
-    class_names: list[str] | None = field(default=None, metadata={"help": "Classes of a call without texts."})
-    period_id: int | None = field(default=None, metadata={"help": "Token id of the period after a name."})
-    end_id: int | None = field(default=None, metadata={"help": "Token id of the end of a text."})
-    base: dict[str, Any] | None = field(default=None, metadata={"help": "Facts of the base model; filled in."})
-    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "What it was trained on."})
+    n_ctx: int | None = None
+    init_phrase: str | None = None
+    init_token_ids: list[int] | None = None
+    seed: int = 0
+    class_names: list[str] | None = None
+    period_id: int | None = None
+    end_id: int | None = None
+    base: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
     # PEFT reads both on every config; the model's family decides which module is the token table.
-    target_modules: str | None = field(default=None, metadata={"help": "Not used: the token table is known."})
-    exclude_modules: str | None = field(default=None, metadata={"help": "Not used."})
+    target_modules: str | None = None
+    exclude_modules: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,9 +129,9 @@ class CoOpConfig(PromptConfig):
     """
 
     kind: ClassVar[PeftType | None] = PeftType.COOP
-    position: str = field(default="end", metadata={"help": "Where the name stands: end, middle or front."})
-    class_specific: bool = field(default=False, metadata={"help": "A context for each of class_names."})
-    layer: int = field(default=0, metadata={"help": "Layer that reads the context; 0 is the input."})
+    position: str = "end"
+    class_specific: bool = False
+    layer: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -230,13 +226,13 @@ class ContCoOpConfig(PromptConfig):
     reads_names: ClassVar[bool] = True
 
     init_phrase: str | None = "a photo of a"
-    class_embed: str = field(default="tokens", metadata={"help": f"One of {', '.join(CLASS_EMBEDS)}."})
-    attend_context: bool = field(default=False, metadata={"help": "Attend to the context as well as to the class."})
-    residual: bool = field(default=True, metadata={"help": "Add the attention's output to the context."})
-    context_offset: bool = field(default=False, metadata={"help": "Learn an offset of the phrase's current rows."})
-    heads: int | None = field(default=None, metadata={"help": "Attention heads; width // 64 if unset."})
-    pre_norm: bool = field(default=True, metadata={"help": "Layer norms before attention."})
-    zero_init: bool = field(default=True, metadata={"help": "Start the output projection at zero."})
+    class_embed: str = "tokens"
+    attend_context: bool = False
+    residual: bool = True
+    context_offset: bool = False
+    heads: int | None = None
+    pre_norm: bool = True
+    zero_init: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -277,9 +273,9 @@ class IVLPConfig(DeepPromptConfig):
 
     kind: ClassVar[PeftType | None] = PeftType.IVLP
     n_ctx: int | None = 4
-    n_vision: int = field(default=4, metadata={"help": "Vectors per prompted layer of the image tower."})
-    text_depth: int = field(default=9, metadata={"help": "Prompted layers of the text tower."})
-    vision_depth: int = field(default=9, metadata={"help": "Prompted layers of the image tower; 0 for none."})
+    n_vision: int = 4
+    text_depth: int = 9
+    vision_depth: int = 9
 
     def __post_init__(self):
         super().__post_init__()
@@ -322,7 +318,7 @@ class MaPLeConfig(DeepPromptConfig):
     must_match: ClassVar[tuple[str, ...]] = (*PromptConfig.must_match, "vision_width")
 
     n_ctx: int | None = 2
-    depth: int = field(default=9, metadata={"help": "Prompted layers of both towers."})
+    depth: int = 9
 
     def __post_init__(self):
         super().__post_init__()

@@ -216,7 +216,8 @@ class ContCoOpLayer(PromptLayer):
 
 
 class DeepPromptLayer(PromptLayer):
-    """Learners with prompts in several layers; `depths` says in how many of the text and of the image tower."""
+    """Learners with prompts in several layers; `depths` says in how many of the text and of the image tower. `ctx` and
+    `text` (D_t - 1, M, width) are those of the text tower's layers."""
 
     def depths(self, config: PromptConfig) -> tuple[int, int]:
         raise NotImplementedError
@@ -230,6 +231,9 @@ class DeepPromptLayer(PromptLayer):
                     f"prompts in {depth} layers of the {what} tower, which has {len(layers(tower))}: use a smaller "
                     "depth, or a model as deep as the one the prompts were learnt on."
                 )
+
+    def text_prompt(self, name: str, layer: int) -> Tensor | None:
+        return self.part("text", name)[layer - 1] if 0 < layer < self.depths(self.configs[name])[0] else None
 
 
 class IVLPLayer(DeepPromptLayer):
@@ -254,9 +258,6 @@ class IVLPLayer(DeepPromptLayer):
         if config.vision_depth:
             start["vision"] = noise[count:].reshape(config.vision_depth, config.n_vision, width)
         return start
-
-    def text_prompt(self, name: str, layer: int) -> Tensor | None:
-        return self.part("text", name)[layer - 1] if 0 < layer < self.configs[name].text_depth else None
 
     def vision_prompt(self, name: str, layer: int) -> Tensor | None:
         return self.part("vision", name)[layer] if layer < self.configs[name].vision_depth else None
@@ -289,9 +290,6 @@ class MaPLeLayer(DeepPromptLayer):
         if deep:
             start["text"] = self.noise(config, deep, *context.shape)
         return start
-
-    def text_prompt(self, name: str, layer: int) -> Tensor | None:
-        return self.part("text", name)[layer - 1] if 0 < layer < self.configs[name].depth else None
 
     def vision_prompt(self, name: str, layer: int) -> Tensor | None:
         if layer >= self.configs[name].depth:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -29,6 +27,13 @@ def image_conditioned(model: nn.Module) -> PromptLayer | None:
     return None if layer is None or not layer.reads_images or layer.active_name is None else layer
 
 
+def _active_layer(model: nn.Module) -> PromptLayer:
+    layer = prompt_layer(model)
+    if layer is None or layer.active_name is None:
+        raise ValueError("the model has no active prompt learner: attach one with get_peft_model first.")
+    return layer
+
+
 def set_classes(model: nn.Module, class_names: list[str], tokenizer=None) -> None:
     """The classes that `model(pixel_values=...)` is asked about, for the active prompt learner.
 
@@ -43,9 +48,7 @@ def set_classes(model: nn.Module, class_names: list[str], tokenizer=None) -> Non
         ValueError: no active prompt learner, no tokenizer, no names, a repeated name, a name too long for the text
             tower beside the context, or one that class-specific contexts do not know.
     """
-    layer, root = prompt_layer(model), unwrap(model)
-    if layer is None or layer.active_name is None:
-        raise ValueError("the model has no active prompt learner: attach one with get_peft_model first.")
+    layer, root = _active_layer(model), unwrap(model)
     if tokenizer is None:
         tokenizer = load_tokenizer(root)
     layer.set_classes(layer.active_name, class_names, tokenizer, root.config.model_type)
@@ -77,9 +80,7 @@ def class_contexts(model: nn.Module, class_names: list[str], tokenizer) -> Tenso
     Raises:
         ValueError: no active prompt learner, or names as in `class_inputs`.
     """
-    layer, root = prompt_layer(model), unwrap(model)
-    if layer is None or layer.active_name is None:
-        raise ValueError("the model has no active prompt learner: attach one with get_peft_model first.")
+    layer, root = _active_layer(model), unwrap(model)
     count = len(layer.slot_ids(layer.active_config))
     inputs = class_inputs(class_names, tokenizer, root.config.model_type, layer.positions, count)
     layer.insert(root.text_model, (), {key: value.to(root.device) for key, value in inputs.items()})
@@ -90,15 +91,6 @@ def class_contexts(model: nn.Module, class_names: list[str], tokenizer) -> Tenso
 def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     pieces = {key: value.split(size) for key, value in inputs.items()}
     return [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
-
-
-@contextmanager
-def _shown(layer: PromptLayer, images: Tensor):
-    layer.images = images
-    try:
-        yield
-    finally:
-        layer.images = None
 
 
 def image_conditioned_logits(
@@ -120,8 +112,11 @@ def image_conditioned_logits(
 
     def encode(x: Tensor, **texts: Tensor) -> Tensor:
         repeated = {key: value.repeat(len(x), 1) for key, value in texts.items()}
-        with _shown(layer, x.repeat_interleave(len(texts["input_ids"]), 0)):
+        layer.images = x.repeat_interleave(len(texts["input_ids"]), 0)
+        try:
             features = root.get_text_features(**repeated).pooler_output.float()
+        finally:
+            layer.images = None
         with torch.autocast(x.device.type, enabled=False):  # it would round the cosines
             return torch.einsum("bd,bcd->bc", x.float(), normalize(features, dim=-1).unflatten(0, (len(x), -1)))
 

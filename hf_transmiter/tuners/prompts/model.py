@@ -6,9 +6,18 @@ from torch import nn
 
 from ...encoders.families import FAMILIES, is_dual_encoder, shared_width, text_positions
 from ...encoders.identity import vocabulary_hash
-from ..registration import Tuner
-from .config import PromptConfig
-from .layer import PromptLayer, layers, takes_image_prompts
+from ..registration import Tuner, register
+from .config import (
+    CoCoOpConfig,
+    ContCoOpConfig,
+    CoOpConfig,
+    IVLPConfig,
+    KgCoOpConfig,
+    MaPLeConfig,
+    PromptConfig,
+    PromptSRCConfig,
+)
+from .layer import PromptLayer, takes_image_prompts
 from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
 from .logits import prompt_layer, set_classes
 from .texts import final_token_ids, load_tokenizer, phrase_token_ids
@@ -44,11 +53,9 @@ def base_facts(model: nn.Module, tokenizer=None) -> dict:
     table = getattr(table, "base_layer", table)
     return {
         "text_width": table.embedding_dim,
-        "text_layers": len(layers(model.text_model)),
         "vocabulary_size": table.num_embeddings,
         "vocabulary": None if tokenizer is None else vocabulary_hash(tokenizer),
         "vision_width": model.config.vision_config.hidden_size,
-        "vision_layers": len(layers(model.vision_model)) if takes_image_prompts(model) else None,
         "embed_dim": shared_width(model),
     }
 
@@ -64,7 +71,8 @@ def misfit(config: PromptConfig, facts: dict) -> str | None:
 
 
 class PromptModel(Tuner):
-    """PEFT tuner of all prompt learners; a learner is a subclass that names its layer.
+    """PEFT tuner of all prompt learners; a learner is a subclass with its own `config` and `layer`,
+    which registers it.
 
     The root is a transformers two-tower model (`TOKEN_TABLES` lists the families). Hooks on it make room for the
     context; `unload` removes them.
@@ -76,6 +84,11 @@ class PromptModel(Tuner):
     """
 
     target_module_mapping = TOKEN_TABLES
+
+    def __init_subclass__(cls, config: type[PromptConfig], layer: type[PromptLayer], **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.prefix, cls.tuner_layer_cls = layer.prefix, layer
+        register(config.kind, config, cls)
 
     def set_classes(self, class_names: list[str], tokenizer=None) -> None:
         """See [`set_classes`](hf_transmiter.tuners.prompts.set_classes)."""
@@ -149,43 +162,29 @@ class PromptModel(Tuner):
         layer.attach(self.model)
 
 
-class CoOpModel(PromptModel):
+class CoOpModel(PromptModel, config=CoOpConfig, layer=CoOpLayer):
     """PEFT tuner of CoOp."""
 
-    prefix, tuner_layer_cls = CoOpLayer.prefix, CoOpLayer
 
-
-class KgCoOpModel(PromptModel):
+class KgCoOpModel(PromptModel, config=KgCoOpConfig, layer=KgCoOpLayer):
     """PEFT tuner of KgCoOp."""
 
-    prefix, tuner_layer_cls = KgCoOpLayer.prefix, KgCoOpLayer
 
-
-class CoCoOpModel(PromptModel):
+class CoCoOpModel(PromptModel, config=CoCoOpConfig, layer=CoCoOpLayer):
     """PEFT tuner of CoCoOp."""
 
-    prefix, tuner_layer_cls = CoCoOpLayer.prefix, CoCoOpLayer
 
-
-class ContCoOpModel(PromptModel):
+class ContCoOpModel(PromptModel, config=ContCoOpConfig, layer=ContCoOpLayer):
     """PEFT tuner of ContCoOp."""
 
-    prefix, tuner_layer_cls = ContCoOpLayer.prefix, ContCoOpLayer
 
-
-class IVLPModel(PromptModel):
+class IVLPModel(PromptModel, config=IVLPConfig, layer=IVLPLayer):
     """PEFT tuner of IVLP."""
 
-    prefix, tuner_layer_cls = IVLPLayer.prefix, IVLPLayer
 
-
-class PromptSRCModel(PromptModel):
+class PromptSRCModel(PromptModel, config=PromptSRCConfig, layer=PromptSRCLayer):
     """PEFT tuner of PromptSRC."""
 
-    prefix, tuner_layer_cls = PromptSRCLayer.prefix, PromptSRCLayer
 
-
-class MaPLeModel(PromptModel):
+class MaPLeModel(PromptModel, config=MaPLeConfig, layer=MaPLeLayer):
     """PEFT tuner of MaPLe."""
-
-    prefix, tuner_layer_cls = MaPLeLayer.prefix, MaPLeLayer

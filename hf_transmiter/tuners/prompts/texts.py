@@ -38,20 +38,15 @@ def load_tokenizer(model: nn.Module):
     if config.model_type == "open_clip":
         return load_open_clip_tokenizer(text_positions(model))
     try:
-        revision = getattr(config, "_commit_hash", None)
-        name = model_location(config._name_or_path)
+        name, revision = model_location(config._name_or_path), getattr(config, "_commit_hash", None)
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 
 
-def class_prompts(names: Sequence[str]) -> list[str]:
-    """`"{}."` filled with each name, underscores as spaces."""
-    return [f"{name.replace('_', ' ')}." for name in names]
-
-
 def class_inputs(names: Sequence[str], tokenizer, family: str, positions: int, context: int) -> dict[str, Tensor]:
-    """Token ids (C, L) and mask of the class prompts, cut at the longest one.
+    """Token ids (C, L) and mask of the class prompts (`"{}."` filled with each name, underscores as spaces), cut at
+    the longest one.
 
     Args:
         positions (`int`): most tokens the text tower reads.
@@ -61,7 +56,7 @@ def class_inputs(names: Sequence[str], tokenizer, family: str, positions: int, c
         ValueError: no names, a name that is there twice, or one too long for the tower beside the context.
     """
     check_names(names, "the prompts")
-    prompts = class_prompts(names)
+    prompts = [f"{name.replace('_', ' ')}." for name in names]
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
     longest = max(range(len(names)), key=lengths.__getitem__)
     if lengths[longest] > positions - context:

@@ -47,23 +47,21 @@ class TransMiterConfig(PeftConfig):
         ValueError: an unknown form, no or duplicate names, K > D, or a fingerprint that does not fit the names.
     """
 
-    class_names: list[str] = field(default_factory=list, metadata={"help": "The C task names, in label order."})
-    auxiliary_names: list[str] = field(default_factory=list, metadata={"help": "A names that only widen the logits."})
-    templates: list[str] = field(
-        default_factory=lambda: list(DEFAULT_TEMPLATES), metadata={"help": "Prompts of the anchors, one {} each."}
-    )
-    form: str = field(default="mlp", metadata={"help": "'mlp' (published) or 'class_vectors' (closed form)."})
-    width: int | None = field(default=None, metadata={"help": "D, rows of the basis; defaults to K."})
-    mlp_ratio: int = field(default=4, metadata={"help": "Hidden width of the MLP in units of D."})
-    train_basis: bool = field(default=False, metadata={"help": "Whether PEFT training moves the basis."})
-    embed_dim: int | None = field(default=None, metadata={"help": "Embedding width d of the model it fits."})
-    seed: int = field(default=0, metadata={"help": "Seed of the initial basis and MLP."})
-    anchors_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of names and templates."})
-    base_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the model it was made for."})
-    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "How the adapter came about."})
+    class_names: list[str] = field(default_factory=list)
+    auxiliary_names: list[str] = field(default_factory=list)
+    templates: list[str] = field(default_factory=lambda: list(DEFAULT_TEMPLATES))
+    form: str = "mlp"
+    width: int | None = None
+    mlp_ratio: int = 4
+    train_basis: bool = False
+    embed_dim: int | None = None
+    seed: int = 0
+    anchors_fingerprint: str | None = None
+    base_fingerprint: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
     # PEFT reads both on every config; the layer hangs on the model's root, so there is nothing to choose.
-    target_modules: str | None = field(default=None, metadata={"help": "Not used: the adapter sits on the root."})
-    exclude_modules: str | None = field(default=None, metadata={"help": "Not used."})
+    target_modules: str | None = None
+    exclude_modules: str | None = None
 
     def __post_init__(self):
         super().__post_init__()

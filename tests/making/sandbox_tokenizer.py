@@ -6,13 +6,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .world import IMAGE_SIZE
+from hf_transmiter.sandbox.world import IMAGE_SIZE
 
 
 CONTEXT_LENGTH = 24
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.27
 
-_MERGES = Path(__file__).parents[1] / "assets" / "sandbox" / "merges.txt"
+_MERGES = Path(__file__).with_name("merges.txt")
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 

@@ -1,10 +1,9 @@
 """The tokenizer is a real CLIP one, knows the world's words and spells out all others."""
 
 import pytest
+from captions import all_words
+from sandbox_tokenizer import CONTEXT_LENGTH, build_tokenizer
 from transformers import AutoTokenizer, CLIPTokenizer
-
-from hf_transmiter.sandbox.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from hf_transmiter.sandbox.words import all_words
 
 
 @pytest.fixture(scope="module")
