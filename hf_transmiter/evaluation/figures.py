@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..hub.files import replace_file
-from .reliability import reliability_bins
+from .reliability import check_labels, reliability_bins
 
 
 if TYPE_CHECKING:
@@ -225,22 +225,16 @@ def confusion_difference(before: Tensor, after: Tensor, labels: Tensor) -> Tenso
             class without images is NaN.
 
     Raises:
-        ValueError: shapes do not fit, no image, or a label without a column.
+        ValueError: as `reliability.check_labels`, or logits of two shapes.
     """
-    if before.ndim != 2 or before.shape != after.shape or labels.shape != before.shape[:1]:
-        raise ValueError(
-            "before and after must be logits (N, C) on the same images and labels (N,); got "
-            f"{tuple(before.shape)}, {tuple(after.shape)} and {tuple(labels.shape)}."
-        )
-    classes = before.shape[1]
-    if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"labels must lie in [0, {classes}), and there must be one image at least.")
-    labels = labels.long().cpu()
-    difference = torch.zeros(classes, classes, dtype=torch.float64)
-    for logits, sign in ((after, 1.0), (before, -1.0)):
-        counts = torch.full((len(labels),), sign, dtype=torch.float64)
-        difference.index_put_((labels, logits.argmax(1).cpu()), counts, accumulate=True)
-    return 100 * difference / torch.bincount(labels, minlength=classes)[:, None]
+    if before.shape != after.shape:
+        raise ValueError(f"both logits must be (N, C), got {tuple(before.shape)} and {tuple(after.shape)}.")
+    check_labels(before, labels)
+    classes, counts = before.shape[1], []
+    for logits in (before, after):
+        cells = classes * labels.long().cpu() + logits.argmax(1).cpu()
+        counts.append(torch.bincount(cells, minlength=classes**2).view(classes, classes).double())
+    return 100 * (counts[1] - counts[0]) / counts[0].sum(1, keepdim=True)
 
 
 @_drawn

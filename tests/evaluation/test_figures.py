@@ -189,7 +189,7 @@ def test_confusion_difference_errors():
         (logits, logits, torch.zeros(2)),
         (torch.zeros(3), torch.zeros(3), torch.zeros(3)),  # predictions instead of logits
     ):
-        with pytest.raises(ValueError, match=r"must be logits \(N, C\)"):
+        with pytest.raises(ValueError, match=r"logits must be \(N, C\)"):
             confusion_difference(before, after, labels)
     for labels in (torch.tensor([0, 1, 2]), torch.tensor([0, -1, 1])):
         with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
