@@ -127,6 +127,11 @@ class Summary:
     by_seed: dict[int, float]
 
     @property
+    def seeds(self) -> list[float]:
+        """Scores of the single seeds; the score itself where the datasets share none."""
+        return list(self.by_seed.values()) or [self.value]
+
+    @property
     def std(self) -> float | None:
         """Sample standard deviation over seeds; `None` with fewer than two."""
         return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None

@@ -1,8 +1,9 @@
 """Figures of reports.
 
 Each function writes the PNG file `path` (its folder is made; atomic) and returns it. They need matplotlib
-(`pip install hf-transmiter[plots]`); without it each draws nothing and returns `None`, which is logged once. Colours
-are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which stay apart for colour-blind readers.
+(`pip install hf-transmiter[plots]`); without it each draws nothing and returns `None`, which is logged once. Where
+there is a `reference`, its values in percent are dashed lines, by name. Colours are those of Okabe and Ito
+(https://jfly.uni-koeln.de/color/), which stay apart for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -126,8 +127,6 @@ def bars(
 
     Args:
         scores_by_seed (`Mapping[str, Sequence[float]]`): percent, by method, the first on top.
-        xlabel (`str`, *optional*, defaults to `"accuracy (%)"`): what is shown.
-        reference (`Mapping[str, float]`, *optional*): vertical lines: zero-shot strong, the ceiling...
 
     Raises:
         ValueError: no method, or a method without values.
@@ -169,9 +168,7 @@ def curves(
 
     Args:
         series (`Mapping[str, Sequence[tuple]]`): points (x, y, std), the last for a band of one standard deviation.
-        xlabel, ylabel (`str`): with units.
-        xscale (`str`, *optional*, defaults to `"log"`): `"log"` or `"linear"`.
-        reference (`Mapping[str, float]`, *optional*): horizontal lines.
+        xscale (`str`, *optional*, defaults to `"log"`): or `"linear"`.
 
     Raises:
         ValueError: no series, or an x that a logarithmic axis cannot show.
@@ -241,12 +238,7 @@ def confusion_difference(before: Tensor, after: Tensor, labels: Tensor) -> Tenso
 def confusion_change(
     before: Tensor, after: Tensor, labels: Tensor, names: Sequence[str], path: str | os.PathLike, *, title: str
 ) -> Path | None:
-    """Map of [`confusion_difference`], and the classes whose accuracy rose and fell most.
-
-    Args:
-        before, after (`Tensor`): logits (N, C) on the same images.
-        labels (`Tensor`): (N,).
-        names (`Sequence[str]`): of the C classes; with many, only some are written along the map.
+    """Map of [`confusion_difference`] by the names of the C classes, and those whose accuracy rose and fell most.
 
     Raises:
         ValueError: as [`confusion_difference`], or another number of names.
@@ -297,13 +289,9 @@ def _changed_most(axes: Axes, change: Sequence[float], names: Sequence[str], cou
 
 
 @_drawn
-def shift_figure(found: Knowledge, path: str | os.PathLike, *, title: str = "What the adapter prefers") -> Path | None:
-    """The classes whose mean probability rose and fell most; for images without labels, too.
-
-    Args:
-        found (`Knowledge`): of `analyse`.
-    """
-    figure = _figure(6.4, 4.8, title)
+def shift_figure(found: Knowledge, path: str | os.PathLike) -> Path | None:
+    """The classes whose mean probability rose and fell most; for images without labels, too."""
+    figure = _figure(6.4, 4.8, "What the adapter prefers")
     names = [_short(change.name) for change in found.classes]
     axes = figure.add_subplot()
     _changed_most(axes, [change.probability_shift for change in found.classes], names, 12, "{:+.1f}")
@@ -317,15 +305,8 @@ def reliability_figure(
 ) -> Path | None:
     """Accuracy against confidence, a line per classifier, and how many images lie at which confidence.
 
-    On the diagonal confidence is right; below it the classifier is too sure, above it not sure enough. A bin with less
-    than 1 % of the images is left out of the line, it says too little.
-
-    Args:
-        logits (`Mapping[str, Tensor]`): (N, C) by the classifier's name, all on the same images.
-        labels (`Tensor`): (N,).
-
-    Raises:
-        ValueError: as `reliability.reliability_bins`.
+    A bin with less than 1 % of the images is left out of the line, it says too little. Logits (N, C) are by the
+    classifier's name; raises what `reliability.reliability_bins` does.
     """
     figure = _figure(5.6, 6.6, title)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -350,13 +331,8 @@ def reliability_figure(
 
 
 def corrected_first(before: Tensor, after: Tensor, labels: Tensor) -> list[int]:
-    """Order in which to show images: those only `after` gets right, those only `before` gets right, those both get
-    wrong, those both get right.
-
-    Args:
-        before, after (`Tensor`): logits (N, C) on the same images.
-        labels (`Tensor`): (N,).
-    """
+    """Order in which to show images, from logits (N, C) and labels (N,): those only `after` gets right, those only
+    `before` gets right, those both get wrong, those both get right."""
     was, now = before.argmax(1) == labels, after.argmax(1) == labels
     rank = torch.where(now & ~was, 0, torch.where(was & ~now, 1, torch.where(now, 3, 2)))
     return rank.argsort(stable=True).tolist()
@@ -366,11 +342,8 @@ def corrected_first(before: Tensor, after: Tensor, labels: Tensor) -> list[int]:
 def picture_grid(
     images: Sequence[Image], captions: Sequence[str], path: str | os.PathLike, *, title: str
 ) -> Path | None:
-    """Pictures in rows of five with a caption under each; see [`corrected_first`] for an order.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`): of any size.
-        captions (`Sequence[str]`): one each; lines are kept, long ones wrapped.
+    """Pictures of any size in rows of five with a caption under each, whose lines are kept, long ones wrapped; see
+    [`corrected_first`] for an order.
 
     Raises:
         ValueError: no image, or another number of captions.
@@ -402,11 +375,7 @@ def compatibility_figure(
 ) -> Path | None:
     """Three bars per method: on the old model, on the upgraded one unchanged, re-trained there. The diamond and the
     number under the name are the harmonic mean of the first two; error bars are one standard deviation over seeds.
-
-    Args:
-        rows (`Sequence[UpgradeScore]`): the first on the left.
-        floors (`Mapping[str, float]`, *optional*): zero-shot accuracies, as dashed lines.
-    """
+    `floors` are zero-shot accuracies by name, as dashed lines."""
     shown = {"old": ("old model", "#A6CEE8"), "upgraded": ("upgraded model, unchanged", "#4C9FD3")}
     # Where nothing was re-trained there is no bar for it, no room, and nothing in the legend.
     shown |= {"retrained": ("re-trained", "#CCCCCC")} if any(row.retrained is not None for row in rows) else {}
