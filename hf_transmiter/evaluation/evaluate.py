@@ -25,6 +25,7 @@ from ..hub.adapter_files import SCORES
 from ..hub.card import write_card
 from ..hub.scores import THIS, Score, read_scores, write_scores
 from ..method.classifier import AnchorClassifier
+from ..method.teacher import teacher_logits
 from .reliability import check_labels
 
 
@@ -91,13 +92,11 @@ def evaluate(
         **embedding: passed to `embed_dataset`.
 
     Raises:
-        ValueError: no labels, or class names of the dataset that are not the classifier's.
+        ValueError: no labels, class names of the dataset that are not the classifier's, or logits that are not finite.
     """
-    table = embed_dataset(classifier.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
-    labels = align_labels(table, classifier.class_names)
-    device = classifier.encoder.device
-    with torch.no_grad():
-        logits = torch.cat([classifier.classify(x.to(device)).cpu() for x in table.batches(4096)])
+    options = {"accelerator": accelerator, "progress": progress, **embedding}
+    labels = align_labels(embed_dataset(classifier.encoder, dataset, **options), classifier.class_names)
+    logits = teacher_logits(classifier, dataset, classifier.class_names, **options)
     base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
     scores = score_logits(logits, labels, base)
     on = {"dataset": dataset_name, "num_images": len(labels)}
