@@ -80,6 +80,8 @@ def test_base_is_the_first_half_in_the_order_of_the_names(make_dataset):
         base_names(("cat",))
     with pytest.raises(ValueError, match="no image of a base class"):
         only_base(images.select([3, 4]))
+    with pytest.raises(ValueError, match="without labels"):
+        only_base(images.remove_columns("label"))
 
 
 def test_draws_among_base_classes_are_those_among_all(make_dataset):
