@@ -130,9 +130,9 @@ class Summary:
         return list(self.by_seed.values()) or [self.value]
 
     @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds; `None` with fewer than two."""
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+    def std(self) -> float:
+        """Sample standard deviation over seeds, 0 with fewer than two."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else 0.0
 
 
 def summarise(measured: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, Summary]:

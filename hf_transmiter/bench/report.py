@@ -14,7 +14,7 @@ from ..evaluation.methods import NEEDS
 from ..evaluation.report import Section, write_report
 from ..evaluation.upgrade import MODELS, ZERO_SHOT, UpgradeScore
 from ..hub.repo import public_name
-from ..hub.scores import NOTHING, cell_text, table
+from ..hub.scores import Score, cell_text, column, shown, table
 from .cells import Cell, cells, read_cell, read_failure, slug
 from .config import BenchConfig, Pair, published_table
 from .protocols import Summary, summarise
@@ -24,8 +24,6 @@ _HALVES = tuple(f"{model} {metric}" for model in ("old", "upgraded") for metric 
 _COLUMNS = ("base", "novel", "hm", "joint", "accuracy", "ece", "old", "upgraded", "h", "retrained", *_HALVES)
 _TITLES = {"hm": "HM", "h": "H (old, upgraded)", "ece": "ECE"}
 _PARTIAL = "†"
-_LOWER = ("ece",)
-"""Metrics of which less is better."""
 _MAIN = ("hm", "h", "accuracy")
 """The metric of figures and of the first table per dataset: the first of these there is."""
 _DRIFT = (
@@ -184,7 +182,7 @@ def _averages(group: Group, config: BenchConfig, stated: Mapping[str, Mapping[st
     columns |= {_title(metric): _column(group, names, metric) for metric in group.metrics}
     for metric in group.metrics:
         if any(metric in values for values in stated.values()):
-            columns[f"published {_title(metric)}"] = [_plain(stated.get(name, {}).get(metric)) for name in names]
+            columns[f"published {_title(metric)}"] = [shown(stated.get(name, {}).get(metric), ".2f") for name in names]
     if config.experiment == "transfer":
         needs = {name: ", ".join(NEEDS[need] for need in row.needs) for name, row in rows.items()}
         columns["needs"] = [needs.get(name, "") for name in names]
@@ -198,17 +196,12 @@ def _averages(group: Group, config: BenchConfig, stated: Mapping[str, Mapping[st
 def _column(group: Group, names: Sequence[str], metric: str) -> list[str]:
     """Averages over the datasets of a group, the best of what can be compared in bold."""
     rows = [group.rows.get(name, Row(name)) for name in names]
-    found = {row.name: row.summary(group.datasets).get(metric) for row in rows}
-    fair = [row.name for row in rows if group.whole(row) and not {"labels", "weak_at_run_time"} & {*row.needs}]
-    values = {name: round(found[name].value, 2) for name in fair if found[name] is not None}
-    best = (min if metric in _LOWER else max)(values.values()) if len(values) > 1 else None
-    texts = []
-    for name, summary in found.items():
-        text = _plain(None if summary is None else summary.value)
-        if summary is not None and summary.std is not None:
-            text += f" ± {summary.std:.2f}"
-        texts.append(f"**{text}**" if name in values and values[name] == best else text)
-    return texts
+    scores = dict.fromkeys(names)
+    for row in rows:
+        if one := row.summary(group.datasets).get(metric):
+            scores[row.name] = Score(row.name, "", metric, one.value, one.std, seeds=len(one.by_seed))
+    apart = [row.name for row in rows if not group.whole(row) or {"labels", "weak_at_run_time"} & {*row.needs}]
+    return column(scores, None, apart, metric, digits=2)
 
 
 def _by_dataset(group: Group, metric: str, stated: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -216,7 +209,7 @@ def _by_dataset(group: Group, metric: str, stated: Mapping[str, Mapping[str, Map
     told = {name: found for name, found in stated.items() if any(metric in values for values in found.values())}
     columns = {"method": [*map(cell_text, names), *(f"{name}, published" for name in told)]}
     for dataset in group.datasets:
-        published = [_plain(found.get(dataset, {}).get(metric)) for found in told.values()]
+        published = [shown(found.get(dataset, {}).get(metric), ".2f") for found in told.values()]
         columns[public_name(dataset)] = _column(replace(group, datasets=(dataset,)), names, metric) + published
     return _table(columns)
 
@@ -261,7 +254,7 @@ def _lines(points: Iterable[tuple[str, float, Summary]]) -> dict[str, list[tuple
     """Points (x, mean, std) by the name of their line; one point alone makes none."""
     series: dict[str, list[tuple[float, float, float]]] = {}
     for name, x, found in points:
-        series.setdefault(name, []).append((float(x), found.value, found.std or 0.0))
+        series.setdefault(name, []).append((float(x), found.value, found.std))
     return {name: line for name, line in series.items() if len(line) > 1}
 
 
@@ -299,10 +292,6 @@ def _table(columns: Mapping[str, Sequence[str]]) -> str:
 
 def _title(metric: str) -> str:
     return _TITLES.get(metric, metric)
-
-
-def _plain(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
 
 
 def _one_line(text: str) -> str:

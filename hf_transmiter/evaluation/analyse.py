@@ -19,7 +19,7 @@ from ..data.anchors import Anchors
 from ..data.embeddings import embed_dataset
 from ..data.vocabulary import name_key, universal_vocabulary
 from ..hub.repo import public_name
-from ..hub.scores import NOTHING, cell_text, table
+from ..hub.scores import cell_text, shown, table
 from ..method.classifier import AnchorClassifier
 from ..method.teacher import Teacher, teacher_logits
 from .evaluate import align_labels
@@ -312,9 +312,7 @@ def markdown(found: Knowledge) -> str:
         return 0.0 if change.accuracy_after is None else change.accuracy_after - change.accuracy_before
 
     changes = sorted(sorted(found.classes, key=lambda change: -abs(rise(change)))[:_ROWS], key=rise, reverse=True)
-    sure = [
-        (row.name, *map(_number, (row.accuracy, row.confidence, row.calibration_error))) for row in found.confidence
-    ]
+    sure = [(row.name, *map(shown, (row.accuracy, row.confidence, row.calibration_error))) for row in found.confidence]
     parts = [_summary(found), "## Confidence", _table(("", "accuracy", "mean confidence", "calibration error"), sure)]
     parts += ["Percent.", "## Classes that changed most", _changes(changes)]
     if found.labels is None:
@@ -355,16 +353,12 @@ def _changes(changes: Sequence[ClassChange]) -> str:
     if any(change.images is not None for change in changes):
         header += ["images", "accuracy before", "after"]
         for row, change in zip(rows, changes, strict=True):
-            row += [change.images, _number(change.accuracy_before), _number(change.accuracy_after)]
+            row += [change.images, shown(change.accuracy_before), shown(change.accuracy_after)]
     return _table(header, rows)
 
 
 def _listed(pairs: Sequence[tuple[str, float]]) -> str:
     return ", ".join(f"{name} ({value:+.2f})" for name, value in pairs)
-
-
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import SIGLIP
-from ..hub.scores import NOTHING, table
+from ..hub.scores import shown, table
 
 
 # These pool at their end token, the last one the mask shows; BERT-likes at the first token.
@@ -125,11 +125,8 @@ def _pooled_position(family: str, mask: Tensor | None, states: Tensor) -> Tensor
 
 def drift_table(rows: Sequence[LayerDrift]) -> str:
     """Markdown: a row per part; changes relative to the old size in percent."""
-
-    def cell(value: float | None, form: str) -> str:
-        return NOTHING if value is None else format(value, form)
-
-    lines = [
-        [row.name, cell(row.absolute, ".3g"), cell(row.relative, ".1%"), cell(row.similarity, ".3f")] for row in rows
+    cells = [
+        (row.name, shown(row.absolute, ".3g"), shown(row.relative, ".1%"), shown(row.similarity, ".3f"))
+        for row in rows
     ]
-    return table(["part", "change", "relative", "similarity"], lines) + "\n"
+    return table(["part", "change", "relative", "similarity"], cells) + "\n"

@@ -116,7 +116,7 @@ def test_averages_by_hand():
 def test_datasets_count_alike_however_many_seeds_they_have():
     measured = {"a": {1: {"accuracy": 10.0}, 2: {"accuracy": 20.0}}, "b": {1: {"accuracy": 45.0}}}
     found = summarise(measured)["accuracy"]
-    assert found.value == 30.0 and found.by_seed == {1: 27.5} and found.std is None
+    assert found.value == 30.0 and found.by_seed == {1: 27.5} and found.std == 0
 
 
 def test_what_a_dataset_lacks_is_not_averaged():
