@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,12 +113,8 @@ class Cell:
 
 def cells(config: BenchConfig) -> Iterator[Cell]:
     """All cells of a configuration, those that share a tuned model next to each other."""
-    for spec in config.datasets:
-        for tuning in config.tunings:
-            for shots in config.shots:
-                for seed in config.seeds:
-                    for pair in config.models:
-                        yield Cell(config, pair, spec, tuning, shots, seed)
+    grid = product(config.datasets, config.tunings, config.shots, config.seeds, config.models)
+    return (Cell(config, pair, spec, tuning, shots, seed) for spec, tuning, shots, seed, pair in grid)
 
 
 def slug(text: str) -> str:
@@ -330,8 +327,10 @@ class Workshop:
         found = {"made_from": self.made_from(cell), "num_images": len(self.images(cell.parts.test))}
         if self.config.experiment == "transfer":
             return {**found, "rows": self._transfer(cell)}
-        drift = self._once(("drift", cell.pair), lambda: self._drift(cell.pair))
-        return {**found, "rows": self._upgrade(cell), "drift": drift}
+        models = [self.encoder(name) for name in (cell.pair.weak, cell.pair.strong)]
+        names = universal_vocabulary(_DRIFT_NAMES)
+        drift = self._once(("drift", cell.pair), lambda: feature_drift(*models, names))
+        return {**found, "rows": self._upgrade(cell), "drift": [asdict(row) for row in drift]}
 
     def _transfer(self, cell: Cell) -> dict[str, dict]:
         test, unlabelled = map(self.images, cell.scored)
@@ -393,10 +392,6 @@ class Workshop:
         folders, options = [self.tuned(cell, cell.pair.weak)], {"retrained": again, "seen_classes": seen}
         found = score_upgrade(folders, *map(self.encoder, models), test, **options, **self.options)
         return {ZERO_SHOT: _upgraded(found[0]), cell.tuning.name: _upgraded(found[1]) | remark}
-
-    def _drift(self, pair: Pair) -> list[dict]:
-        names = universal_vocabulary(_DRIFT_NAMES)
-        return [asdict(row) for row in feature_drift(self.encoder(pair.weak), self.encoder(pair.strong), names)]
 
 
 def _seeded(variant: Variant, seed: int) -> Variant:

@@ -330,20 +330,11 @@ def reliability_figure(
     return _save(figure, path)
 
 
-def corrected_first(before: Tensor, after: Tensor, labels: Tensor) -> list[int]:
-    """Order in which to show images, from logits (N, C) and labels (N,): those only `after` gets right, those only
-    `before` gets right, those both get wrong, those both get right."""
-    was, now = before.argmax(1) == labels, after.argmax(1) == labels
-    rank = torch.where(now & ~was, 0, torch.where(was & ~now, 1, torch.where(now, 3, 2)))
-    return rank.argsort(stable=True).tolist()
-
-
 @_drawn
 def picture_grid(
     images: Sequence[Image], captions: Sequence[str], path: str | os.PathLike, *, title: str
 ) -> Path | None:
-    """Pictures of any size in rows of five with a caption under each, whose lines are kept, long ones wrapped; see
-    [`corrected_first`] for an order.
+    """Pictures of any size in rows of five with a caption under each, whose lines are kept, long ones wrapped.
 
     Raises:
         ValueError: no image, or another number of captions.
