@@ -273,12 +273,8 @@ def _changed_most(axes: Axes, change: Sequence[float], names: Sequence[str], cou
         axes.set_title("No class gained or lost")
         return
     values = [change[i] for i in rows]
-    axes.barh(range(len(rows)), values, height=0.66, color=[_GAIN if value > 0 else _LOSS for value in values])
-    for row, value in enumerate(values):
-        axes.annotate(
-            form.format(value).replace("-", "−"), (value, row), (3 if value > 0 else -3, 0),
-            textcoords="offset points", va="center", ha="left" if value > 0 else "right", fontsize=7,
-        )  # fmt: skip
+    drawn = axes.barh(range(len(rows)), values, height=0.66, color=[_GAIN if x > 0 else _LOSS for x in values])
+    axes.bar_label(drawn, [form.format(x).replace("-", "−") for x in values], padding=3, fontsize=7)
     axes.axvline(0, color=_GREY, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [names[i] for i in rows], fontsize=7)
     axes.tick_params(axis="y", length=0)
@@ -374,11 +370,12 @@ def compatibility_figure(
     axes, apart = figure.add_subplot(), 0.27  # of the middles of two bars
     first = -apart * (len(shown) - 1) / 2
     for i, (attribute, (label, color)) in enumerate(shown.items()):
-        known = [(row, values) for row, one in enumerate(rows) if (values := getattr(one, attribute)) is not None]
-        places, means = [row + first + i * apart for row, _ in known], [statistics.fmean(v) for _, v in known]
-        stds = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in known]
+        known = {row + first + i * apart: getattr(one, attribute) for row, one in enumerate(rows)}
+        known = {place: values for place, values in known.items() if values is not None}
+        stds = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in known.values()]
         style = {"ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}, "zorder": 2}
-        axes.bar(places, means, 0.25, yerr=stds, label=label, color=color, **style)
+        means = list(map(statistics.fmean, known.values()))
+        axes.bar(list(known), means, 0.25, yerr=stds, label=label, color=color, **style)
     means = {i + first + apart / 2: statistics.fmean(row.harmonic) for i, row in enumerate(rows) if row.harmonic}
     axes.scatter(list(means), list(means.values()), s=30, marker="D", color=_COLORS[4], edgecolors="black",
                  linewidths=0.7, zorder=4, label="harmonic mean of old and upgraded")  # fmt: skip

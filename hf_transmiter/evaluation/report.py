@@ -46,17 +46,18 @@ def comparison_table(found: Comparison) -> str:
 
     Bold as in [`markdown_table`]: methods that need labels, or strong, tuned and weak model at run time, are never.
     """
-    methods, header, body = list(found.logits), ["method"], [[cell_text(method) for method in found.logits]]
+    methods, columns = list(found.logits), {"method": list(map(cell_text, found.logits))}
     cells = {(score.method, score.metric): score for score in found.scores}
     for metric in dict.fromkeys(score.metric for score in found.scores):
-        header.append(cell_text(metric_title(metric)))
-        body.append(column({m: cells.get((m, metric)) for m in methods}, None, found.notes, metric))
-    header += ["seconds", "peak MB", "size", *NEEDS.values()]
-    body += [[mean_cost(found.scores, method, name) for method in methods] for name in ("seconds", "peak_mb")]
-    body.append([_size(found.sizes.get(method)) for method in methods])
-    body += [["yes" if getattr(found.needs[method], need) else "no" for method in methods] for need in NEEDS]
+        scores = {method: cells.get((method, metric)) for method in methods}
+        columns[cell_text(metric_title(metric))] = column(scores, None, found.notes, metric)
+    for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
+        columns[title] = [mean_cost(found.scores, method, name) for method in methods]
+    columns["size"] = [_size(found.sizes.get(method)) for method in methods]
+    for need, title in NEEDS.items():
+        columns[title] = ["yes" if getattr(found.needs[method], need) else "no" for method in methods]
     left_out = "".join(f"- {cell_text(method)}: {cell_text(reason)}\n" for method, reason in found.skipped.items())
-    shown = table(header, zip(*body, strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
+    shown = table(list(columns), zip(*columns.values(), strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
     return shown + (f"\nNot in the table:\n\n{left_out}" if left_out else "")
 
 
