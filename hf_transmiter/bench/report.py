@@ -141,7 +141,7 @@ def _progress(config: BenchConfig, output: Path) -> Iterator[str]:
         "percent: mean over seeds per dataset, then over datasets; harmonic means are of the averages; ± standard "
         "deviation over seeds. Bold: best of the methods that need neither labels nor the weak model at run time."
     )
-    failed = [f"- {cell}: {_one_line(message)}" for cell in missing if (message := read_failure(output, cell))]
+    failed = [f"- {cell}: {cell_text(message)}" for cell in missing if (message := read_failure(output, cell))]
     if failed:
         yield "\n".join(["Failed:", "", *failed])
 
@@ -160,7 +160,7 @@ def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
         )
         yield from published.get("remarks", ())
     reasons = [
-        f"- {row.name}: {_one_line(text)} ({', '.join(map(public_name, names))})"
+        f"- {row.name}: {cell_text(text)} ({', '.join(map(public_name, names))})"
         for row in group.rows.values()
         for text, names in row.reasons.items()
     ]
@@ -220,10 +220,10 @@ def _draw(group: Group, config: BenchConfig, stem: Path) -> Iterator[Path | None
     what = _title(group.main) + (f", mean of {count} datasets" if count > 1 else "")
     whole = {row.name: row.summary(group.datasets) for row in group.rows.values() if group.whole(row)}
     main = {name: found[group.main] for name, found in whole.items() if group.main in found}
-    lines = {name: main[name].value for name in ("zero-shot strong", "tuned weak") if name in main}
+    references = (ZERO_SHOT,) if config.experiment == "upgrade" else ("zero-shot strong", "tuned weak")
+    lines = {name: main[name].value for name in references if name in main}
     if config.experiment == "upgrade":
         yield _upgrade_bars(group, Path(f"{stem}-upgrade.png"), title)
-        lines = {ZERO_SHOT: main[ZERO_SHOT].value} if ZERO_SHOT in main else {}
     else:
         by_seed = {name: found.seeds for name, found in main.items()}
         yield figures.bars(by_seed, Path(f"{stem}-methods.png"), title=f"{title} ({what})", reference=lines)
@@ -292,7 +292,3 @@ def _table(columns: Mapping[str, Sequence[str]]) -> str:
 
 def _title(metric: str) -> str:
     return _TITLES.get(metric, metric)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
