@@ -7,6 +7,7 @@ each class moved to. Without labels: what changed, not whether it is right.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -243,10 +244,8 @@ def _classes(
 
 def _counted(source: Tensor, target: Tensor, names: Sequence[str]) -> dict[tuple[str, str], int]:
     """How often each pair of names occurs, the most frequent first."""
-    pairs, counts = torch.unique(source * len(names) + target, return_counts=True)
-    order = counts.argsort(descending=True, stable=True).tolist()
-    found = [(int(pairs[i]), int(counts[i])) for i in order]
-    return {(names[pair // len(names)], names[pair % len(names)]): count for pair, count in found}
+    pairs = Counter(sorted(zip(source.tolist(), target.tolist(), strict=True)))
+    return {(names[i], names[j]): count for (i, j), count in pairs.most_common()}
 
 
 def _confusions(labels: Tensor, was: Tensor, now: Tensor, names: Sequence[str]) -> list[tuple[str, str, int, int]]:

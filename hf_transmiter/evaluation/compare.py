@@ -323,8 +323,7 @@ def _against(found: Comparison, better: str, worse: str) -> str:
 
 def _names_of(test, teacher: Teacher, embedding: dict) -> Sequence[str]:
     """Names of the test images' labels; without labels, those the tuned model knows."""
-    columns = {key: embedding.get(key) for key in ("image_column", "label_column")}
-    _, label = guess_columns(test, **columns)
+    label = guess_columns(test, embedding.get("image_column"), embedding.get("label_column"))[1]
     names = getattr((test.features or {}).get(label), "names", None)
     if names is None and label is None and isinstance(teacher, (AnchorClassifier, CalibrationPack)):
         names = teacher.class_names
