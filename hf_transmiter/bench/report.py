@@ -109,10 +109,7 @@ def gather(config: BenchConfig, output_dir: Path) -> list[Group]:
 
 
 def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Path:
-    """Writes `report.md` and `figures/` from the finished cells of a configuration.
-
-    Returns:
-        `Path`: of `report.md`.
+    """Writes `report.md`, whose path it returns, and `figures/` from the finished cells of a configuration.
 
     Raises:
         FileNotFoundError: no cell is finished.
@@ -129,7 +126,7 @@ def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Pa
         drawn = list(_draw(group, config, folder / f"{number}-{slug(title)}"))
         sections.append(Section(title, "\n\n".join(_tables(group, config)), figures=drawn))
     sections.append(Section("Over the number of shots", figures=list(_draw_over_shots(groups, config, folder))))
-    intro = "\n\n".join([config.notes, *_progress(config, output)])
+    intro = "\n\n".join([config.notes.strip(), *_progress(config, output)])
     return write_report(output, sections, title=config.title, intro=intro)
 
 

@@ -11,7 +11,7 @@ from hf_transmiter.bench.report import gather, write_bench_report
 PAIR = {"weak": "openai/clip-vit-base-patch16", "strong": "openai/clip-vit-large-patch14"}
 CONFIG = {
     "title": "A bench",
-    "notes": "On paper only.",
+    "notes": "On paper only.\n",
     "models": [PAIR],
     "datasets": ["dtd", "eurosat"],
     "tunings": [{"name": "PromptSRC", "method": "promptsrc"}],
