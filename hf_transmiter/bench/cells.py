@@ -1,5 +1,4 @@
-"""[`Cell`]: one run of a bench, its file, and what is still to be done; [`Workshop`]: what cells are made with, each
-model, image and tuned model loaded or made once."""
+"""[`Cell`]: one run of a bench, and its file; [`Workshop`]: what cells are made with, each thing made once."""
 
 from __future__ import annotations
 
@@ -8,10 +7,12 @@ import logging
 import math
 import os
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,10 +24,10 @@ from ..data.catalogue import DatasetSpec, load_split
 from ..data.images import load_images
 from ..data.vocabulary import NUM_ANCHORS, load_vocabulary, universal_vocabulary
 from ..encoders.dual_encoder import DualEncoder, load_encoder
-from ..evaluation.compare import compare
+from ..evaluation.compare import Comparison, compare
 from ..evaluation.drift import feature_drift
 from ..evaluation.methods import METHODS, Variant
-from ..evaluation.upgrade import ZERO_SHOT, score_upgrade
+from ..evaluation.upgrade import ZERO_SHOT, UpgradeScore, score_upgrade
 from ..hub.adapter_files import TEACHER_FILE
 from ..hub.files import new_folder, replace_file
 from ..hub.repo import public_name
@@ -113,12 +114,8 @@ class Cell:
 
 def cells(config: BenchConfig) -> Iterator[Cell]:
     """All cells of a configuration, those that share a tuned model next to each other."""
-    for spec in config.datasets:
-        for tuning in config.tunings:
-            for shots in config.shots:
-                for seed in config.seeds:
-                    for pair in config.models:
-                        yield Cell(config, pair, spec, tuning, shots, seed)
+    grid = product(config.datasets, config.tunings, config.shots, config.seeds, config.models)
+    return (Cell(config, pair, spec, tuning, shots, seed) for spec, tuning, shots, seed, pair in grid)
 
 
 def slug(text: str) -> str:
@@ -146,7 +143,7 @@ def read_cell(output_dir: Path, cell: Cell) -> dict | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("%s cannot be read and will be made again: %s", path, error)
         return None
     usable = isinstance(content, dict) and content.get("format") == _FORMAT and isinstance(content.get("rows"), dict)
@@ -162,9 +159,12 @@ def write_cell(output_dir: Path, cell: Cell, content: Mapping) -> None:
     (output_dir / FAILED / f"{cell.key}.json").unlink(missing_ok=True)
 
 
-def write_failure(output_dir: Path, cell: Cell, message: str, traceback: str) -> None:
-    """Keeps why a cell failed."""
-    _write(output_dir / FAILED, cell, {"cell": str(cell), "message": message, "traceback": traceback.splitlines()})
+def write_failure(output_dir: Path, cell: Cell, error: Exception) -> None:
+    """Keeps, and logs, why a cell failed."""
+    message = str(error) if isinstance(error, (ValueError, OSError)) and str(error) else repr(error)
+    logger.warning("%s failed: %s", cell, message)
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    _write(output_dir / FAILED, cell, {"cell": str(cell), "message": message, "traceback": lines})
 
 
 def _write(folder: Path, cell: Cell, content: Mapping) -> None:
@@ -188,9 +188,8 @@ def is_done(content: Mapping | None) -> bool:
 def make_plan(config: BenchConfig, output_dir: Path) -> dict:
     """What a bench has still to do, from finished files; loads no model, no image.
 
-    Returns:
-        `dict`: numbers of cells: `total`, `done`, `failed` (they are tried again); `tunings`: how often each model is
-        tuned how and on what, as lists of model, way to tune, dataset, runs.
+    `total`, `done` and `failed` (they are tried again) are numbers of cells; `tunings` says how often each model is
+    tuned how and on what, as lists of model, way to tune, dataset, runs.
     """
     every = list(cells(config))
     missing = [cell for cell in every if not is_done(read_cell(output_dir, cell))]
@@ -205,11 +204,7 @@ def make_plan(config: BenchConfig, output_dir: Path) -> dict:
 
 
 class Alone:
-    """What an accelerator says to a process that works by itself, although others were launched with it.
-
-    Args:
-        device (`torch.device`): where its models run.
-    """
+    """What an accelerator says to a process that works by itself, although others were launched with it."""
 
     num_processes, process_index, is_main_process = 1, 0, True
 
@@ -223,12 +218,7 @@ class Alone:
 class Workshop:
     """Everything cells are made with. What cannot be loaded raises the same error whenever it is asked for.
 
-    Args:
-        config ([`BenchConfig`]): the bench.
-        output_dir (`Path`): keeps tuned models in `tuned/`.
-        models (`dict`, *optional*): `device` and `dtype`, see [`load_encoder`].
-        embedding (`dict`, *optional*): `cache_dir` and `batch_size` of `embed_dataset`.
-        progress (`bool`, *optional*, defaults to `True`): show bars.
+    Arguments are those of [`run_bench`]; tuned models are kept in `tuned/` of the output.
     """
 
     def __init__(
@@ -270,11 +260,6 @@ class Workshop:
             limit = None if part.role == "train" else self.config.max_images
             options = {"max_images": limit, "skip_unreadable": self.config.skip_unreadable}
             images = load_split(part.spec, part.role, **options)
-            if part.base_only and "label" not in images.features:
-                raise ValueError(
-                    f"the {part.role} images of {part.spec.name!r} have no labels, so that those of the base classes "
-                    "cannot be told from the others."
-                )
             return only_base(images) if part.base_only else images
 
         return self._once(("images", part.role, part.base_only, part.spec.name), load)
@@ -342,20 +327,21 @@ class Workshop:
         found = {"made_from": self.made_from(cell), "num_images": len(self.images(cell.parts.test))}
         if self.config.experiment == "transfer":
             return {**found, "rows": self._transfer(cell)}
-        drift = self._once(("drift", cell.pair), lambda: self._drift(cell.pair))
-        return {**found, "rows": self._upgrade(cell), "drift": drift}
+        models = [self.encoder(name) for name in (cell.pair.weak, cell.pair.strong)]
+        names = universal_vocabulary(_DRIFT_NAMES)
+        drift = self._once(("drift", cell.pair), lambda: feature_drift(*models, names))
+        return {**found, "rows": self._upgrade(cell), "drift": [asdict(row) for row in drift]}
 
     def _transfer(self, cell: Cell) -> dict[str, dict]:
-        variants = {variant.name: _seeded(variant, cell.seed) for variant in self.config.variants}
         test, unlabelled = map(self.images, cell.scored)
         names, elsewhere = test.features["label"].names, cell.parts.elsewhere
-        tuned_strong, skipped = None, {}
-        for name in [name for name, variant in variants.items() if is_ceiling(variant)]:
+        variants, tuned_strong, skipped = list(self.config.variants), None, {}
+        for variant in filter(is_ceiling, self.config.variants):
             try:
                 tuned_strong = self.asked(cell, cell.pair.strong, names)
             except ValueError as error:  # such as a prompt for a model that takes none: the other rows do not need it
-                skipped[name] = {"skipped": str(error)}
-                del variants[name]
+                skipped[variant.name] = {"skipped": str(error)}
+                variants.remove(variant)
         found = compare(
             self.encoder(cell.pair.weak),
             self.encoder(cell.pair.strong),
@@ -368,13 +354,12 @@ class Workshop:
             class_names=names,
             seen_classes=base_names(names) if cell.parts.train.base_only else None,
             templates=cell.parts.test.spec.templates,
-            variants=list(variants.values()),
+            variants=[_seeded(variant, cell.seed) for variant in variants],
             gradient=ExtractionConfig(solver="gradient", seed=cell.seed),
             **self._names(names, cell.parts.test.spec.templates),
             **self.options,
         )
-        rows = skipped | {name: _row(found, name) for name in variants}
-        return {variant.name: rows[variant.name] for variant in self.config.variants}
+        return {row.name: skipped.get(row.name) or _row(found, row.name) for row in self.config.variants}
 
     def _names(self, names: Sequence[str], templates: Sequence[str]) -> dict:
         """Arguments of `compare` about auxiliary names."""
@@ -388,11 +373,11 @@ class Workshop:
         count = min(self.config.num_anchors or NUM_ANCHORS, at_most)
         return found | {"anchors": Anchors.build(names, num_anchors=count, **options)}
 
-    def _vocabulary(self) -> list[str]:
+    def _vocabulary(self) -> Sequence[str]:
         if self.config.vocabulary == "sandbox":
             from .. import sandbox  # the synthetic world is not needed for real pictures
 
-            return list(sandbox.vocabulary())
+            return sandbox.vocabulary()
         return load_vocabulary(self.config.vocabulary)
 
     def _upgrade(self, cell: Cell) -> dict[str, dict]:
@@ -408,10 +393,6 @@ class Workshop:
         found = score_upgrade(folders, *map(self.encoder, models), test, **options, **self.options)
         return {ZERO_SHOT: _upgraded(found[0]), cell.tuning.name: _upgraded(found[1]) | remark}
 
-    def _drift(self, pair: Pair) -> list[dict]:
-        names = universal_vocabulary(_DRIFT_NAMES)
-        return [asdict(row) for row in feature_drift(self.encoder(pair.weak), self.encoder(pair.strong), names)]
-
 
 def _seeded(variant: Variant, seed: int) -> Variant:
     """Label tuning follows the seed of the cell, as the gradient solver does."""
@@ -420,12 +401,11 @@ def _seeded(variant: Variant, seed: int) -> Variant:
     return replace(variant, settings={"seed": seed, **variant.settings})
 
 
-def _row(found, name: str) -> dict:
-    """One row of a [`Comparison`], as it is kept."""
-    if not isinstance(found.failed.get(name, ValueError()), ValueError):
-        return {"failed": found.skipped[name]}
+def _row(found: Comparison, name: str) -> dict:
+    """One row of a comparison, as it is kept."""
     if name in found.skipped:
-        return {"skipped": found.skipped[name]}
+        lost = name in found.failed and not isinstance(found.failed[name], ValueError)
+        return {"failed" if lost else "skipped": found.skipped[name]}
     own = [score for score in found.scores if score.method == name]
     return {
         "metrics": {score.metric: score.value for score in own if math.isfinite(score.value)},
@@ -433,8 +413,8 @@ def _row(found, name: str) -> dict:
     }
 
 
-def _upgraded(row) -> dict:
-    """One row of [`score_upgrade`], of a single seed: `old`, `old base` and so on, and `h`."""
+def _upgraded(row: UpgradeScore) -> dict:
+    """One row of an upgrade, of a single seed: `old`, `old base` and so on, and `h`."""
     metrics = {}
     for model, scores in row.scores.items():
         metrics |= {model if m == "accuracy" else f"{model} {m}": values[0] for m, values in scores.items()}

@@ -27,8 +27,7 @@ ELSEWHERE = ("cross-dataset", "domain-generalisation")
 
 
 class Part(NamedTuple):
-    """Some images of a protocol: of which dataset, in which role (`"train"`, `"unlabelled"` or `"test"`), and whether
-    only those of the base classes."""
+    """Some images of a protocol; `role` is `"train"`, `"unlabelled"` or `"test"`."""
 
     spec: DatasetSpec
     role: str
@@ -52,11 +51,8 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
     """Which images a protocol takes from where.
 
     Args:
-        protocol (`str`): one of `PROTOCOLS`.
-        target (`DatasetSpec`): what is scored.
-        source (`DatasetSpec`, *optional*):
-            What is tuned on in the protocols `ELSEWHERE`; in the others only for targets without a train split
-            (those of domain generalisation).
+        target: what is scored.
+        source: what is tuned on in the protocols `ELSEWHERE`; in the others only for targets without a train split.
 
     Raises:
         ValueError: an unknown protocol, no dataset to tune on, a target without a test split, or without a train split
@@ -91,11 +87,13 @@ def only_base(images: Dataset) -> Dataset:
     """The images of the base classes; their labels keep their numbers.
 
     Args:
-        images (`datasets.Dataset`): with a `ClassLabel` column `label` in the order of the published halves.
+        images: with a `ClassLabel` column `label` in the order of the published halves.
 
     Raises:
-        ValueError: no image of a base class.
+        ValueError: no labels, or no image of a base class.
     """
+    if "label" not in images.features:
+        raise ValueError("images without labels: those of the base classes cannot be told from the others.")
     base = base_names(images.features["label"].names)
     rows = [row for row, label in enumerate(images["label"][:]) if 0 <= label < len(base)]
     if not rows:
@@ -104,19 +102,10 @@ def only_base(images: Dataset) -> Dataset:
 
 
 def draw(images: Dataset, shots: int, seed: int, *, allow_fewer: bool = False) -> Dataset:
-    """The few shots of every class.
-
-    A class is drawn the same way whichever other classes there are ([`few_shot`]), so that draws among the base
-    classes are part of the draws among all: cells of different protocols share them, as published.
-
-    Raises:
-        ValueError: as [`few_shot`].
-    """
-    names = images.features["label"].names
-    try:
-        return images.select(few_shot(images["label"][:], shots, seed, len(names), allow_fewer=allow_fewer))
-    except ValueError as error:
-        raise ValueError(str(error).replace("allow_fewer=True", "allow_fewer: true")) from error
+    """The few shots of every class, and what [`few_shot`] raises: draws among the base classes are part of the draws
+    among all, so cells of different protocols share them, as published."""
+    count = len(images.features["label"].names)
+    return images.select(few_shot(images["label"][:], shots, seed, count, allow_fewer=allow_fewer))
 
 
 @dataclass(frozen=True)
@@ -127,16 +116,17 @@ class Summary:
     by_seed: dict[int, float]
 
     @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds; `None` with fewer than two."""
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+    def seeds(self) -> list[float]:
+        """Scores of the single seeds; the score itself where the datasets share none."""
+        return list(self.by_seed.values()) or [self.value]
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over seeds, 0 with fewer than two."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else 0.0
 
 
-Measured = Mapping[str, Mapping[int, Mapping[str, float]]]
-"""Scores by dataset, seed and metric."""
-
-
-def summarise(measured: Measured) -> dict[str, Summary]:
+def summarise(measured: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, Summary]:
     """The published aggregation: mean over seeds per dataset, then mean over datasets.
 
     ``A = 1/D Σ_d 1/S_d Σ_s a_ds`` with a_ds the score of seed s on dataset d. Of `hm` (base and novel classes) and `h`
@@ -144,10 +134,10 @@ def summarise(measured: Measured) -> dict[str, Summary]:
     that of the averages over datasets of single seeds, over seeds all datasets have.
 
     Args:
-        measured (`Mapping`): scores by dataset, seed and metric; metrics that some dataset lacks are left out.
+        measured: scores by dataset, seed and metric.
 
     Returns:
-        `dict[str, Summary]`: by metric, in the order of first appearance; empty where nothing was measured.
+        `dict[str, Summary]`: by metric, in the order of first appearance, without those that some dataset lacks.
     """
     every = [metrics for seeds in measured.values() for metrics in seeds.values()]
     names = [metric for metric in (every[0] if every else ()) if all(metric in metrics for metrics in every)]
@@ -158,7 +148,7 @@ def summarise(measured: Measured) -> dict[str, Summary]:
     }
 
 
-def _average(measured: Measured, metric: str, seeds: Sequence[int] | None = None) -> float:
+def _average(measured: Mapping, metric: str, seeds: Sequence[int] | None = None) -> float:
     if metric == "h":
         return harmonic_mean(*(_average(measured, model, seeds) for model in ("old", "upgraded")))
     if metric.endswith("hm"):  # of classes; also "old hm" and so on

@@ -1,5 +1,4 @@
-"""[`write_bench_report`]: tables and figures of a bench, from its finished cells alone, so that two runs of one
-configuration write the same."""
+"""[`write_bench_report`]: tables and figures of a bench, from its finished cells alone: two runs write the same."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ from pathlib import Path
 from ..evaluation import figures
 from ..evaluation.drift import LayerDrift, drift_table
 from ..evaluation.methods import NEEDS
+from ..evaluation.report import Section, write_report
 from ..evaluation.upgrade import MODELS, ZERO_SHOT, UpgradeScore
-from ..hub.files import replace_file
 from ..hub.repo import public_name
-from ..hub.scores import NOTHING, cell_text, table
+from ..hub.scores import Score, cell_text, column, shown, table
 from .cells import Cell, cells, read_cell, read_failure, slug
 from .config import BenchConfig, Pair, published_table
 from .protocols import Summary, summarise
@@ -25,8 +24,6 @@ _HALVES = tuple(f"{model} {metric}" for model in ("old", "upgraded") for metric 
 _COLUMNS = ("base", "novel", "hm", "joint", "accuracy", "ece", "old", "upgraded", "h", "retrained", *_HALVES)
 _TITLES = {"hm": "HM", "h": "H (old, upgraded)", "ece": "ECE"}
 _PARTIAL = "†"
-_LOWER = ("ece",)
-"""Metrics of which less is better."""
 _MAIN = ("hm", "h", "accuracy")
 """The metric of figures and of the first table per dataset: the first of these there is."""
 _DRIFT = (
@@ -37,29 +34,25 @@ _DRIFT = (
 
 @dataclass
 class Row:
-    """A method over all seeds and datasets of a group.
-
-    Args:
-        name (`str`): of the row.
-        measured (`dict`): scores by dataset, seed and metric.
-        needs (`str`): what it asks for.
-        reasons (`dict[str, list[str]]`): datasets by the reason why it could not be scored on them, and remarks.
-    """
+    """A method over all seeds and datasets of a group: its scores by dataset, seed and metric, keys of [`NEEDS`], and
+    datasets by the reason why it could not be scored on them, or by remarks."""
 
     name: str
     measured: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
-    needs: str = ""
-    reasons: dict[str, list[str]] = field(default_factory=dict)
+    needs: list[str] = field(default_factory=list)
+    reasons: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def add(self, found: Mapping, cell: Cell) -> None:
         """What a cell says about it."""
         for text in filter(None, map(found.get, ("skipped", "failed", "remark"))):
-            names = self.reasons.setdefault(text, [])
-            names += [cell.spec.name] * (cell.spec.name not in names)
-        if not found.get("metrics"):
-            return
-        self.measured.setdefault(cell.spec.name, {})[cell.seed] = found["metrics"]
-        self.needs = ", ".join(text for need, text in NEEDS.items() if (found.get("needs") or {}).get(need))
+            self.reasons.setdefault(text, {})[cell.spec.name] = None
+        if found.get("metrics"):
+            self.measured.setdefault(cell.spec.name, {})[cell.seed] = found["metrics"]
+            self.needs = [need for need, asked in found.get("needs", {}).items() if asked]
+
+    @property
+    def metrics(self) -> set[str]:
+        return {metric for seeds in self.measured.values() for scores in seeds.values() for metric in scores}
 
     def summary(self, datasets: Iterable[str]) -> dict[str, Summary]:
         """Averages over those of the datasets it was scored on."""
@@ -87,16 +80,12 @@ class Group:
     @property
     def metrics(self) -> list[str]:
         """Metrics that are shown, in their order."""
-        known = {m for row in self.rows.values() for s in row.measured.values() for found in s.values() for m in found}
+        known = {metric for row in self.rows.values() for metric in row.metrics}
         return [m for m in _COLUMNS if m in known and not (m == "accuracy" and "joint" in known)]
 
     @property
     def main(self) -> str:
         return next(metric for metric in _MAIN if metric in self.metrics)
-
-    @property
-    def main_title(self) -> str:
-        return _TITLES.get(self.main, self.main)
 
     def whole(self, row: Row) -> bool:
         """Whether a row was scored on all of its datasets."""
@@ -120,10 +109,7 @@ def gather(config: BenchConfig, output_dir: Path) -> list[Group]:
 
 
 def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Path:
-    """Writes `report.md` and `figures/` from the finished cells of a configuration.
-
-    Returns:
-        `Path`: of `report.md`.
+    """Writes `report.md`, whose path it returns, and `figures/` from the finished cells of a configuration.
 
     Raises:
         FileNotFoundError: no cell is finished.
@@ -132,21 +118,16 @@ def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Pa
     groups = gather(config, output)
     if not groups:
         raise FileNotFoundError(f"there is no finished cell of this configuration in {output}: run it first.")
-    shutil.rmtree(output / "figures", ignore_errors=True)
-    parts = [f"# {config.title}", config.notes.strip(), *_progress(config, output)]
+    folder, sections = output / "figures", []
+    shutil.rmtree(folder, ignore_errors=True)
     for number, group in enumerate(groups, 1):
         title = group.title(config)
-        parts += [f"## {title}", *_tables(group, config)]
         # Numbered, since what sets long titles apart may be at their end.
-        parts += _links(_draw(group, config, output / "figures" / f"{number}-{slug(title)}"))
-    parts += _links(_draw_over_shots(groups, config, output / "figures"))
-    text = "\n\n".join(part for part in parts if part) + "\n"
-    replace_file(output / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
-    return output / "report.md"
-
-
-def _links(drawn: Iterable[Path | None]) -> list[str]:
-    return [f"![{path.stem}](figures/{path.name})" for path in drawn if path is not None]
+        drawn = list(_draw(group, config, folder / f"{number}-{slug(title)}"))
+        sections.append(Section(title, "\n\n".join(_tables(group, config)), figures=drawn))
+    sections.append(Section("Over the number of shots", figures=list(_draw_over_shots(groups, config, folder))))
+    intro = "\n\n".join([config.notes.strip(), *_progress(config, output)])
+    return write_report(output, sections, title=config.title, intro=intro)
 
 
 def _progress(config: BenchConfig, output: Path) -> Iterator[str]:
@@ -157,7 +138,7 @@ def _progress(config: BenchConfig, output: Path) -> Iterator[str]:
         "percent: mean over seeds per dataset, then over datasets; harmonic means are of the averages; ± standard "
         "deviation over seeds. Bold: best of the methods that need neither labels nor the weak model at run time."
     )
-    failed = [f"- {cell}: {_one_line(message)}" for cell in missing if (message := read_failure(output, cell))]
+    failed = [f"- {cell}: {cell_text(message)}" for cell in missing if (message := read_failure(output, cell))]
     if failed:
         yield "\n".join(["Failed:", "", *failed])
 
@@ -176,7 +157,7 @@ def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
         )
         yield from published.get("remarks", ())
     reasons = [
-        f"- {row.name}: {_one_line(text)} ({', '.join(map(public_name, names))})"
+        f"- {row.name}: {cell_text(text)} ({', '.join(map(public_name, names))})"
         for row in group.rows.values()
         for text, names in row.reasons.items()
     ]
@@ -184,7 +165,7 @@ def _tables(group: Group, config: BenchConfig) -> Iterator[str]:
         yield "\n".join(["Remarks:", "", *reasons])
     if len(group.datasets) > 1 or "per_dataset" in published:
         for metric in sorted(group.metrics, key=lambda metric: metric != group.main):
-            yield f"### {_TITLES.get(metric, metric)}, by dataset"
+            yield f"### {_title(metric)}, by dataset"
             yield _by_dataset(group, metric, published.get("per_dataset", {}))
     if group.drift:
         yield from ("### The text tower", _DRIFT, drift_table(group.drift).strip())
@@ -195,64 +176,53 @@ def _averages(group: Group, config: BenchConfig, stated: Mapping[str, Mapping[st
     names = list(dict.fromkeys([*rows, *stated]))
     partial = [row for row in rows.values() if not group.whole(row)]
     columns = {"method": [cell_text(name) + f" {_PARTIAL}" * (rows.get(name) in partial) for name in names]}
-    for metric in group.metrics:
-        columns[_TITLES.get(metric, metric)] = _column(group, names, metric)
+    columns |= {_title(metric): _column(group, names, metric) for metric in group.metrics}
     for metric in group.metrics:
         if any(metric in values for values in stated.values()):
-            column = [_plain(stated.get(name, {}).get(metric)) for name in names]
-            columns[f"published {_TITLES.get(metric, metric)}"] = column
+            columns[f"published {_title(metric)}"] = [shown(stated.get(name, {}).get(metric), ".2f") for name in names]
     if config.experiment == "transfer":
-        columns["needs"] = [rows[name].needs if name in rows else "" for name in names]
+        needs = {name: ", ".join(NEEDS[need] for need in row.needs) for name, row in rows.items()}
+        columns["needs"] = [needs.get(name, "") for name in names]
     if not partial:
-        return table(list(columns), zip(*columns.values(), strict=True))
+        return _table(columns)
     shares = ", ".join(f"{row.name}: {len(row.measured)} of {len(group.datasets)}" for row in partial)
     note = f"{_PARTIAL} Averaged over fewer datasets, not to be compared with the others ({shares})."
-    return f"{table(list(columns), zip(*columns.values(), strict=True))}\n\n{note}"
+    return f"{_table(columns)}\n\n{note}"
 
 
 def _column(group: Group, names: Sequence[str], metric: str) -> list[str]:
     """Averages over the datasets of a group, the best of what can be compared in bold."""
     rows = [group.rows.get(name, Row(name)) for name in names]
-    found = {row.name: row.summary(group.datasets).get(metric) for row in rows}
-    advantages = (NEEDS["labels"], NEEDS["weak_at_run_time"])
-    fair = [row.name for row in rows if group.whole(row) and not any(need in row.needs for need in advantages)]
-    values = {name: round(found[name].value, 2) for name in fair if found[name] is not None}
-    best = (min if metric in _LOWER else max)(values.values()) if len(values) > 1 else None
-    texts = []
-    for name, summary in found.items():
-        text = _plain(None if summary is None else summary.value)
-        if summary is not None and summary.std is not None:
-            text += f" ± {summary.std:.2f}"
-        texts.append(f"**{text}**" if name in values and values[name] == best else text)
-    return texts
+    scores = dict.fromkeys(names)
+    for row in rows:
+        if one := row.summary(group.datasets).get(metric):
+            scores[row.name] = Score(row.name, "", metric, one.value, one.std, seeds=len(one.by_seed))
+    apart = [row.name for row in rows if not group.whole(row) or {"labels", "weak_at_run_time"} & {*row.needs}]
+    return column(scores, None, apart, metric, digits=2)
 
 
 def _by_dataset(group: Group, metric: str, stated: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    names = [
-        row.name
-        for row in group.rows.values()
-        if any(metric in scores for seeds in row.measured.values() for scores in seeds.values())
-    ]
+    names = [row.name for row in group.rows.values() if metric in row.metrics]
     told = {name: found for name, found in stated.items() if any(metric in values for values in found.values())}
     columns = {"method": [*map(cell_text, names), *(f"{name}, published" for name in told)]}
     for dataset in group.datasets:
-        published = [_plain(found.get(dataset, {}).get(metric)) for found in told.values()]
+        published = [shown(found.get(dataset, {}).get(metric), ".2f") for found in told.values()]
         columns[public_name(dataset)] = _column(replace(group, datasets=(dataset,)), names, metric) + published
-    return table(list(columns), zip(*columns.values(), strict=True))
+    return _table(columns)
 
 
 def _draw(group: Group, config: BenchConfig, stem: Path) -> Iterator[Path | None]:
     """The figures of a group; their names begin with `stem`."""
     title, count = f"{config.title}: {group.title(config)}", len(group.datasets)
-    what = group.main_title + (f", mean of {count} datasets" if count > 1 else "")
+    what = _title(group.main) + (f", mean of {count} datasets" if count > 1 else "")
     whole = {row.name: row.summary(group.datasets) for row in group.rows.values() if group.whole(row)}
     main = {name: found[group.main] for name, found in whole.items() if group.main in found}
-    lines = {name: main[name].value for name in ("zero-shot strong", "tuned weak") if name in main}
+    references = (ZERO_SHOT,) if config.experiment == "upgrade" else ("zero-shot strong", "tuned weak")
+    lines = {name: main[name].value for name in references if name in main}
     if config.experiment == "upgrade":
         yield _upgrade_bars(group, Path(f"{stem}-upgrade.png"), title)
-        lines = {ZERO_SHOT: main[ZERO_SHOT].value} if ZERO_SHOT in main else {}
     else:
-        by_seed = {name: _seeds(found) for name, found in main.items()}
+        by_seed = {name: found.seeds for name, found in main.items()}
         yield figures.bars(by_seed, Path(f"{stem}-methods.png"), title=f"{title} ({what})", reference=lines)
     series = _swept(config, main) if config.sweep else {}
     if series:
@@ -281,7 +251,7 @@ def _lines(points: Iterable[tuple[str, float, Summary]]) -> dict[str, list[tuple
     """Points (x, mean, std) by the name of their line; one point alone makes none."""
     series: dict[str, list[tuple[float, float, float]]] = {}
     for name, x, found in points:
-        series.setdefault(name, []).append((float(x), found.value, found.std or 0.0))
+        series.setdefault(name, []).append((float(x), found.value, found.std))
     return {name: line for name, line in series.items() if len(line) > 1}
 
 
@@ -292,13 +262,9 @@ def _upgrade_bars(group: Group, path: Path, title: str) -> Path | None:
         if row.name == ZERO_SHOT:
             floors = {f"zero-shot, {MODELS[name]}": one.value for name, one in found.items()}
         elif found:
-            scores = {name: {"accuracy": tuple(_seeds(one))} for name, one in found.items()}
+            scores = {name: {"accuracy": tuple(one.seeds)} for name, one in found.items()}
             rows.append(UpgradeScore(row.name, (), scores))
     return figures.compatibility_figure(rows, path, floors, title=title) if rows else None
-
-
-def _seeds(found: Summary) -> list[float]:
-    return list(found.by_seed.values()) or [found.value]
 
 
 def _draw_over_shots(groups: Sequence[Group], config: BenchConfig, folder: Path) -> Iterator[Path | None]:
@@ -313,13 +279,13 @@ def _draw_over_shots(groups: Sequence[Group], config: BenchConfig, folder: Path)
         )
         if series:
             title = f"{config.title}: {', '.join(filter(None, [str(pair), tuning]))}"
-            options = {"xlabel": "shots per class", "ylabel": f"{same[0].main_title} (%)"}
+            options = {"xlabel": "shots per class", "ylabel": f"{_title(same[0].main)} (%)"}
             yield figures.curves(series, folder / f"shots-{number}.png", title=title, **options)
 
 
-def _plain(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
+def _table(columns: Mapping[str, Sequence[str]]) -> str:
+    return table(list(columns), zip(*columns.values(), strict=True))
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _title(metric: str) -> str:
+    return _TITLES.get(metric, metric)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """What [`run_bench`] leaves behind.
-
-    Args:
-        total, done, made (`int`): cells of the configuration, finished ones, and those made by this call.
-        failed (`dict[str, str]`): cells that could not be made, and why.
-        report (`Path` or `None`): `report.md`; `None` where nothing is finished.
-    """
+    """What [`run_bench`] leaves behind: the numbers of cells, of finished ones and of those made by this call, cells
+    that could not be made and why, and `report.md`, where there is something to report."""
 
     total: int
     done: int
@@ -58,15 +52,10 @@ def run_bench(
     epoch. A cell that fails is noted in `failed/`, and tried again by the next call.
 
     Args:
-        config ([`BenchConfig`]): what to measure.
         output_dir (`str` or `os.PathLike`): a new folder, or that of an earlier run.
         models (`dict`, *optional*): `device` and `dtype`, see [`load_encoder`].
         embedding (`dict`, *optional*): `cache_dir` and `batch_size` of [`embed_dataset`].
         accelerator (`accelerate.Accelerator`, *optional*): for several processes, which must see the same folders.
-        progress (`bool`, *optional*, defaults to `True`): show bars.
-
-    Returns:
-        [`Outcome`]
 
     Raises:
         FileExistsError: `output_dir` holds something else.
@@ -124,7 +113,7 @@ def _unfinished(every: Sequence[Cell], shop: Workshop, output: Path) -> list[int
             if is_done(content):
                 logger.warning("%s is finished, but what it was made from cannot be loaded: %s", cell, error)
             else:
-                _note(output, cell, error)
+                write_failure(output, cell, error)
             continue
         if not is_done(content) or content.get("made_from") != made_from:
             todo.append(place)
@@ -132,8 +121,7 @@ def _unfinished(every: Sequence[Cell], shop: Workshop, output: Path) -> list[int
 
 
 def _embed(missing: Sequence[Cell], shop: Workshop, state) -> None:
-    """Fills the cache of embeddings. What goes wrong here goes wrong again in the cells it concerns, and is noted
-    there."""
+    """Fills the cache of embeddings. What goes wrong here goes wrong again in its cells, and is noted there."""
     jobs = {(model, images._fingerprint): images for cell in missing for model, images in shop.to_embed(cell)}
     for (model, _), images in jobs.items():
         try:
@@ -151,10 +139,4 @@ def _make(cell: Cell, shop: Workshop, output: Path) -> None:
         if lost:
             raise OSError("; ".join(lost))
     except Exception as error:  # whatever it is, it is this cell's: the others go on
-        _note(output, cell, error)
-
-
-def _note(output: Path, cell: Cell, error: Exception) -> None:
-    message = str(error) if isinstance(error, (ValueError, OSError)) and str(error) else repr(error)
-    logger.warning("%s failed: %s", cell, message)
-    write_failure(output, cell, message, "".join(traceback.format_exception(error)))
+        write_failure(output, cell, error)

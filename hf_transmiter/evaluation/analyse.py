@@ -7,17 +7,20 @@ each class moved to. Without labels: what changed, not whether it is right.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.anchors import Anchors
+from ..data.embeddings import embed_dataset
 from ..data.vocabulary import name_key, universal_vocabulary
 from ..hub.repo import public_name
-from ..hub.scores import NOTHING, cell_text, table
+from ..hub.scores import cell_text, shown, table
 from ..method.classifier import AnchorClassifier
 from ..method.teacher import Teacher, teacher_logits
 from .evaluate import align_labels
@@ -25,7 +28,6 @@ from .reliability import expected_calibration_error
 
 
 BEFORE, AFTER, TUNED = "zero-shot", "with the adapter", "tuned model"
-_BLOCK = 4096  # images at a time
 _NEAREST = 5  # auxiliary names per class and direction
 _ROWS = 10  # of a table
 
@@ -35,13 +37,12 @@ class ClassChange:
     """What the adapter does to one class.
 
     Args:
-        name (`str`): of the class.
-        logit_shift (`float`): mean over the images of the change of its logit minus the mean change of all classes.
-        probability_shift (`float`): change of its mean probability, in percentage points.
-        share_before, share_after (`float`): percent of the images that are predicted as this class.
-        images (`int`, *optional*): that have this label; with labels only, as the next two.
-        accuracy_before, accuracy_after (`float`, *optional*): percent of them predicted right; `None` without any.
-        towards, away (`tuple[tuple[str, float], ...]`):
+        logit_shift: mean over the images of the change of its logit minus the mean change of all classes.
+        probability_shift: change of its mean probability, in percentage points.
+        share_before, share_after: percent of the images that are predicted as this class.
+        images, accuracy_before, accuracy_after:
+            With labels: how many have this one, and percent of them predicted right; `None` without any.
+        towards, away:
             Auxiliary names whose text embedding lies most and least in the direction in which the class vector moved,
             with the cosine of the two ([`directions`]), the farthest from 0 first. Empty for the published form.
     """
@@ -60,13 +61,8 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure a model is and how right; all in percent.
-
-    Args:
-        name (`str`): one of [`Knowledge.logits`].
-        confidence (`float`): mean over the images of the largest probability.
-        accuracy (`float`, *optional*), calibration_error (`float`, *optional*): with labels, see `reliability`.
-    """
+    """How sure one of [`Knowledge.logits`] is (mean over the images of the largest probability) and, with labels, how
+    right; all in percent."""
 
     name: str
     confidence: float
@@ -79,18 +75,17 @@ class Knowledge:
     """What [`analyse`] found. Before: zero-shot; after: with the adapter.
 
     Args:
-        model (`str` or `None`), form (`str`): the model under the adapter (a folder without its path), and its form.
-        num_images (`int`): N.
-        classes (`list[ClassChange]`): in the order of the columns.
-        changed (`int`): images that are predicted otherwise.
-        corrected, broken (`int` or `None`): changed images that were wrong and are right, and the reverse.
-        moves (`list[tuple[str, str, int]]`): prediction before, after, and how many images; the most images first.
-        confusions (`list[tuple[str, str, int, int]]`):
+        model, form: the model under the adapter (a folder without its path), and the adapter's form.
+        num_images: N.
+        classes: in the order of the columns.
+        changed: images that are predicted otherwise.
+        corrected, broken: with labels, changed images that were wrong and are right, and the reverse.
+        moves: prediction before, after, and how many images; the most images first.
+        confusions:
             Label, another prediction, and how many images before and after; those whose count changed most first.
-        confidence (`list[Confidence]`): before, after and, if there was one, the tuned model.
-        agreement (`float` or `None`): percent of the images on which the tuned model predicts the same as after.
-        logits (`dict[str, Tensor]`): (N, C) by [`BEFORE`], [`AFTER`] and, if there was one, [`TUNED`].
-        labels (`Tensor` or `None`): (N,).
+        confidence: by [`BEFORE`], [`AFTER`] and, if there was a tuned model, [`TUNED`], as are the logits (N, C).
+        agreement: percent of the images on which the tuned model predicts the same as after.
+        labels: (N,).
     """
 
     model: str | None
@@ -111,17 +106,6 @@ class Knowledge:
     def class_names(self) -> list[str]:
         return [change.name for change in self.classes]
 
-    def changed_most(self, count: int) -> list[ClassChange]:
-        """The `count` classes whose accuracy (without labels: mean probability) changed most, from the largest rise to
-        the largest fall."""
-        chosen = sorted(self.classes, key=lambda change: -abs(self._change(change)))[:count]
-        return sorted(chosen, key=lambda change: -self._change(change))
-
-    def _change(self, change: ClassChange) -> float:
-        if self.labels is None:
-            return change.probability_shift
-        return 0.0 if change.accuracy_after is None else change.accuracy_after - change.accuracy_before
-
     def to_dict(self) -> dict:
         """Everything but the logits and labels, ready for JSON."""
         found = asdict(replace(self, logits={}, labels=None))
@@ -140,8 +124,6 @@ def analyse(
     """What the adapter of a classifier changes on these images.
 
     Args:
-        classifier (`AnchorClassifier`): with an adapter: what `extract`, `transfer` or `label_tune` returned, or a
-            saved one.
         dataset (`datasets.Dataset`): images of the task; labels, if there are any, are matched by name.
         teacher (*optional*): the tuned weak model or its logits on these images, see [`Teacher`]. Defaults to the
             adapter's calibration pack where that belongs to these images.
@@ -162,11 +144,19 @@ def analyse(
     encoder, options = classifier.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
     table = embed_dataset(encoder, dataset, **options)
     labels = None if table.labels is None else align_labels(table, names)
+    pack = classifier.calibration
+    if teacher is None and pack is not None:
+        with suppress(ValueError):  # it is of other images
+            pack.check_images(len(table), table.dataset_fingerprint)
+            teacher = pack
+    zero_shot = AnchorClassifier(encoder, Anchors(tuple(names), (), tuple(config.templates)))
+    options |= {"templates": config.templates}
+    logits = {
+        name: teacher_logits(one, dataset, names, **options)
+        for name, one in ((BEFORE, zero_shot), (AFTER, classifier), (TUNED, teacher))
+        if one is not None
+    }
     tensors = classifier.transmiter.tensors(classifier.transmiter.active_name)
-    logits = _both(classifier, table, tensors["anchors"][: len(names)])
-    teacher = _teacher(classifier, table, teacher)
-    if teacher is not None:
-        logits[TUNED] = teacher_logits(teacher, dataset, names, templates=config.templates, **options)
     near = None
     if "class_vectors" in tensors:
         task = set(map(name_key, names))
@@ -176,29 +166,6 @@ def analyse(
     found = compare_logits(logits, names, labels, near)
     found.model, found.form = encoder.name_or_path and public_name(encoder.name_or_path), config.form
     return found
-
-
-@torch.no_grad()
-def _both(classifier: AnchorClassifier, table: FeatureTable, zero_shot: Tensor) -> dict[str, Tensor]:
-    """Logits without and with the adapter."""
-    encoder, parts = classifier.encoder, {BEFORE: [], AFTER: []}
-    for x in table.batches(_BLOCK):
-        x = x.to(encoder.device)
-        parts[BEFORE].append(encoder.logits(x, zero_shot.to(x)).float().cpu())
-        parts[AFTER].append(classifier.classify(x).float().cpu())
-    return {name: torch.cat(blocks) for name, blocks in parts.items()}
-
-
-def _teacher(classifier: AnchorClassifier, table: FeatureTable, teacher: Teacher | None) -> Teacher | None:
-    """What the tuned model says about these images, if that is known."""
-    pack = classifier.calibration
-    if teacher is not None or pack is None:
-        return teacher
-    try:
-        pack.check_images(len(table), table.dataset_fingerprint)
-    except ValueError:  # it is of other images
-        return None
-    return pack
 
 
 def compare_logits(
@@ -211,8 +178,6 @@ def compare_logits(
 
     Args:
         logits (`dict[str, Tensor]`): (N, C) by [`BEFORE`], [`AFTER`] and, *optional*, [`TUNED`].
-        names (`Sequence[str]`): C.
-        labels (`Tensor`, *optional*): (N,).
         neighbours (`Sequence[dict[str, tuple]]`, *optional*): `towards` and `away` of each class.
 
     Raises:
@@ -245,12 +210,11 @@ def compare_logits(
 
 
 def _confidence(name: str, logits: Tensor, labels: Tensor | None) -> Confidence:
-    confidence = 100 * float(logits.softmax(1).max(1).values.mean())
+    found = Confidence(name, 100 * float(logits.softmax(1).max(1).values.mean()))
     if labels is None:
-        return Confidence(name, confidence)
-    return Confidence(
-        name, confidence, _percent(logits.argmax(1) == labels), expected_calibration_error(logits, labels)
-    )
+        return found
+    error = expected_calibration_error(logits, labels)
+    return replace(found, accuracy=_percent(logits.argmax(1) == labels), calibration_error=error)
 
 
 def _percent(hits: Tensor) -> float:
@@ -280,10 +244,8 @@ def _classes(
 
 def _counted(source: Tensor, target: Tensor, names: Sequence[str]) -> dict[tuple[str, str], int]:
     """How often each pair of names occurs, the most frequent first."""
-    pairs, counts = torch.unique(source * len(names) + target, return_counts=True)
-    order = counts.argsort(descending=True, stable=True).tolist()
-    found = [(int(pairs[i]), int(counts[i])) for i in order]
-    return {(names[pair // len(names)], names[pair % len(names)]): count for pair, count in found}
+    pairs = Counter(sorted(zip(source.tolist(), target.tolist(), strict=True)))
+    return {(names[i], names[j]): count for (i, j), count in pairs.most_common()}
 
 
 def _confusions(labels: Tensor, was: Tensor, now: Tensor, names: Sequence[str]) -> list[tuple[str, str, int, int]]:
@@ -317,7 +279,7 @@ def directions(class_vectors: Tensor, zero_shot: Tensor, auxiliary: Tensor) -> T
     moves all classes alike changes no prediction. Text embeddings are centred too, they share most of their length.
 
     Args:
-        class_vectors (`Tensor`): T (C, d). zero_shot (`Tensor`): a (C, d), unit rows.
+        class_vectors, zero_shot (`Tensor`): T (C, d), and a (C, d) with unit rows.
         auxiliary (`Tensor`): (A, d) unit text embeddings.
 
     Returns:
@@ -340,16 +302,18 @@ _NAMED = (
 
 
 def markdown(found: Knowledge) -> str:
-    """Sections of a report, headings of the second level, tables of at most ten rows.
+    """Sections of a report, headings of the second level, tables of at most ten rows. Classes whose accuracy (without
+    labels: mean probability) changed most are shown, from the largest rise to the largest fall."""
 
-    Args:
-        found (`Knowledge`): of `analyse`.
+    def rise(change: ClassChange) -> float:
+        if found.labels is None:
+            return change.probability_shift
+        return 0.0 if change.accuracy_after is None else change.accuracy_after - change.accuracy_before
 
-    Returns:
-        `str`: markdown, ending in a newline.
-    """
-    changes = found.changed_most(_ROWS)
-    parts = [summary(found), "## Confidence", _sure(found), "## Classes that changed most", _changes(changes)]
+    changes = sorted(sorted(found.classes, key=lambda change: -abs(rise(change)))[:_ROWS], key=rise, reverse=True)
+    sure = [(row.name, *map(shown, (row.accuracy, row.confidence, row.calibration_error))) for row in found.confidence]
+    parts = [_summary(found), "## Confidence", _table(("", "accuracy", "mean confidence", "calibration error"), sure)]
+    parts += ["Percent.", "## Classes that changed most", _changes(changes)]
     if found.labels is None:
         parts += ["## Changed predictions", _table(("before", "after", "images"), found.moves[:_ROWS])]
     else:
@@ -357,12 +321,12 @@ def markdown(found: Knowledge) -> str:
         header = ("true class", "predicted", "before", "after", "change")
         parts += ["## Confusions that came and went", _table(header, rows)]
     if any(change.towards for change in changes):
-        rows = [(change.name, _listed(change.towards), _listed(change.away)) for change in changes]
+        rows = [(change.name, *map(_listed, (change.towards, change.away))) for change in changes]
         parts += ["## What the changes look like", _NAMED, _table(("class", "towards", "away from"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def summary(found: Knowledge) -> str:
+def _summary(found: Knowledge) -> str:
     """The findings in a few words."""
     part = 100 * found.changed / found.num_images
     share = f"{found.changed} of {found.num_images} predictions changed ({part:.1f} %)"
@@ -376,33 +340,24 @@ def summary(found: Knowledge) -> str:
     return text
 
 
-def _sure(found: Knowledge) -> str:
-    rows = [
-        (row.name, _number(row.accuracy), _number(row.confidence), _number(row.calibration_error))
-        for row in found.confidence
-    ]
-    return _table(("", "accuracy", "mean confidence", "calibration error"), rows) + "\n\nPercent."
-
-
 def _changes(changes: Sequence[ClassChange]) -> str:
-    labelled = any(change.images is not None for change in changes)
     header = ["class", "mean probability (points)", "mean logit", "predicted before", "after"]
-    header += ["images", "accuracy before", "after"] if labelled else []
-    rows = []
-    for change in changes:
-        row = [change.name, f"{change.probability_shift:+.2f}", f"{change.logit_shift:+.2f}"]
-        row += [f"{change.share_before:.1f} %", f"{change.share_after:.1f} %"]
-        row += [change.images, _number(change.accuracy_before), _number(change.accuracy_after)] if labelled else []
-        rows.append(row)
+    rows = [
+        [
+            *(change.name, f"{change.probability_shift:+.2f}", f"{change.logit_shift:+.2f}"),
+            *(f"{change.share_before:.1f} %", f"{change.share_after:.1f} %"),
+        ]
+        for change in changes
+    ]
+    if any(change.images is not None for change in changes):
+        header += ["images", "accuracy before", "after"]
+        for row, change in zip(rows, changes, strict=True):
+            row += [change.images, shown(change.accuracy_before), shown(change.accuracy_after)]
     return _table(header, rows)
 
 
-def _listed(pairs: Iterable[tuple[str, float]]) -> str:
+def _listed(pairs: Sequence[tuple[str, float]]) -> str:
     return ", ".join(f"{name} ({value:+.2f})" for name, value in pairs)
-
-
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:

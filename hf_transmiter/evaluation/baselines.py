@@ -20,15 +20,10 @@ from ..tuners.prompts import class_inputs, class_vectors, phrase_token_ids, prom
 from ..tuners.prompts.model import base_facts
 
 
-def emulated_fine_tuning(strong: Tensor, tuned: Tensor, weak: Tensor, alpha: float = 1.0) -> Tensor:
-    """``z_strong + α (z_tuned - z_weak)`` (EFT, Mitchell et al., arXiv 2310.12962): needs the weak model and its tuned
-    version for every prediction.
-
-    Args:
-        strong, tuned, weak (`Tensor`): task logits (N, C), scale included.
-        alpha (`float`, *optional*, defaults to 1.0): strength of the change.
-    """
-    return strong + alpha * (tuned - weak)
+def emulated_fine_tuning(strong: Tensor, tuned: Tensor, weak: Tensor) -> Tensor:
+    """``z_strong + (z_tuned - z_weak)`` of task logits (N, C), scale included: needs the weak model and its tuned
+    version for every prediction (EFT, Mitchell et al., arXiv 2310.12962)."""
+    return strong + (tuned - weak)
 
 
 def logit_ensemble(strong: Tensor, tuned: Tensor) -> Tensor:
@@ -48,7 +43,7 @@ def linear_head(
         target (`Tensor`): labels (N,) or probabilities (N, C).
         zero_shot (`Tensor`): (C, d) unit text embeddings.
         scale (`float`): s.
-        config (`FitConfig`, *optional*): settings; 30 epochs of AdamW at 2e-3 without decay when omitted.
+        config (`FitConfig`, *optional*): 30 epochs of AdamW at 2e-3 without decay when omitted.
 
     Returns:
         `Tensor`: T (C, d), unit rows.
@@ -101,7 +96,7 @@ def prompt_transfer(
         x (`Tensor`): (N, d) unit image embeddings of the strong model.
         target (`Tensor`): q (N, C), the tuned model's probabilities on the same images.
         class_names (`Sequence[str]`): C names, columns of q.
-        config (`FitConfig`, *optional*): settings; 20 epochs of AdamW at 1e-2 without decay when omitted.
+        config (`FitConfig`, *optional*): 20 epochs of AdamW at 1e-2 without decay when omitted.
         accelerator (`Accelerator`, *optional*): for several processes.
 
     Returns:
@@ -109,8 +104,8 @@ def prompt_transfer(
         adapter: ``save_adapter(found.model, folder)``.
 
     Raises:
-        ValueError: another kind of adapter, or a model that cannot take it; embeddings, probabilities and names that
-            do not go together; a name too long for the text tower beside the context.
+        ValueError: as [`why_no_prompt_transfer`] says; embeddings, probabilities and names that do not go together; a
+            name too long for the text tower beside the context.
     """
     config = config or FitConfig(epochs=20, batch_size=64, lr=1e-2, weight_decay=0.0)
     if x.shape != (len(target), strong.embed_dim) or target.shape[1:] != (len(class_names),):
@@ -142,18 +137,14 @@ def prompt_transfer(
 
 
 def carried_contexts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncoder]:
-    """Copies of the strong model with the contexts that Prompt Transfer starts from.
+    """Copies of the strong model, of any width, with the contexts that Prompt Transfer starts from.
 
     With one vocabulary first ``v @ M``, v (M, width) the tuned model's context and M the map between the two token
-    tables (`solvers.token_map`); then, or with two vocabularies alone, the strong model's own embeddings of the phrase
+    tables ([`solve_token_map`]); then, or with two vocabularies alone, the strong model's own embeddings of the phrase
     the context started from.
 
-    Args:
-        tuned (`DualEncoder`): with a context of CoOp or KgCoOp on it.
-        strong (`DualEncoder`): of any width; stays untouched.
-
     Raises:
-        ValueError: another kind of adapter, or a model that cannot take it.
+        ValueError: as [`why_no_prompt_transfer`] says.
     """
     reason = why_no_prompt_transfer(tuned, strong)
     if reason is not None:
@@ -166,13 +157,9 @@ def carried_contexts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncode
         ids = phrase_token_ids(tokenizer, old.init_phrase)
         count = max(count, len(ids))
     config = type(old)(
+        **{name: getattr(old, name) for name in ("init_phrase", "seed", "class_names", "position", "class_specific")},
         n_ctx=count,
-        init_phrase=old.init_phrase,
         init_token_ids=ids,
-        seed=old.seed,
-        class_names=old.class_names,
-        position=old.position,
-        class_specific=old.class_specific,
         period_id=old.period_id if shared else None,
         base=base_facts(strong.model, tokenizer),
         provenance={"step": "prompt transfer", "before": old.provenance},
@@ -186,7 +173,6 @@ def carried_contexts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncode
     tables = [found.get_base_layer().weight for found in (layer, new)]
     rows = min(map(len, tables))  # some tables are padded
     context = layer.part("ctx", layer.active_name).detach().cpu().float()
-    new.part("ctx", new.active_name).data.copy_(
-        context @ solve_token_map(*(table[:rows] for table in tables), TOKEN_RIDGE)
-    )
+    token_map = solve_token_map(*(table[:rows] for table in tables), TOKEN_RIDGE)
+    new.part("ctx", new.active_name).data.copy_(context @ token_map)
     return [mapped, written]

@@ -23,7 +23,7 @@ from ..settings import ExtractionConfig
 from .evaluate import score_logits
 from .methods import METHODS, Needs, Variant
 from .reliability import expected_calibration_error
-from .task import Answer, Impossible, Task
+from .task import Impossible, Task
 
 
 logger = logging.getLogger(__name__)
@@ -39,22 +39,21 @@ _FORESEEN = (ValueError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgErr
 
 @dataclass
 class Comparison:
-    """What [`compare`] found.
+    """What [`compare`] found; dictionaries are by the name of the row.
 
     Args:
-        scores (`list[Score]`): one per row and metric, in the order of the rows.
-        logits (`dict[str, Tensor]`): task logits (N, C) of every row on the test images, for figures.
-        labels (`Tensor`, *optional*), class_names (`tuple[str, ...]`): of the test images.
-        classifiers (`dict[str, AnchorClassifier]`):
-            The rows that are one model; those with a TransMiter adapter are written by their `save_pretrained`.
-        bridges (`dict[str, Bridge]`): the embedding-space bridges by what they were built from.
-        notes (`dict[str, str]`): the advantage a row has over those that need neither labels nor the weak model.
-        recommended, reason (`str`): the way to upgrade to take, chosen without labels, and why.
-        verdict (`str`): what the labels of the test images say about that, see [`verdict`].
-        needs (`dict[str, Needs]`): what each row asks for.
-        sizes (`dict[str, int]`): bytes to be stored for a row beside the pre-trained models, where that is known.
-        skipped (`dict[str, str]`): rows that could not be had, and why.
-        failed (`dict[str, Exception]`): what those of them raised that were possible.
+        scores: one per row and metric, in the order of the rows.
+        logits: (N, C) on the test images.
+        labels, class_names: of the test images.
+        classifiers: the rows that are one model; those with a TransMiter adapter are saved by `save_pretrained`.
+        bridges: the embedding-space bridges by what they were built from.
+        notes: the advantage a row has over those that need neither labels nor the weak model.
+        recommended, reason: the way to upgrade to take, chosen without labels, and why.
+        verdict: what the labels of the test images say about that, see [`verdict`].
+        needs: what each row asks for.
+        sizes: bytes to be stored for a row beside the pre-trained models, where that is known.
+        skipped: rows that could not be had, and why.
+        failed: what those of them raised that were possible.
     """
 
     scores: list[Score]
@@ -103,10 +102,10 @@ def recommend(
     """The way to upgrade to take, from what is known without labels, and why (figures: README, "What to expect").
 
     Args:
-        own_class_vectors (`bool`): whether prompts or class vectors were tuned, and not the image tower.
-        unlabelled, general (`bool`): whether there are unlabelled images of the task, or any images.
-        unseen (`bool`, *optional*, defaults to `False`): whether the tuning saw only some of the classes.
-        bridge (`bool`, *optional*, defaults to `False`): whether there is a finished bridge from images.
+        own_class_vectors: whether prompts or class vectors were tuned, and not the image tower.
+        unlabelled, general: whether there are unlabelled images of the task, or any images.
+        unseen: whether the tuning saw only some of the classes.
+        bridge: whether there is a finished bridge from images.
     """
     if unlabelled and unseen:
         return "bridge from task images", (
@@ -164,28 +163,26 @@ def compare(
     place of labels).
 
     Args:
-        weak, strong (`DualEncoder`): the pre-trained models.
-        teacher: the tuned weak model, see [`Teacher`]; must be a model, since it is scored on the test images.
+        weak, strong ([`DualEncoder`]): the pre-trained models.
+        teacher ([`Teacher`]): the tuned weak model; must be a model, since it is scored on the test images.
         test (`datasets.Dataset`): images to score on, labelled or not.
         unlabelled (`datasets.Dataset`, *optional*): images of the task; labels are not read.
         labelled (`datasets.Dataset`, *optional*): a few labelled images of the seen classes, for what needs labels.
         general (`datasets.Dataset`, *optional*): any images, not the task's, for a bridge without task images.
-        tuned_strong (*optional*): a tuned strong model, as a ceiling; tuned here on `labelled` when omitted.
+        tuned_strong ([`Teacher`], *optional*): a tuned strong model, as a ceiling; when omitted it is tuned here.
         tuning (`Mapping`, *optional*):
-            How it is tuned here, on all images of `labelled`: what [`split_tuning`] reads. LoRA in its published
-            settings when omitted.
-        bridge (`Bridge`, *optional*): a finished one between the two models.
+            How, on all of `labelled`: what [`split_tuning`] reads; LoRA in its published settings when omitted.
+        bridge ([`Bridge`], *optional*): a finished one between the two models.
         class_names (`Sequence[str]`, *optional*):
             In label order; the test set's names when omitted, or without labels those the teacher was tuned on.
         seen_classes (`Sequence[str]`, *optional*): names the tuning saw; adds base, novel, harmonic mean and joint.
         variants (`Sequence`, *optional*):
             The rows: what [`Variant.of`] reads, such as ``"refit"`` or ``{"refit": {"solver": "ridge"}}``; all of
             [`METHODS`] when omitted.
-        anchors (`Anchors`, *optional*): K names of the published adapter; class names and common nouns when omitted.
-        text_anchors (`Anchors`, *optional*): names for the bridge from text; the universal vocabulary when omitted.
-        vocabulary (`str` or `Sequence[str]`, *optional*, defaults to `"common-nouns"`):
-            Auxiliary names of anchors made here, see `Anchors.build`.
-        gradient (`ExtractionConfig`, *optional*): settings of the published solver.
+        anchors ([`Anchors`], *optional*): K names of the published adapter; made of class names and `vocabulary`, as
+            in `Anchors.build`, when omitted.
+        text_anchors ([`Anchors`], *optional*): names for the bridge from text; the universal vocabulary when omitted.
+        gradient ([`ExtractionConfig`], *optional*): settings of the published solver.
         **embedding: passed to `embed_dataset`.
 
     Returns:
@@ -233,7 +230,12 @@ def compare(
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
     )
-    found.verdict = f"{verdict(found)}{_seen(task)}"
+    found.verdict = verdict(found)
+    if task.seen_in_test:
+        found.verdict += (
+            f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
+            "rows that need labels are scored on what they learnt."
+        )
     return found
 
 
@@ -248,10 +250,10 @@ def _rows(variants: Sequence[Variant | str | Mapping] | None) -> list[Variant]:
 
 def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequence[int] | None) -> None:
     """One row, or why there is none."""
-    row = variant.name
+    row, method, needs = variant.name, METHODS[variant.method], variant.needs
     try:
         with task.charged() as cost:
-            made = METHODS[variant.method].run(task, variant)
+            made = method.run(task, variant)
         answer = task.answer(made)
     except Impossible as error:
         found.skipped[row] = str(error)
@@ -260,16 +262,7 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
         found.skipped[row], found.failed[row] = f"it failed: {error}", error
         logger.warning("%s failed and is left out: %s", row, error)
         return
-    _note(found, task, variant, answer)
-    cost = {} if answer.given else cost
-    metrics = _agreement(answer.logits, task.tuned) if task.labels is None else _accuracy(answer.logits, task, base)
-    found.scores += [Score(row, split, metric, value, **cost) for metric, value in metrics.items()]
-
-
-def _note(found: Comparison, task: Task, variant: Variant, answer: Answer) -> None:
-    """All but the scores of a row."""
-    row, method, needs = variant.name, METHODS[variant.method], variant.needs
-    found.logits[row] = answer.logits
+    found.logits[row] = logits = answer.logits
     if answer.classifier is not None:
         found.classifiers[row] = answer.classifier
     if answer.size is not None:
@@ -281,10 +274,12 @@ def _note(found: Comparison, task: Task, variant: Variant, answer: Answer) -> No
         found.notes[row] = LABELS
     elif needs.weak_at_run_time and variant.method not in _WEAK_ALONE:
         found.notes[row] = AT_RUN_TIME
-
-
-def _accuracy(logits: Tensor, task: Task, base: Sequence[int] | None) -> dict[str, float]:
-    return {**score_logits(logits, task.labels, base), "ece": expected_calibration_error(logits, task.labels)}
+    if task.labels is None:
+        metrics = _agreement(logits, task.tuned)
+    else:
+        metrics = score_logits(logits, task.labels, base) | {"ece": expected_calibration_error(logits, task.labels)}
+    cost = {} if answer.given else cost
+    found.scores += [Score(row, split, metric, value, **cost) for metric, value in metrics.items()]
 
 
 def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
@@ -294,16 +289,6 @@ def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
         "confidence": 100 * float(logits.softmax(1).amax(1).mean()),
         "calibration gap": expected_calibration_error(logits, said),
     }
-
-
-def _seen(task: Task) -> str:
-    """What methods have seen of the test images, as a sentence that begins with a space; empty for nothing."""
-    if task.seen_in_test:
-        return (
-            f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
-            "rows that need labels are scored on what they learnt."
-        )
-    return ""
 
 
 def verdict(found: Comparison) -> str:
@@ -339,8 +324,7 @@ def _against(found: Comparison, better: str, worse: str) -> str:
 
 def _names_of(test, teacher: Teacher, embedding: dict) -> Sequence[str]:
     """Names of the test images' labels; without labels, those the tuned model knows."""
-    columns = {key: embedding.get(key) for key in ("image_column", "label_column")}
-    _, label = guess_columns(test, **columns)
+    label = guess_columns(test, embedding.get("image_column"), embedding.get("label_column"))[1]
     names = getattr((test.features or {}).get(label), "names", None)
     if names is None and label is None and isinstance(teacher, (AnchorClassifier, CalibrationPack)):
         names = teacher.class_names

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import SIGLIP
-from ..hub.scores import NOTHING, table
+from ..hub.scores import shown, table
 
 
 # These pool at their end token, the last one the mask shows; BERT-likes at the first token.
@@ -28,13 +28,10 @@ class LayerDrift:
     """How far one part of the text tower has moved.
 
     Args:
-        name (`str`): of the part, layers counted from 1.
-        absolute (`float` or `None`), relative (`float` or `None`):
+        absolute, relative:
             Size of the change, and as a share of the old size (0.1 is a tenth). `None` where old and new have no
             common coordinates, or the old size is 0.
-        similarity (`float`, *optional*):
-            [`linear_cka`] of hidden states, 1 for the same up to rotation and scale. `None` where one model says the
-            same for all texts.
+        similarity: [`linear_cka`] of hidden states. `None` where one model says the same for all texts.
     """
 
     name: str
@@ -55,8 +52,7 @@ def feature_drift(old: DualEncoder, new: DualEncoder, names: Sequence[str]) -> l
         names (`Sequence[str]`): K names. With few of them CKA lies near 1 for any two models: take a hundred or more.
 
     Returns:
-        `list[LayerDrift]`: "embeddings", "layer 1" ... "layer D" of the old model, "class vector". `absolute` and
-        `relative` are `None` between widths that differ.
+        `list[LayerDrift]`: "embeddings", "layer 1" ... "layer D" of the old model, "class vector".
 
     Raises:
         ValueError: no name.
@@ -68,15 +64,14 @@ def feature_drift(old: DualEncoder, new: DualEncoder, names: Sequence[str]) -> l
     if len(after) != len(before):
         depth, before, after = 0, before[:: len(before) - 1], after[:: len(after) - 1]
     parts = ["embeddings", *(f"layer {layer}" for layer in range(1, depth + 1)), "class vector"]
-    return [_state_drift(*part) for part in zip(parts, before, after, strict=True)]
-
-
-def _state_drift(name: str, old: Tensor, new: Tensor) -> LayerDrift:
-    absolute = relative = None
-    if old.shape == new.shape:
-        change, size = (new - old).norm(dim=1), old.norm(dim=1)
-        absolute, relative = float(change.mean()), float((change / size).mean()) if size.all() else None
-    return LayerDrift(name, absolute, relative, linear_cka(old, new))
+    found = []
+    for part, h, moved in zip(parts, before, after, strict=True):
+        absolute = relative = None
+        if h.shape == moved.shape:
+            change, size = (moved - h).norm(dim=1), h.norm(dim=1)
+            absolute, relative = float(change.mean()), float((change / size).mean()) if size.all() else None
+        found.append(LayerDrift(part, absolute, relative, linear_cka(h, moved)))
+    return found
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float | None:
@@ -86,8 +81,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
     rotations, reflections, shifts and scalings of either side.
 
     Args:
-        x (`Tensor`): (N, p).
-        y (`Tensor`): (N, q), rows in the same order.
+        x, y (`Tensor`): (N, p) and (N, q), rows in the same order.
 
     Returns:
         `float` or `None`: `None` where all rows of one side are the same.
@@ -131,11 +125,8 @@ def _pooled_position(family: str, mask: Tensor | None, states: Tensor) -> Tensor
 
 def drift_table(rows: Sequence[LayerDrift]) -> str:
     """Markdown: a row per part; changes relative to the old size in percent."""
-
-    def cell(value: float | None, form: str) -> str:
-        return NOTHING if value is None else format(value, form)
-
-    lines = [
-        [row.name, cell(row.absolute, ".3g"), cell(row.relative, ".1%"), cell(row.similarity, ".3f")] for row in rows
+    cells = [
+        (row.name, shown(row.absolute, ".3g"), shown(row.relative, ".1%"), shown(row.similarity, ".3f"))
+        for row in rows
     ]
-    return table(["part", "change", "relative", "similarity"], lines) + "\n"
+    return table(["part", "change", "relative", "similarity"], cells) + "\n"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,8 @@ from ..hub.adapter_files import SCORES
 from ..hub.card import write_card
 from ..hub.scores import THIS, Score, read_scores, write_scores
 from ..method.classifier import AnchorClassifier
+from ..method.teacher import teacher_logits
+from .reliability import check_labels
 
 
 ZERO_SHOT = "zero-shot"  # method of the rows about the plain model
@@ -42,12 +45,9 @@ def score_logits(logits: Tensor, labels: Tensor, base: Sequence[int] | None = No
         among its own classes only), their harmonic mean `hm`, and `joint`, the same number as `accuracy`.
 
     Raises:
-        ValueError: no image, or a label that has no column.
+        ValueError: as [`check_labels`].
     """
-    if not len(labels):
-        raise ValueError("there is no image to score.")
-    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
-        raise ValueError(f"labels must lie in [0, {logits.shape[1]}), found {int(labels.min())}..{int(labels.max())}.")
+    check_labels(logits, labels)
     scores = {"accuracy": _percent(logits.argmax(1) == labels)}
     columns = torch.zeros(logits.shape[1], dtype=torch.bool)
     columns[list(base or [])] = True
@@ -86,20 +86,17 @@ def evaluate(
     """Scores of a classifier, with or without an adapter, on labelled images.
 
     Args:
-        classifier (`AnchorClassifier`): what to score.
-        dataset (`datasets.Dataset`): labelled images; label i means `classifier.class_names[i]`.
+        dataset (`datasets.Dataset`): labels are matched by name, or are positions in `classifier.class_names`.
         seen_classes (`Sequence[str]`, *optional*): adds base, novel, harmonic mean and joint.
         method, split, dataset_name (`str`, *optional*): noted in the scores.
         **embedding: passed to `embed_dataset`.
 
     Raises:
-        ValueError: no labels, or class names of the dataset that are not the classifier's.
+        ValueError: no labels, class names of the dataset that are not the classifier's, or logits that are not finite.
     """
-    table = embed_dataset(classifier.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
-    labels = align_labels(table, classifier.class_names)
-    device = classifier.encoder.device
-    with torch.no_grad():
-        logits = torch.cat([classifier.classify(x.to(device)).cpu() for x in table.batches(4096)])
+    options = {"accelerator": accelerator, "progress": progress, **embedding}
+    labels = align_labels(embed_dataset(classifier.encoder, dataset, **options), classifier.class_names)
+    logits = teacher_logits(classifier, dataset, classifier.class_names, **options)
     base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
     scores = score_logits(logits, labels, base)
     on = {"dataset": dataset_name, "num_images": len(labels)}
@@ -111,24 +108,16 @@ def record_scores(
 ) -> None:
     """Notes scores in ``scores.json`` of an adapter's folder, with those of its plain model, and writes its card.
 
-    Rows about the same dataset, split and metric are replaced, others stay.
-
-    Args:
-        folder (`str` or `os.PathLike`): of the adapter.
-        classifier (`AnchorClassifier`): what was scored.
-        dataset (`datasets.Dataset`): what it was scored on.
-        scores (`Sequence[Score]`): what `evaluate` returned.
-        **options: as they were passed to `evaluate`.
+    Rows about the same dataset, split and metric are replaced, others stay. `scores` is what `evaluate` returned for
+    the classifier, `dataset` and `options`.
     """
     scores = [replace(score, method=THIS) for score in scores]
     if classifier.adapter_config is not None:  # the encoder below a TransMiter adapter is the plain model
         anchors = Anchors(classifier.class_names, (), classifier.anchors.templates)
         scores += evaluate(AnchorClassifier(classifier.encoder, anchors), dataset, method=ZERO_SHOT, **options)
-    path = Path(folder) / SCORES
-    known = read_scores(path) if path.is_file() else []
-    new = {(score.dataset, score.split, score.metric, score.method) for score in scores}
-    kept = [score for score in known if (score.dataset, score.split, score.metric, score.method) not in new]
-    write_scores(path, [*kept, *scores])
+    path, about = Path(folder) / SCORES, attrgetter("dataset", "split", "metric", "method")
+    known, new = read_scores(path) if path.is_file() else [], set(map(about, scores))
+    write_scores(path, [*(score for score in known if about(score) not in new), *scores])
     write_card(folder)
 
 
@@ -148,7 +137,7 @@ def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
             f"image {row} has label {int(table.labels[row])}, and there are {count} classes: leave such images out, "
             "or the whole column where it holds no labels."
         )
-    if table.class_names is None or list(table.class_names) == list(class_names):
+    if table.class_names is None:
         return table.labels
     lookup = {name: i for i, name in enumerate(class_names)}
     missing = [name for name in table.class_names if name not in lookup]

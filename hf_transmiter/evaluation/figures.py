@@ -1,8 +1,9 @@
 """Figures of reports.
 
 Each function writes the PNG file `path` (its folder is made; atomic) and returns it. They need matplotlib
-(`pip install hf-transmiter[plots]`); without it each draws nothing and returns `None`, which is logged once. Colours
-are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which stay apart for colour-blind readers.
+(`pip install hf-transmiter[plots]`); without it each draws nothing and returns `None`, which is logged once. Where
+there is a `reference`, its values in percent are dashed lines, by name. Colours are those of Okabe and Ito
+(https://jfly.uni-koeln.de/color/), which stay apart for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..hub.files import replace_file
-from .reliability import reliability_bins
+from .reliability import check_labels, reliability_bins
 
 
 if TYPE_CHECKING:
@@ -126,8 +127,6 @@ def bars(
 
     Args:
         scores_by_seed (`Mapping[str, Sequence[float]]`): percent, by method, the first on top.
-        xlabel (`str`, *optional*, defaults to `"accuracy (%)"`): what is shown.
-        reference (`Mapping[str, float]`, *optional*): vertical lines: zero-shot strong, the ceiling...
 
     Raises:
         ValueError: no method, or a method without values.
@@ -169,9 +168,7 @@ def curves(
 
     Args:
         series (`Mapping[str, Sequence[tuple]]`): points (x, y, std), the last for a band of one standard deviation.
-        xlabel, ylabel (`str`): with units.
-        xscale (`str`, *optional*, defaults to `"log"`): `"log"` or `"linear"`.
-        reference (`Mapping[str, float]`, *optional*): horizontal lines.
+        xscale (`str`, *optional*, defaults to `"log"`): or `"linear"`.
 
     Raises:
         ValueError: no series, or an x that a logarithmic axis cannot show.
@@ -225,34 +222,23 @@ def confusion_difference(before: Tensor, after: Tensor, labels: Tensor) -> Tenso
             class without images is NaN.
 
     Raises:
-        ValueError: shapes do not fit, no image, or a label without a column.
+        ValueError: as `reliability.check_labels`, or logits of two shapes.
     """
-    if before.ndim != 2 or before.shape != after.shape or labels.shape != before.shape[:1]:
-        raise ValueError(
-            "before and after must be logits (N, C) on the same images and labels (N,); got "
-            f"{tuple(before.shape)}, {tuple(after.shape)} and {tuple(labels.shape)}."
-        )
-    classes = before.shape[1]
-    if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"labels must lie in [0, {classes}), and there must be one image at least.")
-    labels = labels.long().cpu()
-    difference = torch.zeros(classes, classes, dtype=torch.float64)
-    for logits, sign in ((after, 1.0), (before, -1.0)):
-        counts = torch.full((len(labels),), sign, dtype=torch.float64)
-        difference.index_put_((labels, logits.argmax(1).cpu()), counts, accumulate=True)
-    return 100 * difference / torch.bincount(labels, minlength=classes)[:, None]
+    if before.shape != after.shape:
+        raise ValueError(f"both logits must be (N, C), got {tuple(before.shape)} and {tuple(after.shape)}.")
+    check_labels(before, labels)
+    classes, counts = before.shape[1], []
+    for logits in (before, after):
+        cells = classes * labels.long().cpu() + logits.argmax(1).cpu()
+        counts.append(torch.bincount(cells, minlength=classes**2).view(classes, classes).double())
+    return 100 * (counts[1] - counts[0]) / counts[0].sum(1, keepdim=True)
 
 
 @_drawn
 def confusion_change(
     before: Tensor, after: Tensor, labels: Tensor, names: Sequence[str], path: str | os.PathLike, *, title: str
 ) -> Path | None:
-    """Map of [`confusion_difference`], and the classes whose accuracy rose and fell most.
-
-    Args:
-        before, after (`Tensor`): logits (N, C) on the same images.
-        labels (`Tensor`): (N,).
-        names (`Sequence[str]`): of the C classes; with many, only some are written along the map.
+    """Map of [`confusion_difference`] by the names of the C classes, and those whose accuracy rose and fell most.
 
     Raises:
         ValueError: as [`confusion_difference`], or another number of names.
@@ -287,12 +273,8 @@ def _changed_most(axes: Axes, change: Sequence[float], names: Sequence[str], cou
         axes.set_title("No class gained or lost")
         return
     values = [change[i] for i in rows]
-    axes.barh(range(len(rows)), values, height=0.66, color=[_GAIN if value > 0 else _LOSS for value in values])
-    for row, value in enumerate(values):
-        axes.annotate(
-            form.format(value).replace("-", "−"), (value, row), (3 if value > 0 else -3, 0),
-            textcoords="offset points", va="center", ha="left" if value > 0 else "right", fontsize=7,
-        )  # fmt: skip
+    drawn = axes.barh(range(len(rows)), values, height=0.66, color=[_GAIN if x > 0 else _LOSS for x in values])
+    axes.bar_label(drawn, [form.format(x).replace("-", "−") for x in values], padding=3, fontsize=7)
     axes.axvline(0, color=_GREY, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [names[i] for i in rows], fontsize=7)
     axes.tick_params(axis="y", length=0)
@@ -303,13 +285,9 @@ def _changed_most(axes: Axes, change: Sequence[float], names: Sequence[str], cou
 
 
 @_drawn
-def shift_figure(found: Knowledge, path: str | os.PathLike, *, title: str = "What the adapter prefers") -> Path | None:
-    """The classes whose mean probability rose and fell most; for images without labels, too.
-
-    Args:
-        found (`Knowledge`): of `analyse`.
-    """
-    figure = _figure(6.4, 4.8, title)
+def shift_figure(found: Knowledge, path: str | os.PathLike) -> Path | None:
+    """The classes whose mean probability rose and fell most; for images without labels, too."""
+    figure = _figure(6.4, 4.8, "What the adapter prefers")
     names = [_short(change.name) for change in found.classes]
     axes = figure.add_subplot()
     _changed_most(axes, [change.probability_shift for change in found.classes], names, 12, "{:+.1f}")
@@ -323,15 +301,8 @@ def reliability_figure(
 ) -> Path | None:
     """Accuracy against confidence, a line per classifier, and how many images lie at which confidence.
 
-    On the diagonal confidence is right; below it the classifier is too sure, above it not sure enough. A bin with less
-    than 1 % of the images is left out of the line, it says too little.
-
-    Args:
-        logits (`Mapping[str, Tensor]`): (N, C) by the classifier's name, all on the same images.
-        labels (`Tensor`): (N,).
-
-    Raises:
-        ValueError: as `reliability.reliability_bins`.
+    A bin with less than 1 % of the images is left out of the line, it says too little. Logits (N, C) are by the
+    classifier's name; raises what `reliability.reliability_bins` does.
     """
     figure = _figure(5.6, 6.6, title)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -355,28 +326,11 @@ def reliability_figure(
     return _save(figure, path)
 
 
-def corrected_first(before: Tensor, after: Tensor, labels: Tensor) -> list[int]:
-    """Order in which to show images: those only `after` gets right, those only `before` gets right, those both get
-    wrong, those both get right.
-
-    Args:
-        before, after (`Tensor`): logits (N, C) on the same images.
-        labels (`Tensor`): (N,).
-    """
-    was, now = before.argmax(1) == labels, after.argmax(1) == labels
-    rank = torch.where(now & ~was, 0, torch.where(was & ~now, 1, torch.where(now, 3, 2)))
-    return rank.argsort(stable=True).tolist()
-
-
 @_drawn
 def picture_grid(
     images: Sequence[Image], captions: Sequence[str], path: str | os.PathLike, *, title: str
 ) -> Path | None:
-    """Pictures in rows of five with a caption under each; see [`corrected_first`] for an order.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`): of any size.
-        captions (`Sequence[str]`): one each; lines are kept, long ones wrapped.
+    """Pictures of any size in rows of five with a caption under each, whose lines are kept, long ones wrapped.
 
     Raises:
         ValueError: no image, or another number of captions.
@@ -408,11 +362,7 @@ def compatibility_figure(
 ) -> Path | None:
     """Three bars per method: on the old model, on the upgraded one unchanged, re-trained there. The diamond and the
     number under the name are the harmonic mean of the first two; error bars are one standard deviation over seeds.
-
-    Args:
-        rows (`Sequence[UpgradeScore]`): the first on the left.
-        floors (`Mapping[str, float]`, *optional*): zero-shot accuracies, as dashed lines.
-    """
+    `floors` are zero-shot accuracies by name, as dashed lines."""
     shown = {"old": ("old model", "#A6CEE8"), "upgraded": ("upgraded model, unchanged", "#4C9FD3")}
     # Where nothing was re-trained there is no bar for it, no room, and nothing in the legend.
     shown |= {"retrained": ("re-trained", "#CCCCCC")} if any(row.retrained is not None for row in rows) else {}
@@ -420,11 +370,12 @@ def compatibility_figure(
     axes, apart = figure.add_subplot(), 0.27  # of the middles of two bars
     first = -apart * (len(shown) - 1) / 2
     for i, (attribute, (label, color)) in enumerate(shown.items()):
-        known = [(row, values) for row, one in enumerate(rows) if (values := getattr(one, attribute)) is not None]
-        places, means = [row + first + i * apart for row, _ in known], [statistics.fmean(v) for _, v in known]
-        stds = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in known]
+        known = {row + first + i * apart: getattr(one, attribute) for row, one in enumerate(rows)}
+        known = {place: values for place, values in known.items() if values is not None}
+        stds = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in known.values()]
         style = {"ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}, "zorder": 2}
-        axes.bar(places, means, 0.25, yerr=stds, label=label, color=color, **style)
+        means = list(map(statistics.fmean, known.values()))
+        axes.bar(list(known), means, 0.25, yerr=stds, label=label, color=color, **style)
     means = {i + first + apart / 2: statistics.fmean(row.harmonic) for i, row in enumerate(rows) if row.harmonic}
     axes.scatter(list(means), list(means.values()), s=30, marker="D", color=_COLORS[4], edgecolors="black",
                  linewidths=0.7, zorder=4, label="harmonic mean of old and upgraded")  # fmt: skip

@@ -26,15 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a report, in this order: heading, text, table, figures.
+    """One part of a report: heading, markdown, a [`markdown_table`] of scores (with its notes and baseline), figures.
 
-    Args:
-        title (`str`): heading.
-        text (`str`, *optional*): markdown.
-        scores (`Sequence[Score]`, *optional*): shown by [`markdown_table`].
-        figures (`Sequence[Path | None]`, *optional*): PNG files inside the report's directory. What the functions of
-            `figures` return can be passed as it is: `None`, a figure that could not be drawn, is left out.
-        notes (`Mapping[str, str]`, *optional*), baseline (`str`, *optional*): as in [`markdown_table`].
+    Figures are PNG files inside the report's directory, as the functions of `figures` return them: `None`, one that
+    could not be drawn, is left out, and so is a section that holds nothing else.
     """
 
     title: str
@@ -46,28 +41,23 @@ class Section:
 
 
 def comparison_table(found: Comparison) -> str:
-    """A comparison for people who have to choose: one row per method with its scores, what making it cost, the bytes
-    to be stored for it, and what it needs. Rows that could not be had follow, with the reasons.
+    """What `compare` found as markdown: a row per method with its scores, what making it cost, the bytes to be stored
+    for it, and what it needs. Rows that could not be had follow, with the reasons.
 
     Bold as in [`markdown_table`]: methods that need labels, or strong, tuned and weak model at run time, are never.
-
-    Args:
-        found (`Comparison`): what `compare` returned.
-
-    Returns:
-        `str`: markdown, ending in a newline.
     """
-    methods, header, body = list(found.logits), ["method"], [[cell_text(method) for method in found.logits]]
+    methods, columns = list(found.logits), {"method": list(map(cell_text, found.logits))}
     cells = {(score.method, score.metric): score for score in found.scores}
     for metric in dict.fromkeys(score.metric for score in found.scores):
-        header.append(cell_text(metric_title(metric)))
-        body.append(column({m: cells.get((m, metric)) for m in methods}, None, found.notes, metric))
-    header += ["seconds", "peak MB", "size", *NEEDS.values()]
-    body += [[mean_cost(found.scores, method, name) for method in methods] for name in ("seconds", "peak_mb")]
-    body.append([_size(found.sizes.get(method)) for method in methods])
-    body += [["yes" if getattr(found.needs[method], need) else "no" for method in methods] for need in NEEDS]
+        scores = {method: cells.get((method, metric)) for method in methods}
+        columns[cell_text(metric_title(metric))] = column(scores, None, found.notes, metric)
+    for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
+        columns[title] = [mean_cost(found.scores, method, name) for method in methods]
+    columns["size"] = [_size(found.sizes.get(method)) for method in methods]
+    for need, title in NEEDS.items():
+        columns[title] = ["yes" if getattr(found.needs[method], need) else "no" for method in methods]
     left_out = "".join(f"- {cell_text(method)}: {cell_text(reason)}\n" for method, reason in found.skipped.items())
-    shown = table(header, zip(*body, strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
+    shown = table(list(columns), zip(*columns.values(), strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
     return shown + (f"\nNot in the table:\n\n{left_out}" if left_out else "")
 
 
@@ -86,16 +76,9 @@ def _size(count: int | None) -> str:
 
 
 def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, title: str, intro: str = "") -> Path:
-    """Writes `report.md`: the sections' texts, tables and figures, figures by relative links. Atomic; a report that is
-    there already is replaced, which is logged.
+    """Writes `report.md` and returns its path: `title`, `intro` and the sections, with relative links to figures.
 
-    Args:
-        directory (`Path`): made if need be; the figures are in it already, by custom under `figures/`.
-        sections (`Sequence[Section]`): in order.
-        title, intro (`str`): heading and first paragraph.
-
-    Returns:
-        `Path`: of `report.md`.
+    Atomic; the directory is made if need be, and a report that is there already is replaced, which is logged.
 
     Raises:
         ValueError: a figure outside the directory, or scores that make no table.
@@ -103,15 +86,15 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
     directory = Path(directory)
     parts = [f"# {title}", intro.strip()]
     for section in sections:
-        parts += [f"## {section.title}", section.text.strip()]
+        shown = [section.text.strip()]
         if section.scores:
-            parts.append(markdown_table(section.scores, baseline=section.baseline, notes=section.notes).strip())
-        for figure in section.figures:
-            if figure is not None:
-                link = quote(figure.relative_to(directory).as_posix())
-                parts.append(f"![{figure.stem.replace('_', ' ')}]({link})")
+            shown.append(markdown_table(section.scores, baseline=section.baseline, notes=section.notes).strip())
+        for figure in filter(None, section.figures):
+            link = quote(figure.relative_to(directory).as_posix())
+            shown.append(f"![{figure.stem.replace('_', ' ')}]({link})")
+        parts += [f"## {section.title}", *shown] if any(shown) else []
     path = directory / "report.md"
-    text = "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(filter(None, parts)) + "\n"
     if path.exists():
         logger.info("%s is replaced.", path)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -119,26 +102,19 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
 
 
 def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str) -> Path:
-    """Writes `report.md`, `analysis.json` (every class) and `figures/`. Files are replaced one by one, atomically.
+    """Writes `report.md`, whose path it returns, `analysis.json` (every class) and `figures/` of what `analyse` found.
 
-    Args:
-        directory (`str` or `os.PathLike`): made if need be.
-        found (`Knowledge`): of `analyse`.
-        title (`str`): heading.
-
-    Returns:
-        `Path`: of `report.md`.
+    The directory is made if need be; files are replaced one by one, atomically.
     """
     directory = Path(directory)
     folder = directory / "figures"
     drawn = [figures.shift_figure(found, folder / "shifts.png")]
     if found.labels is not None:
-        pair, title_ = (found.logits[BEFORE], found.logits[AFTER]), "With the adapter, against zero-shot"
-        path = folder / "confusions.png"
-        drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, title=title_))
-        path, title_ = folder / "reliability.png", "How far confidence can be believed"
-        drawn.append(figures.reliability_figure(found.logits, found.labels, path, title=title_))
+        pair, path = (found.logits[BEFORE], found.logits[AFTER]), folder / "confusions.png"
+        about = {"title": "With the adapter, against zero-shot"}
+        drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, **about))
+        about, path = {"title": "How far confidence can be believed"}, folder / "reliability.png"
+        drawn.append(figures.reliability_figure(found.logits, found.labels, path, **about))
     values = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(directory / "analysis.json", lambda path: path.write_text(values, encoding="utf-8"))
-    sections = [Section("Figures", figures=drawn)] if any(drawn) else []
-    return write_report(directory, sections, title=title, intro=markdown(found))
+    return write_report(directory, [Section("Figures", figures=drawn)], title=title, intro=markdown(found))

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -133,11 +133,17 @@ def _known(score: Score | None) -> bool:
     return score is not None and not math.isnan(score.value)
 
 
+def shown(value: float | None, form: str = ".1f") -> str:
+    """As a cell of a table; a dash where there is none."""
+    return NOTHING if value is None else format(value, form)
+
+
 def column(
-    scores: Mapping[str, Score | None], baseline: str | None, notes: Mapping[str, str], metric: str
+    scores: Mapping[str, Score | None], baseline: str | None, notes: Collection[str], metric: str, digits: int = 1
 ) -> list[str]:
+    """Cells of one metric, the best of the methods without a note in bold."""
     # Rounded as printed: what looks the same is marked the same.
-    fair = {method: round(s.value, 1) for method, s in scores.items() if _known(s) and method not in notes}
+    fair = {method: round(s.value, digits) for method, s in scores.items() if _known(s) and method not in notes}
     choose = min if metric in _LOWEST else max
     best = choose(fair.values()) if len(fair) > 1 and metric not in _UNRANKED else None
     base = scores.get(baseline)
@@ -146,7 +152,7 @@ def column(
         if not _known(score):
             texts.append(NOTHING)
             continue
-        text = f"{score.value:.1f}" + (f" ± {score.std:.1f}" if score.seeds > 1 else "")
+        text = f"{score.value:.{digits}f}" + (f" ± {score.std:.{digits}f}" if score.seeds > 1 else "")
         if fair.get(method) == best is not None:
             text = f"**{text}**"
         if _known(base) and method != baseline:

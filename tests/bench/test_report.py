@@ -11,7 +11,7 @@ from hf_transmiter.bench.report import gather, write_bench_report
 PAIR = {"weak": "openai/clip-vit-base-patch16", "strong": "openai/clip-vit-large-patch14"}
 CONFIG = {
     "title": "A bench",
-    "notes": "On paper only.",
+    "notes": "On paper only.\n",
     "models": [PAIR],
     "datasets": ["dtd", "eurosat"],
     "tunings": [{"name": "PromptSRC", "method": "promptsrc"}],
@@ -118,7 +118,7 @@ def test_reports_hold_no_path_of_the_machine(tmp_path, no_figures):
     found = config(models=[pair], datasets=[str(pictures), "dtd"], seeds=[1, 2])
     fill(found, tmp_path / "out", accuracies, skip=[("dtd", 2)])
     missing = next(cell for cell in cells(found) if (cell.spec.name, cell.seed) == ("dtd", 2))
-    write_failure(tmp_path / "out", missing, "nothing", "Traceback")
+    write_failure(tmp_path / "out", missing, ValueError("nothing"))
     report = write_bench_report(found, tmp_path / "out").read_text()
     assert "## model → sandbox:strong" in report and "| method | pictures | dtd |" in report
     assert str(tmp_path) not in report
@@ -134,7 +134,7 @@ def test_what_is_missing_or_failed_is_said(tmp_path, no_figures):
     found = config()
     fill(found, tmp_path, accuracies, skip=[("dtd", 2), ("eurosat", 1), ("eurosat", 2)])
     every = list(cells(found))
-    write_failure(tmp_path, every[1], "too\nfew images", "Traceback")
+    write_failure(tmp_path, every[1], ValueError("too\nfew images"))
     report = write_bench_report(found, tmp_path).read_text()
     assert "1 of 4 cells" in report
     assert "Failed:\n\n- dtd, PromptSRC, 16 shots, seed 2: too few images" in report

@@ -16,7 +16,6 @@ from hf_transmiter.evaluation.figures import (
     compatibility_figure,
     confusion_change,
     confusion_difference,
-    corrected_first,
     curves,
     picture_grid,
     reliability_figure,
@@ -189,7 +188,7 @@ def test_confusion_difference_errors():
         (logits, logits, torch.zeros(2)),
         (torch.zeros(3), torch.zeros(3), torch.zeros(3)),  # predictions instead of logits
     ):
-        with pytest.raises(ValueError, match=r"must be logits \(N, C\)"):
+        with pytest.raises(ValueError, match=r"logits must be \(N, C\)"):
             confusion_difference(before, after, labels)
     for labels in (torch.tensor([0, 1, 2]), torch.tensor([0, -1, 1])):
         with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
@@ -232,14 +231,6 @@ def test_at_most_eight_classes_on_either_side(tmp_path, drawn):
     after = one_hot([i if i < 12 else (i + 1) % 30 for i in range(30)], 30)
     confusion_change(before, after, labels, [str(i) for i in labels.tolist()], tmp_path / "a.png", title="t")
     assert [bar.get_width() for bar in drawn[0].axes[1].patches] == [100] * 8 + [-100] * 8
-
-
-def test_corrected_images_come_first():
-    labels = torch.tensor([0, 0, 0, 0, 1])
-    before = one_hot([0, 1, 0, 1, 0], 2)
-    after = one_hot([0, 1, 1, 0, 1], 2)
-    # 3 and 4 corrected, 2 broken, 1 wrong twice, 0 right twice.
-    assert corrected_first(before, after, labels) == [3, 4, 2, 1, 0]
 
 
 def test_picture_grid_shows_every_picture_with_its_caption(tmp_path, drawn):

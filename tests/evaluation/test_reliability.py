@@ -1,4 +1,4 @@
-"""Calibration error, reliability bins and the temperature."""
+"""Calibration error and reliability bins."""
 
 import math
 
@@ -66,11 +66,12 @@ def test_bins():
 @pytest.mark.parametrize(
     ("logits", "labels", "bins", "match"),
     [
-        (torch.zeros(0, 3), torch.zeros(0), 15, "an image and two classes"),
+        (torch.zeros(0, 3), torch.zeros(0), 15, "no image to score"),
+        (torch.zeros(2, 1), torch.zeros(2), 15, "two classes"),
         (torch.zeros(2, 3), torch.tensor([0, 3]), 15, r"\[0, 3\), found 0..3"),
         (torch.zeros(2, 3), torch.tensor([-1, 2]), 15, r"\[0, 3\), found -1..2"),
-        (torch.zeros(2, 3), torch.zeros(3), 15, "on 3 images"),
-        (torch.zeros(2, 3), torch.zeros(2, 3), 15, "one whole number per image"),
+        (torch.zeros(2, 3), torch.zeros(3), 15, r"on the same images, got \(2, 3\) and \(3,\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), 15, r"labels \(N,\) .* and \(2, 3\)"),
         (torch.full((2, 3), torch.nan), torch.zeros(2), 15, "finite"),
         (torch.zeros(2, 3), torch.zeros(2), 0, "at least one bin"),
     ],
