@@ -299,8 +299,8 @@ def _kind(method: str) -> type[PeftConfig]:
     """PEFT configuration of a method."""
     kind = CoOpConfig if method == "prograd" else PEFT_TYPE_TO_CONFIG_MAPPING.get(method.upper())
     if kind is None or issubclass(kind, (PromptLearningConfig, TransMiterConfig)):
-        known = [str(one.value).lower() for one, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()]
-        raise ValueError(f"tune cannot train an adapter {method!r}; {did_you_mean(method, (*METHODS, *known))}")
+        known = ", ".join(METHODS)
+        raise ValueError(f"method must be one of {known}, or another of PEFT that changes layers, got {method!r}.")
     return kind
 
 

@@ -134,7 +134,7 @@ def test_reading_a_file(tmp_path, monkeypatch):
         ({"shots": [0]}, "shots must be whole numbers of at least 1, got 0"),
         ({"shots": ["16"]}, "got '16'"),
         ({"max_images": 1.5}, "max_images must be a whole number of at least 1, got 1.5"),
-        ({"tunings": [{"method": "cop"}]}, "cannot train an adapter 'cop'; did you mean 'coop'"),
+        ({"tunings": [{"method": "cop"}]}, "method must be one of lora, coop"),
         (
             {"tunings": [{"method": "coop", "epoch": 3}]},
             "the tuning 'coop': .* an option 'epoch'; did you mean 'epochs'",

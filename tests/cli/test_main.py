@@ -247,7 +247,7 @@ def test_errors_are_one_line(out, chain, tmp_path):
     assert "me/none" in error(*tune, *weak, "--dataset", "me/none")
     assert "train, unlabelled" in error(*tune, *weak, "--dataset", "sandbox:print", "--split", "dev")
     assert "no column 'kind'" in error(*tune, *weak, *PRINT, "--label-column", "kind")
-    assert "tune cannot train an adapter 'magic'" in error(*tune, *weak, *PRINT, "--method", "magic")
+    assert "method must be one of" in error(*tune, *weak, *PRINT, "--method", "magic")
     assert "dtype must be" in error(*tune, *weak, *PRINT, "--dtype", "int8")
     assert "cannot be used" in error(*tune, *weak, *PRINT, "--device", "abacus")
     assert "No templates named 'nice'" in error(*tune, *weak, *PRINT, "--template", "nice")
