@@ -153,7 +153,7 @@ def test_adapters_that_cannot_be_tuned(encoder, make_dataset):
     for adapter, said in (
         (
             "tipadapter",
-            "method must be one of lora, coop, .*, or another of PEFT that changes layers, got 'tipadapter'",
+            "must be one of lora, coop, .*, or another of PEFT that changes layers, got 'tipadapter'",
         ),
         ("prefix_tuning", "method must be one of .* got 'prefix_tuning'"),
         (TransMiterConfig(class_names=NAMES), "method must be one of .* got 'transmiter'"),
