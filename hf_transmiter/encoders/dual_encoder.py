@@ -17,7 +17,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, BaseImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    SiglipImageProcessorPil,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
@@ -203,8 +211,7 @@ class DualEncoder:
                 by path are turned upright by their EXIF orientation, as `datasets` does.
 
         Returns:
-            `Tensor`: (B, 3, S, S) float32 on the CPU, ``S = image_size``. SigLIP 2 NaFlex pictures are squeezed to a
-            square grid of patches, as the fixed-resolution SigLIP checkpoints do.
+            `Tensor`: (B, 3, S, S) float32 on the CPU, ``S = image_size``; see [`square_processor`].
 
         Raises:
             ValueError: a picture cannot be read; the message names it.
@@ -214,16 +221,8 @@ class DualEncoder:
         pictures = [_read_rgb(image, index) for index, image in enumerate(images)]
         if not pictures:
             raise ValueError("no images were given.")
-        image_processor = self._require("image_processor")
-        if self.family != "siglip2":
-            return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        side, patch = self.image_size, self.model.config.vision_config.patch_size
-        pictures = [picture.resize((side, side), image_processor.resample) for picture in pictures]
-        patches = image_processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
-        grid = side // patch
-        patches = patches[:, : grid * grid]  # the rest is padding up to max_num_patches
-        pixels = patches.reshape(len(pictures), grid, grid, patch, patch, 3)
-        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(pictures), 3, side, side)
+        image_processor = square_processor(self._require("image_processor"), self.model.config)
+        return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
     def embed_pixels(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device."""
@@ -394,6 +393,17 @@ def load_image_processor(name: str, *, revision: str | None = None, **hub) -> Ba
     return AutoImageProcessor.from_pretrained(
         model_location(name), revision=revision, backend="pil", trust_remote_code=False, **hub
     )
+
+
+def square_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> BaseImageProcessor:
+    """Of SigLIP 2 NaFlex one that squeezes pictures to a square grid of patches and leaves them pixels, as the
+    fixed-resolution SigLIP checkpoints do; that of any other model as it is."""
+    if config.model_type != "siglip2":
+        return processor
+    side = config.vision_config.patch_size * math.isqrt(processor.max_num_patches)
+    kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    kept = {name: getattr(processor, name) for name in kept}
+    return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
 
 
 def _read_rgb(image, index: int) -> Image.Image:

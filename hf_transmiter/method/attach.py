@@ -23,7 +23,7 @@ from ..hub.adapter_files import CONFIG, WEIGHTS
 from ..hub.checks import read_header
 from ..hub.repo import fetch, read_json
 from ..tuners import CoOpConfig
-from ..tuners.injection import inject
+from ..tuners.injection import adapter_state, inject
 from ..tuners.prompts import PromptConfig, PromptLayer, prompt_layer, set_classes
 from ..tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
 
@@ -210,8 +210,10 @@ def reattach_prompt(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
     if reason is not None:
         raise ValueError(f"the prompts cannot be re-attached: {reason}.")
     layer = active_prompts(tuned)
+    attached = with_prompts(strong, copy.deepcopy(layer.active_config))
     state = get_peft_model_state_dict(tuned.model, adapter_name=layer.active_name)
-    return with_prompts(strong, copy.deepcopy(layer.active_config), state)
+    set_peft_model_state_dict(attached.model, state)
+    return attached
 
 
 def why_closed(strong: DualEncoder) -> str | None:
@@ -229,12 +231,10 @@ def active_prompts(tuned: DualEncoder) -> PromptLayer | None:
     return None if layer is None or layer.active_name is None else layer
 
 
-def with_prompts(strong: DualEncoder, config: PeftConfig, state: dict[str, Tensor] | None = None) -> DualEncoder:
-    """A frozen copy of the strong model with an adapter."""
+def with_prompts(strong: DualEncoder, config: PeftConfig) -> DualEncoder:
+    """A frozen copy of the strong model with a fresh adapter."""
     model = copy.deepcopy(strong.model).eval()
     inject(model, config)
-    if state is not None:
-        set_peft_model_state_dict(model, state)
     return DualEncoder(model.requires_grad_(False), strong.processor, strong.name_or_path, strong.revision)
 
 
@@ -253,8 +253,7 @@ def _read_weights(source: str, model: nn.Module, mapping: Tensor | None) -> dict
     path = fetch(source, WEIGHTS)
     if path is None:
         raise Incompatible(source, f"it holds no {WEIGHTS}, and nothing else is read")
-    own = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-    shapes = {_PREFIX + key.removeprefix(_PREFIX): tuple(tensor.shape) for key, tensor in own.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in adapter_state(model).items()}
     if mapping is not None:
         shapes = {key: (*shape[:-1], len(mapping)) for key, shape in shapes.items()}
     try:

@@ -188,9 +188,21 @@ class Bridge:
         if held_out is not None and held_out.n >= MIN_HELD_OUT:
             kept = held_out.in_space(space).alignment((moment - held_out).solve(space, beta)[0])
         beta = min(beta, 1e300)  # as far as files go, and for this β the map is the same
-        mean_strong, mean_weak = (mean.float() for mean in means)
-        found = (scale, mean_strong, mean_weak, strong, weak, source, int(moment.n), fit.alignment(matrix), beta)
-        return cls(space, matrix.float(), *found, anchors, held_out=kept, scale_back=scale_back)
+        return cls(
+            space,
+            matrix.float(),
+            scale,
+            *(mean.float() for mean in means),
+            strong,
+            weak,
+            source,
+            num_pairs=int(moment.n),
+            alignment=fit.alignment(matrix),
+            beta=beta,
+            anchors=anchors,
+            held_out=kept,
+            scale_back=scale_back,
+        )
 
     @property
     def derived(self) -> str | None:

@@ -139,15 +139,7 @@ def closed_form(
     Raises:
         ValueError: neither images nor vectors.
     """
-    if vectors is not None:
-        tensors = {"anchors": text, "class_vectors": vectors.float().cpu(), "bias": torch.zeros(len(text))}
-        return tensors, {"own_class_vectors": True}
-    if table is None:
-        raise ValueError(
-            "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "
-            "its logits are stored): pass unlabelled images as dataset."
-        )
-    scale = float(weak.logit_scale)
+    scale, bias = float(weak.logit_scale), torch.zeros(len(text))
 
     def labelled():
         return ((x, logits[rows]) for rows, x in table.share(accelerator))
@@ -158,13 +150,21 @@ def closed_form(
             change = said / scale - own
             yield x, own + change - change.mean(1, keepdim=True)
 
-    if config.solver == "ridge":
+    if vectors is not None:
+        vectors, facts = vectors.float().cpu(), {"own_class_vectors": True}
+    elif table is None:
+        raise ValueError(
+            "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "
+            "its logits are stored): pass unlabelled images as dataset."
+        )
+    elif config.solver == "ridge":
         solution = ridge(targets, text.T, config.lambdas, accelerator)
-        tensors = {"anchors": text, "class_vectors": solution.weight.T.contiguous(), "bias": solution.bias * scale}
-        return tensors, {"lambda": solution.lam, "leave_one_out_error": solution.errors.get(solution.lam)}
-    vectors, _, _ = discriminant_head(labelled, text, 1.0, config.shrinkage, accelerator=accelerator)
-    tensors = {"anchors": text, "class_vectors": normalize(vectors, dim=-1), "bias": torch.zeros(len(text))}
-    return tensors, {"shrinkage": config.shrinkage}
+        vectors, bias = solution.weight.T.contiguous(), solution.bias * scale
+        facts = {"lambda": solution.lam, "leave_one_out_error": solution.errors.get(solution.lam)}
+    else:
+        vectors, _, _ = discriminant_head(labelled, text, 1.0, config.shrinkage, accelerator=accelerator)
+        vectors, facts = normalize(vectors, dim=-1), {"shrinkage": config.shrinkage}
+    return {"anchors": text, "class_vectors": vectors, "bias": bias}, facts
 
 
 def gradient(

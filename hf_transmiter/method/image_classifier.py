@@ -9,7 +9,6 @@ Importing this module registers both classes with transformers' Auto classes.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -23,14 +22,13 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    SiglipImageProcessorPil,
 )
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..algebra import check_finite
-from ..encoders.dual_encoder import load_image_processor
+from ..encoders.dual_encoder import load_image_processor, square_processor
 from ..encoders.families import (
     IMAGE_PARTS,
     aligned,
@@ -202,7 +200,8 @@ class TransMiterForImageClassification(PreTrainedModel):
                 setattr(model.encoder, part, copy.deepcopy(getattr(encoder.model, part)))
         head = TransMiterConfig.from_peft_type(**config.adapter)
         model.transmiter = TransMiterLayer.holding(head, tensors, encoder.device)
-        model.image_processor = _square(getattr(encoder.processor, "image_processor", None), config.base_config)
+        processor = getattr(encoder.processor, "image_processor", None)
+        model.image_processor = None if processor is None else square_processor(processor, config.base_config)
         return model.eval().requires_grad_(False)
 
     @classmethod
@@ -251,16 +250,6 @@ class TransMiterForImageClassification(PreTrainedModel):
             model.image_processor = load_image_processor(source, **hub)
         model = aligned(model).requires_grad_(False)
         return (model, info) if wants_info else model
-
-
-def _square(processor: BaseImageProcessor | None, base_config: PreTrainedConfig) -> BaseImageProcessor | None:
-    """SigLIP 2 NaFlex pictures as [`DualEncoder.preprocess`] makes them: square, and as pixels; others as they are."""
-    if processor is None or base_config.model_type != "siglip2":
-        return processor
-    side = base_config.vision_config.patch_size * math.isqrt(processor.max_num_patches)
-    kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-    kept = {name: getattr(processor, name) for name in kept}
-    return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
 
 
 def _check_counts(config: dict) -> None:

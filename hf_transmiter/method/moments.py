@@ -137,11 +137,11 @@ def sum_dataset(
         TypeError: a keyword that `embed_dataset` does not have, without images too.
     """
     inspect.signature(embed_dataset).bind(weak, dataset, accelerator=accelerator, **embedding)
-    texts, widths = None, (strong.embed_dim, weak.embed_dim)
-    if space == "logit" or dataset is None:
+    texts, logit = None, space == "logit"
+    widths = (len(anchors), len(anchors)) if logit else (strong.embed_dim, weak.embed_dim)
+    if logit or dataset is None:
         texts = [model.embed_names(anchors.names, anchors.templates).cpu() for model in (weak, strong)]
     if dataset is None:
         return sum_pairs([(texts[1], texts[0])], *widths)
     tables = [embed_dataset(model, dataset, accelerator=accelerator, **embedding) for model in (weak, strong)]
-    widths = widths if texts is None else (len(anchors), len(anchors))
     return sum_pairs(image_pairs(weak, strong, tables, texts, accelerator), *widths, accelerator)

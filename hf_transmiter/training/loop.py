@@ -133,29 +133,27 @@ def fit(
         ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights`, a number of
             losses that does not go with `combine`, a loss that is not finite, or a checkpoint of another run.
     """
-    run = _Run(parameters, step, num_examples, config, combine, accelerator)
-    average = _EpochAverage(run.parameters, epoch_weights, config.epochs)
-    settings = {**asdict(config), "num_examples": num_examples, "epoch_weights": average.weights}
-    state = _Checkpoint(checkpoint, run.parameters, run.optimizer, average.sums, settings)
+    run = _Run(parameters, step, num_examples, config, combine, epoch_weights, accelerator)
+    state = _Checkpoint(checkpoint, run)
     first, losses = state.load(), []
     quiet = not progress or run.rank > 0
     with tqdm(total=run.total, initial=first * run.per_epoch, desc=description, disable=quiet, leave=False) as bar:
         for epoch in range(first, config.epochs):
             losses.append(run.epoch(epoch, bar))
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            average.add(epoch)
             if run.rank == 0 and epoch + 1 < config.epochs:
                 state.save(epoch + 1)
-    average.replace()
+    for p, average in zip(run.parameters, run.averages, strict=False):
+        p.data.copy_(average)
     if run.rank == 0:
         state.remove()
     return losses
 
 
 class _Run:
-    """What an epoch needs, on this process."""
+    """What an epoch needs, on this process. `averages` sums ``g_e theta_e`` in fp32; it is empty without weights."""
 
-    def __init__(self, parameters, step: Step, num_examples: int, config: FitConfig, combine, accelerator):
+    def __init__(self, parameters, step: Step, num_examples: int, config: FitConfig, combine, weights, accelerator):
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters or num_examples < 1:
             raise ValueError(f"nothing to train: {len(self.parameters)} parameters and {num_examples} examples.")
@@ -166,6 +164,14 @@ class _Run:
             self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.per_epoch = math.ceil(num_examples / config.batch_size)
         self.total = self.per_epoch * config.epochs
+        self.weights, self.averages = None, []
+        if weights is not None:
+            self.weights = [float(weight) for weight in weights]
+            if len(weights) != config.epochs:
+                raise ValueError(f"there must be one weight per epoch: got {len(weights)} for {config.epochs}.")
+            if not math.isclose(sum(self.weights), 1, abs_tol=1e-4):
+                raise ValueError(f"epoch_weights must add up to 1, got {sum(self.weights)}: divide them by that.")
+            self.averages = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.parameters]
 
     def epoch(self, epoch: int, bar: tqdm) -> float:
         """Goes through the examples once; their mean loss."""
@@ -184,6 +190,8 @@ class _Run:
             self.optimizer.step()
             epoch_loss += float(losses[0]) * len(indices)
             bar.update()
+        for p, average in zip(self.parameters, self.averages, strict=False):
+            average.add_(p.detach().float(), alpha=self.weights[epoch])
         return epoch_loss / self.num_examples
 
     def _backward(self, indices: Tensor, seed: int) -> Tensor:
@@ -216,28 +224,6 @@ class _Run:
         return losses
 
 
-class _EpochAverage:
-    """Sums ``g_e theta_e`` in fp32; nothing where there are no weights."""
-
-    def __init__(self, parameters: list[nn.Parameter], weights: Sequence[float] | None, epochs: int):
-        self.weights, self.parameters = None, []
-        if weights is not None:
-            self.weights, self.parameters = [float(weight) for weight in weights], parameters
-            if len(self.weights) != epochs:
-                raise ValueError(f"epoch_weights must hold one weight per epoch: got {len(weights)} for {epochs}.")
-            if not math.isclose(sum(self.weights), 1, abs_tol=1e-4):
-                raise ValueError(f"epoch_weights must add up to 1, got {sum(self.weights)}: divide them by that.")
-        self.sums = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.parameters]
-
-    def add(self, epoch: int) -> None:
-        for p, total in zip(self.parameters, self.sums, strict=True):
-            total.add_(p.detach().float(), alpha=self.weights[epoch])
-
-    def replace(self) -> None:
-        for p, total in zip(self.parameters, self.sums, strict=True):
-            p.data.copy_(total)
-
-
 def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
@@ -253,19 +239,19 @@ def _seed(seed: int, epoch: int, number: int) -> int:
 
 
 class _Checkpoint:
-    """Parameters, optimizer state and sums over epochs in one safetensors file."""
+    """Parameters, optimizer state and averages over epochs in one safetensors file."""
 
-    def __init__(self, path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, sums, settings: dict):
-        self.path = Path(path) if path else None
-        self.parameters, self.optimizer, self.sums = parameters, optimizer, sums
+    def __init__(self, path, run: _Run):
+        self.path, self.run = Path(path) if path else None, run
+        settings = {**asdict(run.config), "num_examples": run.num_examples, "epoch_weights": run.weights}
         self.settings = json.dumps(settings, sort_keys=True)
 
     def save(self, epoch: int) -> None:
         if self.path is None:
             return
         tensors = {key: value.detach().contiguous() for key, value in self._tensors().items()}
-        for i, p in enumerate(self.parameters):
-            for key, value in self.optimizer.state[p].items():
+        for i, p in enumerate(self.run.parameters):
+            for key, value in self.run.optimizer.state[p].items():
                 if torch.is_tensor(value):
                     tensors[f"state.{i}.{key}"] = value.contiguous()
         metadata = {"epoch": str(epoch), "settings": self.settings}
@@ -282,15 +268,15 @@ class _Checkpoint:
             raise ValueError(f"{self.path} is the checkpoint of another run; remove it or use its settings.")
         for key, value in own.items():
             value.data.copy_(check_finite(tensors[key].reshape(1, -1), "the checkpoint").reshape(value.shape))
-        for i, p in enumerate(self.parameters):
+        for i, p in enumerate(self.run.parameters):
             prefix = f"state.{i}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            self.optimizer.state[p].update(state)
+            self.run.optimizer.state[p].update(state)
         return int(metadata["epoch"])
 
     def _tensors(self) -> dict[str, Tensor]:
-        parameters = {f"parameter.{i}": p for i, p in enumerate(self.parameters)}
-        return parameters | {f"sum.{i}": total for i, total in enumerate(self.sums)}
+        parameters = {f"parameter.{i}": p for i, p in enumerate(self.run.parameters)}
+        return parameters | {f"sum.{i}": average for i, average in enumerate(self.run.averages)}
 
     def remove(self) -> None:
         if self.path is not None:

@@ -92,7 +92,7 @@ def test_commands(load, make_dataset, tmp_path):
     rows = ("zero-shot strong", "refit", "tuned strong")
     chosen = [word for row in rows for word in ("--methods", row)]
     table = run("compare", *teacher, "--strong", names[1], *pictures, "--unlabelled", tmp_path / "data", *chosen)
-    accuracy = {score["method"]: score["value"] for score in table["scores"] if score["metric"] == "accuracy"}
+    accuracy = {row["name"]: row["scores"]["accuracy"] for row in table["rows"]}
     assert accuracy["zero-shot strong"] == before["value"] and accuracy["refit"] > before["value"] + 20
     config = json.loads((tmp_path / "strong" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == names[1]
