@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_folder_for_the_hub_and_a_file(out):
     assert sorted(path.name for path in (out / "street").iterdir()) == ["README.md", "bridge.safetensors"]
     bridge = Bridge.from_pretrained(out / "street")
     assert (bridge.dataset, bridge.held_out) == (found["dataset"], found["held_out"])
-    assert bridge.versions["torch"] == torch.__version__
+    assert bridge.versions["torch"] == version("torch")
     said = run("bridge", *options, "--output", out / "street.safetensors").stdout
     assert f"from 150 images pairs, alignment {bridge.alignment:.3f} (held out: {bridge.held_out:.3f})" in said
     assert torch.equal(Bridge.load(out / "street.safetensors").matrix, bridge.matrix)
