@@ -14,14 +14,16 @@ from hf_transmiter.cli.demo import SANDBOX_TUNING
 from hf_transmiter.data.embeddings import embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.baselines import (
+    TOKEN_RIDGE,
     carried_contexts,
     emulated_fine_tuning,
     linear_head,
     logit_ensemble,
     prompt_transfer,
+    solve_token_map,
     why_no_prompt_transfer,
 )
-from hf_transmiter.method.attach import TOKEN_RIDGE, reattach_prompt, solve_token_map, why_not_reattached
+from hf_transmiter.method.attach import reattach_prompt, why_not_reattached
 from hf_transmiter.method.teacher import teacher_logits
 from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import FitConfig, TuningConfig

@@ -3,7 +3,6 @@ clear refusal of everything that does not fit."""
 
 import copy
 import json
-import logging
 import shutil
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, CLIPTo
 
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
-from hf_transmiter.method.attach import TOKEN_RIDGE, Incompatible, attach, token_map
+from hf_transmiter.method.attach import Incompatible, attach
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.tuners import (
     CoCoOpConfig,
@@ -270,72 +269,3 @@ def test_shapes_are_compared_before_anything_is_read(encoder, saved, tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(Incompatible, match="adapter_model.safetensors is damaged"):
         attach(folder, encoder)
-
-
-@pytest.fixture
-def wide():
-    return variant(text={"hidden_size": 24})
-
-
-def logged_fit(caplog):
-    """R² of the map made last."""
-    return float(caplog.messages[-1].rpartition("R² = ")[2])
-
-
-def test_token_map_is_least_squares(encoder, wide, caplog):
-    caplog.set_level(logging.INFO)
-    old, new = (e.model.text_model.embeddings.token_embedding.weight.detach().double() for e in (encoder, wide))
-    mapping = token_map(encoder, wide)
-    gram = old.T @ old
-    by_hand = torch.linalg.solve(gram + TOKEN_RIDGE * gram.trace() / 16 * torch.eye(16), old.T @ new)
-    assert mapping.shape == (16, 24) and torch.allclose(mapping.double(), by_hand, atol=1e-5)
-    left = (old @ by_hand - new).square().sum() / (new - new.mean(0)).square().sum()
-    assert logged_fit(caplog) == pytest.approx(1 - float(left), abs=6e-4)
-
-
-def test_token_map_finds_a_linear_upgrade(encoder, wide, caplog):
-    caplog.set_level(logging.INFO)
-    turn = torch.randn(16, 24)
-    wide.model.text_model.embeddings.token_embedding.weight.data = (
-        encoder.model.text_model.embeddings.token_embedding.weight @ turn
-    )
-    token_map(encoder, wide)
-    assert logged_fit(caplog) > 0.98
-    wide.model.text_model.embeddings.token_embedding.weight.data.normal_()  # nothing in common
-    token_map(encoder, wide)
-    assert logged_fit(caplog) < 0.3
-
-
-def test_token_map_needs_one_vocabulary(encoder):
-    with pytest.raises(ValueError, match="needs one vocabulary"):
-        token_map(encoder, variant(tokenizer=swapped_tokenizer()))
-    with pytest.raises(ValueError, match="'align' keeps its token table is not known"):
-        token_map(encoder, DualEncoder(*tiny_models.build("align")))
-
-
-@pytest.mark.parametrize("kind", ["coop", "middle", "noise", "specific", "kgcoop"])
-def test_a_context_goes_through_the_map(saved, encoder, wide, make_images, kind):
-    folder, tuned = saved(kind)
-    mapping = token_map(encoder, wide)
-    attached = attach(folder, wide, token_map=mapping)
-    was, now = (prompt_layer(e.model).part("ctx", "default") for e in (tuned, attached))
-    assert now.shape[-1] == 24 and torch.allclose(now, was @ mapping, atol=1e-6)
-    assert logits(attached, make_images(2)).shape == (2, 3)
-
-
-@pytest.mark.parametrize("kind", ["cocoop", "contcoop", "ivlp", "maple", "promptsrc", "deeper"])
-def test_only_contexts_are_mapped(saved, encoder, wide, kind):
-    reason = "belongs to layer 1" if kind == "deeper" else "a context of CoOp or KgCoOp"
-    with pytest.raises(Incompatible, match=reason):
-        attach(saved(kind)[0], wide, token_map=token_map(encoder, wide))
-
-
-def test_maps_are_checked(saved, wide):
-    folder = saved("coop")[0]
-    for shape in ((24, 16), (16, 16), (16, 24, 1), (17, 24)):
-        with pytest.raises(ValueError, match=r"must be \(16, 24\)"):
-            attach(folder, wide, token_map=torch.zeros(shape))
-    with pytest.raises(ValueError, match="the token map"):
-        attach(folder, wide, token_map=torch.full((16, 24), torch.inf))
-    with pytest.raises(Incompatible, match="other tokens"):  # a map does not mend those
-        attach(folder, variant(tokenizer=swapped_tokenizer()), token_map=torch.zeros(16, 16))
