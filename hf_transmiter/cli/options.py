@@ -22,14 +22,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
 
 import hf_transmiter as ht
 
-from ..settings import FitConfig
+from ..settings import FitConfig, setting
 
 
 UNLABELLED = ("unlabelled", "unlabeled", "train")
@@ -62,10 +62,6 @@ EXPERT = {
 _NOT_SAVED = ("config", "set", "json", "quiet", "debug", "overwrite", "output_dir", "output")
 
 
-def _option(help: str, default: Any = None, **extra):
-    return field(default=default, metadata={"help": help, **extra})
-
-
 def _several(help: str):
     return field(default_factory=list, metadata={"help": help})
 
@@ -74,9 +70,9 @@ def _several(help: str):
 class RunOptions:
     """What every command takes."""
 
-    json: bool = _option("Print the result as JSON on stdout, everything else on stderr.", False)
-    quiet: bool = _option("No progress bars and no remarks.", False)
-    debug: bool = _option("Show the whole traceback of an error.", False)
+    json: bool = setting(False, "Print the result as JSON on stdout, everything else on stderr.")
+    quiet: bool = setting(False, "No progress bars and no remarks.")
+    debug: bool = setting(False, "Show the whole traceback of an error.")
 
     @property
     def progress(self) -> bool:
@@ -110,8 +106,8 @@ class RunOptions:
 class ModelOptions:
     """Where models run."""
 
-    device: str | None = _option("Where models run; a GPU if there is one.")
-    dtype: str = _option("'float32', 'bfloat16', 'float16' or 'auto' (as stored).", "float32")
+    device: str | None = setting(None, "Where models run; a GPU if there is one.")
+    dtype: str = setting("float32", "'float32', 'bfloat16', 'float16' or 'auto' (as stored).")
 
     def load(self, run: RunOptions) -> dict:
         """Arguments of `load_encoder`."""
@@ -137,14 +133,14 @@ class ModelOptions:
 class DataOptions:
     """Which pictures."""
 
-    split: str | None = _option("Split of the dataset; chosen by what the command needs if unset.")
-    subset: str | None = _option("Configuration of a Hub dataset that has several.")
-    image_column: str | None = _option("Column with the pictures; guessed if unset.")
-    label_column: str | None = _option("Column with the labels; guessed if unset.")
-    max_images: int | None = _option("Use that many pictures, drawn at random.")
-    skip_unreadable: bool = _option("Leave out pictures that cannot be read; else they are an error.", False)
-    embed_batch_size: int = _option("Pictures per forward pass.", 64)
-    cache_dir: str | None = _option("Where embeddings are kept; a folder in the Hugging Face cache if unset.")
+    split: str | None = setting(None, "Split of the dataset; chosen by what the command needs if unset.")
+    subset: str | None = setting(None, "Configuration of a Hub dataset that has several.")
+    image_column: str | None = setting(None, "Column with the pictures; guessed if unset.")
+    label_column: str | None = setting(None, "Column with the labels; guessed if unset.")
+    max_images: int | None = setting(None, "Use that many pictures, drawn at random.")
+    skip_unreadable: bool = setting(False, "Leave out pictures that cannot be read; else they are an error.")
+    embed_batch_size: int = setting(64, "Pictures per forward pass.")
+    cache_dir: str | None = setting(None, "Where embeddings are kept; a folder in the Hugging Face cache if unset.")
 
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
         """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
@@ -183,7 +179,7 @@ class OutputOptions:
     """Where the result goes."""
 
     output_dir: Path = field(metadata={"help": "Folder to write; must not exist yet."})
-    overwrite: bool = _option("Replace what an earlier run wrote there.", False)
+    overwrite: bool = setting(False, "Replace what an earlier run wrote there.")
 
     def check(self, run: RunOptions) -> None:
         """
@@ -230,10 +226,10 @@ class OutputOptions:
 class HubOptions:
     """How to share."""
 
-    private: bool | None = _option("Whether a new repository is private; your account's default if unset.")
-    commit_message: str | None = _option("Title of the commit.")
-    create_pr: bool = _option("Propose the change instead of making it.", False)
-    token: str | None = _option("Hub token; the one of `hf auth login` if unset.")
+    private: bool | None = setting(None, "Whether a new repository is private; your account's default if unset.")
+    commit_message: str | None = setting(None, "Title of the commit.")
+    create_pr: bool = setting(False, "Propose the change instead of making it.")
+    token: str | None = setting(None, "Hub token; the one of `hf auth login` if unset.")
 
 
 def fail(message: str, quiet: bool = False) -> None:
@@ -313,11 +309,11 @@ class Result:
     failed: str = ""
 
 
-def command(app: typer.Typer, panel: str, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
+def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callable:
     """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
     a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
-    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``; with `no_args_is_help` it
-    says how to be called when it is called with nothing. `panel` is where the overview lists it."""
+    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``. `panel` is where the
+    overview lists it."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -354,8 +350,7 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True, no_args_i
         run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
         run_command.__signature__ = inspect.Signature(parameters)
         run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        name = function.__name__.removesuffix("_command")
-        app.command(name=name, no_args_is_help=no_args_is_help, rich_help_panel=panel)(run_command)
+        app.command(name=function.__name__, no_args_is_help=True, rich_help_panel=panel)(run_command)
         return function
 
     return register
