@@ -52,7 +52,7 @@ Seen = Annotated[
 
 SETTINGS_FILE = "settings.yaml"
 EXPERT = {
-    *("subset", "image_column", "skip_unreadable", "embed_batch_size"),
+    *("subset", "image_column", "label_column", "skip_unreadable", "embed_batch_size", "cache_dir"),
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
     *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
     *("lambdas", "noise_std", "noise_probability", "orthogonal_map", "width"),
@@ -151,19 +151,20 @@ class DataOptions:
         spec = ht.find_row(source)
         if spec is not None:
             return ht.load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
-        return ht.load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
+        return ht.load_images(source, split, prefer=prefer, subset=self.subset, **self.columns, **options)
+
+    @property
+    def columns(self) -> dict:
+        return {"image_column": self.image_column, "label_column": self.label_column}
+
+    def work(self, run: RunOptions) -> dict:
+        """Arguments of everything that embeds pictures."""
+        shown = {"progress": run.progress, "accelerator": run.accelerator}
+        return {**self.columns, **shown, "cache_dir": self.cache_dir}
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
-        return {
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "batch_size": self.embed_batch_size,
-            "cache_dir": self.cache_dir,
-            "progress": run.progress,
-            "accelerator": run.accelerator,
-        }
+        return {**self.work(run), "batch_size": self.embed_batch_size}
 
 
 @dataclass
@@ -299,13 +300,11 @@ class Result:
     Args:
         data (`dict`): for `--json`.
         text (`str`): for people.
-        exit_code (`int`, *optional*, defaults to 0): of the process.
         failed (`str`, *optional*): why the command ends with exit code 1, after its result.
     """
 
     data: dict
     text: str
-    exit_code: int = 0
     failed: str = ""
 
 
@@ -344,8 +343,6 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
                     if run.accelerator is not None:  # the first process that ends with an error ends the others
                         run.accelerator.wait_for_everyone()
                     fail(result.failed, quiet=not run.main_process)
-                if result.exit_code:
-                    raise typer.Exit(result.exit_code)
 
         run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
         run_command.__signature__ = inspect.Signature(parameters)
@@ -374,12 +371,8 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
         flag = [f"--{item.name.replace('_', '-')}"] if default is False else []
         hidden = item.name in EXPERT
         option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel, hidden=hidden)
-        yield inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[annotation, option],
-            default=inspect.Parameter.empty if default is MISSING else default,
-        )
+        default = inspect.Parameter.empty if default is MISSING else default
+        yield _keyword(item.name, Annotated[annotation, option], default)
 
 
 def _instance(kind: type, values: dict):
@@ -449,24 +442,19 @@ def _take(context: typer.Context, content: dict, where: str, wins: bool = False)
     context.default_map = {**before, **content} if wins else {**content, **before}
 
 
-def _from_elsewhere(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+def _from_elsewhere(parameters: list[inspect.Parameter]) -> Iterator[inspect.Parameter]:
     """``--config``, and ``--set`` where there are experts' options."""
     hidden = [item.name for item in parameters if item.annotation.__metadata__[0].hidden]
-    named = typer.Option(
-        "--set",
-        help=f"For experts: key=value of {', '.join(hidden)}; may be repeated.",
-        callback=_read_settings,
-        is_eager=True,
-    )
-    file = typer.Option(
-        "--config",
-        help="YAML file with any of these options, spelt as here without the dashes in front.",
-        callback=_read_config,
-        is_eager=True,
-    )
-    found = [_parameter("config", Annotated[Path | None, file])]
-    return [_parameter("set", Annotated[list[str] | None, named]), *found] if hidden else found
+    named = f"For experts: key=value of {', '.join(hidden)}; may be repeated."
+    file = "YAML file with any of these options, spelt as here without the dashes in front."
+    for name, kind, help, callback in (
+        ("set", list[str] | None, named, _read_settings),
+        ("config", Path | None, file, _read_config),
+    ):
+        option = typer.Option(f"--{name}", help=help, callback=callback, is_eager=True)
+        if hidden or name == "config":
+            yield _keyword(name, Annotated[kind, option], None)
 
 
-def _parameter(name: str, annotation) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _keyword(name: str, annotation, default) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
