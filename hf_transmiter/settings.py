@@ -1,6 +1,7 @@
 """The settings of every stage as dataclasses; the command line and YAML files are made from their fields.
 
-Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. A field's `metadata` holds its help.
+Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. What a field is stands beside it and in
+`--help`; the docstrings add what else there is to know.
 """
 
 from __future__ import annotations
@@ -26,35 +27,34 @@ VISION_LINEARS = (
 )
 
 
+def setting(default, help: str):
+    """A field with the help that `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class FitConfig:
     """Settings of [`fit`].
 
     Args:
-        epochs (`int`, *optional*, defaults to 10): passes over the examples.
-        batch_size (`int`, *optional*, defaults to 128): examples per step, over all processes.
-        lr (`float`, *optional*, defaults to 1e-3): peak learning rate.
-        weight_decay (`float`, *optional*, defaults to 1e-3): decoupled for AdamW.
-        warmup (`float`, *optional*, defaults to 0.05): `"cosine"` schedule: share of the steps with linear warm-up.
-        schedule (`str`, *optional*, defaults to `"cosine"`):
+        weight_decay (`float`): decoupled for AdamW.
+        schedule (`str`):
             `"cosine"` falls to 0 after the warm-up, step by step. `"epochs"` is that of the published prompt learners
             (CoOp, arXiv 2109.01134, and its successors), set once per epoch: 1e-5 in the first epoch, then half a
             cosine from the peak, which does not reach 0.
-        optimizer (`str`, *optional*, defaults to `"adamw"`): `"adamw"` or `"sgd"` (momentum 0.9).
-        seed (`int`, *optional*, defaults to 0): of the order of the examples and of what `step` draws.
 
     Raises:
         ValueError: fewer than one epoch or example per step, or a rate that is not above 0.
     """
 
-    epochs: int = field(default=10, metadata={"help": "Passes over the examples."})
-    batch_size: int = field(default=128, metadata={"help": "Examples per step, over all processes."})
-    lr: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
-    warmup: float = field(default=0.05, metadata={"help": "Share of the steps with linear warm-up, then cosine to 0."})
-    schedule: str = field(default="cosine", metadata={"help": "'cosine' or 'epochs' (of published prompt learners)."})
-    optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order of examples and of random draws."})
+    epochs: int = setting(10, "Passes over the examples.")
+    batch_size: int = setting(128, "Examples per step, over all processes.")
+    lr: float = setting(1e-3, "Peak learning rate.")
+    weight_decay: float = setting(1e-3, "Weight decay.")
+    warmup: float = setting(0.05, "Share of the steps with linear warm-up, then cosine to 0.")
+    schedule: str = setting("cosine", "'cosine' or 'epochs' (of published prompt learners).")
+    optimizer: str = setting("adamw", "'adamw' or 'sgd' (momentum 0.9).")
+    seed: int = setting(0, "Seed of the order of examples and of random draws.")
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
@@ -108,7 +108,6 @@ class TuningConfig(FitConfig):
     model does not know the *words*, a prompt.
 
     Args:
-        shots (`int`, *optional*, defaults to 16): training images per class; all of a class that has fewer.
         epochs, batch_size, lr, weight_decay, warmup, schedule, optimizer (*optional*):
             See [`FitConfig`]. The default rates are for CLIPs of usual size (LoRA's after Zanella and Ben Ayed, arXiv
             2405.18541). The sandbox's tiny models want more: 1e-2 with AdamW in its demo and in the table below.
@@ -137,8 +136,7 @@ class TuningConfig(FitConfig):
             random resized crops). Methods that leave the image tower alone default to `"none"`, which embeds each
             image once.
         views (`int`, *optional*, defaults to 0):
-            Those methods with `augment`: embed that many augmented views of each image once and draw among them; 0
-            embeds new ones in every step.
+            Those methods with `augment`: embed that many augmented views of each image once and draw among them.
         precision (`str`, *optional*, defaults to `"float32"`):
             `"bfloat16"` runs the towers under autocast; what is learnt, embeddings, logits and losses stay float32.
         text_batch_size (`int`, *optional*, defaults to 256):
@@ -149,23 +147,23 @@ class TuningConfig(FitConfig):
         ValueError: an unknown pull, augmentation or precision, or a number out of range.
     """
 
-    epochs: int | None = field(default=None, metadata={"help": "Passes over the training images."})
-    batch_size: int | None = field(default=None, metadata={"help": "Images per step, over all processes."})
-    lr: float | None = field(default=None, metadata={"help": "Peak learning rate."})
-    weight_decay: float | None = field(default=None, metadata={"help": "Weight decay."})
-    warmup: float | None = field(default=None, metadata={"help": "Cosine schedule: share of the steps to warm up."})
-    schedule: str | None = field(default=None, metadata={"help": "'cosine' or 'epochs' (published prompt learners)."})
-    optimizer: str | None = field(default=None, metadata={"help": "'adamw' or 'sgd' (momentum 0.9)."})
-    shots: int = field(default=16, metadata={"help": "Training images per class; all of a class that has fewer."})
-    pull: str | None = field(default=None, metadata={"help": f"Back to zero-shot: {', '.join(PULLS)}."})
-    keep_near: float | None = field(default=None, metadata={"help": "Weight of the pull towards zero-shot."})
-    project: bool | None = field(default=None, metadata={"help": "Follow no gradient against the pull (ProGrad)."})
-    gaussian_mean: float | None = field(default=None, metadata={"help": "Average over epochs: centre."})
-    gaussian_std: float | None = field(default=None, metadata={"help": "Average over epochs: spread."})
-    augment: str | None = field(default=None, metadata={"help": f"Of training images: {', '.join(AUGMENTATIONS)}."})
-    views: int = field(default=0, metadata={"help": "Augmented views per image, embedded once; 0: new each step."})
-    precision: str = field(default="float32", metadata={"help": "'float32', or 'bfloat16' autocast of the towers."})
-    text_batch_size: int = field(default=256, metadata={"help": "Class prompts per forward pass."})
+    epochs: int | None = setting(None, "Passes over the training images.")
+    batch_size: int | None = setting(None, "Images per step, over all processes.")
+    lr: float | None = setting(None, "Peak learning rate.")
+    weight_decay: float | None = setting(None, "Weight decay.")
+    warmup: float | None = setting(None, "Cosine schedule: share of the steps to warm up.")
+    schedule: str | None = setting(None, "'cosine' or 'epochs' (published prompt learners).")
+    optimizer: str | None = setting(None, "'adamw' or 'sgd' (momentum 0.9).")
+    shots: int = setting(16, "Training images per class; all of a class that has fewer.")
+    pull: str | None = setting(None, f"Back to zero-shot: {', '.join(PULLS)}.")
+    keep_near: float | None = setting(None, "Weight of the pull towards zero-shot.")
+    project: bool | None = setting(None, "Follow no gradient against the pull (ProGrad).")
+    gaussian_mean: float | None = setting(None, "Average over epochs: centre.")
+    gaussian_std: float | None = setting(None, "Average over epochs: spread.")
+    augment: str | None = setting(None, f"Of training images: {', '.join(AUGMENTATIONS)}.")
+    views: int = setting(0, "Augmented views per image, embedded once; 0: new each step.")
+    precision: str = setting("float32", "'float32', or 'bfloat16' autocast of the towers.")
+    text_batch_size: int = setting(256, "Class prompts per forward pass.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -240,48 +238,35 @@ class ExtractionConfig(FitConfig):
     """Settings of [`extract`]. The fields of the gradient solver default to the published run.
 
     Args:
-        solver (`str`, *optional*, defaults to `"discriminant"`):
-            `"discriminant"` or `"ridge"` (closed forms), or `"gradient"` (published). Either closed form takes the
-            teacher's own class vectors where it has them (prompt methods).
-        shrinkage (`float`, *optional*, defaults to 30.0):
-            Of the discriminant's covariance, in units of its mean variance. Strong, because directions that are only
-            reliable on the weak model do not carry over.
-        lambdas (`tuple[float, ...]`, *optional*): penalties the ridge chooses from by leave-one-out error.
-        teacher_temperature (`float`, *optional*, defaults to 0.5): divides the teacher's logits.
-        noise_std (`float`, *optional*, defaults to 0.5): input noise in units of each row's logit std.
-        noise_probability (`float`, *optional*, defaults to 0.5): share of the batches with noise.
-        basis (`str`, *optional*, defaults to `"learned"`): `"learned"` (published) or `"fixed"` (3-4 times faster).
-        orthogonal_map (`str`, *optional*, defaults to `"cayley"`):
-            How a learned basis stays orthonormal: `"cayley"`, or `"matrix_exp"`, which is slower.
-        width (`int`, *optional*): D; the number of anchors when omitted.
+        solver (`str`):
+            Either closed form, `"discriminant"` and `"ridge"`, takes the teacher's own class vectors where it has them
+            (prompt methods).
+        shrinkage (`float`): strong, because directions that are only reliable on the weak model do not carry over.
+        lambdas (`tuple[float, ...]`): chosen from by leave-one-out error.
+        basis (`str`): `"fixed"` is 3-4 times faster.
+        orthogonal_map (`str`): how a learned basis stays orthonormal.
 
-    The remaining fields are those of [`FitConfig`] (epochs 10, batch_size 128, lr 1e-3, weight_decay 1e-3, warmup
-    0.05 of the steps, AdamW): the published values.
+    The remaining fields are those of [`FitConfig`], with the published values.
 
     Raises:
         ValueError: an unknown solver, basis or map, a number out of range, or a setting that the solver does not read.
     """
 
-    solver: str = field(
-        default="discriminant", metadata={"help": "'discriminant', 'ridge' or 'gradient' (published)."}
-    )
-    shrinkage: float = field(default=30.0, metadata={"help": "Of the discriminant's covariance, in mean variances."})
-    lambdas: tuple[float, ...] = field(default=LAMBDAS, metadata={"help": "Penalties the ridge chooses from."})
-    teacher_temperature: float = field(default=0.5, metadata={"help": "Divides the teacher's logits."})
-    noise_std: float = field(default=0.5, metadata={"help": "Input noise in units of each row's logit std."})
-    noise_probability: float = field(default=0.5, metadata={"help": "Share of the batches with noise."})
-    basis: str = field(default="learned", metadata={"help": "'learned' (published) or 'fixed' (faster)."})
-    orthogonal_map: str = field(default="cayley", metadata={"help": "'cayley' or 'matrix_exp' (slower)."})
-    width: int | None = field(default=None, metadata={"help": "D, rows of the basis; the number of anchors if unset."})
+    solver: str = setting("discriminant", "'discriminant', 'ridge' or 'gradient' (published).")
+    shrinkage: float = setting(30.0, "Of the discriminant's covariance, in mean variances.")
+    lambdas: tuple[float, ...] = setting(LAMBDAS, "Penalties the ridge chooses from.")
+    teacher_temperature: float = setting(0.5, "Divides the teacher's logits.")
+    noise_std: float = setting(0.5, "Input noise in units of each row's logit std.")
+    noise_probability: float = setting(0.5, "Share of the batches with noise.")
+    basis: str = setting("learned", "'learned' (published) or 'fixed' (faster).")
+    orthogonal_map: str = setting("cayley", "'cayley' or 'matrix_exp' (slower).")
+    width: int | None = setting(None, "D, rows of the basis; the number of anchors if unset.")
 
     def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {SOLVERS}, got {self.solver!r}.")
-        if self.basis not in ("learned", "fixed"):
-            raise ValueError(f"basis must be 'learned' or 'fixed', got {self.basis!r}.")
+        check_choice("solver", self.solver, SOLVERS)
+        check_choice("basis", self.basis, ("learned", "fixed"))
         # torch's third map, "householder", keeps signs where weight decay turns them into zeros.
-        if self.orthogonal_map not in ("cayley", "matrix_exp"):
-            raise ValueError(f"orthogonal_map must be 'cayley' or 'matrix_exp', got {self.orthogonal_map!r}.")
+        check_choice("orthogonal_map", self.orthogonal_map, ("cayley", "matrix_exp"))
         super().__post_init__()
         closed = {"discriminant": "shrinkage", "ridge": "lambdas"}
         if self.solver in closed:
@@ -301,34 +286,23 @@ class TransferConfig:
             Done when omitted, unless some classes are not among the `seen_classes`: the tuned model's labels teach
             nothing about those, and a refit takes accuracy from them.
         zero_shot_weight (`float`, *optional*):
-            Share of the strong model's own class vectors in the carried ones: 0 keeps all that tuning taught, larger
-            values protect classes that the tuning never saw. Chosen by `seen_classes` when omitted: 0 without
-            unseen classes, else 1/3.
-        shrinkage (`float`, *optional*, defaults to 1.0): of the refit's covariance, in units of its mean variance.
-        pseudo_count (`float`, *optional*, defaults to 1.0): images at the grand mean added to every class.
-        carried_images (`float`, *optional*, defaults to 4.0):
-            Images per class that the carried vectors count as in the refit.
-        beta (`float`, *optional*, defaults to 500.0):
-            β of a logit-space bridge built here (published, absolute); infinite for no basis change.
-        beta_per_image (`float`, *optional*): β = this times N instead.
+            0 keeps all that tuning taught, larger values protect classes that the tuning never saw. Chosen by
+            `seen_classes` when omitted: 0 without unseen classes, else 1/3.
+        beta (`float`): β of a logit-space bridge built here (published, absolute); infinite for no basis change.
 
     Raises:
         ValueError: a weight out of range, or a setting that this transfer does not read.
     """
 
-    refit: bool | None = field(
-        default=None, metadata={"help": "Fit the carried class vectors to images; done if unset and all classes seen."}
+    refit: bool | None = setting(None, "Fit the carried class vectors to images; done if unset and all classes seen.")
+    zero_shot_weight: float | None = setting(
+        None, "Share of the strong model's own class vectors; by seen classes if unset."
     )
-    zero_shot_weight: float | None = field(
-        default=None, metadata={"help": "Share of the strong model's own class vectors; by seen classes if unset."}
-    )
-    shrinkage: float = field(default=1.0, metadata={"help": "Of the refit's covariance, in mean variances."})
-    pseudo_count: float = field(default=1.0, metadata={"help": "Images at the grand mean added to every class."})
-    carried_images: float = field(
-        default=4.0, metadata={"help": "Images per class that the carried vectors count as in the refit."}
-    )
-    beta: float = field(default=BETA, metadata={"help": "Pull of a logit-space bridge towards the identity."})
-    beta_per_image: float | None = field(default=None, metadata={"help": "Beta = this times the number of images."})
+    shrinkage: float = setting(1.0, "Of the refit's covariance, in mean variances.")
+    pseudo_count: float = setting(1.0, "Images at the grand mean added to every class.")
+    carried_images: float = setting(4.0, "Images per class that the carried vectors count as in the refit.")
+    beta: float = setting(BETA, "Pull of a logit-space bridge towards the identity.")
+    beta_per_image: float | None = setting(None, "Beta = this times the number of images.")
 
     def __post_init__(self):
         if self.zero_shot_weight is not None and not 0 <= self.zero_shot_weight <= 1:
@@ -341,14 +315,8 @@ class TransferConfig:
 
 @dataclass
 class LabelTuningConfig(FitConfig):
-    """Settings of [`label_tune`]; the other fields are those of [`FitConfig`].
+    """Settings of [`label_tune`]; the other fields are those of [`FitConfig`]. The basis W moves unconstrained."""
 
-    Args:
-        epochs (`int`, *optional*, defaults to 50): passes over the labelled images.
-        batch_size (`int`, *optional*, defaults to 32): images per step.
-        train_basis (`bool`, *optional*, defaults to `False`): also move W of a published adapter (unconstrained).
-    """
-
-    epochs: int = field(default=50, metadata={"help": "Passes over the labelled images."})
-    batch_size: int = field(default=32, metadata={"help": "Images per step."})
-    train_basis: bool = field(default=False, metadata={"help": "Also move the basis of a published adapter."})
+    epochs: int = setting(50, "Passes over the labelled images.")
+    batch_size: int = setting(32, "Images per step.")
+    train_basis: bool = setting(False, "Also move the basis of a published adapter.")

@@ -26,7 +26,7 @@ from ..data.vocabulary import NUM_ANCHORS, load_vocabulary, universal_vocabulary
 from ..encoders.dual_encoder import DualEncoder, load_encoder
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.drift import feature_drift
-from ..evaluation.methods import METHODS, Variant
+from ..evaluation.methods import LABELS, METHODS, NEEDS, Variant
 from ..evaluation.upgrade import ZERO_SHOT, UpgradeScore, score_upgrade
 from ..hub.adapter_files import TEACHER_FILE
 from ..hub.files import new_folder, replace_file
@@ -286,7 +286,7 @@ class Workshop:
     def to_embed(self, cell: Cell) -> list[tuple[str, Dataset]]:
         """Models and images that a cell needs embedded, besides those of tuned image towers."""
         models, found = (cell.pair.weak, cell.pair.strong), [(cell.pair.weak, self.few_shots(cell))]
-        reads_labels = any(METHODS[variant.method].needs.labels for variant in self.config.variants)
+        reads_labels = any(LABELS in METHODS[variant.method].needs for variant in self.config.variants)
         if len(cell.tuned_models) > 1 or (reads_labels and not cell.parts.elsewhere):
             found.append((cell.pair.strong, self.few_shots(cell)))
         shared = [*map(self.images, cell.scored), self.general()]
@@ -356,22 +356,11 @@ class Workshop:
             templates=cell.parts.test.spec.templates,
             variants=[_seeded(variant, cell.seed) for variant in variants],
             gradient=ExtractionConfig(solver="gradient", seed=cell.seed),
-            **self._names(names, cell.parts.test.spec.templates),
+            vocabulary=None if self.config.vocabulary is None else self._once("vocabulary", self._vocabulary),
+            num_anchors=self.config.num_anchors or NUM_ANCHORS,
             **self.options,
         )
         return {row.name: skipped.get(row.name) or _row(found, row.name) for row in self.config.variants}
-
-    def _names(self, names: Sequence[str], templates: Sequence[str]) -> dict:
-        """Arguments of `compare` about auxiliary names."""
-        if self.config.vocabulary is None and self.config.num_anchors is None:
-            return {}
-        found, options = {}, {"templates": templates}
-        if self.config.vocabulary is not None:
-            options["vocabulary"] = found["vocabulary"] = self._once("vocabulary", self._vocabulary)
-            found["text_anchors"] = Anchors((), tuple(options["vocabulary"]), tuple(templates))
-        at_most = len(Anchors.build(names, strategy="all", **options))
-        count = min(self.config.num_anchors or NUM_ANCHORS, at_most)
-        return found | {"anchors": Anchors.build(names, num_anchors=count, **options)}
 
     def _vocabulary(self) -> Sequence[str]:
         if self.config.vocabulary == "sandbox":
@@ -404,12 +393,11 @@ def _seeded(variant: Variant, seed: int) -> Variant:
 def _row(found: Comparison, name: str) -> dict:
     """One row of a comparison, as it is kept."""
     if name in found.skipped:
-        lost = name in found.failed and not isinstance(found.failed[name], ValueError)
-        return {"failed" if lost else "skipped": found.skipped[name]}
-    own = [score for score in found.scores if score.method == name]
+        return {"failed" if name in found.lost else "skipped": found.skipped[name]}
+    row = found.rows[name]
     return {
-        "metrics": {score.metric: score.value for score in own if math.isfinite(score.value)},
-        "needs": asdict(found.needs[name]),
+        "metrics": {metric: score.value for metric, score in row.scores.items() if math.isfinite(score.value)},
+        "needs": [need for need in NEEDS if need in row.needs],
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..evaluation import figures
 from ..evaluation.drift import LayerDrift, drift_table
-from ..evaluation.methods import NEEDS
+from ..evaluation.methods import LABELS, WEAK
 from ..evaluation.report import Section, write_report
 from ..evaluation.upgrade import MODELS, ZERO_SHOT, UpgradeScore
 from ..hub.repo import public_name
@@ -34,7 +34,7 @@ _DRIFT = (
 
 @dataclass
 class Row:
-    """A method over all seeds and datasets of a group: its scores by dataset, seed and metric, keys of [`NEEDS`], and
+    """A method over all seeds and datasets of a group: its scores by dataset, seed and metric, some of [`NEEDS`], and
     datasets by the reason why it could not be scored on them, or by remarks."""
 
     name: str
@@ -48,7 +48,7 @@ class Row:
             self.reasons.setdefault(text, {})[cell.spec.name] = None
         if found.get("metrics"):
             self.measured.setdefault(cell.spec.name, {})[cell.seed] = found["metrics"]
-            self.needs = [need for need, asked in found.get("needs", {}).items() if asked]
+            self.needs = list(found.get("needs", ()))
 
     @property
     def metrics(self) -> set[str]:
@@ -181,7 +181,7 @@ def _averages(group: Group, config: BenchConfig, stated: Mapping[str, Mapping[st
         if any(metric in values for values in stated.values()):
             columns[f"published {_title(metric)}"] = [shown(stated.get(name, {}).get(metric), ".2f") for name in names]
     if config.experiment == "transfer":
-        needs = {name: ", ".join(NEEDS[need] for need in row.needs) for name, row in rows.items()}
+        needs = {name: ", ".join(row.needs) for name, row in rows.items()}
         columns["needs"] = [needs.get(name, "") for name in names]
     if not partial:
         return _table(columns)
@@ -197,7 +197,7 @@ def _column(group: Group, names: Sequence[str], metric: str) -> list[str]:
     for row in rows:
         if one := row.summary(group.datasets).get(metric):
             scores[row.name] = Score(row.name, "", metric, one.value, one.std, seeds=len(one.by_seed))
-    apart = [row.name for row in rows if not group.whole(row) or {"labels", "weak_at_run_time"} & {*row.needs}]
+    apart = [row.name for row in rows if not group.whole(row) or {LABELS, WEAK} & {*row.needs}]
     return column(scores, None, apart, metric, digits=2)
 
 

@@ -51,14 +51,15 @@ def compare(
     run: RunOptions,
     unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
     labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
-    shots: Annotated[int, typer.Option(help="Labelled pictures per class.")] = TuningConfig.shots,
+    shots: Annotated[int, typer.Option(help="Labelled pictures per class.", hidden=True)] = TuningConfig.shots,
     seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.", hidden=True)] = 0,
     general: Annotated[
         str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.", hidden=True)
     ] = None,
     bridge: Annotated[str | None, typer.Option(help="A finished bridge: file, folder or Hub id.")] = None,
     tuned_strong: Annotated[
-        str | None, typer.Option(help="The strong model tuned on labels, as a ceiling; tuned here if unset.")
+        str | None,
+        typer.Option(help="The strong model tuned on labels, as a ceiling; tuned here if unset.", hidden=True),
     ] = None,
     retune: Annotated[
         str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.", hidden=True)
@@ -69,8 +70,9 @@ def compare(
         typer.Option(help="A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."),
     ] = None,
     vocabulary: Annotated[
-        str, typer.Option(help="Auxiliary names of the published adapter: a shipped list, or a file.", hidden=True)
-    ] = "common-nouns",
+        str | None,
+        typer.Option(help="Names beside the classes: a shipped list, or a file; common nouns if unset.", hidden=True),
+    ] = None,
     min_gain: Annotated[
         float | None,
         typer.Option(
@@ -96,7 +98,7 @@ def compare(
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
     rows = _rows(methods, min_gain, gate)
     test = data.load(dataset, TEST, data.split)
-    if min_gain is not None and _label_column(test, data) is None:
+    if min_gain is not None and ht.guess_columns(test, **data.columns)[1] is None:
         raise ValueError(
             "--min-gain compares accuracies, and the test pictures have no labels: pass a labelled --dataset (a "
             "subfolder per class, or a label column), or leave --min-gain out and read the agreement."
@@ -124,11 +126,11 @@ def compare(
         **data.embedding(run),
     )
     result = Result(found.to_dict(), f"{found.advice}\n\n{ht.comparison_table(found)}".rstrip())
-    if not found.logits:
+    if not found.rows:
         result.failed = "no row could be had; the reasons are above."
     if min_gain is not None:
         _judge(result, found, min_gain, found.recommended if gate is None else ht.Variant.of(gate).name)
-    if output_dir is not None and run.main_process and found.logits:
+    if output_dir is not None and run.main_process and found.rows:
         _write(output_dir, found, [weak, strong, dataset])
     return result
 
@@ -143,15 +145,11 @@ def _rows(methods: Sequence[str] | None, min_gain: float | None, gate: str | Non
     return list({row.name: row for row in map(ht.Variant.of, asked)}.values())
 
 
-def _label_column(images: Dataset, data: DataOptions) -> str | None:
-    return ht.guess_columns(images, data.image_column, data.label_column)[1]
-
-
 def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: int, seed: int) -> Dataset | None:
     """`shots` labelled pictures of each class, `None` without pictures."""
     if images is None:
         return None
-    label = _label_column(images, data)
+    _, label = ht.guess_columns(images, **data.columns)
     if label is None:
         raise ValueError(f"the labelled pictures have no labels; their columns are {', '.join(images.column_names)}.")
     if images._fingerprint == test._fingerprint:
@@ -174,7 +172,7 @@ def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: i
 
 def _judge(result: Result, found: ht.Comparison, min_gain: float, gate: str) -> None:
     """Notes in the result whether a row gains enough over the zero-shot strong model."""
-    missing = next((row for row in (gate, ht.STRONG) if row not in found.logits), None)
+    missing = next((row for row in (gate, ht.STRONG) if row not in found.rows), None)
     if missing is not None:
         reason = found.skipped.get(missing, "it is not among --methods")
         result.failed = f"--min-gain has nothing to look at: no row {missing!r} ({reason})."
@@ -191,8 +189,8 @@ def _write(folder: Path, found: ht.Comparison, sources: Sequence[str]) -> None:
     """report.md, comparison.json and the figures."""
     metric = "agreement" if found.labels is None else "accuracy"
     label = "agreement with the tuned weak model (%)" if found.labels is None else "accuracy (%)"
-    lines = {row: found.value(row, metric) for row in (ht.STRONG, "tuned weak") if row in found.logits}
-    values = {row: [found.value(row, metric)] for row in found.logits if row not in lines}
+    lines = {row: found.value(row, metric) for row in (ht.STRONG, "tuned weak") if row in found.rows}
+    values = {row: [found.value(row, metric)] for row in found.rows if row not in lines}
     weak, strong, dataset = map(ht.public_name, sources)
     title = f"{weak} to {strong} on {dataset}"
     drawn = []
@@ -200,9 +198,10 @@ def _write(folder: Path, found: ht.Comparison, sources: Sequence[str]) -> None:
         path = folder / "figures" / "methods.png"
         drawn.append(ht.bars(values, path, title=title, xlabel=label, reference=lines))
     if found.labels is not None:
-        shown = {row: found.logits[row] for row in (*lines, found.recommended) if row in found.logits}
+        shown = [row for row in (*lines, found.recommended) if row in found.rows] or found.rows
         path = folder / "figures" / "reliability.png"
-        drawn.append(ht.reliability_figure(shown or found.logits, found.labels, path, title=title))
+        answers = {row: found.rows[row].logits for row in shown}
+        drawn.append(ht.reliability_figure(answers, found.labels, path, title=title))
     text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     ht.replace_file(folder / "comparison.json", lambda path: path.write_text(text, encoding="utf-8"))
     section = ht.Section("Comparison", f"{found.advice}\n\n{ht.comparison_table(found)}", figures=drawn)

@@ -17,6 +17,7 @@ from ..evaluation import figures, methods, report
 from ..evaluation.compare import STRONG, Comparison, compare
 from ..hub.adapter_files import SCORES
 from ..hub.scores import THIS, aggregate, write_scores
+from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
 from ..method.saved import teacher_facts
@@ -32,6 +33,7 @@ SANDBOX_TUNING = {
     **{"epochs": 20, "batch_size": 64, "keep_near": 0.1},
 }
 """Its models are tiny; what TuningConfig does of itself is published for CLIPs of usual size."""
+GENERAL = ("street", "unlabelled")
 NUM_ANCHORS = 320  # enough for the sandbox's few hundred phrases
 
 
@@ -42,20 +44,10 @@ class Task:
     domain: str
     weak: DualEncoder
     strong: DualEncoder
-    anchors: Anchors
-    text_anchors: Anchors
 
     @classmethod
     def load(cls, domain: str, strong: str = "strong") -> Task:
-        names = sandbox.load_dataset(domain, "test").features["label"].names
-        vocabulary = sandbox.vocabulary()
-        return cls(
-            domain,
-            DualEncoder.from_pretrained("sandbox:weak"),
-            DualEncoder.from_pretrained(f"sandbox:{strong}"),
-            Anchors.build(names, vocabulary=vocabulary, num_anchors=min(NUM_ANCHORS, len(vocabulary))),
-            Anchors((), tuple(vocabulary)),
-        )
+        return cls(domain, *map(DualEncoder.from_pretrained, ("sandbox:weak", f"sandbox:{strong}")))
 
     def images(self, split: str):
         return sandbox.load_dataset(self.domain, split)
@@ -94,12 +86,12 @@ class Task:
             test,
             unlabelled=self.images("unlabelled"),
             labelled=train.select(few_shot(train["label"], config.shots, seed)),
-            general=sandbox.load_dataset("street", "unlabelled"),
+            general=sandbox.load_dataset(*GENERAL),
             tuned_strong=tuned[1] if ceiling else None,
             variants=[row for row in rows if row not in left_out],
             seen_classes=None if seen == names else seen,
-            anchors=self.anchors,
-            text_anchors=self.text_anchors,
+            vocabulary=sandbox.vocabulary(),
+            num_anchors=NUM_ANCHORS,
             gradient=ExtractionConfig(solver="gradient", basis="fixed", seed=seed),
             progress=progress,
         )
@@ -163,7 +155,7 @@ def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -
     runs = [task.compare(seed, METHODS[domain], progress=progress) for seed in seeds]
     found, teacher = runs[0]
     _save(task, found, teacher, folder / domain, progress)
-    by_seed = {method: [run.value(method) for run, _ in runs] for method in found.logits}
+    by_seed = {method: [run.value(method) for run, _ in runs] for method in found.rows}
     scores = aggregate([[replace(score, split=domain) for score in run.scores] for run, _ in runs])
     drawn = _figures(domain, found, by_seed, folder / "figures")
     title = f"Task: {domain} ({METHODS[domain]})"
@@ -188,18 +180,19 @@ def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path
     adapter = extract(task.weak, teacher, task.images("unlabelled"), progress=progress)
     adapter.adapter_config.provenance["teacher"] = teacher_facts(str(folder / "tuned"))
     adapter.save_pretrained(folder / "adapter")
-    found.bridges["general"].save(folder / "bridge.safetensors")
+    bridge = Bridge.build(task.weak, task.strong, sandbox.load_dataset(*GENERAL), progress=progress)
+    bridge.save(folder / "bridge.safetensors")
     named = {found.recommended: THIS}
     on = {"dataset": f"sandbox:{task.domain}", "num_images": len(found.labels)}
     rows = [replace(score, method=named.get(score.method, score.method), **on) for score in found.scores]
     write_scores(folder / "strong_adapter" / SCORES, rows)
-    found.classifiers[found.recommended].save_pretrained(folder / "strong_adapter")
+    found.rows[found.recommended].classifier.save_pretrained(folder / "strong_adapter")
 
 
 def _figures(domain: str, found: Comparison, by_seed: dict[str, list[float]], folder: Path) -> list[Path | None]:
     lines = {name: sum(by_seed[name]) / len(by_seed[name]) for name in (STRONG, "tuned weak")}
     title, path = f"{domain}: accuracy on the strong model", folder / f"{domain}_methods.png"
     bars = figures.bars(by_seed, path, title=title, reference=lines)
-    before, after = found.logits[STRONG], found.logits[found.recommended]
+    before, after = (found.rows[row].logits for row in (STRONG, found.recommended))
     title, path = f"{domain}: {STRONG} to {found.recommended}", folder / f"{domain}_confusion.png"
     return [bars, figures.confusion_change(before, after, found.labels, found.class_names, path, title=title)]

@@ -68,9 +68,7 @@ def tune(
     encoder, images = ht.load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
     usual = ht.starting_templates(method, ht.usual_templates(dataset))
     templates = ht.read_templates(names.template) if names.template else usual
-    columns = {"image_column": data.image_column, "label_column": data.label_column}
-    options = {"class_names": ht.read_names(names.class_names), "templates": templates, **columns}
-    options |= {"accelerator": run.accelerator, "progress": run.progress, "cache_dir": data.cache_dir}
+    options = {"class_names": ht.read_names(names.class_names), "templates": templates, **data.work(run)}
     if seeds:
         folders = ht.tune_seeds(encoder, images, seeds, output.output_dir, adapter, config=config, **options)
         found = {"output_dirs": list(map(str, folders)), "method": method}
@@ -324,7 +322,7 @@ def evaluate(
         raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
     options = models.load(run)
     images = data.load(dataset, TEST, data.split)
-    _, label = ht.guess_columns(images, data.image_column, data.label_column)
+    _, label = ht.guess_columns(images, **data.columns)
     classifier = ht.load_classifier(
         model,
         ht.load_encoder(base_model, **options) if base_model else None,

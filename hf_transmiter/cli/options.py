@@ -22,14 +22,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
 
 import hf_transmiter as ht
 
-from ..settings import FitConfig
+from ..settings import FitConfig, setting
 
 
 UNLABELLED = ("unlabelled", "unlabeled", "train")
@@ -52,7 +52,7 @@ Seen = Annotated[
 
 SETTINGS_FILE = "settings.yaml"
 EXPERT = {
-    *("subset", "image_column", "skip_unreadable", "embed_batch_size"),
+    *("subset", "image_column", "label_column", "skip_unreadable", "embed_batch_size", "cache_dir"),
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
     *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
     *("lambdas", "noise_std", "noise_probability", "orthogonal_map", "width"),
@@ -60,10 +60,6 @@ EXPERT = {
 }
 """Fields that `--help` only names, behind ``--set``."""
 _NOT_SAVED = ("config", "set", "json", "quiet", "debug", "overwrite", "output_dir", "output")
-
-
-def _option(help: str, default: Any = None, **extra):
-    return field(default=default, metadata={"help": help, **extra})
 
 
 def _several(help: str):
@@ -74,9 +70,9 @@ def _several(help: str):
 class RunOptions:
     """What every command takes."""
 
-    json: bool = _option("Print the result as JSON on stdout, everything else on stderr.", False)
-    quiet: bool = _option("No progress bars and no remarks.", False)
-    debug: bool = _option("Show the whole traceback of an error.", False)
+    json: bool = setting(False, "Print the result as JSON on stdout, everything else on stderr.")
+    quiet: bool = setting(False, "No progress bars and no remarks.")
+    debug: bool = setting(False, "Show the whole traceback of an error.")
 
     @property
     def progress(self) -> bool:
@@ -110,8 +106,8 @@ class RunOptions:
 class ModelOptions:
     """Where models run."""
 
-    device: str | None = _option("Where models run; a GPU if there is one.")
-    dtype: str = _option("'float32', 'bfloat16', 'float16' or 'auto' (as stored).", "float32")
+    device: str | None = setting(None, "Where models run; a GPU if there is one.")
+    dtype: str = setting("float32", "'float32', 'bfloat16', 'float16' or 'auto' (as stored).")
 
     def load(self, run: RunOptions) -> dict:
         """Arguments of `load_encoder`."""
@@ -137,14 +133,14 @@ class ModelOptions:
 class DataOptions:
     """Which pictures."""
 
-    split: str | None = _option("Split of the dataset; chosen by what the command needs if unset.")
-    subset: str | None = _option("Configuration of a Hub dataset that has several.")
-    image_column: str | None = _option("Column with the pictures; guessed if unset.")
-    label_column: str | None = _option("Column with the labels; guessed if unset.")
-    max_images: int | None = _option("Use that many pictures, drawn at random.")
-    skip_unreadable: bool = _option("Leave out pictures that cannot be read; else they are an error.", False)
-    embed_batch_size: int = _option("Pictures per forward pass.", 64)
-    cache_dir: str | None = _option("Where embeddings are kept; a folder in the Hugging Face cache if unset.")
+    split: str | None = setting(None, "Split of the dataset; chosen by what the command needs if unset.")
+    subset: str | None = setting(None, "Configuration of a Hub dataset that has several.")
+    image_column: str | None = setting(None, "Column with the pictures; guessed if unset.")
+    label_column: str | None = setting(None, "Column with the labels; guessed if unset.")
+    max_images: int | None = setting(None, "Use that many pictures, drawn at random.")
+    skip_unreadable: bool = setting(False, "Leave out pictures that cannot be read; else they are an error.")
+    embed_batch_size: int = setting(64, "Pictures per forward pass.")
+    cache_dir: str | None = setting(None, "Where embeddings are kept; a folder in the Hugging Face cache if unset.")
 
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
         """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
@@ -155,19 +151,20 @@ class DataOptions:
         spec = ht.find_row(source)
         if spec is not None:
             return ht.load_split(spec if split is None else replace(spec, **{prefer[0]: split}), prefer[0], **options)
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
-        return ht.load_images(source, split, prefer=prefer, subset=self.subset, **columns, **options)
+        return ht.load_images(source, split, prefer=prefer, subset=self.subset, **self.columns, **options)
+
+    @property
+    def columns(self) -> dict:
+        return {"image_column": self.image_column, "label_column": self.label_column}
+
+    def work(self, run: RunOptions) -> dict:
+        """Arguments of everything that embeds pictures."""
+        shown = {"progress": run.progress, "accelerator": run.accelerator}
+        return {**self.columns, **shown, "cache_dir": self.cache_dir}
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
-        return {
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "batch_size": self.embed_batch_size,
-            "cache_dir": self.cache_dir,
-            "progress": run.progress,
-            "accelerator": run.accelerator,
-        }
+        return {**self.work(run), "batch_size": self.embed_batch_size}
 
 
 @dataclass
@@ -183,7 +180,7 @@ class OutputOptions:
     """Where the result goes."""
 
     output_dir: Path = field(metadata={"help": "Folder to write; must not exist yet."})
-    overwrite: bool = _option("Replace what an earlier run wrote there.", False)
+    overwrite: bool = setting(False, "Replace what an earlier run wrote there.")
 
     def check(self, run: RunOptions) -> None:
         """
@@ -230,10 +227,10 @@ class OutputOptions:
 class HubOptions:
     """How to share."""
 
-    private: bool | None = _option("Whether a new repository is private; your account's default if unset.")
-    commit_message: str | None = _option("Title of the commit.")
-    create_pr: bool = _option("Propose the change instead of making it.", False)
-    token: str | None = _option("Hub token; the one of `hf auth login` if unset.")
+    private: bool | None = setting(None, "Whether a new repository is private; your account's default if unset.")
+    commit_message: str | None = setting(None, "Title of the commit.")
+    create_pr: bool = setting(False, "Propose the change instead of making it.")
+    token: str | None = setting(None, "Hub token; the one of `hf auth login` if unset.")
 
 
 def fail(message: str, quiet: bool = False) -> None:
@@ -303,21 +300,19 @@ class Result:
     Args:
         data (`dict`): for `--json`.
         text (`str`): for people.
-        exit_code (`int`, *optional*, defaults to 0): of the process.
         failed (`str`, *optional*): why the command ends with exit code 1, after its result.
     """
 
     data: dict
     text: str
-    exit_code: int = 0
     failed: str = ""
 
 
-def command(app: typer.Typer, panel: str, *, config_file: bool = True, no_args_is_help: bool = True) -> Callable:
+def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callable:
     """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
     a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
-    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``; with `no_args_is_help` it
-    says how to be called when it is called with nothing. `panel` is where the overview lists it."""
+    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``. `panel` is where the
+    overview lists it."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -348,14 +343,11 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True, no_args_i
                     if run.accelerator is not None:  # the first process that ends with an error ends the others
                         run.accelerator.wait_for_everyone()
                     fail(result.failed, quiet=not run.main_process)
-                if result.exit_code:
-                    raise typer.Exit(result.exit_code)
 
         run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
         run_command.__signature__ = inspect.Signature(parameters)
         run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        name = function.__name__.removesuffix("_command")
-        app.command(name=name, no_args_is_help=no_args_is_help, rich_help_panel=panel)(run_command)
+        app.command(name=function.__name__, no_args_is_help=True, rich_help_panel=panel)(run_command)
         return function
 
     return register
@@ -379,12 +371,8 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
         flag = [f"--{item.name.replace('_', '-')}"] if default is False else []
         hidden = item.name in EXPERT
         option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel, hidden=hidden)
-        yield inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[annotation, option],
-            default=inspect.Parameter.empty if default is MISSING else default,
-        )
+        default = inspect.Parameter.empty if default is MISSING else default
+        yield _keyword(item.name, Annotated[annotation, option], default)
 
 
 def _instance(kind: type, values: dict):
@@ -454,24 +442,19 @@ def _take(context: typer.Context, content: dict, where: str, wins: bool = False)
     context.default_map = {**before, **content} if wins else {**content, **before}
 
 
-def _from_elsewhere(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+def _from_elsewhere(parameters: list[inspect.Parameter]) -> Iterator[inspect.Parameter]:
     """``--config``, and ``--set`` where there are experts' options."""
     hidden = [item.name for item in parameters if item.annotation.__metadata__[0].hidden]
-    named = typer.Option(
-        "--set",
-        help=f"For experts: key=value of {', '.join(hidden)}; may be repeated.",
-        callback=_read_settings,
-        is_eager=True,
-    )
-    file = typer.Option(
-        "--config",
-        help="YAML file with any of these options, spelt as here without the dashes in front.",
-        callback=_read_config,
-        is_eager=True,
-    )
-    found = [_parameter("config", Annotated[Path | None, file])]
-    return [_parameter("set", Annotated[list[str] | None, named]), *found] if hidden else found
+    named = f"For experts: key=value of {', '.join(hidden)}; may be repeated."
+    file = "YAML file with any of these options, spelt as here without the dashes in front."
+    for name, kind, help, callback in (
+        ("set", list[str] | None, named, _read_settings),
+        ("config", Path | None, file, _read_config),
+    ):
+        option = typer.Option(f"--{name}", help=help, callback=callback, is_eager=True)
+        if hidden or name == "config":
+            yield _keyword(name, Annotated[kind, option], None)
 
 
-def _parameter(name: str, annotation) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _keyword(name: str, annotation, default) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from ..data.anchors import DEFAULT_TEMPLATES, Anchors
+from ..data.anchors import DEFAULT_TEMPLATES
 from ..data.images import guess_columns
+from ..data.vocabulary import NUM_ANCHORS
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.scores import Score
 from ..method.bridge import Bridge
@@ -21,55 +22,73 @@ from ..method.stored_logits import CalibrationPack
 from ..method.teacher import Teacher
 from ..settings import ExtractionConfig
 from .evaluate import score_logits
-from .methods import METHODS, Needs, Variant
+from .methods import IMAGES, LABELS, METHODS, NEEDS, WEAK, Variant
 from .reliability import expected_calibration_error
 from .task import Impossible, Task
 
 
 logger = logging.getLogger(__name__)
 
-AT_RUN_TIME = "needs the weak model and its tuned version for every prediction"
-LABELS = "needs labelled images"
 STRONG = "zero-shot strong"
+NOTES = {LABELS: "needs labelled images", WEAK: "needs the weak model and its tuned version for every prediction"}
 _WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
-_WITH_LABELS = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
+_IF_LABELLED = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
 # What may go wrong with one method's data or settings; anything else is a fault of the program.
 _FORESEEN = (ValueError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError)
 
 
 @dataclass
-class Comparison:
-    """What [`compare`] found; dictionaries are by the name of the row.
+class Row:
+    """One way to upgrade, or one cheap alternative, scored.
 
     Args:
-        scores: one per row and metric, in the order of the rows.
         logits: (N, C) on the test images.
-        labels, class_names: of the test images.
-        classifiers: the rows that are one model; those with a TransMiter adapter are saved by `save_pretrained`.
-        bridges: the embedding-space bridges by what they were built from.
-        notes: the advantage a row has over those that need neither labels nor the weak model.
-        recommended, reason: the way to upgrade to take, chosen without labels, and why.
-        verdict: what the labels of the test images say about that, see [`verdict`].
-        needs: what each row asks for.
-        sizes: bytes to be stored for a row beside the pre-trained models, where that is known.
-        skipped: rows that could not be had, and why.
-        failed: what those of them raised that were possible.
+        scores: by metric.
+        needs: what it asks for, of [`NEEDS`].
+        note: the advantage it has over those that need neither labels nor the weak model.
+        size: bytes to be stored for it beside the pre-trained models, where that is known.
+        classifier: what it is, if that is one model; with a TransMiter adapter it is saved by `save_pretrained`.
     """
 
-    scores: list[Score]
-    logits: dict[str, Tensor]
+    logits: Tensor
+    scores: dict[str, Score]
+    needs: Collection[str] = ()
+    note: str | None = None
+    size: int | None = None
+    classifier: AnchorClassifier | None = None
+
+
+@dataclass
+class Comparison:
+    """What [`compare`] found.
+
+    Args:
+        rows: by name, in their order.
+        labels, class_names: of the test images.
+        skipped: names of the rows that could not be had, and why.
+        lost: those of them that another run may have: nothing was wrong with what they were made from.
+        recommended, reason: the way to upgrade to take, chosen without labels, and why.
+        verdict: what the labels of the test images say about that, see [`verdict`].
+    """
+
+    rows: dict[str, Row]
     labels: Tensor | None
     class_names: tuple[str, ...]
-    classifiers: dict[str, AnchorClassifier] = field(default_factory=dict)
-    bridges: dict[str, Bridge] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
     recommended: str = ""
     reason: str = ""
     verdict: str = ""
-    needs: dict[str, Needs] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, Exception] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> list[Score]:
+        """One per row and metric."""
+        return [score for row in self.rows.values() for score in row.scores.values()]
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """By row, of those that have one."""
+        return {name: row.note for name, row in self.rows.items() if row.note}
 
     @property
     def advice(self) -> str:
@@ -78,22 +97,22 @@ class Comparison:
 
     def to_dict(self) -> dict:
         """For JSON: the advice, then every row with its scores (percent), what it costs and what it needs."""
-        rows = []
-        for row in self.logits:
-            scores = [score for score in self.scores if score.method == row]
-            values = {score.metric: None if math.isnan(score.value) else score.value for score in scores}
-            cost = {"seconds": scores[0].seconds, "peak_mb": scores[0].peak_mb, "bytes": self.sizes.get(row)}
-            what = {"needs": asdict(self.needs[row]), "note": self.notes.get(row)}
-            rows.append({"name": row, "scores": values, **cost, **what})
+        rows, split = [], None
+        for name, row in self.rows.items():
+            values = {key: None if math.isnan(one.value) else one.value for key, one in row.scores.items()}
+            first = next(iter(row.scores.values()))
+            cost = {"seconds": first.seconds, "peak_mb": first.peak_mb, "bytes": row.size}
+            needs, split = [need for need in NEEDS if need in row.needs], first.split
+            rows.append({"name": name, "scores": values, **cost, "needs": needs, "note": row.note})
         said = {key: getattr(self, key) for key in ("recommended", "reason", "verdict")}
-        return {**said, "split": self.scores[0].split if rows else None, "rows": rows, "skipped": self.skipped}
+        return {**said, "split": split, "rows": rows, "skipped": self.skipped}
 
-    def value(self, method: str, metric: str = "accuracy") -> float:
-        """One score. Raises `KeyError` for a method that was not run."""
-        for score in self.scores:
-            if (score.method, score.metric) == (method, metric):
-                return score.value
-        raise KeyError(f"no score {metric!r} of {method!r}; methods: {list(self.logits)}.")
+    def value(self, row: str, metric: str = "accuracy") -> float:
+        """One score. Raises `KeyError` for a row that is not there."""
+        try:
+            return self.rows[row].scores[metric].value
+        except KeyError:
+            raise KeyError(f"no score {metric!r} of {row!r}; rows: {list(self.rows)}.") from None
 
 
 def recommend(
@@ -146,9 +165,8 @@ def compare(
     seen_classes: Sequence[str] | None = None,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     variants: Sequence[Variant | str | Mapping] | None = None,
-    anchors: Anchors | None = None,
-    text_anchors: Anchors | None = None,
-    vocabulary: str | Sequence[str] = "common-nouns",
+    vocabulary: str | Sequence[str] | None = None,
+    num_anchors: int = NUM_ANCHORS,
     gradient: ExtractionConfig | None = None,
     split: str = "test",
     accelerator=None,
@@ -179,9 +197,10 @@ def compare(
         variants (`Sequence`, *optional*):
             The rows: what [`Variant.of`] reads, such as ``"refit"`` or ``{"refit": {"solver": "ridge"}}``; all of
             [`METHODS`] when omitted.
-        anchors ([`Anchors`], *optional*): K names of the published adapter; made of class names and `vocabulary`, as
-            in `Anchors.build`, when omitted.
-        text_anchors ([`Anchors`], *optional*): names for the bridge from text; the universal vocabulary when omitted.
+        vocabulary (`str` or `Sequence[str]`, *optional*):
+            Names that are asked about beside the classes, as [`load_vocabulary`] reads them: the published adapter
+            takes some, the bridge from text takes all. Common nouns, of which the bridge takes some, when omitted.
+        num_anchors (`int`, *optional*, defaults to 1024): K names of the published adapter; all where there are fewer.
         gradient ([`ExtractionConfig`], *optional*): settings of the published solver.
         **embedding: passed to `embed_dataset`.
 
@@ -210,19 +229,17 @@ def compare(
         tuned_strong=tuned_strong,
         tuning=tuning,
         bridge=bridge,
-        anchors=anchors,
-        text_anchors=text_anchors,
+        num_anchors=num_anchors,
         gradient=gradient or ExtractionConfig(solver="gradient"),
         options={"accelerator": accelerator, "progress": progress, **embedding},
     )
     base = None if seen_classes is None else [names.index(name) for name in seen_classes]
-    found = Comparison([], {}, task.labels, names)
+    found = Comparison({}, task.labels, names)
     quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
     with tqdm(rows, desc="Comparing", disable=quiet, leave=False) as bar:
         for variant in bar:
             bar.set_description(f"Comparing: {variant.name}")
             _run(task, variant, found, split, base)
-    found.bridges = task.bridges
     found.recommended, found.reason = recommend(
         own_class_vectors=task.own_class_vectors,
         unlabelled=unlabelled is not None,
@@ -250,36 +267,32 @@ def _rows(variants: Sequence[Variant | str | Mapping] | None) -> list[Variant]:
 
 def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequence[int] | None) -> None:
     """One row, or why there is none."""
-    row, method, needs = variant.name, METHODS[variant.method], variant.needs
+    name, method, needs = variant.name, METHODS[variant.method], variant.needs
     try:
         with task.charged() as cost:
             made = method.run(task, variant)
         answer = task.answer(made)
     except Impossible as error:
-        found.skipped[row] = str(error)
+        found.skipped[name] = str(error)
         return
     except _FORESEEN as error:
-        found.skipped[row], found.failed[row] = f"it failed: {error}", error
-        logger.warning("%s failed and is left out: %s", row, error)
+        found.skipped[name] = f"it failed: {error}"
+        found.lost |= set() if isinstance(error, ValueError) else {name}
+        logger.warning("%s failed and is left out: %s", name, error)
         return
-    found.logits[row] = logits = answer.logits
-    if answer.classifier is not None:
-        found.classifiers[row] = answer.classifier
-    if answer.size is not None:
-        found.sizes[row] = answer.size
     # What was tuned in the image tower is extracted from images; a prompt's class vectors are there already.
-    extracted = ExtractionConfig in method.takes and not task.own_class_vectors
-    found.needs[row] = replace(needs, task_images=needs.task_images or extracted)
-    if needs.labels:
-        found.notes[row] = LABELS
-    elif needs.weak_at_run_time and variant.method not in _WEAK_ALONE:
-        found.notes[row] = AT_RUN_TIME
+    if ExtractionConfig in method.takes and not task.own_class_vectors:
+        needs = {*needs, IMAGES}
+    alone = variant.method in _WEAK_ALONE
+    note = None if alone else next((NOTES[need] for need in NOTES if need in needs), None)
     if task.labels is None:
-        metrics = _agreement(logits, task.tuned)
+        metrics = _agreement(answer.logits, task.tuned)
     else:
-        metrics = score_logits(logits, task.labels, base) | {"ece": expected_calibration_error(logits, task.labels)}
+        metrics = score_logits(answer.logits, task.labels, base)
+        metrics["ece"] = expected_calibration_error(answer.logits, task.labels)
     cost = {} if answer.given else cost
-    found.scores += [Score(row, split, metric, value, **cost) for metric, value in metrics.items()]
+    scores = {metric: Score(name, split, metric, value, **cost) for metric, value in metrics.items()}
+    found.rows[name] = Row(answer.logits, scores, needs, note, answer.size, answer.classifier)
 
 
 def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
@@ -294,28 +307,28 @@ def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
 def verdict(found: Comparison) -> str:
     """What the labels of the test images say about the recommendation; empty where nothing scored higher than what is
     recommended, or there are no labels."""
-    if found.labels is None or found.recommended not in found.logits:
+    if found.labels is None or found.recommended not in found.rows:
         return ""
-    own, others = found.recommended, [row for row in found.logits if row != found.recommended]
+    own, others = found.recommended, [row for row in found.rows if row != found.recommended]
     said, best = [], found.value(own)
     if STRONG in others and found.value(STRONG) >= best:
         said.append(f"On these test images {_against(found, STRONG, own)}: no upgrade is needed.")
-    free = [row for row in others if row != STRONG and not found.needs[row].labels]
-    top = max(free, key=found.value, default=None)
+    labelled = [name for name, row in found.rows.items() if LABELS in row.needs]
+    top = max((row for row in others if row != STRONG and row not in labelled), key=found.value, default=None)
     if top is not None and found.value(top) > best:
         note = f"; it {found.notes[top]}" if top in found.notes else ""
         said.append(f"On these test images {_against(found, top, own)}{note}.")
-    labelled = max((row for row in others if found.needs[row].labels), key=found.value, default=None)
-    rival = max((row for row in found.logits if not found.needs[row].labels), key=found.value)
-    if labelled is not None and found.value(labelled) > found.value(rival):
-        advice = _WITH_LABELS.get(labelled, "take that")
-        said.append(f"With labels, {_against(found, labelled, rival)}: where there are labels, {advice}.")
+    with_labels = max(labelled, key=found.value, default=None)
+    rival = max((row for row in found.rows if row not in labelled), key=found.value)
+    if with_labels is not None and found.value(with_labels) > found.value(rival):
+        advice = _IF_LABELLED.get(with_labels, "take that")
+        said.append(f"With labels, {_against(found, with_labels, rival)}: where there are labels, {advice}.")
     return " ".join(said)
 
 
 def _against(found: Comparison, better: str, worse: str) -> str:
     """Which is ahead, by how much, and whether that could be chance (McNemar's test at two standard errors)."""
-    right = [found.logits[row].argmax(1) == found.labels for row in (better, worse)]
+    right = [found.rows[row].logits.argmax(1) == found.labels for row in (better, worse)]
     ahead, behind = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     chance = ", which may be chance" if (ahead - behind) ** 2 <= 4 * (ahead + behind) else ""
     verb = "equalled" if ahead == behind else "scored higher than"

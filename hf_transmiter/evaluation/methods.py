@@ -5,7 +5,7 @@ A row of a comparison is a [`Variant`]: one of these methods, with settings wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
@@ -135,10 +135,9 @@ class Variant:
         return RowSettings(**self.of_step(RowSettings))
 
     @property
-    def needs(self) -> Needs:
-        """What it asks for."""
-        found = METHODS[self.method].needs
-        return replace(found, task_images=found.task_images and self.own.start not in _UNTRAINED)
+    def needs(self) -> set[str]:
+        """What it asks for, of [`NEEDS`]."""
+        return {*METHODS[self.method].needs} - ({IMAGES} if self.own.start in _UNTRAINED else set())
 
 
 _CLOSED = ("discriminant", "ridge")
@@ -162,30 +161,10 @@ def _value(kind: type, key: str, value):
     return value
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a method asks for beyond the two models and the tuned one.
-
-    Args:
-        labels (`bool`): labelled images.
-        task_images (`bool`): unlabelled images of the task.
-        backprop (`bool`): steps of gradient descent, be it only on a head or an adapter.
-        weak_at_run_time (`bool`): every prediction runs the weak model, tuned or not.
-    """
-
-    labels: bool = False
-    task_images: bool = False
-    backprop: bool = False
-    weak_at_run_time: bool = False
-
-
-NEEDS = {
-    "labels": "labels",
-    "task_images": "task images",
-    "backprop": "backprop",
-    "weak_at_run_time": "weak model at run time",
-}
-"""The fields of [`Needs`] as tables call them."""
+LABELS, IMAGES, BACKPROP, WEAK = "labels", "task images", "backprop", "weak model at run time"
+NEEDS = (LABELS, IMAGES, BACKPROP, WEAK)
+"""What a method may ask for beyond the two models and the tuned one: labelled images, unlabelled images of the task,
+steps of gradient descent, be it only on a head, and the weak model, tuned or not, for every prediction."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +175,13 @@ class Method:
         run:
             Makes it; what it returns is scored by [`Task.answer`]. Raises [`Impossible`] where a task does not allow
             it.
-        needs ([`Needs`]): what it asks for.
+        needs (`Collection[str]`): what it asks for, of [`NEEDS`].
         takes (`Mapping[type, tuple[str, ...]]`): the settings it reads, by what they are fields of.
         tunes (`bool`): whether it tunes a model, so that it also takes a `method` and the options of its adapter.
     """
 
     run: Callable[[Task, Variant], AnchorClassifier | Answer]
-    needs: Needs = Needs()
+    needs: Collection[str] = ()
     takes: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     tunes: bool = False
 
@@ -318,7 +297,7 @@ def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:
 
 def _untrained(task: Task, variant: Variant) -> AnchorClassifier:
     """The published adapter before any training, which changes nothing."""
-    anchors = task.anchors_for({})
+    anchors = task.anchors
     config = TransMiterConfig.for_anchors(anchors, form="mlp", seed=task.gradient.seed)
     return AnchorClassifier(task.strong, anchors).add_adapter(config)
 
@@ -331,10 +310,6 @@ def _names(kind: type, without: tuple[str, ...] = ()) -> tuple[str, ...]:
     return tuple(item.name for item in fields(kind) if item.name not in without)
 
 
-_WEAK = Needs(weak_at_run_time=True)
-_IMAGES = Needs(task_images=True)
-_FITTED = Needs(task_images=True, backprop=True)
-_LABELS = Needs(labels=True, backprop=True)
 _VECTORS = {
     RowSettings: ("solver",),
     ExtractionConfig: ("shrinkage", "lambdas"),
@@ -353,30 +328,30 @@ _GRADIENT = {
 
 
 METHODS: dict[str, Method] = {
-    "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), _WEAK),
+    "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), (WEAK,)),
     "zero-shot strong": Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
-    "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), _WEAK),
-    "EFT": Method(_emulated, _WEAK),
-    "logit ensemble": Method(_ensemble, _WEAK),
+    "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), (WEAK,)),
+    "EFT": Method(_emulated, (WEAK,)),
+    "logit ensemble": Method(_ensemble, (WEAK,)),
     "re-attached prompt": Method(_reattached),
-    "prompt transfer": Method(_prompt_transfer, _FITTED),
-    "distilled head": Method(_distilled_head, _FITTED),
-    "linear probe": Method(_linear_probe, _LABELS),
-    "TransMiter": Method(_published, _FITTED, _GRADIENT),  # as published
+    "prompt transfer": Method(_prompt_transfer, (IMAGES, BACKPROP)),
+    "distilled head": Method(_distilled_head, (IMAGES, BACKPROP)),
+    "linear probe": Method(_linear_probe, (LABELS, BACKPROP)),
+    "TransMiter": Method(_published, (IMAGES, BACKPROP), _GRADIENT),  # as published
     # Class vectors in closed form.
-    "bridge from text": Method(_bridged("text"), Needs(), _VECTORS),
-    "bridge from general images": Method(_bridged("general"), Needs(), _VECTORS),
-    "given bridge": Method(_bridged("bridge"), Needs(), _VECTORS),
-    "bridge from task images": Method(_bridged("unlabelled"), _IMAGES, _VECTORS),
-    "refit": Method(_refit, _IMAGES, _REFIT),
+    "bridge from text": Method(_bridged("text"), (), _VECTORS),
+    "bridge from general images": Method(_bridged("general"), (), _VECTORS),
+    "given bridge": Method(_bridged("bridge"), (), _VECTORS),
+    "bridge from task images": Method(_bridged("unlabelled"), (IMAGES,), _VECTORS),
+    "refit": Method(_refit, (IMAGES,), _REFIT),
     # A few labelled steps on an adapter (TransMiter+).
     "label tuning": Method(
         _label_tuned,
-        Needs(labels=True, task_images=True, backprop=True),
+        (LABELS, IMAGES, BACKPROP),
         {RowSettings: ("start",), LabelTuningConfig: _names(LabelTuningConfig)},
     ),
     # The ceiling: the strong model tuned on labels, as given or here.
-    "tuned strong": Method(_tuned_strong, _LABELS, {TuningConfig: _names(TuningConfig)}, tunes=True),
+    "tuned strong": Method(_tuned_strong, (LABELS, BACKPROP), {TuningConfig: _names(TuningConfig)}, tunes=True),
 }
 """Every method by the name of its row, in the order of a table. Those that need labels have an advantage over those
 that do not, and those that need the weak model at run time cost its time in every prediction."""

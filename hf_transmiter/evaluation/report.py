@@ -46,18 +46,17 @@ def comparison_table(found: Comparison) -> str:
 
     Bold as in [`markdown_table`]: methods that need labels, or strong, tuned and weak model at run time, are never.
     """
-    methods, columns = list(found.logits), {"method": list(map(cell_text, found.logits))}
-    cells = {(score.method, score.metric): score for score in found.scores}
+    columns = {"method": list(map(cell_text, found.rows))}
     for metric in dict.fromkeys(score.metric for score in found.scores):
-        scores = {method: cells.get((method, metric)) for method in methods}
+        scores = {name: row.scores.get(metric) for name, row in found.rows.items()}
         columns[cell_text(metric_title(metric))] = column(scores, None, found.notes, metric)
     for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
-        columns[title] = [mean_cost(found.scores, method, name) for method in methods]
-    columns["size"] = [_size(found.sizes.get(method)) for method in methods]
-    for need, title in NEEDS.items():
-        columns[title] = ["yes" if getattr(found.needs[method], need) else "no" for method in methods]
+        columns[title] = [mean_cost(found.scores, row, name) for row in found.rows]
+    columns["size"] = [_size(row.size) for row in found.rows.values()]
+    for need in NEEDS:
+        columns[need] = ["yes" if need in row.needs else "no" for row in found.rows.values()]
     left_out = "".join(f"- {cell_text(method)}: {cell_text(reason)}\n" for method, reason in found.skipped.items())
-    shown = table(list(columns), zip(*columns.values(), strict=True)) + "\n\n" + _TABLE_LEGEND if methods else ""
+    shown = table(list(columns), zip(*columns.values(), strict=True)) + "\n\n" + _TABLE_LEGEND if found.rows else ""
     return shown + (f"\nNot in the table:\n\n{left_out}" if left_out else "")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.images import guess_columns
-from ..data.vocabulary import NUM_ANCHORS
+from ..data.vocabulary import COMMON_NOUNS, NUM_ANCHORS, load_vocabulary
 from ..encoders.dual_encoder import DualEncoder
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
@@ -83,9 +83,8 @@ class Task:
     bridge: Bridge | None = None
     seen_classes: Sequence[str] | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    anchors: Anchors | None = None
-    text_anchors: Anchors | None = None
-    vocabulary: str | Sequence[str] = "common-nouns"
+    vocabulary: str | Sequence[str] | None = None
+    num_anchors: int = NUM_ANCHORS
     gradient: ExtractionConfig = field(default_factory=lambda: ExtractionConfig(solver="gradient"))
     tuning: Mapping | None = None
     options: dict = field(default_factory=dict)
@@ -98,7 +97,6 @@ class Task:
             )
         self._made: dict[str, tuple] = {}
         self._reused: dict[str, dict] = {}
-        self.bridges: dict[str, Bridge] = {}
         for model in (self.weak, self.strong):
             for name in ("test", "unlabelled", "labelled", "general"):
                 if getattr(self, name) is not None and (model is self.strong or name != "labelled"):
@@ -215,15 +213,23 @@ class Task:
         """The strong model with prompts in it."""
         return AnchorClassifier(prompted, Anchors(self.names, (), PROMPTED))
 
+    @cached_property
+    def anchors(self) -> Anchors:
+        """Names of the published adapter."""
+        at_most = len(Anchors.build(self.names, strategy="all", **self._pool))
+        return Anchors.build(self.names, num_anchors=min(self.num_anchors, at_most), **self._pool)
+
+    @property
+    def _pool(self) -> dict:
+        return {"vocabulary": self.vocabulary or COMMON_NOUNS, "templates": self.templates}
+
     def anchors_for(self, wanted: Mapping) -> Anchors:
-        """Names of the published adapter: those of the comparison, or chosen by the settings that are given."""
-        if not wanted and self.anchors is not None:
+        """Those that a row's settings choose."""
+        wanted, names, build = {k: v for k, v in wanted.items() if v is not None}, self.names, self._pool
+        if not wanted:
             return self.anchors
-        wanted, names = {key: value for key, value in wanted.items() if value is not None}, self.names
-        default = NUM_ANCHORS if self.anchors is None else len(self.anchors)
         auxiliary = wanted.pop("num_auxiliary", None)
-        wanted.setdefault("num_anchors", default if auxiliary is None else len(names) + auxiliary)
-        build = {"vocabulary": self.vocabulary, "templates": self.templates}
+        wanted.setdefault("num_anchors", len(self.anchors) if auxiliary is None else len(names) + auxiliary)
         strategy = wanted.get("strategy", "random")
         if "spread" not in strategy and "farthest" not in strategy:
             return Anchors.build(names, **build, **wanted)
@@ -263,10 +269,11 @@ class Task:
         """From `"text"`, one of the sets of images, or the given one (`"bridge"`)."""
         if source == "bridge":
             return self.need("bridge")
-        images, options = None if source == "text" else self.need(source), {"anchors": self.text_anchors}
-        make = lambda: Bridge.build(self.weak, self.strong, images, **options, **self.options)  # noqa: E731
-        self.bridges[source] = self.once(f"bridge {source}", make)
-        return self.bridges[source]
+        images, names = None if source == "text" else self.need(source), None
+        if self.vocabulary is not None and images is None:
+            names = Anchors((), tuple(load_vocabulary(self.vocabulary)), self.templates)
+        make = lambda: Bridge.build(self.weak, self.strong, images, anchors=names, **self.options)  # noqa: E731
+        return self.once(f"bridge {source}", make)
 
     def tune_strong(self, own: Mapping) -> AnchorClassifier:
         """The strong model tuned on all the labelled images; `own` are settings in place of the comparison's."""

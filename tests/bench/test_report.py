@@ -18,7 +18,6 @@ CONFIG = {
     "seeds": [1, 2],
     "variants": ["zero-shot strong", "EFT", {"refit": {}, "name": "mine | yours"}],
 }
-NEEDS = {"labels": False, "task_images": False, "backprop": False, "weak_at_run_time": False}
 
 
 def config(**changes) -> BenchConfig:
@@ -36,7 +35,7 @@ def fill(found: BenchConfig, output, value, skip=()) -> None:
             continue
         rows = {}
         for name in row_names(cell):
-            needs = {**NEEDS, "weak_at_run_time": name == "EFT", "task_images": name.startswith("mine")}
+            needs = {"EFT": ["weak model at run time"], "mine | yours": ["task images"]}.get(name, [])
             rows[name] = {"metrics": value(cell, name), "needs": needs}
         write_cell(output, cell, {"made_from": {}, "num_images": 10, "rows": rows})
 

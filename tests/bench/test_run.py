@@ -76,7 +76,7 @@ def test_what_a_run_leaves(content, finished):
     assert made["num_images"] == 20 and len(made["rows"]) == 3
     row = made["rows"]["EFT"]
     assert set(row["metrics"]) == {"accuracy", "base", "novel", "hm", "joint", "ece"}
-    assert row["needs"]["weak_at_run_time"] and not row["needs"]["labels"]
+    assert row["needs"] == ["weak model at run time"]
 
 
 def test_a_finished_run_does_nothing(content, finished):
@@ -282,7 +282,7 @@ def test_tuned_elsewhere(content, tmp_path, make_dataset):
     cell = next(cells(BenchConfig.from_dict(elsewhere)))
     rows = read_cell(tmp_path / "out", cell)["rows"]
     assert "labelled" in rows["linear probe"]["skipped"]
-    assert rows["tuned strong"]["metrics"]["accuracy"] >= 0 and rows["refit"]["needs"]["task_images"]
+    assert rows["tuned strong"]["metrics"]["accuracy"] >= 0 and "task images" in rows["refit"]["needs"]
     assert len(list((tmp_path / "out" / "tuned").iterdir())) == 2  # weak and strong
     report = (tmp_path / "out" / "report.md").read_text()
     assert "linear probe: it needs labelled images" in report

@@ -69,7 +69,7 @@ def test_settings_are_options():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_shows_few_options_and_names_those_of_experts(name):
     text = run(name, "--help").stdout
-    assert len(re.findall(r"^│ [* ] +--", text, re.M)) <= 30
+    assert len(re.findall(r"^│ [* ] +--", text, re.M)) <= 25
     if name in ("tune", "extract", "transfer", "compare"):
         words = re.findall(r"\w+", text[text.index("For experts: key=value of") :])
         assert {"embed_batch_size", {"tune": "pull", "extract": "warmup"}.get(name, "subset")} <= set(words)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from datasets import ClassLabel
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.baselines import linear_head
-from hf_transmiter.evaluation.methods import METHODS, Needs, Variant
+from hf_transmiter.evaluation.methods import BACKPROP, LABELS, METHODS, WEAK, Variant
 from hf_transmiter.evaluation.task import Answer, Impossible, Task, stored_bytes
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.classifier import AnchorClassifier
@@ -46,7 +46,7 @@ def sets(make_dataset):
 
 @pytest.fixture(scope="module")
 def task(models, sets):
-    own = {"anchors": Anchors(NAMES, WORDS[:3]), "text_anchors": Anchors((), WORDS), "vocabulary": WORDS}
+    own = {"vocabulary": WORDS, "num_anchors": 6}
     gradient = ExtractionConfig(solver="gradient", **GRADIENT)
     options = {"progress": False}
     return Task(*models, names=NAMES, **sets, **own, gradient=gradient, seen_classes=("cat", "car"), options=options)
@@ -87,7 +87,7 @@ def test_settings_are_checked_when_a_row_is_written():
         ({"TransMiter": {"strategy": "best"}}, "strategy must be one of random, "),
         ({"TransMiter": {"num_anchors": 5, "num_auxiliary": 2}}, "not both"),
         ({"label tuning": {"start": "EFT"}}, "start must be one of refit, TransMiter, class vectors, untrained"),
-        ({"tuned strong": {"method": "magic"}}, "the row 'tuned strong': method must"),
+        ({"tuned strong": {"method": "magic"}}, "the row 'tuned strong': tune cannot train an adapter 'magic'"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             Variant.of(wrong)
@@ -112,15 +112,15 @@ def test_rows_are_read_as_people_write_them():
 
 
 def test_needs_of_the_table():
-    free = [row for row, method in METHODS.items() if method.needs == Needs()]
+    free = [row for row, method in METHODS.items() if not method.needs]
     assert "bridge from text" in free and "zero-shot strong" in free and "refit" not in free
-    labelled = {row for row, method in METHODS.items() if method.needs.labels}
+    labelled = {row for row, method in METHODS.items() if LABELS in method.needs}
     assert labelled == {"linear probe", "tuned strong", "label tuning"}
-    assert {row for row, method in METHODS.items() if method.needs.weak_at_run_time} == {
+    assert {row for row, method in METHODS.items() if WEAK in method.needs} == {
         "zero-shot weak", "tuned weak", "EFT", "logit ensemble",
     }  # fmt: skip
     starts = {start: Variant("label tuning", {"start": start}).needs for start in ("refit", "class vectors")}
-    assert starts["refit"].task_images and starts["class vectors"] == Needs(labels=True, backprop=True)
+    assert "task images" in starts["refit"] and starts["class vectors"] == {LABELS, BACKPROP}
 
 
 # The published adapter
@@ -169,9 +169,9 @@ def test_anchors_are_chosen_as_the_row_wants(task):
     def chosen(**settings):
         return task.anchors_for(Variant("TransMiter", settings).settings)
 
-    assert chosen() is task.anchors and chosen(num_anchors=None) == Anchors.build(
-        NAMES, vocabulary=WORDS, num_anchors=6
-    )
+    assert chosen() is task.anchors is chosen(num_anchors=None)
+    assert task.anchors == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=6)
+    assert len(replace(task, num_anchors=1024).anchors) == len(NAMES + WORDS)  # all there are
     assert chosen(num_auxiliary=0).names == NAMES and chosen(strategy="none").names == NAMES
     assert len(chosen(strategy="random")) == len(task.anchors)  # as many as the comparison has
     assert chosen(num_anchors=7) == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=7)
@@ -347,4 +347,3 @@ def test_strangers_among_the_images_are_named(task, make_dataset):
                 replace(task, **{name: strange})
     with pytest.raises(ValueError, match="seen_classes holds 'ship', which is not among the 3"):
         replace(task, seen_classes=("cat", "ship"))
-    assert asdict(METHODS["EFT"].needs)["weak_at_run_time"]

@@ -6,8 +6,7 @@ from test_figures import drawn  # noqa: F401, a fixture
 from test_figures import found as analysed
 from test_scores import CEILING, SCORES
 
-from hf_transmiter.evaluation.compare import Comparison
-from hf_transmiter.evaluation.methods import Needs
+from hf_transmiter.evaluation.compare import Comparison, Row
 from hf_transmiter.evaluation.report import Section, comparison_table, write_analysis, write_report
 from hf_transmiter.hub.scores import Score, markdown_table
 
@@ -43,26 +42,16 @@ def test_report_refuses_figures_outside_of_it(tmp_path):
 
 
 def test_a_comparison_says_what_each_method_costs_and_needs():
-    scores = [
-        Score("zero-shot strong", "test", "accuracy", 60.0, seconds=0.01, peak_mb=0.2),
-        Score("zero-shot strong", "test", "ece", 5.0, seconds=0.01, peak_mb=0.2),
-        Score("refit", "test", "accuracy", 70.0, seconds=2.0, peak_mb=30.0),
-        Score("refit", "test", "ece", 9.0, seconds=2.0, peak_mb=30.0),
-        Score("a|probe", "test", "accuracy", 80.0, seconds=140.0, peak_mb=30.0),
-        Score("a|probe", "test", "ece", 3.0, seconds=140.0, peak_mb=30.0),
-    ]
-    probe = Needs(labels=True, backprop=True)
-    needs = {"zero-shot strong": Needs(), "refit": Needs(task_images=True), "a|probe": probe}
-    found = Comparison(
-        scores,
-        dict.fromkeys(needs),
-        None,
-        ("a", "b"),
-        notes={"a|probe": "needs labels"},
-        needs=needs,
-        sizes={"zero-shot strong": 0, "refit": 28_300},
-        skipped={"EFT": "it failed: a | b"},
-    )
+    rows = {}
+    for name, accuracy, ece, seconds, peak, *about in (
+        ("zero-shot strong", 60.0, 5.0, 0.01, 0.2, (), None, 0),
+        ("refit", 70.0, 9.0, 2.0, 30.0, {"task images"}, None, 28_300),
+        ("a|probe", 80.0, 3.0, 140.0, 30.0, {"labels", "backprop"}, "needs labels", None),
+    ):
+        values = {"accuracy": accuracy, "ece": ece}
+        scores = {key: Score(name, "test", key, one, seconds=seconds, peak_mb=peak) for key, one in values.items()}
+        rows[name] = Row(None, scores, *about)
+    found = Comparison(rows, None, ("a", "b"), skipped={"EFT": "it failed: a | b"})
     lines = [line for line in comparison_table(found).splitlines() if line.startswith("|")]
     assert lines[0] == (
         "| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop | "
@@ -73,9 +62,9 @@ def test_a_comparison_says_what_each_method_costs_and_needs():
     assert lines[3] == "| refit | **70.0** | 9.0 | 2.0 | 30 | 28 kB | no | yes | no | no |"
     assert lines[4] == "| a\\|probe | 80.0 | 3.0 | 140 | 30 | – | yes | no | yes | no |"
     assert comparison_table(found).endswith("\nNot in the table:\n\n- EFT: it failed: a \\| b\n")
-    found.sizes["refit"] = 37_700_000
+    found.rows["refit"].size = 37_700_000
     assert "| 37.7 MB |" in comparison_table(found)
-    nothing = Comparison([], {}, None, ("a", "b"), skipped={"EFT": "it failed: x"})
+    nothing = Comparison({}, None, ("a", "b"), skipped={"EFT": "it failed: x"})
     assert comparison_table(nothing) == "\nNot in the table:\n\n- EFT: it failed: x\n"
 
 

@@ -329,9 +329,9 @@ def test_refused(weak, dataset, make_dataset, table, linear, cache):
 def test_bad_settings():
     with pytest.raises(ValueError, match=r"solver must be one of .*, got 'magic'"):
         ExtractionConfig(solver="magic")
-    with pytest.raises(ValueError, match="basis must be 'learned' or 'fixed', got 'free'"):
+    with pytest.raises(ValueError, match="basis must be one of learned, fixed, got 'free'"):
         ExtractionConfig(basis="free")
-    with pytest.raises(ValueError, match="orthogonal_map must be 'cayley' or 'matrix_exp', got 'householder'"):
+    with pytest.raises(ValueError, match="orthogonal_map must be one of cayley, matrix_exp, got 'householder'"):
         ExtractionConfig(orthogonal_map="householder")
     for unread, said in (
         ({"solver": "ridge", "lr": 0.1, "shrinkage": 3.0}, "solver 'ridge' does not read lr, shrinkage: leave"),

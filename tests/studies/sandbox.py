@@ -42,7 +42,7 @@ class HalfSeen(Task):
 
 def report(runs: list[Comparison], metric: str) -> list[dict]:
     rows = []
-    for method in runs[0].logits:
+    for method in runs[0].rows:
         values = [run.value(method, metric) for run in runs]
         row = {"method": method, "metric": metric, "mean": statistics.fmean(values), "std": _std(values)}
         for other in ("zero-shot strong", "tuned weak"):

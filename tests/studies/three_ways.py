@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from hf_transmiter.cli.demo import SANDBOX_TUNING, Task
+from hf_transmiter import sandbox
+from hf_transmiter.cli.demo import NUM_ANCHORS, SANDBOX_TUNING, Task
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.compare import compare
 from hf_transmiter.hub.files import replace_file
@@ -60,8 +61,8 @@ def run(task: Task, how: dict, teacher) -> dict[str, dict[str, float]]:
         task.images("test"),
         unlabelled=task.images("unlabelled"),
         tuned_strong=tune(task.strong, task.images("train"), **how, **quiet),
-        anchors=task.anchors,
-        text_anchors=task.text_anchors,
+        vocabulary=sandbox.vocabulary(),
+        num_anchors=NUM_ANCHORS,
         gradient=ExtractionConfig(solver="gradient", basis="fixed", seed=how["config"].seed),
         variants=list(ROWS),
         **quiet,
