@@ -149,8 +149,8 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
         """The [`weights`] of one adapter, without their gradients."""
         return {part: parameter.detach() for part, parameter in self.weights(name).items()}
 
-    def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Overwrites all weights of one adapter by what [`tensors`] of another one gave.
+    def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Whether `tensors` can take the place of one adapter's.
 
         Raises:
             ValueError: a tensor is missing, unknown, of another shape, or not finite.
@@ -161,7 +161,13 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
         for key, tensor in own.items():
             if tensor.shape != tensors[key].shape:
                 raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}.")
-            tensor.copy_(check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}").reshape(tensor.shape))
+            check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}")
+
+    def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Overwrites all weights of one adapter by what [`tensors`] of another one gave, which is checked."""
+        self.check_tensors(name, tensors)
+        for key, tensor in self.tensors(name).items():
+            tensor.copy_(tensors[key])
 
     def has_anchors(self, name: str) -> bool:
         """Whether the names were embedded: a fresh adapter on a bare model waits for its first forward pass."""

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from ...algebra import check_finite, check_semi_orthogonal
+from ...algebra import check_semi_orthogonal
 from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import is_dual_encoder, shared_width
 from ...encoders.identity import ModelId
@@ -115,32 +115,14 @@ class TransMiterModel(Tuner):
         cls, model: nn.Module, config: TransMiterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # PEFT only warns about a missing tensor and takes NaN as it comes.
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        path, layer = next(
-            (path, module) for path, module in model.named_modules() if isinstance(module, TransMiterLayer)
-        )
-        own_tensors = layer.tensors(adapter_name)
-        keys = {part: _key(path, cls.prefix + part, adapter_name) for part in own_tensors}
-        for part, own in own_tensors.items():
-            given = found.get(keys[part])
-            if given is None or given.shape != own.shape:
-                problem = "is missing" if given is None else f"has the shape {tuple(given.shape)}"
-                raise ValueError(
-                    f"the adapter's weights do not fit its config: {part!r} {problem}, it must be {tuple(own.shape)}. "
-                    "Load the adapter_model.safetensors that was saved with this adapter_config.json."
-                )
-            check_finite(given.reshape(1, -1), f"the adapter's weights {part!r}")
-        if "basis" in keys and not config.train_basis:
-            check_semi_orthogonal(found[keys["basis"]], "the adapter's basis", full_rank=True)
-        return found
+        layer = next(module for module in model.modules() if isinstance(module, TransMiterLayer))
+        tensors = {key.partition(cls.prefix)[2]: tensor for key, tensor in state_dict.items()}
+        layer.check_tensors(adapter_name, tensors)
+        if "basis" in tensors and not config.train_basis:
+            check_semi_orthogonal(tensors["basis"], "the adapter's basis", full_rank=True)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         del model.transmiter
         return model
-
-
-def _key(path: str, part: str, adapter_name: str) -> str:
-    """Name of a tensor in the model's state dict: the adapter's name stands behind the container's."""
-    container, _, rest = part.partition(".")
-    return ".".join(filter(None, (path, container, adapter_name, rest)))
