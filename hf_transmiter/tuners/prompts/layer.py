@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..registration import AdapterLayer
 from .config import PromptConfig
 from .texts import (
     arrange,
@@ -35,7 +35,7 @@ class Texts(NamedTuple):
     named: Tensor
 
 
-class PromptLayer(nn.Module, BaseTunerLayer):
+class PromptLayer(nn.Module, AdapterLayer):
     """Takes the place of a text tower's token embedding; holds any number of adapters, the first active one answers.
 
     Bound methods of it are hooks elsewhere. `insert`, before the text tower, puts the ids ``-1 … -M`` beside the name
@@ -54,7 +54,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         positions (`int`): most tokens the text tower reads.
     """
 
-    prefix = ""
     parts: tuple[str, ...] = ("ctx",)
     modules_of: tuple[str, ...] = ()
     reads_images = False
@@ -175,30 +174,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         else:
             config.class_names = list(names)
         self.class_texts[name] = inputs
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """PEFT only warns of tensors that a file lacks and is silent on those it has beside: both are refused here.
-
-        Raises:
-            ValueError: some of an adapter's tensors are there and others are missing, or some are another method's.
-        """
-        method, known = self.prefix.rstrip("_"), self.state_dict(prefix=prefix)
-        for key in (key for key in state_dict if key.startswith(prefix) and key not in known):
-            if key != f"{prefix}weight":  # a plain model's table, as load_state_dict(strict=False) may be given
-                raise ValueError(
-                    f"the checkpoint holds {key!r}, which a {method} adapter of this configuration does not have: it "
-                    "belongs to another method, or to another configuration."
-                )
-        for name in self.configs:
-            stores = tuple(f"{prefix}{store}.{name}." for store in self.adapter_layer_names)
-            own = [key for key in known if f"{key}.".startswith(stores)]
-            missing = [key for key in own if key not in state_dict]
-            if missing and len(missing) < len(own):
-                raise ValueError(
-                    f"the checkpoint lacks {missing[0].replace(f'.{name}', '')!r}, which a {method} adapter of this "
-                    "configuration has: it is damaged, or belongs to another configuration."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- what a learner fills ---------------------------------------------------------------------------------------
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...algebra import check_finite, standardise
+from ...algebra import standardise
 from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import dummy_text_inputs, logit_scale_and_bias
+from ..registration import AdapterLayer
 from .config import TransMiterConfig
 
 
@@ -37,7 +37,7 @@ def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: 
     return (z + change @ basis) * std + mean
 
 
-class TransMiterLayer(nn.Module, BaseTunerLayer):
+class TransMiterLayer(nn.Module, AdapterLayer):
     """Holds any number of adapters; the first active one answers.
 
     Containers are flat (adapter name to a parameter or a leaf module): PEFT saves nested modules under the adapter's
@@ -132,36 +132,6 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
         if name in self.transmiter_class_vectors:
             vectors = self.transmiter_class_vectors[name]
             vectors.data.copy_(embeds[: len(vectors)])
-
-    def weights(self, name: str) -> dict[str, nn.Parameter]:
-        """All weights of one adapter, without the `transmiter_` prefix: `anchors`, `basis`, `up.weight`, ..."""
-        found = {}
-        for container in self.adapter_layer_names:
-            part = container.removeprefix(TransMiterLayer.prefix)
-            entry = getattr(self, container)[name] if name in getattr(self, container) else None
-            if isinstance(entry, nn.Module):
-                found.update({f"{part}.{key}": parameter for key, parameter in entry.named_parameters()})
-            elif entry is not None:
-                found[part] = entry
-        return found
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The [`weights`] of one adapter, without their gradients."""
-        return {part: parameter.detach() for part, parameter in self.weights(name).items()}
-
-    def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Whether `tensors` can take the place of one adapter's.
-
-        Raises:
-            ValueError: a tensor is missing, unknown, of another shape, or not finite.
-        """
-        own = self.tensors(name)
-        if own.keys() != tensors.keys():
-            raise ValueError(f"this adapter needs the tensors {sorted(own)}, got {sorted(tensors)}.")
-        for key, tensor in own.items():
-            if tensor.shape != tensors[key].shape:
-                raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}.")
-            check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}")
 
     def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all weights of one adapter by what [`tensors`] of another one gave, which is checked."""

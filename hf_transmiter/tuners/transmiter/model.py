@@ -114,13 +114,11 @@ class TransMiterModel(Tuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: TransMiterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # PEFT only warns about a missing tensor and takes NaN as it comes.
-        layer = next(module for module in model.modules() if isinstance(module, TransMiterLayer))
-        tensors = {key.partition(cls.prefix)[2]: tensor for key, tensor in state_dict.items()}
-        layer.check_tensors(adapter_name, tensors)
-        if "basis" in tensors and not config.train_basis:
-            check_semi_orthogonal(tensors["basis"], "the adapter's basis", full_rank=True)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        basis = next((tensor for key, tensor in state_dict.items() if key.endswith("_basis")), None)
+        if basis is not None and not config.train_basis:
+            check_semi_orthogonal(basis, "the adapter's basis", full_rank=True)
+        return found
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
