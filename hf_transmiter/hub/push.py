@@ -45,8 +45,7 @@ def push(
     scores and calibration away, which belonged to the old ones; the history keeps them.
 
     Args:
-        folder (`str` or `os.PathLike`): what to share.
-        repo_id (`str`): ``user/name``; made if it is not there.
+        folder (`str` or `os.PathLike`), repo_id (`str`): from where, and to which ``user/name`` (made if not there).
         private (`bool`, *optional*): whether a new repository is private.
         commit_message (`str`, *optional*): the commit's title.
         create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.

@@ -51,9 +51,16 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - as in PEFT
 
 class AdapterLayer(BaseTunerLayer):
     """What the layers of this package have in common: `adapter_layer_names` are attributes `prefix + part`, flat
-    containers of parameters or modules by adapter name."""
+    containers of parameters or modules by adapter name; `hooks` on the model make it work."""
 
     prefix = ""
+    hooks: list
+
+    def detach(self) -> None:
+        """Takes the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """All weights of one adapter, by part: `anchors`, `basis`, `up.weight`, ..."""

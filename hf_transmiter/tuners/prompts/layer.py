@@ -73,7 +73,7 @@ class PromptLayer(nn.Module, AdapterLayer):
         self.class_texts: dict[str, dict[str, Tensor]] = {}
         self.class_rows: dict[str, dict[tuple[int, ...], int]] = {}
         self.merged_adapters = []
-        self.hooks: list = []
+        self.hooks = []
         self.plain = False  # inside a call that must see the base model
         self.texts: Texts | None = None  # of the call under way
         for part in self.parts:
@@ -262,22 +262,17 @@ class PromptLayer(nn.Module, AdapterLayer):
         prompt = None if self.active_name is None else self.text_prompt(self.active_name, index)
         if prompt is None:
             return None
-
-        def put(hidden: Tensor) -> Tensor:
-            rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
-            return torch.cat([hidden[:, : self.start], rows, hidden[:, self.start + rows.shape[1] :]], 1)
-
-        return _with_hidden(args, kwargs, put)
+        return _with_hidden(args, kwargs, lambda hidden: _put(hidden, prompt, self.start, self.start + len(prompt)))
 
     def after_patches(self, embeddings: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         prompt = None if self.active_name is None else self.vision_prompt(self.active_name, 0)
-        return None if prompt is None else _behind(output, prompt, 0)
+        return None if prompt is None else _put(output, prompt, output.shape[1], output.shape[1])
 
     def before_vision_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         prompt = None if self.active_name is None or not index else self.vision_prompt(self.active_name, index)
         if prompt is None:
             return None
-        return _with_hidden(args, kwargs, lambda hidden: _behind(hidden, prompt, len(prompt)))
+        return _with_hidden(args, kwargs, lambda hidden: _put(hidden, prompt, -len(prompt), hidden.shape[1]))
 
     def fill_texts(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the whole model's forward: the classes' prompts, where no texts were given."""
@@ -306,11 +301,6 @@ class PromptLayer(nn.Module, AdapterLayer):
                 # Bound methods and partials of them survive deepcopy and pickle; closures would not.
                 bound = functools.partial(hook, index)
                 self.hooks.append(layer.register_forward_pre_hook(bound, with_kwargs=True))
-
-    def detach(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
 
     @contextmanager
     def as_base(self):
@@ -345,7 +335,7 @@ def _with_hidden(args: tuple, kwargs: dict, change) -> tuple[tuple, dict]:
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
-def _behind(hidden: Tensor, prompt: Tensor, replaced: int) -> Tensor:
-    """Hidden states (B, L, width) with the prompt (n, width) behind them, in place of the last `replaced` ones."""
+def _put(hidden: Tensor, prompt: Tensor, start: int, stop: int) -> Tensor:
+    """Hidden states (B, L, width) with the prompt (n, width) in place of those from `start` to `stop`."""
     rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
-    return torch.cat([hidden[:, : hidden.shape[1] - replaced], rows], 1)
+    return torch.cat([hidden[:, :start], rows, hidden[:, stop:]], 1)

@@ -70,7 +70,7 @@ class TransMiterLayer(nn.Module, AdapterLayer):
         self.configs: dict[str, TransMiterConfig] = {}
         self.frozen_peft_weight_names = {}
         self.merged_adapters = []
-        self.hooks: list = []
+        self.hooks = []
         self.dummy_text: dict[str, Tensor] | None = None
 
     def update_layer(self, name: str, config: TransMiterConfig, like: Tensor) -> None:
@@ -166,11 +166,6 @@ class TransMiterLayer(nn.Module, AdapterLayer):
             parts = (self.transmiter_norm[name], self.transmiter_up[name], self.transmiter_down[name])
             logits = refine(scale * x @ anchors.T + bias, self.transmiter_basis[name], *parts)[:, :classes]
         return logits.to(image_embeds.dtype)
-
-    def detach(self) -> None:
-        """Takes the hooks off the root."""
-        for hook in self.hooks:
-            hook.remove()
 
     # Hooks of the root. Bound methods, so that copies and pickles of the model rebind them to their own layer.
     def fill_text(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
