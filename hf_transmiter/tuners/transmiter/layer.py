@@ -108,13 +108,8 @@ class TransMiterLayer(nn.Module, AdapterLayer):
     def holding(
         cls, config: TransMiterConfig, tensors: dict[str, Tensor] | None = None, device: torch.device | str = "cpu"
     ) -> TransMiterLayer:
-        """A layer with one adapter, `"default"`, that belongs to no PEFT model.
-
-        Args:
-            config (`TransMiterConfig`): with its `embed_dim`.
-            tensors (`dict[str, Tensor]`, *optional*): what [`tensors`] of another one gave; else it starts as the
-                identity.
-            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put it.
+        """A layer with one adapter, `"default"`, that belongs to no PEFT model. Its `embed_dim` must be known; with
+        `tensors`, those that [`tensors`] of another one gave, it takes them over, else it starts as the identity.
         """
         layer = cls()
         layer._active_adapter = ["default"]

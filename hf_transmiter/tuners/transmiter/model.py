@@ -21,16 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_base(config: TransMiterConfig, model: nn.Module, encoder: DualEncoder | None = None) -> None:
-    """Whether an adapter was made for `model`: of its embedding width and, with an `encoder`, of its weights.
+    """Whether an adapter was made for `model`: of its embedding width and, with the `encoder` around it, its weights.
 
     A raw model brings no processor, without which its fingerprint is not known: there the name decides. A folder of
     another name may hold a copy, and of weights in half precision it is not known what they were in float32: what
     cannot be told is a warning.
-
-    Args:
-        config (`TransMiterConfig`): of the adapter.
-        model (`nn.Module`): the two-tower model.
-        encoder (`DualEncoder`, *optional*): around `model`, where there is one.
 
     Raises:
         ValueError: it is another model.
