@@ -36,13 +36,10 @@ class Anchors:
     """K = C + A ordered names and the templates they are written into. Immutable; lists are turned into tuples.
 
     Args:
-        task (`Sequence[str]`):
-            The C names of the task, in label order. May be empty only if `auxiliary` is not: such universal anchors
+        task: the C names of the task, in label order. May be empty only if `auxiliary` is not: such universal anchors
             serve bridges that know no task.
-        auxiliary (`Sequence[str]`, *optional*, defaults to `()`):
-            The A names that only widen the logit vector.
-        templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`):
-            Phrases with one `{}` each, for the name. With several, embeddings are averaged over the templates.
+        auxiliary: the A names that only widen the logit vector.
+        templates: phrases with one `{}` each, for the name. With several, embeddings are averaged over the templates.
 
     Raises:
         ValueError: no name at all, an empty name, duplicates (compared exactly), no template, or a template

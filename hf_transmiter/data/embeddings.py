@@ -37,13 +37,9 @@ PART_ROWS = 1024
 
 
 class FeatureTable:
-    """Unit image rows ``x`` (N, d) with their labels.
+    """Unit image rows ``x`` (N, d), in any float type, with their labels (N,): indices of the class names.
 
-    Args:
-        embeds (`Tensor`): (N, d) in any float type; those of [`embed_dataset`] are mapped from disk, not loaded.
-        labels (`Tensor` or `Sequence[int]`, *optional*): (N,) class indices.
-        class_names (`Sequence[str]`, *optional*): names of the indices.
-        dataset_fingerprint (`str`, *optional*): identifies the images.
+    Those of [`embed_dataset`] are mapped from disk, not loaded. `dataset_fingerprint` identifies the images.
 
     Raises:
         ValueError: the labels do not fit the rows or the class names.

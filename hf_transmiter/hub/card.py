@@ -306,20 +306,17 @@ def read_card(folder: str | os.PathLike, *, name: str | None = None, **facts) ->
 
 
 def write_card(folder: str | os.PathLike, *, name: str | None = None, **facts) -> Path:
-    """Writes the ``README.md`` of an adapter, bridge or tuned model, atomically.
+    """Writes the ``README.md`` of an adapter, bridge or tuned model, atomically, and gives back its path.
 
     It never costs the artefact: where a card cannot be made, that is logged, and a README that is there stays, else a
     short one says so.
 
     Args:
-        folder (`str` or `os.PathLike`): the folder.
+        folder (`str` or `os.PathLike`): of its files.
         name (`str`, *optional*): Hub id, if it has one: for the title, the snippets and the model index.
         **facts: metadata that people give: `license`, `license_name`, `license_link`, `datasets`, `language`, `tags`,
             `new_version` (Hub id of the model that takes this one's place). What an existing card says of these is
             kept unless given here; lists are joined.
-
-    Returns:
-        `Path`: of the card.
 
     Raises:
         FileNotFoundError: nothing in the folder that has a card.

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from .adapter_files import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
 from .card import README, by_people, given_metadata, write_card
@@ -45,8 +44,7 @@ def push(
     scores and calibration away, which belonged to the old ones; the history keeps them.
 
     Args:
-        folder (`str` or `os.PathLike`): what to share.
-        repo_id (`str`): ``user/name``; made if it is not there.
+        folder (`str` or `os.PathLike`), repo_id (`str`): from where, and to which ``user/name`` (made if not there).
         private (`bool`, *optional*): whether a new repository is private.
         commit_message (`str`, *optional*): the commit's title.
         create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
@@ -71,9 +69,9 @@ def push(
         for file in SHARED:
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, place / file)
-        if "/" not in repo_id:
-            with hub_errors(repo_id):
-                repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+        api = HfApi(token=token)
+        with hub_errors(repo_id):
+            repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         if (place / CONFIG).is_file():
             _name_base_model(place, base_model)
         if (place / BRIDGE).is_file():
@@ -81,7 +79,9 @@ def push(
         if (place / SCORES).is_file():
             rows = read_scores(place / SCORES)
             write_scores(place / SCORES, [replace(r, dataset=r.dataset and public_name(r.dataset)) for r in rows])
-        there = {"revision": _head(repo_id, token), "subfolder": subfolder, "token": token}
+        with hub_errors(repo_id):
+            head = api.model_info(repo_id).sha if api.repo_exists(repo_id) else None
+        there = {"revision": head, "subfolder": subfolder, "token": token}
         new, old = place / WEIGHTS, _file_there(repo_id, WEIGHTS, **there)
         replaced = old is not None and new.is_file() and old.read_bytes() != new.read_bytes()
         stale = [SCORES, CALIBRATION] if replaced else []
@@ -139,17 +139,6 @@ def _name_base_model(folder: Path, base_model: str | None) -> None:
         if (folder / file).is_file():
             text = json.dumps(without_paths(load_json(folder / file), names), indent=2, sort_keys=True)
             (folder / file).write_text(text + "\n", encoding="utf-8")
-
-
-def _head(repo_id: str, token: str | bool | None) -> str | None:
-    """The repository's last commit, `None` where there is no such repository."""
-    try:
-        with hub_errors(repo_id):
-            return HfApi(token=token).model_info(repo_id).sha
-    except OSError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
-            return None
-        raise
 
 
 def _file_there(repo_id: str, file: str, revision: str | None, **hub) -> Path | None:

@@ -24,14 +24,11 @@ _CHUNK = 256
 
 
 def model_path(name: str) -> Path:
-    """The folder of a shipped model, for plain `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`.
+    """The folder of a shipped model (config, float16 weights, tokenizer, processor), for plain
+    `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`.
 
-    Args:
-        name (`str`): ``"weak"``, ``"strong"`` (larger, better, other widths) or ``"weak-upgraded"`` (the widths and
-            vocabulary of weak, a text tower trained on from weak's, and a better vision tower).
-
-    Returns:
-        `Path`: a folder with config, float16 weights, tokenizer and processor.
+    `name` is ``"weak"``, ``"strong"`` (larger, better, other widths) or ``"weak-upgraded"`` (the widths and vocabulary
+    of weak, a text tower trained on from weak's, and a better vision tower).
 
     Raises:
         ValueError: if no model of that name is shipped.
@@ -45,7 +42,9 @@ def domains() -> dict[str, str]:
 
 
 def load_dataset(domain: str, split: str = "train", *, seed: int = 0, style: str | None = None) -> Dataset:
-    """Draw a split of a domain: always the same pictures for the same arguments, and the same fingerprint.
+    """Draw a split of a domain: columns `image` (32 x 32 RGB) and `label` (`ClassLabel` with the class names).
+
+    The same arguments always give the same pictures and the same fingerprint.
 
     Args:
         domain (`str`): one of [`domains`]: the tasks ``"print"``, ``"night"``, ``"neon"``, ``"jargon"`` (36 classes
@@ -55,10 +54,6 @@ def load_dataset(domain: str, split: str = "train", *, seed: int = 0, style: str
             ``"validation"`` (500) or ``"test"`` (1,500).
         seed (`int`, *optional*, defaults to 0): another seed draws other pictures of the same classes.
         style (`str`, *optional*): show the classes the way another domain shows its own (``"night"``, ...).
-
-    Returns:
-        `datasets.Dataset`: columns `image` (`datasets.Image`, 32 x 32 RGB) and `label` (`datasets.ClassLabel` with
-        the class names).
 
     Raises:
         ValueError: if the domain, the split or the style is unknown.

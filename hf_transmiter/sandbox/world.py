@@ -46,18 +46,12 @@ class _Placed(NamedTuple):
 
 
 def render(classes: Tensor | Sequence[Sequence[int]], style: str, generator: Generator) -> Tensor:
-    """Draw one picture per row of `classes`; the same generator state gives the same pictures.
+    """Draw one picture per index triple (texture, colour, shape) of `classes` (N, 3): uint8 RGB (N, 3, 32, 32).
 
-    Args:
-        classes (`Tensor` or `Sequence`): index triples (texture, colour, shape) of shape `(N, 3)`.
-        style (`str`): one of [`STYLES`].
-        generator (`torch.Generator`): the only source of chance.
-
-    Returns:
-        `Tensor`: uint8 RGB of shape `(N, 3, 32, 32)`.
+    The generator is the only source of chance: its same state gives the same pictures.
 
     Raises:
-        ValueError: if `style` is unknown.
+        ValueError: `style` is none of [`STYLES`].
     """
     if style not in STYLES:
         raise ValueError(f"Unknown style {style!r}; there are {', '.join(STYLES)}.")

@@ -1,12 +1,14 @@
 """Makes this package's methods known to PEFT: three dictionary entries per method."""
 
 import enum
+import re
 
 import peft
 from peft import PeftConfig, mapping
-from peft.tuners import tuners_utils
-from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from ..algebra import check_finite
 
 
 TESTED = "peft 0.21.2 with transformers 5.23.0 and 5.24.0"
@@ -15,7 +17,7 @@ TESTED = "peft 0.21.2 with transformers 5.23.0 and 5.24.0"
 _INTERNALS = (
     (mapping, ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")),
     (
-        tuners_utils.BaseTuner,
+        BaseTuner,
         (
             "_check_new_adapter_config",
             "_prepare_adapter_config",
@@ -27,7 +29,7 @@ _INTERNALS = (
         ),
     ),
     (
-        tuners_utils.BaseTunerLayer,
+        BaseTunerLayer,
         ("set_adapter", "active_adapters", "disable_adapters", "_move_adapter_to_device_of_base_layer"),
     ),
 )
@@ -47,6 +49,55 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - as in PEFT
     PROMPTSRC = "PROMPTSRC"
 
 
+class AdapterLayer(BaseTunerLayer):
+    """What the layers of this package have in common: `adapter_layer_names` are attributes `prefix + part`, flat
+    containers of parameters or modules by adapter name; `hooks` on the model make it work."""
+
+    prefix = ""
+    hooks: list
+
+    def detach(self) -> None:
+        """Takes the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        """All weights of one adapter, by part: `anchors`, `basis`, `up.weight`, ..."""
+        found = {}
+        for container in self.adapter_layer_names:
+            part, entries = container.removeprefix(self.prefix), getattr(self, container)
+            entry = entries[name] if name in entries else None
+            if isinstance(entry, nn.Module):
+                found.update({f"{part}.{key}": parameter for key, parameter in entry.named_parameters()})
+            elif entry is not None:
+                found[part] = entry
+        return found
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The [`weights`] of one adapter, without their gradients."""
+        return {part: parameter.detach() for part, parameter in self.weights(name).items()}
+
+    def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Whether `tensors` can take the place of one adapter's.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, of another shape, or not finite.
+        """
+        own = self.tensors(name)
+        odd = sorted(own.keys() ^ tensors.keys())
+        if odd:
+            said = "lack" if odd[0] in own else "hold"
+            raise ValueError(
+                f"the weights {said} {odd[0]!r}, unlike a {self.prefix[:-1]} adapter of this configuration: they are "
+                "damaged, or belong to another method or another configuration."
+            )
+        for key, tensor in own.items():
+            if tensor.shape != tensors[key].shape:
+                raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}.")
+            check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}")
+
+
 class Tuner(BaseTuner):
     """What the tuners of this package have in common: the module they hang on follows from the model, not from
     `target_modules`, and nothing can be merged; `unload` takes their hooks off."""
@@ -60,6 +111,16 @@ class Tuner(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
         config.target_modules = None
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT only warns of tensors that a file lacks, is silent on those it has beside, and takes NaN as it comes.
+        layer = next(module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
+        parts = {re.sub(rf"^(.*\.)?{cls.prefix}", "", key): tensor for key, tensor in state_dict.items()}
+        layer.check_tensors(adapter_name, parts)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:

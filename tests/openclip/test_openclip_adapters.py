@@ -11,6 +11,7 @@ from transformers import CLIPModel
 
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.encoders.families import unwrap
 from hf_transmiter.evaluation.drift import feature_drift
 from hf_transmiter.method.attach import attach
 from hf_transmiter.method.classifier import AnchorClassifier
@@ -30,7 +31,7 @@ from hf_transmiter.tuners import (
     save_adapter,
     set_classes,
 )
-from hf_transmiter.tuners.prompts import class_contexts
+from hf_transmiter.tuners.prompts import class_inputs, prompt_layer
 
 
 NAMES, PHRASE = ["cat", "big red dog", "old x3 car"], "a photo of a"
@@ -49,6 +50,16 @@ prompts = pytest.mark.parametrize("learner", PROMPTS)
 
 def same(left, right, atol=1e-5):
     torch.testing.assert_close(left, right, atol=atol, rtol=1e-5)
+
+
+@torch.no_grad()
+def contexts(model, tokenizer):
+    """(C, M, width): what the active prompt learner puts beside each name, on this base model."""
+    layer, root = prompt_layer(model), unwrap(model)
+    count = len(layer.slot_ids(layer.active_config))
+    layer.insert(root.text_model, (), class_inputs(NAMES, tokenizer, root.config.model_type, layer.positions, count))
+    context = layer.context(layer.active_name)
+    return context.expand(len(NAMES), *context.shape[-2:]).clone()
 
 
 def stir(model, prefix, std=0.1):
@@ -217,7 +228,7 @@ def test_prompts_learnt_on_a_clip_of_transformers_go_on(kind, learner, clip_dir,
     assert upgraded.model.peft_config["default"].base["vocabulary"] == model.peft_config["default"].base["vocabulary"]
     texts = [f"{name}." for name in NAMES]
     tokenizer = new.processor.tokenizer
-    before, after = (class_contexts(on, NAMES, tokenizer) for on in (model, upgraded.model))
+    before, after = (contexts(on, tokenizer) for on in (model, upgraded.model))
     # CoOp's vectors are carried as they are; ContCoOp's follow the new token table.
     assert torch.equal(before, after) is (learner != "contcoop")
     reference = open_clip.create_model(f"local-dir:{folder_of(kind)}").eval()
@@ -238,8 +249,8 @@ def test_and_back_again(clip_dir, load, tmp_path):
     stir(model, "coop_")
     model.save_pretrained(tmp_path)
     old = DualEncoder.from_pretrained(clip_dir)
-    context = class_contexts(attach(str(tmp_path), old).model, NAMES, old.processor.tokenizer)
-    assert torch.equal(context, class_contexts(model, NAMES, old.processor.tokenizer))
+    context = contexts(attach(str(tmp_path), old).model, old.processor.tokenizer)
+    assert torch.equal(context, contexts(model, old.processor.tokenizer))
 
 
 def test_another_width_does_not_fit(clip_dir, load, tmp_path):

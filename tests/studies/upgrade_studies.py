@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 
 from hf_transmiter.data.anchors import PROMPTED, Anchors
@@ -24,7 +25,7 @@ from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.settings import split_tuning
 from hf_transmiter.tuners import CoOpConfig
 from hf_transmiter.tuners.injection import inject
-from hf_transmiter.tuners.prompts import class_contexts, layers, phrase_token_ids, prompt_layer, set_classes
+from hf_transmiter.tuners.prompts import class_inputs, layers, phrase_token_ids, prompt_layer, set_classes
 
 
 Points = dict[str, list[tuple[int, float, float]]]
@@ -116,6 +117,17 @@ def context_length_study(
     return points
 
 
+@torch.no_grad()
+def class_contexts(encoder: DualEncoder, names: Sequence[str]) -> torch.Tensor:
+    """(C, M, width): what the active prompt learner puts beside each name, on this base model."""
+    layer, model = prompt_layer(encoder.model), encoder.model
+    count = len(layer.slot_ids(layer.active_config))
+    inputs = class_inputs(names, encoder.processor.tokenizer, model.config.model_type, layer.positions, count)
+    layer.insert(model.text_model, (), {key: value.to(model.device) for key, value in inputs.items()})
+    context = layer.context(layer.active_name)
+    return context.expand(len(names), *context.shape[-2:]).clone()
+
+
 def freeze_contexts(
     adapter: str | os.PathLike, old: DualEncoder, new: DualEncoder, names: Sequence[str]
 ) -> DualEncoder:
@@ -132,8 +144,7 @@ def freeze_contexts(
     Returns:
         [`DualEncoder`]: a copy of the upgraded model with class-specific contexts (C, M, width).
     """
-    source = attach(adapter, old)
-    contexts = class_contexts(source.model, names, source.processor.tokenizer)
+    contexts = class_contexts(attach(adapter, old), names)
     words = read_config(os.fspath(adapter)).init_token_ids
     config = CoOpConfig(n_ctx=contexts.shape[1], init_token_ids=words, class_specific=True, class_names=list(names))
     model = copy.deepcopy(new.model)

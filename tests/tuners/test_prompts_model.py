@@ -211,9 +211,10 @@ def broken(saved, tmp_path):
 
 @pytest.mark.parametrize("learner", [name for name in LEARNERS if not name.startswith(("coop", "kgcoop"))])
 def test_half_an_adapter(saved, broken, variant, learner):
+    prefix = learner.split("_")[0] + "_"
     for missing in load_file(saved(learner) / "adapter_model.safetensors"):
         folder = broken(learner, lambda state, gone=missing: {k: v for k, v in state.items() if k != gone})
-        with pytest.raises(ValueError, match=f"lacks '.*{missing.rpartition('embedding.')[2]}'.* damaged"):
+        with pytest.raises(ValueError, match=f"lack '{missing.rpartition(prefix)[2]}', .* damaged"):
             load(variant(), folder)
 
 
@@ -233,7 +234,7 @@ def test_half_an_adapter(saved, broken, variant, learner):
 def test_another_methods_file(broken, variant, learner, config):
     if config["peft_type"] in ("IVLP", "MAPLE", "PROMPTSRC"):
         config = {**config, "text_depth": 1, "vision_depth": 1, "depth": 1}
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="holds 'base_model.*_ctx', .* another method"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="hold 'base_model.*', .* another method"):
         warnings.simplefilter("ignore")  # PEFT names the settings it does not know
         load(variant(), broken(learner, **config))
 
@@ -248,12 +249,12 @@ def test_another_methods_file(broken, variant, learner, config):
     ],
 )
 def test_a_file_with_more_than_the_configuration_says(broken, variant, learner, config, part):
-    with pytest.raises((ValueError, RuntimeError), match=rf"holds '.*{part}.*another configuration|size mismatch"):
+    with pytest.raises(ValueError, match=rf"hold '.*{part}.*another configuration|{part}\S* must be"):
         load(variant(), broken(learner, **config))
 
 
 def test_another_number_of_vectors(broken, variant):
-    with pytest.raises(RuntimeError, match=r"size mismatch .*\[4, 16\]"):
+    with pytest.raises(ValueError, match=r"ctx must be \(3, 16\), got \(4, 16\)"):
         load(variant(), broken("coop_random", n_ctx=3))
 
 

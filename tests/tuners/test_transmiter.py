@@ -400,7 +400,7 @@ def test_tensors_go_from_one_adapter_to_another(encoder, pixels):
     for change, message in (
         ({"basis": torch.zeros(4, 5)}, r"basis must be \(5, 5\), got \(4, 5\)"),
         ({"basis": torch.full((5, 5), float("inf"))}, "'basis' hold NaN or infinite"),
-        ({"more": torch.zeros(1)}, "needs the tensors"),
+        ({"more": torch.zeros(1)}, "the weights hold 'more', unlike a transmiter adapter"),
     ):
         with pytest.raises(ValueError, match=message):
             layer.set_tensors("default", {**tensors, **change})

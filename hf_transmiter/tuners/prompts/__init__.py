@@ -6,7 +6,6 @@ The names stay words: prompts of a model tuned this way are ``"{}."``, the learn
 from .config import PromptConfig
 from .layer import PromptLayer, layers
 from .logits import (
-    class_contexts,
     class_vectors,
     image_conditioned,
     image_conditioned_logits,
@@ -21,7 +20,6 @@ __all__ = [
     "PromptConfig",
     "PromptLayer",
     "PromptModel",
-    "class_contexts",
     "class_inputs",
     "class_vectors",
     "image_conditioned",

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..registration import AdapterLayer
 from .config import PromptConfig
 from .texts import (
     arrange,
@@ -35,7 +35,7 @@ class Texts(NamedTuple):
     named: Tensor
 
 
-class PromptLayer(nn.Module, BaseTunerLayer):
+class PromptLayer(nn.Module, AdapterLayer):
     """Takes the place of a text tower's token embedding; holds any number of adapters, the first active one answers.
 
     Bound methods of it are hooks elsewhere. `insert`, before the text tower, puts the ids ``-1 … -M`` beside the name
@@ -54,7 +54,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         positions (`int`): most tokens the text tower reads.
     """
 
-    prefix = ""
     parts: tuple[str, ...] = ("ctx",)
     modules_of: tuple[str, ...] = ()
     reads_images = False
@@ -74,7 +73,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.class_texts: dict[str, dict[str, Tensor]] = {}
         self.class_rows: dict[str, dict[tuple[int, ...], int]] = {}
         self.merged_adapters = []
-        self.hooks: list = []
+        self.hooks = []
         self.plain = False  # inside a call that must see the base model
         self.texts: Texts | None = None  # of the call under way
         for part in self.parts:
@@ -176,30 +175,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             config.class_names = list(names)
         self.class_texts[name] = inputs
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """PEFT only warns of tensors that a file lacks and is silent on those it has beside: both are refused here.
-
-        Raises:
-            ValueError: some of an adapter's tensors are there and others are missing, or some are another method's.
-        """
-        method, known = self.prefix.rstrip("_"), self.state_dict(prefix=prefix)
-        for key in (key for key in state_dict if key.startswith(prefix) and key not in known):
-            if key != f"{prefix}weight":  # a plain model's table, as load_state_dict(strict=False) may be given
-                raise ValueError(
-                    f"the checkpoint holds {key!r}, which a {method} adapter of this configuration does not have: it "
-                    "belongs to another method, or to another configuration."
-                )
-        for name in self.configs:
-            stores = tuple(f"{prefix}{store}.{name}." for store in self.adapter_layer_names)
-            own = [key for key in known if f"{key}.".startswith(stores)]
-            missing = [key for key in own if key not in state_dict]
-            if missing and len(missing) < len(own):
-                raise ValueError(
-                    f"the checkpoint lacks {missing[0].replace(f'.{name}', '')!r}, which a {method} adapter of this "
-                    "configuration has: it is damaged, or belongs to another configuration."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     # ---- what a learner fills ---------------------------------------------------------------------------------------
 
     def context(self, name: str) -> Tensor | None:
@@ -287,22 +262,17 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         prompt = None if self.active_name is None else self.text_prompt(self.active_name, index)
         if prompt is None:
             return None
-
-        def put(hidden: Tensor) -> Tensor:
-            rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
-            return torch.cat([hidden[:, : self.start], rows, hidden[:, self.start + rows.shape[1] :]], 1)
-
-        return _with_hidden(args, kwargs, put)
+        return _with_hidden(args, kwargs, lambda hidden: _put(hidden, prompt, self.start, self.start + len(prompt)))
 
     def after_patches(self, embeddings: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         prompt = None if self.active_name is None else self.vision_prompt(self.active_name, 0)
-        return None if prompt is None else _behind(output, prompt, 0)
+        return None if prompt is None else _put(output, prompt, output.shape[1], output.shape[1])
 
     def before_vision_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         prompt = None if self.active_name is None or not index else self.vision_prompt(self.active_name, index)
         if prompt is None:
             return None
-        return _with_hidden(args, kwargs, lambda hidden: _behind(hidden, prompt, len(prompt)))
+        return _with_hidden(args, kwargs, lambda hidden: _put(hidden, prompt, -len(prompt), hidden.shape[1]))
 
     def fill_texts(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the whole model's forward: the classes' prompts, where no texts were given."""
@@ -331,11 +301,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
                 # Bound methods and partials of them survive deepcopy and pickle; closures would not.
                 bound = functools.partial(hook, index)
                 self.hooks.append(layer.register_forward_pre_hook(bound, with_kwargs=True))
-
-    def detach(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
 
     @contextmanager
     def as_base(self):
@@ -370,7 +335,7 @@ def _with_hidden(args: tuple, kwargs: dict, change) -> tuple[tuple, dict]:
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
-def _behind(hidden: Tensor, prompt: Tensor, replaced: int) -> Tensor:
-    """Hidden states (B, L, width) with the prompt (n, width) behind them, in place of the last `replaced` ones."""
+def _put(hidden: Tensor, prompt: Tensor, start: int, stop: int) -> Tensor:
+    """Hidden states (B, L, width) with the prompt (n, width) in place of those from `start` to `stop`."""
     rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
-    return torch.cat([hidden[:, : hidden.shape[1] - replaced], rows], 1)
+    return torch.cat([hidden[:, :start], rows, hidden[:, stop:]], 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -9,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...encoders.families import logit_scale_and_bias, unwrap
 from .layer import PromptLayer
-from .texts import class_inputs, load_tokenizer
+from .texts import load_tokenizer
 
 
 CHUNK = 256
@@ -27,13 +29,6 @@ def image_conditioned(model: nn.Module) -> PromptLayer | None:
     return None if layer is None or not layer.reads_images or layer.active_name is None else layer
 
 
-def _active_layer(model: nn.Module) -> PromptLayer:
-    layer = prompt_layer(model)
-    if layer is None or layer.active_name is None:
-        raise ValueError("the model has no active prompt learner: attach one with get_peft_model first.")
-    return layer
-
-
 def set_classes(model: nn.Module, class_names: list[str], tokenizer=None) -> None:
     """The classes that `model(pixel_values=...)` is asked about, for the active prompt learner.
 
@@ -48,7 +43,9 @@ def set_classes(model: nn.Module, class_names: list[str], tokenizer=None) -> Non
         ValueError: no active prompt learner, no tokenizer, no names, a repeated name, a name too long for the text
             tower beside the context, or one that class-specific contexts do not know.
     """
-    layer, root = _active_layer(model), unwrap(model)
+    layer, root = prompt_layer(model), unwrap(model)
+    if layer is None or layer.active_name is None:
+        raise ValueError("the model has no active prompt learner: attach one with get_peft_model first.")
     if tokenizer is None:
         tokenizer = load_tokenizer(root)
     layer.set_classes(layer.active_name, class_names, tokenizer, root.config.model_type)
@@ -68,24 +65,8 @@ def class_vectors(model: nn.Module, inputs: dict[str, Tensor], chunk_size: int =
     count = len(inputs["input_ids"])
     if count <= chunk_size:
         return encode(**inputs)
-    if not torch.is_grad_enabled():
-        return torch.cat([encode(**part) for part in _parts(inputs, chunk_size)])
-    return torch.cat([checkpoint(encode, use_reentrant=False, **part) for part in _parts(inputs, chunk_size)])
-
-
-@torch.no_grad()
-def class_contexts(model: nn.Module, class_names: list[str], tokenizer) -> Tensor:
-    """(C, M, width): what the active prompt learner puts beside each name, on this base model.
-
-    Raises:
-        ValueError: no active prompt learner, or names as in `class_inputs`.
-    """
-    layer, root = _active_layer(model), unwrap(model)
-    count = len(layer.slot_ids(layer.active_config))
-    inputs = class_inputs(class_names, tokenizer, root.config.model_type, layer.positions, count)
-    layer.insert(root.text_model, (), {key: value.to(root.device) for key, value in inputs.items()})
-    context = layer.context(layer.active_name)
-    return context.expand(len(class_names), *context.shape[-2:]).clone()
+    again = partial(checkpoint, encode, use_reentrant=False) if torch.is_grad_enabled() else encode
+    return torch.cat([again(**part) for part in _parts(inputs, chunk_size)])
 
 
 def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:

@@ -7,18 +7,10 @@ from torch import nn
 from ...encoders.families import FAMILIES, is_dual_encoder, shared_width, text_positions
 from ...encoders.identity import vocabulary_hash
 from ..registration import Tuner, register
-from .config import (
-    CoCoOpConfig,
-    ContCoOpConfig,
-    CoOpConfig,
-    IVLPConfig,
-    KgCoOpConfig,
-    MaPLeConfig,
-    PromptConfig,
-    PromptSRCConfig,
-)
+from . import config as configs
+from . import learners
+from .config import PromptConfig
 from .layer import PromptLayer, takes_image_prompts
-from .learners import CoCoOpLayer, ContCoOpLayer, CoOpLayer, IVLPLayer, KgCoOpLayer, MaPLeLayer, PromptSRCLayer
 from .logits import prompt_layer, set_classes
 from .texts import final_token_ids, load_tokenizer, phrase_token_ids
 
@@ -162,29 +154,29 @@ class PromptModel(Tuner):
         layer.attach(self.model)
 
 
-class CoOpModel(PromptModel, config=CoOpConfig, layer=CoOpLayer):
+class CoOpModel(PromptModel, config=configs.CoOpConfig, layer=learners.CoOpLayer):
     """PEFT tuner of CoOp."""
 
 
-class KgCoOpModel(PromptModel, config=KgCoOpConfig, layer=KgCoOpLayer):
+class KgCoOpModel(PromptModel, config=configs.KgCoOpConfig, layer=learners.KgCoOpLayer):
     """PEFT tuner of KgCoOp."""
 
 
-class CoCoOpModel(PromptModel, config=CoCoOpConfig, layer=CoCoOpLayer):
+class CoCoOpModel(PromptModel, config=configs.CoCoOpConfig, layer=learners.CoCoOpLayer):
     """PEFT tuner of CoCoOp."""
 
 
-class ContCoOpModel(PromptModel, config=ContCoOpConfig, layer=ContCoOpLayer):
+class ContCoOpModel(PromptModel, config=configs.ContCoOpConfig, layer=learners.ContCoOpLayer):
     """PEFT tuner of ContCoOp."""
 
 
-class IVLPModel(PromptModel, config=IVLPConfig, layer=IVLPLayer):
+class IVLPModel(PromptModel, config=configs.IVLPConfig, layer=learners.IVLPLayer):
     """PEFT tuner of IVLP."""
 
 
-class PromptSRCModel(PromptModel, config=PromptSRCConfig, layer=PromptSRCLayer):
+class PromptSRCModel(PromptModel, config=configs.PromptSRCConfig, layer=learners.PromptSRCLayer):
     """PEFT tuner of PromptSRC."""
 
 
-class MaPLeModel(PromptModel, config=MaPLeConfig, layer=MaPLeLayer):
+class MaPLeModel(PromptModel, config=configs.MaPLeConfig, layer=learners.MaPLeLayer):
     """PEFT tuner of MaPLe."""

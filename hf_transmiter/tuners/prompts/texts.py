@@ -48,9 +48,7 @@ def class_inputs(names: Sequence[str], tokenizer, family: str, positions: int, c
     """Token ids (C, L) and mask of the class prompts (`"{}."` filled with each name, underscores as spaces), cut at
     the longest one.
 
-    Args:
-        positions (`int`): most tokens the text tower reads.
-        context (`int`): how many of them the context takes.
+    The text tower reads at most `positions` tokens, of which the `context` takes so many.
 
     Raises:
         ValueError: no names, a name that is there twice, or one too long for the tower beside the context.
@@ -99,10 +97,8 @@ def arrange(length: int, start: int, slots: int, before: int, names: Tensor) -> 
     """(B, L + M): index into ``[text | slots]`` that puts `before` slots ahead of the name and the others after it.
 
     Args:
-        length (`int`): L, tokens of a text.
-        start (`int`): tokens before the name.
-        slots (`int`): M.
-        before (`int`): slots ahead of the name.
+        length, slots (`int`): L tokens of a text, M slots.
+        start, before (`int`): tokens and slots ahead of the name.
         names (`Tensor`): (B,) tokens of each name; plays no part when all slots are ahead of it.
     """
     place = torch.arange(length + slots, device=names.device).expand(len(names), -1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...algebra import check_finite, standardise
+from ...algebra import standardise
 from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import dummy_text_inputs, logit_scale_and_bias
+from ..registration import AdapterLayer
 from .config import TransMiterConfig
 
 
@@ -37,7 +37,7 @@ def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: 
     return (z + change @ basis) * std + mean
 
 
-class TransMiterLayer(nn.Module, BaseTunerLayer):
+class TransMiterLayer(nn.Module, AdapterLayer):
     """Holds any number of adapters; the first active one answers.
 
     Containers are flat (adapter name to a parameter or a leaf module): PEFT saves nested modules under the adapter's
@@ -70,7 +70,7 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, TransMiterConfig] = {}
         self.frozen_peft_weight_names = {}
         self.merged_adapters = []
-        self.hooks: list = []
+        self.hooks = []
         self.dummy_text: dict[str, Tensor] | None = None
 
     def update_layer(self, name: str, config: TransMiterConfig, like: Tensor) -> None:
@@ -108,13 +108,8 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
     def holding(
         cls, config: TransMiterConfig, tensors: dict[str, Tensor] | None = None, device: torch.device | str = "cpu"
     ) -> TransMiterLayer:
-        """A layer with one adapter, `"default"`, that belongs to no PEFT model.
-
-        Args:
-            config (`TransMiterConfig`): with its `embed_dim`.
-            tensors (`dict[str, Tensor]`, *optional*): what [`tensors`] of another one gave; else it starts as the
-                identity.
-            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put it.
+        """A layer with one adapter, `"default"`, that belongs to no PEFT model. Its `embed_dim` must be known; with
+        `tensors`, those that [`tensors`] of another one gave, it takes them over, else it starts as the identity.
         """
         layer = cls()
         layer._active_adapter = ["default"]
@@ -133,35 +128,11 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
             vectors = self.transmiter_class_vectors[name]
             vectors.data.copy_(embeds[: len(vectors)])
 
-    def weights(self, name: str) -> dict[str, nn.Parameter]:
-        """All weights of one adapter, without the `transmiter_` prefix: `anchors`, `basis`, `up.weight`, ..."""
-        found = {}
-        for container in self.adapter_layer_names:
-            part = container.removeprefix(TransMiterLayer.prefix)
-            entry = getattr(self, container)[name] if name in getattr(self, container) else None
-            if isinstance(entry, nn.Module):
-                found.update({f"{part}.{key}": parameter for key, parameter in entry.named_parameters()})
-            elif entry is not None:
-                found[part] = entry
-        return found
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The [`weights`] of one adapter, without their gradients."""
-        return {part: parameter.detach() for part, parameter in self.weights(name).items()}
-
     def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Overwrites all weights of one adapter by what [`tensors`] of another one gave.
-
-        Raises:
-            ValueError: a tensor is missing, unknown, of another shape, or not finite.
-        """
-        own = self.tensors(name)
-        if own.keys() != tensors.keys():
-            raise ValueError(f"this adapter needs the tensors {sorted(own)}, got {sorted(tensors)}.")
-        for key, tensor in own.items():
-            if tensor.shape != tensors[key].shape:
-                raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}.")
-            tensor.copy_(check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}").reshape(tensor.shape))
+        """Overwrites all weights of one adapter by what [`tensors`] of another one gave, which is checked."""
+        self.check_tensors(name, tensors)
+        for key, tensor in self.tensors(name).items():
+            tensor.copy_(tensors[key])
 
     def has_anchors(self, name: str) -> bool:
         """Whether the names were embedded: a fresh adapter on a bare model waits for its first forward pass."""
@@ -190,11 +161,6 @@ class TransMiterLayer(nn.Module, BaseTunerLayer):
             parts = (self.transmiter_norm[name], self.transmiter_up[name], self.transmiter_down[name])
             logits = refine(scale * x @ anchors.T + bias, self.transmiter_basis[name], *parts)[:, :classes]
         return logits.to(image_embeds.dtype)
-
-    def detach(self) -> None:
-        """Takes the hooks off the root."""
-        for hook in self.hooks:
-            hook.remove()
 
     # Hooks of the root. Bound methods, so that copies and pickles of the model rebind them to their own layer.
     def fill_text(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
