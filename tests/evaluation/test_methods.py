@@ -87,7 +87,7 @@ def test_settings_are_checked_when_a_row_is_written():
         ({"TransMiter": {"strategy": "best"}}, "strategy must be one of random, "),
         ({"TransMiter": {"num_anchors": 5, "num_auxiliary": 2}}, "not both"),
         ({"label tuning": {"start": "EFT"}}, "start must be one of refit, TransMiter, class vectors, untrained"),
-        ({"tuned strong": {"method": "magic"}}, "the row 'tuned strong': tune cannot train an adapter 'magic'"),
+        ({"tuned strong": {"method": "magic"}}, "the row 'tuned strong': method must be one of lora"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             Variant.of(wrong)
