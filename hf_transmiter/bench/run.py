@@ -74,7 +74,7 @@ def run_bench(
         todo = received[0]
     _embed([every[place] for place in todo], shop, state)
     mine = deal(todo, every, state.num_processes)[state.process_index]
-    with tqdm(mine, desc="Cells", unit="cell", disable=not progress, name="hf_transmiter.bench.run") as bar:
+    with tqdm(mine, desc="Cells", unit="cell", disable=not progress or None, name="hf_transmiter.bench.run") as bar:
         for place in bar:
             bar.set_postfix_str(str(every[place]))
             _make(every[place], shop, output)

@@ -185,7 +185,7 @@ def _open(path: Path) -> Tensor | None:
 def _make_parts_together(encoder, pictures, batch_size, folder, state, progress) -> None:
     """[`_make_parts`] of every process; what goes wrong on one is an error on all, so that none waits for ever."""
     fault = None
-    hidden = not (progress and state.is_main_process)
+    hidden = not (progress and state.is_main_process) or None  # None: only a terminal or a notebook shows it
     bar = {"desc": "Embedding images", "unit": "img", "leave": False, "name": "hf_transmiter.data.embeddings"}
     try:
         with tqdm(total=len(pictures), disable=hidden, **bar) as shown:

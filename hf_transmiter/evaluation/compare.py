@@ -236,7 +236,7 @@ def compare(
     base = None if seen_classes is None else [names.index(name) for name in seen_classes]
     found = Comparison({}, task.labels, names)
     quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
-    with tqdm(rows, desc="Comparing", disable=quiet, leave=False) as bar:
+    with tqdm(rows, desc="Comparing", disable=quiet or None, leave=False) as bar:
         for variant in bar:
             bar.set_description(f"Comparing: {variant.name}")
             _run(task, variant, found, split, base)

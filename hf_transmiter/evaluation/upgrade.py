@@ -208,7 +208,7 @@ def score_upgrade(
     embedding = {"accelerator": accelerator, "progress": progress, **embedding}
     exam = _Exam(old, dataset, class_names, seen_classes, embedding)
     groups: dict[str, list[tuple[_Saved, dict]]] = {}
-    bar = tqdm(saved, desc="Scoring adapters", disable=not progress, name="hf_transmiter.evaluation.upgrade")
+    bar = tqdm(saved, desc="Scoring adapters", disable=not progress or None, name="hf_transmiter.evaluation.upgrade")
     for one, twin in zip_longest(bar, again):
         if seen_classes is not None and set(one.facts.class_names) != set(seen_classes):
             logger.warning("%s was tuned on other classes than the seen ones: base and novel mislead.", one.source)

@@ -136,8 +136,8 @@ def fit(
     run = _Run(parameters, step, num_examples, config, combine, epoch_weights, accelerator)
     state = _Checkpoint(checkpoint, run)
     first, losses = state.load(), []
-    quiet = not progress or run.rank > 0
-    with tqdm(total=run.total, initial=first * run.per_epoch, desc=description, disable=quiet, leave=False) as bar:
+    hidden = not progress or run.rank > 0 or None  # None: only a terminal or a notebook shows it
+    with tqdm(total=run.total, initial=first * run.per_epoch, desc=description, disable=hidden, leave=False) as bar:
         for epoch in range(first, config.epochs):
             losses.append(run.epoch(epoch, bar))
             bar.set_postfix(loss=f"{losses[-1]:.4f}")

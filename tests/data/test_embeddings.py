@@ -1,4 +1,9 @@
 import os
+import pty
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -289,3 +294,27 @@ def test_tables_are_checked():
         FeatureTable(torch.zeros(1, 2), [2], ["a", "b"])
     with pytest.raises(ValueError, match="must be"):
         FeatureTable(torch.zeros(3))
+
+
+def test_a_bar_is_for_a_terminal_only(make_dataset, model_dir, tmp_path):
+    """In a file it would be hundreds of lines that nobody reads."""
+    make_dataset(6).save_to_disk(tmp_path / "images")
+    code = (
+        "import sys, datasets, hf_transmiter as ht\n"
+        "weak, images = ht.DualEncoder.from_pretrained(sys.argv[1]), datasets.load_from_disk(sys.argv[2])\n"
+        "ht.embed_dataset(weak, images, cache_dir=sys.argv[3])"
+    )
+    shown = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "0"}  # the other tests want none
+    for terminal in (True, False):
+        arguments = [str(model_dir("clip")), str(tmp_path / "images"), str(tmp_path / f"features-{terminal}")]
+        reader, writer = pty.openpty() if terminal else os.pipe()
+        if terminal:
+            termios.tcsetwinsize(writer, (24, 80))
+        subprocess.run([sys.executable, "-c", code, *arguments], stderr=writer, env=shown, check=True)
+        os.close(writer)
+        said = b""
+        with suppress(OSError):  # a terminal that is closed
+            while part := os.read(reader, 65536):
+                said += part
+        os.close(reader)
+        assert (b"img/s" in said) == terminal
