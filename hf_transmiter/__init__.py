@@ -67,6 +67,7 @@ _FOR_THE_COMMAND_LINE = {
     "make_plan": "bench.cells",
     "markdown": "evaluation.analyse",
     "markdown_table": "hub.scores",
+    "new_folder": "hub.files",
     "public_name": "hub.repo",
     "read_names": "data.class_names",
     "read_templates": "data.anchors",

@@ -53,32 +53,17 @@ class Task:
         return sandbox.load_dataset(self.domain, split)
 
     def compare(
-        self,
-        seed: int,
-        method: str,
-        *,
-        ceiling: bool = True,
-        rows: Sequence = tuple(methods.METHODS),
-        progress: bool = True,
+        self, seed: int, method: str, rows: Sequence = tuple(methods.METHODS), *, progress: bool = True
     ) -> tuple[Comparison, AnchorClassifier]:
-        """Tunes the weak model with 16 shots per class drawn by `seed`, then scores every way to upgrade.
-
-        Args:
-            method (`str`): `"lora"` or `"coop"`.
-            ceiling (`bool`, *optional*, defaults to `True`): also tune the strong model on the same labels.
-            rows (`Sequence`, *optional*): what `compare` takes as `variants`.
-
-        Returns:
-            The comparison and the tuned weak model.
-        """
+        """Tunes the weak model by `method` (`"lora"`, `"coop"`) with 16 shots per class drawn by `seed`, then scores
+        the ways to upgrade; the tuned model comes second."""
         config = TuningConfig(seed=seed, **SANDBOX_TUNING)
         train, test = self.images("train"), self.images("test")
         seen, names = (tuple(images.features["label"].names) for images in (train, test))
-        models = (self.weak, self.strong) if ceiling else (self.weak,)
+        models = (self.weak, self.strong) if "tuned strong" in rows else (self.weak,)
         tuned = [tune(model, train, method, config=config, progress=progress) for model in models]
         if seen != names:
             tuned = [AnchorClassifier(t.encoder, Anchors(names, (), t.anchors.templates)) for t in tuned]
-        left_out = () if ceiling else ("tuned strong",)
         found = compare(
             self.weak,
             self.strong,
@@ -87,8 +72,8 @@ class Task:
             unlabelled=self.images("unlabelled"),
             labelled=train.select(few_shot(train["label"], config.shots, seed)),
             general=sandbox.load_dataset(*GENERAL),
-            tuned_strong=tuned[1] if ceiling else None,
-            variants=[row for row in rows if row not in left_out],
+            tuned_strong=tuned[1] if len(tuned) > 1 else None,
+            variants=rows,
             seen_classes=None if seen == names else seen,
             vocabulary=sandbox.vocabulary(),
             num_anchors=NUM_ANCHORS,
@@ -108,11 +93,10 @@ def run_demo(
     """Tunes, extracts, bridges, transfers and scores on the sandbox, and leaves a report behind.
 
     Args:
-        folder (`str` or `os.PathLike`): gets `report.md`, `scores.json`, `figures/`, and per task `tuned/`,
-            `adapter/`, `bridge.safetensors` and `strong_adapter/`.
-        domains (`Sequence[str]`, *optional*): sandbox tasks; `DOMAINS` when omitted.
-        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): draws of the few shots and of the tuning.
-        progress (`bool`, *optional*, defaults to `True`): show progress bars.
+        folder: gets `report.md`, `scores.json`, `figures/`, and per task `tuned/`, `adapter/`, `bridge.safetensors`
+            and `strong_adapter/`.
+        domains: sandbox tasks; `DOMAINS` when omitted.
+        seeds: draws of the few shots and of the tuning.
 
     Returns:
         `dict`: `scores` (`list[Score]` over all tasks, `split` names the task), `recommended` (by task), `table`, and

@@ -30,7 +30,7 @@ def pets(monkeypatch, make_dataset, tmp_path):
     make_dataset(36).save_to_disk(tmp_path / "pictures")
     source = {"source": str(tmp_path / "pictures"), "train": "train", "test": "train"}
     row = DatasetSpec("pets", "Pets", **source, templates=("a {}, a type of pet.",))
-    monkeypatch.setattr(catalogue, "_rows", lambda: {"pets": row})
+    monkeypatch.setattr(catalogue, "catalogue", lambda: {"pets": row})
     return row.templates[0]
 
 
