@@ -47,11 +47,9 @@ _FOR_THE_COMMAND_LINE = {
     "CalibrationPack": "method.stored_logits",
     "Comparison": "evaluation.compare",
     "METHODS": "evaluation.methods",
-    "STRONG": "evaluation.compare",
-    "Section": "evaluation.report",
+    "STRONG": "evaluation.methods",
     "Variant": "evaluation.methods",
     "analyse": "evaluation.analyse",
-    "bars": "evaluation.figures",
     "build_app": "cli.app_page",
     "comparison_table": "evaluation.report",
     "few_shot": "data.splits",
@@ -73,8 +71,6 @@ _FOR_THE_COMMAND_LINE = {
     "read_templates": "data.anchors",
     "ready_configs": "bench.config",
     "record_scores": "evaluation.evaluate",
-    "reliability_figure": "evaluation.figures",
-    "replace_file": "hub.files",
     "run_demo": "cli.demo",
     "split_revision": "hub.repo",
     "starting_templates": "method.tune",
@@ -86,7 +82,7 @@ _FOR_THE_COMMAND_LINE = {
     "usual_templates": "data.catalogue",
     "write_analysis": "evaluation.report",
     "write_bench_report": "bench.report",
-    "write_report": "evaluation.report",
+    "write_comparison": "evaluation.report",
 }
 __all__ = sorted(_EXPORTS)
 

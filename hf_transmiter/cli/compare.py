@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -131,7 +130,8 @@ def compare(
     if min_gain is not None:
         _judge(result, found, min_gain, found.recommended if gate is None else ht.Variant.of(gate).name)
     if output_dir is not None and run.main_process and found.rows:
-        _write(output_dir, found, [weak, strong, dataset])
+        title = "{} to {} on {}".format(*map(ht.public_name, (weak, strong, dataset)))
+        ht.write_comparison(output_dir, found, title=title)
     return result
 
 
@@ -183,26 +183,3 @@ def _judge(result: Result, found: ht.Comparison, min_gain: float, gate: str) -> 
     result.text += f"\nGate: {said}; {min_gain:g} are asked for."
     if gain < min_gain:
         result.failed = f"{said}, fewer than the {min_gain:g} of --min-gain."
-
-
-def _write(folder: Path, found: ht.Comparison, sources: Sequence[str]) -> None:
-    """report.md, comparison.json and the figures."""
-    metric = "agreement" if found.labels is None else "accuracy"
-    label = "agreement with the tuned weak model (%)" if found.labels is None else "accuracy (%)"
-    lines = {row: found.value(row, metric) for row in (ht.STRONG, "tuned weak") if row in found.rows}
-    values = {row: [found.value(row, metric)] for row in found.rows if row not in lines}
-    weak, strong, dataset = map(ht.public_name, sources)
-    title = f"{weak} to {strong} on {dataset}"
-    drawn = []
-    if values:
-        path = folder / "figures" / "methods.png"
-        drawn.append(ht.bars(values, path, title=title, xlabel=label, reference=lines))
-    if found.labels is not None:
-        shown = [row for row in (*lines, found.recommended) if row in found.rows] or found.rows
-        path = folder / "figures" / "reliability.png"
-        answers = {row: found.rows[row].logits for row in shown}
-        drawn.append(ht.reliability_figure(answers, found.labels, path, title=title))
-    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    ht.replace_file(folder / "comparison.json", lambda path: path.write_text(text, encoding="utf-8"))
-    section = ht.Section("Comparison", f"{found.advice}\n\n{ht.comparison_table(found)}", figures=drawn)
-    ht.write_report(folder, [section], title=title)

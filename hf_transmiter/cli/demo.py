@@ -14,7 +14,8 @@ from ..data.anchors import Anchors
 from ..data.splits import few_shot
 from ..encoders.dual_encoder import DualEncoder
 from ..evaluation import figures, methods, report
-from ..evaluation.compare import STRONG, Comparison, compare
+from ..evaluation.compare import Comparison, compare
+from ..evaluation.methods import STRONG
 from ..hub.adapter_files import SCORES
 from ..hub.scores import THIS, aggregate, write_scores
 from ..method.bridge import Bridge

@@ -27,6 +27,9 @@ from . import baselines
 from .task import Answer, Impossible, Task, stored_bytes
 
 
+STRONG = "zero-shot strong"
+
+
 @dataclass(frozen=True)
 class RowSettings:
     """Settings of a row that are none of a step's own.
@@ -322,7 +325,7 @@ _GRADIENT = {
 
 METHODS: dict[str, Method] = {
     "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), (WEAK,)),
-    "zero-shot strong": Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
+    STRONG: Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
     "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), (WEAK,)),
     "EFT": Method(_emulated, (WEAK,)),
     "logit ensemble": Method(_ensemble, (WEAK,)),

@@ -15,7 +15,7 @@ from ..hub.files import replace_file
 from ..hub.scores import NOTHING, Score, cell_text, column, markdown_table, mean_cost, metric_title, table
 from . import figures
 from .analyse import AFTER, BEFORE, Knowledge, markdown
-from .methods import NEEDS
+from .methods import NEEDS, STRONG
 
 
 if TYPE_CHECKING:
@@ -100,6 +100,30 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
     return path
 
 
+def write_comparison(directory: str | os.PathLike, found: Comparison, *, title: str) -> Path:
+    """Writes `report.md`, whose path it returns, `comparison.json` and `figures/` of what `compare` found: the scores
+    of all rows and, with labels, how far confidence can be believed.
+
+    The directory is made if need be; files are replaced one by one, atomically.
+    """
+    directory, drawn = Path(directory), []
+    metric, label = "accuracy", "accuracy (%)"
+    if found.labels is None:
+        metric, label = "agreement", "agreement with the tuned weak model (%)"
+    lines = {row: found.value(row, metric) for row in (STRONG, "tuned weak") if row in found.rows}
+    values = {row: [found.value(row, metric)] for row in found.rows if row not in lines}
+    if values:
+        path = directory / "figures" / "methods.png"
+        drawn.append(figures.bars(values, path, title=title, xlabel=label, reference=lines))
+    if found.labels is not None:
+        shown = [row for row in (*lines, found.recommended) if row in found.rows] or found.rows
+        answers, path = {row: found.rows[row].logits for row in shown}, directory / "figures" / "reliability.png"
+        drawn.append(figures.reliability_figure(answers, found.labels, path, title=title))
+    _write_json(directory / "comparison.json", found.to_dict())
+    section = Section("Comparison", f"{found.advice}\n\n{comparison_table(found)}", figures=drawn)
+    return write_report(directory, [section], title=title)
+
+
 def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str) -> Path:
     """Writes `report.md`, whose path it returns, `analysis.json` (every class) and `figures/` of what `analyse` found.
 
@@ -114,6 +138,10 @@ def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str
         drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, **about))
         about, path = {"title": "How far confidence can be believed"}, folder / "reliability.png"
         drawn.append(figures.reliability_figure(found.logits, found.labels, path, **about))
-    values = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(directory / "analysis.json", lambda path: path.write_text(values, encoding="utf-8"))
+    _write_json(directory / "analysis.json", found.to_dict())
     return write_report(directory, [Section("Figures", figures=drawn)], title=title, intro=markdown(found))
+
+
+def _write_json(path: Path, values: dict) -> None:
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
