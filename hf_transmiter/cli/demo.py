@@ -13,11 +13,12 @@ from .. import sandbox
 from ..data.anchors import Anchors
 from ..data.splits import few_shot
 from ..encoders.dual_encoder import DualEncoder
-from ..evaluation import figures, methods, report
+from ..evaluation import figures, methods
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.methods import STRONG
+from ..evaluation.report import Section, write_report
 from ..hub.adapter_files import SCORES
-from ..hub.scores import THIS, aggregate, write_scores
+from ..hub.scores import THIS, aggregate, markdown_table, write_scores
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
@@ -113,19 +114,16 @@ def run_demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny: more threads bring little, and cost much on cores that are shared
     try:
-        found = {domain: _run_task(domain, seeds, folder, progress) for domain in domains}
+        found = [_run_task(domain, seeds, folder, progress) for domain in domains]
     finally:
         torch.set_num_threads(threads)
-    sections = [section for section, _ in found.values()]
-    scores = [score for section in sections for score in section.scores]
+    sections, said = zip(*found, strict=True)
+    scores = [score for one in said for score in one["scores"]]
     write_scores(folder / "scores.json", scores)
-    report.write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
-    return {
-        "scores": scores,
-        "recommended": {domain: recommended for domain, (_, recommended) in found.items()},
-        "table": "\n\n".join(s.title + "\n\n" + report.markdown_table(s.scores, notes=s.notes) for s in sections),
-        "verdict": "\n\n".join(f"{section.title}. {section.text}" for section in sections),
-    }
+    write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
+    recommended = {domain: one["recommended"] for domain, one in zip(domains, said, strict=True)}
+    texts = {part: "\n\n".join(one[part] for one in said) for part in ("table", "verdict")}
+    return {"scores": scores, "recommended": recommended, **texts}
 
 
 _INTRO = (
@@ -134,8 +132,8 @@ _INTRO = (
 )
 
 
-def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -> tuple[report.Section, str]:
-    """A section of the report, and the way to upgrade that is recommended. All but the scores is of the first seed."""
+def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -> tuple[Section, dict]:
+    """A section of the report, and what [`run_demo`] returns of this task. All but the scores is of the first seed."""
     task = Task.load(domain)
     runs = [task.compare(seed, METHODS[domain], progress=progress) for seed in seeds]
     found, teacher = runs[0]
@@ -144,8 +142,10 @@ def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -
     scores = aggregate([[replace(score, split=domain) for score in run.scores] for run, _ in runs])
     drawn = _figures(domain, found, by_seed, folder / "figures")
     title = f"Task: {domain} ({METHODS[domain]})"
-    section = report.Section(title, _verdict(found), scores, drawn, found.notes, STRONG)
-    return section, found.recommended
+    table, verdict = markdown_table(scores, notes=found.notes), _verdict(found)
+    section = Section(title, f"{verdict}\n\n{markdown_table(scores, baseline=STRONG, notes=found.notes)}", drawn)
+    said = {"table": f"{title}\n\n{table}", "verdict": f"{title}. {verdict}", "recommended": found.recommended}
+    return section, {"scores": scores, **said}
 
 
 def _verdict(found: Comparison) -> str:

@@ -1,18 +1,22 @@
-"""A comparison as one table, and a report: sections of text, tables of scores and figures (drawn by `figures`)."""
+"""A comparison as one table, and reports: sections of text and figures (drawn by `figures`).
+
+What writes one makes the directory if need be, replaces its files one by one, atomically, and returns the path of
+`report.md`.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ..hub.files import replace_file
-from ..hub.scores import NOTHING, Score, cell_text, column, markdown_table, mean_cost, metric_title, table
+from ..hub.scores import NOTHING, cell_text, column, mean_cost, metric_title, table
 from . import figures
 from .analyse import AFTER, BEFORE, Knowledge, markdown
 from .methods import NEEDS, STRONG
@@ -26,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a report: heading, markdown, a [`markdown_table`] of scores (with its notes and baseline), figures.
+    """One part of a report: heading, markdown, figures.
 
     Figures are PNG files inside the report's directory, as the functions of `figures` return them: `None`, one that
     could not be drawn, is left out, and so is a section that holds nothing else.
@@ -34,10 +38,7 @@ class Section:
 
     title: str
     text: str = ""
-    scores: Sequence[Score] = ()
     figures: Sequence[Path | None] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
-    baseline: str | None = None
 
 
 def comparison_table(found: Comparison) -> str:
@@ -75,19 +76,15 @@ def _size(count: int | None) -> str:
 
 
 def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, title: str, intro: str = "") -> Path:
-    """Writes `report.md` and returns its path: `title`, `intro` and the sections, with relative links to figures.
-
-    Atomic; the directory is made if need be, and a report that is there already is replaced, which is logged.
+    """Writes `report.md`: `title`, `intro` and the sections, with relative links to figures. Replacing one is logged.
 
     Raises:
-        ValueError: a figure outside the directory, or scores that make no table.
+        ValueError: a figure outside the directory.
     """
     directory = Path(directory)
     parts = [f"# {title}", intro.strip()]
     for section in sections:
         shown = [section.text.strip()]
-        if section.scores:
-            shown.append(markdown_table(section.scores, baseline=section.baseline, notes=section.notes).strip())
         for figure in filter(None, section.figures):
             link = quote(figure.relative_to(directory).as_posix())
             shown.append(f"![{figure.stem.replace('_', ' ')}]({link})")
@@ -101,11 +98,8 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
 
 
 def write_comparison(directory: str | os.PathLike, found: Comparison, *, title: str) -> Path:
-    """Writes `report.md`, whose path it returns, `comparison.json` and `figures/` of what `compare` found: the scores
-    of all rows and, with labels, how far confidence can be believed.
-
-    The directory is made if need be; files are replaced one by one, atomically.
-    """
+    """Writes `report.md`, `comparison.json` and `figures/` of what `compare` found: the scores of all rows and, with
+    labels, how far confidence can be believed."""
     directory, drawn = Path(directory), []
     metric, label = "accuracy", "accuracy (%)"
     if found.labels is None:
@@ -125,10 +119,7 @@ def write_comparison(directory: str | os.PathLike, found: Comparison, *, title: 
 
 
 def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str) -> Path:
-    """Writes `report.md`, whose path it returns, `analysis.json` (every class) and `figures/` of what `analyse` found.
-
-    The directory is made if need be; files are replaced one by one, atomically.
-    """
+    """Writes `report.md`, `analysis.json` (every class) and `figures/` of what `analyse` found."""
     directory = Path(directory)
     folder = directory / "figures"
     drawn = [figures.shift_figure(found, folder / "shifts.png")]
