@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 import hf_transmiter as ht
 
 from ..settings import TuningConfig, check_choice
@@ -28,6 +26,7 @@ from .options import (
     Teacher,
     Weak,
     check_new,
+    expert,
 )
 
 
@@ -48,41 +47,29 @@ def compare(
     names: NameOptions,
     models: ModelOptions,
     run: RunOptions,
-    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
-    labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
-    shots: Annotated[int, typer.Option(help="Labelled pictures per class.", hidden=True)] = TuningConfig.shots,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.", hidden=True)] = 0,
-    general: Annotated[
-        str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.", hidden=True)
-    ] = None,
-    bridge: Annotated[str | None, typer.Option(help="A finished bridge: file, folder or Hub id.")] = None,
+    unlabelled: Annotated[str | None, "Unlabelled pictures of the task, from any source."] = None,
+    labelled: Annotated[str | None, "Labelled pictures, for what needs labels."] = None,
+    shots: Annotated[int, expert("Labelled pictures per class.")] = TuningConfig.shots,
+    seed: Annotated[int, expert("Seed of the draw of labelled pictures.")] = 0,
+    general: Annotated[str | None, expert("Any pictures, not the task's, for a general bridge.")] = None,
+    bridge: Annotated[str | None, "A finished bridge: file, folder or Hub id."] = None,
     tuned_strong: Annotated[
-        str | None,
-        typer.Option(help="The strong model tuned on labels, as a ceiling; tuned here if unset.", hidden=True),
+        str | None, expert("The strong model tuned on labels, as a ceiling; tuned here if unset.")
     ] = None,
-    retune: Annotated[
-        str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.", hidden=True)
-    ] = "lora",
+    retune: Annotated[str, expert("How it is tuned here: 'lora', or 'teacher', as the weak model was.")] = "lora",
     seen_classes: Seen = None,
     methods: Annotated[
-        list[str] | None,
-        typer.Option(help="A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."),
+        list[str] | None, "A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."
     ] = None,
     vocabulary: Annotated[
-        str | None,
-        typer.Option(help="Names beside the classes: a shipped list, or a file; common nouns if unset.", hidden=True),
+        str | None, expert("Names beside the classes: a shipped list, or a file; common nouns if unset.")
     ] = None,
     min_gain: Annotated[
-        float | None,
-        typer.Option(
-            help="Exit with 1 where upgrading gains fewer points of accuracy than this over zero-shot strong."
-        ),
+        float | None, "Exit with 1 where upgrading gains fewer points of accuracy than this over zero-shot strong."
     ] = None,
-    gate: Annotated[
-        str | None, typer.Option(help="The row that --min-gain is about; the recommended one if unset.")
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for report.md, comparison.json, figures.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    gate: Annotated[str | None, "The row that --min-gain is about; the recommended one if unset."] = None,
+    output_dir: Annotated[Path | None, "Folder for report.md, comparison.json, figures."] = None,
+    overwrite: Annotated[bool, "Replace an existing report."] = False,
 ) -> Result:
     """Every way to upgrade and every cheap alternative on one task, in one table, with a recommendation.
 

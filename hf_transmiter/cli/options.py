@@ -37,16 +37,12 @@ TEST = ("test", "validation")
 MODEL = "Hub id (id@revision), folder, open_clip:NAME/TAG, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
 IMAGES = "Hub id (id@revision), name in the catalogue, folder, .parquet or .arrow files, or sandbox:DOMAIN."
 
-Weak = Annotated[str, typer.Option(help=f"The weak model: {MODEL}")]
-Strong = Annotated[str, typer.Option(help=f"The strong model: {MODEL}")]
-Teacher = Annotated[
-    str, typer.Option(help="The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors).")
-]
-Images = Annotated[str, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
-OptionalImages = Annotated[str | None, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
-Seen = Annotated[
-    list[str] | None, typer.Option(help="Names the tuning saw: repeated, 'a,b,c', or a file with one name per line.")
-]
+Weak = Annotated[str, f"The weak model: {MODEL}"]
+Strong = Annotated[str, f"The strong model: {MODEL}"]
+Teacher = Annotated[str, "The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors)."]
+Images = Annotated[str, f"Pictures: {IMAGES}"]
+OptionalImages = Annotated[str | None, f"Pictures: {IMAGES}"]
+Seen = Annotated[list[str] | None, "Names the tuning saw: repeated, 'a,b,c', or a file with one name per line."]
 
 SETTINGS_FILE = "settings.yaml"
 EXPERT = {
@@ -221,6 +217,11 @@ class HubOptions:
     token: str | None = setting(None, "Hub token; the one of `hf auth login` if unset.")
 
 
+def expert(help: str):
+    """An option of one command that `--help` only names, behind ``--set``."""
+    return typer.Option(help=help, hidden=True)
+
+
 def fail(message: str, quiet: bool = False) -> None:
     if not quiet:
         print(f"Error: {' '.join(message.split())}", file=sys.stderr)
@@ -294,10 +295,10 @@ class Result:
 
 
 def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callable:
-    """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
-    a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
-    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``. `panel` is where the
-    overview lists it."""
+    """Makes a command of a function, listed under `panel`: its parameters are dataclasses (one option per field),
+    options with their help beside the type (``Annotated[str, "..."]``), or typer's own. It takes a `RunOptions` named
+    `run`, may take the plain option values as `values`, and returns a [`Result`]. With `config_file` its options may
+    stand in a YAML file (``--config``) or behind ``--set``."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -308,7 +309,11 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
             if name in groups:
                 parameters += _parameters(groups[name])
             elif name != "values":
-                parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+                kind, said = get_args(hints[name])
+                if isinstance(said, str):
+                    parameters.append(_option(name, kind, parameter.default, said))
+                else:
+                    parameters.append(_keyword(name, hints[name], parameter.default))
         if config_file:
             parameters += _from_elsewhere(parameters)
 
@@ -350,12 +355,15 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
             panel = "Training"
         elif issubclass(kind, RunOptions):
             panel = "Options"
-        # A switch that is off needs no opposite.
-        flag = [f"--{item.name.replace('_', '-')}"] if default is False else []
-        hidden = item.name in EXPERT
-        option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel, hidden=hidden)
         default = inspect.Parameter.empty if default is MISSING else default
-        yield _keyword(item.name, Annotated[annotation, option], default)
+        about = {"rich_help_panel": panel, "hidden": item.name in EXPERT}
+        yield _option(item.name, annotation, default, item.metadata["help"], **about)
+
+
+def _option(name: str, annotation, default, help: str, **about) -> inspect.Parameter:
+    # A switch that is off needs no opposite.
+    flag = [f"--{name.replace('_', '-')}"] if default is False else []
+    return _keyword(name, Annotated[annotation, typer.Option(*flag, help=help, **about)], default)
 
 
 def _instance(kind: type, values: dict):
