@@ -255,12 +255,7 @@ def transfer(
 
 
 def _unfinished(adapters: list[str], output: OutputOptions, values: dict, run: RunOptions) -> dict[str, OutputOptions]:
-    """Where each adapter goes, without those that an earlier run of the same command has finished.
-
-    Raises:
-        FileExistsError: one of the folders holds something else.
-        ValueError: two adapters would go to one folder.
-    """
+    """Where each adapter goes, without those that an earlier run of the same command has finished."""
     left, taken = {}, set()
     for adapter in adapters:
         name = Path(adapter).resolve().name if Path(adapter).is_dir() else ht.split_revision(adapter)[0].split("/")[-1]

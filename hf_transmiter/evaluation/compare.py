@@ -276,7 +276,8 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
         return
     except _FORESEEN as error:
         found.skipped[name] = f"it failed: {error}"
-        found.lost |= set() if isinstance(error, ValueError) else {name}
+        if not isinstance(error, ValueError):
+            found.lost.add(name)
         logger.warning("%s failed and is left out: %s", name, error)
         return
     # What was tuned in the image tower is extracted from images; a prompt's class vectors are there already.

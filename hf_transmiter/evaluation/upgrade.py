@@ -97,10 +97,8 @@ def tune_seeds(
 
 
 def tuning_of(source: str) -> dict:
-    """The settings that a saved model was tuned with, which [`split_tuning`] turns into arguments of [`tune`].
-
-    Args:
-        source (`str`): folder or Hub id of what `tune(...).save_pretrained` wrote.
+    """The settings that a saved model (folder or Hub id) was tuned with, which [`split_tuning`] turns into arguments
+    of [`tune`].
 
     Raises:
         FileNotFoundError, OSError: nothing there.
