@@ -43,59 +43,39 @@ _EXPORTS = {
     "tune": "method.tune",
 }
 _FOR_THE_COMMAND_LINE = {
-    "BenchConfig": "bench.config",
-    "CalibrationPack": "method.stored_logits",
-    "Comparison": "evaluation.compare",
-    "METHODS": "evaluation.methods",
-    "STRONG": "evaluation.compare",
-    "Section": "evaluation.report",
-    "Variant": "evaluation.methods",
-    "analyse": "evaluation.analyse",
-    "bars": "evaluation.figures",
-    "build_app": "cli.app_page",
-    "comparison_table": "evaluation.report",
-    "few_shot": "data.splits",
-    "find_row": "data.catalogue",
-    "guess_columns": "data.images",
-    "launch": "cli.app_page",
-    "load_anchors": "method.saved",
-    "load_classifier": "method.saved",
-    "load_encoder": "encoders.dual_encoder",
-    "load_images": "data.images",
-    "load_models": "cli.app_page",
-    "load_teacher": "method.saved",
-    "make_plan": "bench.cells",
-    "markdown": "evaluation.analyse",
-    "markdown_table": "hub.scores",
-    "public_name": "hub.repo",
-    "read_names": "data.class_names",
-    "read_templates": "data.anchors",
-    "ready_configs": "bench.config",
-    "record_scores": "evaluation.evaluate",
-    "reliability_figure": "evaluation.figures",
-    "replace_file": "hub.files",
-    "run_demo": "cli.demo",
-    "split_revision": "hub.repo",
-    "starting_templates": "method.tune",
-    "teacher_facts": "method.saved",
-    "teacher_templates": "method.saved",
-    "tune_seeds": "evaluation.upgrade",
-    "adapter_settings": "method.tune",
-    "tuning_of": "evaluation.upgrade",
-    "usual_templates": "data.catalogue",
-    "write_analysis": "evaluation.report",
-    "write_bench_report": "bench.report",
-    "write_report": "evaluation.report",
+    "hub.files": ("new_folder",),
+    "hub.repo": ("public_name", "split_revision"),
+    "hub.scores": ("markdown_table",),
+    "encoders.dual_encoder": ("load_encoder",),
+    "data.anchors": ("read_templates",),
+    "data.catalogue": ("find_row", "usual_templates"),
+    "data.class_names": ("read_names",),
+    "data.images": ("guess_columns", "load_images"),
+    "data.splits": ("few_shot",),
+    "method.saved": ("load_anchors", "load_classifier", "load_teacher", "teacher_facts", "teacher_templates"),
+    "method.stored_logits": ("CalibrationPack",),
+    "method.tune": ("adapter_settings", "starting_templates"),
+    "evaluation.analyse": ("analyse", "markdown"),
+    "evaluation.compare": ("Comparison",),
+    "evaluation.evaluate": ("record_scores",),
+    "evaluation.methods": ("METHODS", "STRONG", "Variant"),
+    "evaluation.report": ("comparison_table", "write_analysis", "write_comparison"),
+    "evaluation.upgrade": ("tune_seeds", "tuning_of"),
+    "bench.cells": ("make_plan",),
+    "bench.config": ("BenchConfig", "ready_configs"),
+    "bench.report": ("write_bench_report",),
+    "cli.app_page": ("build_app", "launch", "load_models"),
+    "cli.demo": ("run_demo",),
 }
+_PLACES = {**{name: place for place, names in _FOR_THE_COMMAND_LINE.items() for name in names}, **_EXPORTS}
 __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str):
-    place = _EXPORTS.get(name) or _FOR_THE_COMMAND_LINE.get(name)
-    if place is None:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module(".tuners", __name__)  # PEFT knows the adapters from now on
-    value = getattr(importlib.import_module(f".{place}", __name__), name)
+    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
     if name in _EXPORTS:
         globals()[name] = value
     return value

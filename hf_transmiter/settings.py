@@ -102,31 +102,20 @@ class TuningConfig(FitConfig):
     | `promptsrc` | as `ivlp`, averaged over epochs | SGD, epochs, 2.5e-3 | 4, 20 | promptsrc |
 
     ContCoOp's abstract (arXiv 2412.20895) names none of these: rate and schedule are CoOp's, the pull was chosen on
-    the sandbox's old model alone (validation, mean of print and jargon: 55.0 at 0, 54.8 at 0.1, 45.9 at 1, as good
-    with `"cosine"` or `"l1"` at 0.1; `tests/studies/prompt_settings.py`). All but `lora` and the last three leave
-    the image tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where the
-    model does not know the *words*, a prompt.
+    the sandbox ("Defaults of tuning" in `tests/studies/RESULTS.md`). All but `lora` and the last three leave the image
+    tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where the model does
+    not know the *words*, a prompt.
 
     Args:
         epochs, batch_size, lr, weight_decay, warmup, schedule, optimizer (*optional*):
             See [`FitConfig`]. The default rates are for CLIPs of usual size (LoRA's after Zanella and Ben Ayed, arXiv
-            2405.18541). The sandbox's tiny models want more: 1e-2 with AdamW in its demo and in the table below.
+            2405.18541). The sandbox's tiny models want more: 1e-2 with AdamW in its demo.
         pull (`str`, *optional*):
             What training is pulled back to zero-shot by: `"kl"` (predictions on the training images), `"cosine"`,
             `"l2"`, `"l1"` (class vectors) or `"promptsrc"` (predictions, class vectors and image embeddings).
         keep_near (`float`, *optional*):
-            Weight of that pull. What was tuned far away from zero-shot carries over badly. On the sandbox's
-            validation splits (16 shots, mean of 3 seeds), accuracy of the tuned weak model and (in brackets) of the
-            strong model with the change of logits added:
-
-            | keep_near | LoRA, print | CoOp, jargon | CoOp, print |
-            |---|---|---|---|
-            | 0 | 68.5 (66.6) | 58.5 (66.9) | 43.6 (51.1) |
-            | 0.1 | 69.4 (67.8) | 60.6 (70.1) | 41.9 (52.2) |
-            | 0.3 | 69.7 (65.4) | 61.5 (73.1) | 36.8 (52.5) |
-
-            More of it pays where zero-shot is only partly wrong, and costs accuracy where it is mostly wrong. Made
-            with `tests/studies/tuning_defaults.py`.
+            Weight of that pull. What was tuned far away from zero-shot carries over badly: more of it pays where
+            zero-shot is only partly wrong, and costs accuracy where it is mostly wrong (measured there, too).
         project (`bool`, *optional*):
             ProGrad's rule: follow the cross-entropy only where it does not oppose the pull, with strength `keep_near`.
         gaussian_mean, gaussian_std (`float`, *optional*):

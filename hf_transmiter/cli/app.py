@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 import hf_transmiter as ht
 
 from .options import IMAGES, MODEL, TEST, DataOptions, ModelOptions, NameOptions, Result, RunOptions
@@ -18,13 +16,11 @@ def app(
     names: NameOptions,
     models: ModelOptions,
     run: RunOptions,
-    weak: Annotated[str | None, typer.Option(help=f"The weak model, if --tuned does not name it: {MODEL}")] = None,
-    tuned: Annotated[str | None, typer.Option(help="The tuned weak model, or its adapter: folder or Hub id.")] = None,
-    strong: Annotated[
-        str | None, typer.Option(help=f"The strong model, if --upgraded does not name it: {MODEL}")
-    ] = None,
-    upgraded: Annotated[str | None, typer.Option(help="Adapter of the strong model: folder or Hub id.")] = None,
-    examples: Annotated[str | None, typer.Option(help=f"Pictures to try: {IMAGES}")] = None,
+    weak: Annotated[str | None, f"The weak model, if --tuned does not name it: {MODEL}"] = None,
+    tuned: Annotated[str | None, "The tuned weak model, or its adapter: folder or Hub id."] = None,
+    strong: Annotated[str | None, f"The strong model, if --upgraded does not name it: {MODEL}"] = None,
+    upgraded: Annotated[str | None, "Adapter of the strong model: folder or Hub id."] = None,
+    examples: Annotated[str | None, f"Pictures to try: {IMAGES}"] = None,
 ) -> Result:
     """Drop a picture in the browser: what the weak, tuned, strong and upgraded models say of it, side by side.
 

@@ -52,17 +52,15 @@ def load_models(
     """The models to show; any of them may be left out.
 
     Args:
-        weak, strong (`str`, *optional*): models; those that `tuned` and `upgraded` were made for when omitted.
-        tuned (`str`, *optional*): the tuned weak model, or an adapter of the weak model.
-        upgraded (`str`, *optional*): adapter of the strong model.
-        class_names (`Sequence[str]`, *optional*): needed where neither of these has them saved with it.
-        templates (`Sequence[str]`, *optional*): prompts of zero-shot class vectors; those the tuning started from
-            when omitted.
+        weak, strong: models; those that `tuned` and `upgraded` were made for when omitted.
+        tuned: the tuned weak model, or an adapter of the weak model.
+        upgraded: adapter of the strong model.
+        class_names: needed where neither of these has them saved with it.
+        templates: prompts of zero-shot class vectors; those the tuning started from when omitted.
         **options: `device` and `dtype` of [`load_encoder`].
 
     Returns:
-        `dict[str, AnchorClassifier]`: ``"weak"``, ``"tuned"``, ``"strong"``, ``"upgraded"``, those that there are, in
-        this order.
+        Those that there are, by name, in the order of the arguments.
 
     Raises:
         FileNotFoundError, OSError: a source is not there.
@@ -125,11 +123,7 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
 
 
 def build_app(models: Mapping[str, AnchorClassifier], examples: Dataset | None = None) -> "gradio.Blocks":
-    """The page.
-
-    Args:
-        models (`Mapping[str, AnchorClassifier]`): what [`load_models`] returned.
-        examples (`datasets.Dataset`, *optional*): a few pictures to try; shown with their labels if they have some.
+    """The page for what [`load_models`] returned, with a few pictures to try, and their labels if they have some.
 
     Raises:
         ValueError: gradio is not installed.
@@ -187,13 +181,7 @@ def _with_labels(images: Dataset) -> list[list]:
 
 def launch(page: "gradio.Blocks") -> str:
     """Serves the page until interrupted, on this machine only and at the first free port from 7860 unless the
-    environment's `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` say otherwise.
-
-    Args:
-        page (`gradio.Blocks`): what [`build_app`] returned.
-
-    Returns:
-        `str`: the page's address.
+    environment's `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` say otherwise. Returns its address.
     """
     # The usual theme would ask for fonts on the network.
     theme = _gradio().themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))

@@ -16,24 +16,18 @@ from .options import ModelOptions, Result, RunOptions
 def bench(
     models: ModelOptions,
     run: RunOptions,
-    config: Annotated[
-        str | None, typer.Option(help="YAML file of a bench, or the name of a ready one (see --list).")
-    ] = None,
+    config: Annotated[str | None, "YAML file of a bench, or the name of a ready one (see --list)."] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for cells, tuned models and the report; a second run goes on there.")
+        Path | None, "Folder for cells, tuned models and the report; a second run goes on there."
     ] = None,
-    datasets: Annotated[
-        list[str] | None, typer.Option(help="Only these datasets, or others; may be repeated.")
-    ] = None,
-    seeds: Annotated[list[int] | None, typer.Option(help="These seeds instead; may be repeated.")] = None,
-    shots: Annotated[list[int] | None, typer.Option(help="These numbers of shots instead; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is to be done and what it takes.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Only write the report of finished cells.")] = False,
+    datasets: Annotated[list[str] | None, "Only these datasets, or others; may be repeated."] = None,
+    seeds: Annotated[list[int] | None, "These seeds instead; may be repeated."] = None,
+    shots: Annotated[list[int] | None, "These numbers of shots instead; may be repeated."] = None,
+    dry_run: Annotated[bool, "Only say what is to be done and what it takes."] = False,
+    report: Annotated[bool, "Only write the report of finished cells."] = False,
     list_ready: Annotated[bool, typer.Option("--list", help="Only list the ready configurations.")] = False,
-    embed_batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 64,
-    cache_dir: Annotated[
-        str | None, typer.Option(help="Where embeddings are kept; a folder in the Hugging Face cache if unset.")
-    ] = None,
+    embed_batch_size: Annotated[int, "Pictures per forward pass."] = 64,
+    cache_dir: Annotated[str | None, "Where embeddings are kept; a folder in the Hugging Face cache if unset."] = None,
 ) -> Result:
     """Papers' experiments: models, datasets, tunings, shots and seeds in one YAML file, scored and reported.
 

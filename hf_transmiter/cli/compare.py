@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 import hf_transmiter as ht
 
@@ -29,6 +26,7 @@ from .options import (
     Teacher,
     Weak,
     check_new,
+    expert,
 )
 
 
@@ -49,41 +47,29 @@ def compare(
     names: NameOptions,
     models: ModelOptions,
     run: RunOptions,
-    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled pictures of the task, from any source.")] = None,
-    labelled: Annotated[str | None, typer.Option(help="Labelled pictures, for what needs labels.")] = None,
-    shots: Annotated[int, typer.Option(help="Labelled pictures per class.", hidden=True)] = TuningConfig.shots,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of labelled pictures.", hidden=True)] = 0,
-    general: Annotated[
-        str | None, typer.Option(help="Any pictures, not the task's, for a general bridge.", hidden=True)
-    ] = None,
-    bridge: Annotated[str | None, typer.Option(help="A finished bridge: file, folder or Hub id.")] = None,
+    unlabelled: Annotated[str | None, "Unlabelled pictures of the task, from any source."] = None,
+    labelled: Annotated[str | None, "Labelled pictures, for what needs labels."] = None,
+    shots: Annotated[int, expert("Labelled pictures per class.")] = TuningConfig.shots,
+    seed: Annotated[int, expert("Seed of the draw of labelled pictures.")] = 0,
+    general: Annotated[str | None, expert("Any pictures, not the task's, for a general bridge.")] = None,
+    bridge: Annotated[str | None, "A finished bridge: file, folder or Hub id."] = None,
     tuned_strong: Annotated[
-        str | None,
-        typer.Option(help="The strong model tuned on labels, as a ceiling; tuned here if unset.", hidden=True),
+        str | None, expert("The strong model tuned on labels, as a ceiling; tuned here if unset.")
     ] = None,
-    retune: Annotated[
-        str, typer.Option(help="How it is tuned here: 'lora', or 'teacher', as the weak model was.", hidden=True)
-    ] = "lora",
+    retune: Annotated[str, expert("How it is tuned here: 'lora', or 'teacher', as the weak model was.")] = "lora",
     seen_classes: Seen = None,
     methods: Annotated[
-        list[str] | None,
-        typer.Option(help="A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."),
+        list[str] | None, "A row of the table: 'refit', or 'refit: {solver: ridge}'; may be repeated; all if unset."
     ] = None,
     vocabulary: Annotated[
-        str | None,
-        typer.Option(help="Names beside the classes: a shipped list, or a file; common nouns if unset.", hidden=True),
+        str | None, expert("Names beside the classes: a shipped list, or a file; common nouns if unset.")
     ] = None,
     min_gain: Annotated[
-        float | None,
-        typer.Option(
-            help="Exit with 1 where upgrading gains fewer points of accuracy than this over zero-shot strong."
-        ),
+        float | None, "Exit with 1 where upgrading gains fewer points of accuracy than this over zero-shot strong."
     ] = None,
-    gate: Annotated[
-        str | None, typer.Option(help="The row that --min-gain is about; the recommended one if unset.")
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for report.md, comparison.json, figures.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    gate: Annotated[str | None, "The row that --min-gain is about; the recommended one if unset."] = None,
+    output_dir: Annotated[Path | None, "Folder for report.md, comparison.json, figures."] = None,
+    overwrite: Annotated[bool, "Replace an existing report."] = False,
 ) -> Result:
     """Every way to upgrade and every cheap alternative on one task, in one table, with a recommendation.
 
@@ -131,7 +117,8 @@ def compare(
     if min_gain is not None:
         _judge(result, found, min_gain, found.recommended if gate is None else ht.Variant.of(gate).name)
     if output_dir is not None and run.main_process and found.rows:
-        _write(output_dir, found, [weak, strong, dataset])
+        title = "{} to {} on {}".format(*map(ht.public_name, (weak, strong, dataset)))
+        ht.write_comparison(output_dir, found, title=title)
     return result
 
 
@@ -183,26 +170,3 @@ def _judge(result: Result, found: ht.Comparison, min_gain: float, gate: str) -> 
     result.text += f"\nGate: {said}; {min_gain:g} are asked for."
     if gain < min_gain:
         result.failed = f"{said}, fewer than the {min_gain:g} of --min-gain."
-
-
-def _write(folder: Path, found: ht.Comparison, sources: Sequence[str]) -> None:
-    """report.md, comparison.json and the figures."""
-    metric = "agreement" if found.labels is None else "accuracy"
-    label = "agreement with the tuned weak model (%)" if found.labels is None else "accuracy (%)"
-    lines = {row: found.value(row, metric) for row in (ht.STRONG, "tuned weak") if row in found.rows}
-    values = {row: [found.value(row, metric)] for row in found.rows if row not in lines}
-    weak, strong, dataset = map(ht.public_name, sources)
-    title = f"{weak} to {strong} on {dataset}"
-    drawn = []
-    if values:
-        path = folder / "figures" / "methods.png"
-        drawn.append(ht.bars(values, path, title=title, xlabel=label, reference=lines))
-    if found.labels is not None:
-        shown = [row for row in (*lines, found.recommended) if row in found.rows] or found.rows
-        path = folder / "figures" / "reliability.png"
-        answers = {row: found.rows[row].logits for row in shown}
-        drawn.append(ht.reliability_figure(answers, found.labels, path, title=title))
-    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    ht.replace_file(folder / "comparison.json", lambda path: path.write_text(text, encoding="utf-8"))
-    section = ht.Section("Comparison", f"{found.advice}\n\n{ht.comparison_table(found)}", figures=drawn)
-    ht.write_report(folder, [section], title=title)

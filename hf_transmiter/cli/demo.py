@@ -13,10 +13,12 @@ from .. import sandbox
 from ..data.anchors import Anchors
 from ..data.splits import few_shot
 from ..encoders.dual_encoder import DualEncoder
-from ..evaluation import figures, methods, report
-from ..evaluation.compare import STRONG, Comparison, compare
+from ..evaluation import figures, methods
+from ..evaluation.compare import Comparison, compare
+from ..evaluation.methods import STRONG
+from ..evaluation.report import Section, write_report
 from ..hub.adapter_files import SCORES
-from ..hub.scores import THIS, aggregate, write_scores
+from ..hub.scores import THIS, aggregate, markdown_table, write_scores
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
@@ -53,32 +55,17 @@ class Task:
         return sandbox.load_dataset(self.domain, split)
 
     def compare(
-        self,
-        seed: int,
-        method: str,
-        *,
-        ceiling: bool = True,
-        rows: Sequence = tuple(methods.METHODS),
-        progress: bool = True,
+        self, seed: int, method: str, rows: Sequence = tuple(methods.METHODS), *, progress: bool = True
     ) -> tuple[Comparison, AnchorClassifier]:
-        """Tunes the weak model with 16 shots per class drawn by `seed`, then scores every way to upgrade.
-
-        Args:
-            method (`str`): `"lora"` or `"coop"`.
-            ceiling (`bool`, *optional*, defaults to `True`): also tune the strong model on the same labels.
-            rows (`Sequence`, *optional*): what `compare` takes as `variants`.
-
-        Returns:
-            The comparison and the tuned weak model.
-        """
+        """Tunes the weak model by `method` (`"lora"`, `"coop"`) with 16 shots per class drawn by `seed`, then scores
+        the ways to upgrade; the tuned model comes second."""
         config = TuningConfig(seed=seed, **SANDBOX_TUNING)
         train, test = self.images("train"), self.images("test")
         seen, names = (tuple(images.features["label"].names) for images in (train, test))
-        models = (self.weak, self.strong) if ceiling else (self.weak,)
+        models = (self.weak, self.strong) if "tuned strong" in rows else (self.weak,)
         tuned = [tune(model, train, method, config=config, progress=progress) for model in models]
         if seen != names:
             tuned = [AnchorClassifier(t.encoder, Anchors(names, (), t.anchors.templates)) for t in tuned]
-        left_out = () if ceiling else ("tuned strong",)
         found = compare(
             self.weak,
             self.strong,
@@ -87,8 +74,8 @@ class Task:
             unlabelled=self.images("unlabelled"),
             labelled=train.select(few_shot(train["label"], config.shots, seed)),
             general=sandbox.load_dataset(*GENERAL),
-            tuned_strong=tuned[1] if ceiling else None,
-            variants=[row for row in rows if row not in left_out],
+            tuned_strong=tuned[1] if len(tuned) > 1 else None,
+            variants=rows,
             seen_classes=None if seen == names else seen,
             vocabulary=sandbox.vocabulary(),
             num_anchors=NUM_ANCHORS,
@@ -108,11 +95,10 @@ def run_demo(
     """Tunes, extracts, bridges, transfers and scores on the sandbox, and leaves a report behind.
 
     Args:
-        folder (`str` or `os.PathLike`): gets `report.md`, `scores.json`, `figures/`, and per task `tuned/`,
-            `adapter/`, `bridge.safetensors` and `strong_adapter/`.
-        domains (`Sequence[str]`, *optional*): sandbox tasks; `DOMAINS` when omitted.
-        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): draws of the few shots and of the tuning.
-        progress (`bool`, *optional*, defaults to `True`): show progress bars.
+        folder: gets `report.md`, `scores.json`, `figures/`, and per task `tuned/`, `adapter/`, `bridge.safetensors`
+            and `strong_adapter/`.
+        domains: sandbox tasks; `DOMAINS` when omitted.
+        seeds: draws of the few shots and of the tuning.
 
     Returns:
         `dict`: `scores` (`list[Score]` over all tasks, `split` names the task), `recommended` (by task), `table`, and
@@ -128,19 +114,16 @@ def run_demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny: more threads bring little, and cost much on cores that are shared
     try:
-        found = {domain: _run_task(domain, seeds, folder, progress) for domain in domains}
+        found = [_run_task(domain, seeds, folder, progress) for domain in domains]
     finally:
         torch.set_num_threads(threads)
-    sections = [section for section, _ in found.values()]
-    scores = [score for section in sections for score in section.scores]
+    sections, said = zip(*found, strict=True)
+    scores = [score for one in said for score in one["scores"]]
     write_scores(folder / "scores.json", scores)
-    report.write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
-    return {
-        "scores": scores,
-        "recommended": {domain: recommended for domain, (_, recommended) in found.items()},
-        "table": "\n\n".join(s.title + "\n\n" + report.markdown_table(s.scores, notes=s.notes) for s in sections),
-        "verdict": "\n\n".join(f"{section.title}. {section.text}" for section in sections),
-    }
+    write_report(folder, sections, title="Sandbox demo", intro=_INTRO)
+    recommended = {domain: one["recommended"] for domain, one in zip(domains, said, strict=True)}
+    texts = {part: "\n\n".join(one[part] for one in said) for part in ("table", "verdict")}
+    return {"scores": scores, "recommended": recommended, **texts}
 
 
 _INTRO = (
@@ -149,8 +132,8 @@ _INTRO = (
 )
 
 
-def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -> tuple[report.Section, str]:
-    """A section of the report, and the way to upgrade that is recommended. All but the scores is of the first seed."""
+def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -> tuple[Section, dict]:
+    """A section of the report, and what [`run_demo`] returns of this task. All but the scores is of the first seed."""
     task = Task.load(domain)
     runs = [task.compare(seed, METHODS[domain], progress=progress) for seed in seeds]
     found, teacher = runs[0]
@@ -159,8 +142,10 @@ def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -
     scores = aggregate([[replace(score, split=domain) for score in run.scores] for run, _ in runs])
     drawn = _figures(domain, found, by_seed, folder / "figures")
     title = f"Task: {domain} ({METHODS[domain]})"
-    section = report.Section(title, _verdict(found), scores, drawn, found.notes, STRONG)
-    return section, found.recommended
+    table, verdict = markdown_table(scores, notes=found.notes), _verdict(found)
+    section = Section(title, f"{verdict}\n\n{markdown_table(scores, baseline=STRONG, notes=found.notes)}", drawn)
+    said = {"table": f"{title}\n\n{table}", "verdict": f"{title}. {verdict}", "recommended": found.recommended}
+    return section, {"scores": scores, **said}
 
 
 def _verdict(found: Comparison) -> str:

@@ -17,15 +17,12 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="Where to: user/name.")],
     hub: HubOptions,
     run: RunOptions,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the base model, if it was loaded from a local folder.")
-    ] = None,
+    base_model: Annotated[str | None, "Hub id of the base model, if it was loaded from a local folder."] = None,
     subfolder: Annotated[
-        str | None,
-        typer.Option(help="Folder of the repository to put it into, such as what its adapter is on another model."),
+        str | None, "Folder of the repository to put it into, such as what its adapter is on another model."
     ] = None,
-    license: Annotated[str | None, typer.Option(help="Licence of what is shared, such as apache-2.0.")] = None,
-    tags: Annotated[list[str] | None, typer.Option(help="A tag for the card; repeated.")] = None,
+    license: Annotated[str | None, "Licence of what is shared, such as apache-2.0."] = None,
+    tags: Annotated[list[str] | None, "A tag for the card; repeated."] = None,
 ) -> Result:
     """Shares an adapter, a tuned model or a bridge on the Hub, with its card, in one commit.
 

@@ -39,10 +39,10 @@ def main() -> None:
 def demo(
     run: RunOptions,
     values: dict,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the report, figures and adapters.")] = Path("out"),
-    domains: Annotated[list[str] | None, typer.Option(help="Sandbox task, may be repeated; two if unset.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option(help="Seed of tuning, may be repeated; 0 if unset.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    output_dir: Annotated[Path, "Folder for the report, figures and adapters."] = Path("out"),
+    domains: Annotated[list[str] | None, "Sandbox task, may be repeated; two if unset."] = None,
+    seeds: Annotated[list[int] | None, "Seed of tuning, may be repeated; 0 if unset."] = None,
+    overwrite: Annotated[bool, "Replace an existing output."] = False,
 ) -> Result:
     """The whole method offline, on tiny models and drawn pictures: scores, figures and adapters.
 

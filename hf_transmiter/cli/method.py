@@ -46,12 +46,12 @@ def tune(
     models: ModelOptions,
     run: RunOptions,
     values: dict,
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}, or another PEFT method.")] = "lora",
+    method: Annotated[str, f"{', '.join(METHODS)}, or another PEFT method."] = "lora",
     adapter: Annotated[
-        list[str] | None, typer.Option(help="An option of its PEFT configuration, such as n_ctx=8; may be repeated.")
+        list[str] | None, "An option of its PEFT configuration, such as n_ctx=8; may be repeated."
     ] = None,
     seeds: Annotated[
-        list[int] | None, typer.Option(help="Tune once with each of these, into OUTPUT_DIR/seed-N; may be repeated.")
+        list[int] | None, "Tune once with each of these, into OUTPUT_DIR/seed-N; may be repeated."
     ] = None,
 ) -> Result:
     """Labelled pictures to a tuned weak model, saved as a PEFT adapter.
@@ -120,27 +120,24 @@ def extract(
 
 
 def bridge(
-    output: Annotated[Path, typer.Option(help="A .safetensors file, or a folder ready for the Hub, with a card.")],
+    output: Annotated[Path, "A .safetensors file, or a folder ready for the Hub, with a card."],
     data: DataOptions,
     models: ModelOptions,
     run: RunOptions,
-    weak: Annotated[str | None, typer.Option(help=f"The weak model: {MODEL}")] = None,
-    strong: Annotated[str | None, typer.Option(help=f"The strong model: {MODEL}")] = None,
+    weak: Annotated[str | None, f"The weak model: {MODEL}"] = None,
+    strong: Annotated[str | None, f"The strong model: {MODEL}"] = None,
     dataset: OptionalImages = None,
-    space: Annotated[str, typer.Option(help="'embedding' or 'logit' (published; needs pictures).")] = "embedding",
+    space: Annotated[str, "'embedding' or 'logit' (published; needs pictures)."] = "embedding",
     anchors: Annotated[
-        str | None,
-        typer.Option(help="Names to ask about: an adapter, or a file of `Anchors.save`; common nouns if unset."),
+        str | None, "Names to ask about: an adapter, or a file of `Anchors.save`; common nouns if unset."
     ] = None,
-    beta: Annotated[float, typer.Option(help="Logit space: pull towards the identity.")] = TransferConfig.beta,
+    beta: Annotated[float, "Logit space: pull towards the identity."] = TransferConfig.beta,
     compose: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"Instead of building one: a {_BRIDGE} from A to B, repeated with one from B to C, and so on."
-        ),
+        f"Instead of building one: a {_BRIDGE} from A to B, repeated with one from B to C, and so on.",
     ] = None,
-    invert: Annotated[str | None, typer.Option(help=f"Instead of building one: turn this {_BRIDGE} round.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bridge.")] = False,
+    invert: Annotated[str | None, f"Instead of building one: turn this {_BRIDGE} round."] = None,
+    overwrite: Annotated[bool, "Replace an existing bridge."] = False,
 ) -> Result:
     """The map between two models, once per pair: from any pictures, from text alone, or from other bridges.
 
@@ -202,12 +199,10 @@ def transfer(
     models: ModelOptions,
     run: RunOptions,
     values: dict,
-    weak: Annotated[str | None, typer.Option(help="The weak model, if it is not where the adapter says.")] = None,
-    bridge: Annotated[str | None, typer.Option(help=f"A {_BRIDGE} of this pair; built here if unset.")] = None,
+    weak: Annotated[str | None, "The weak model, if it is not where the adapter says."] = None,
+    bridge: Annotated[str | None, f"A {_BRIDGE} of this pair; built here if unset."] = None,
     dataset: OptionalImages = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="The tuned weak model, for pictures that `extract` did not see.")
-    ] = None,
+    teacher: Annotated[str | None, "The tuned weak model, for pictures that `extract` did not see."] = None,
     seen_classes: Seen = None,
 ) -> Result:
     """An adapter of the weak model becomes one of the strong model, from unlabelled pictures, a bridge, or text alone.
@@ -260,12 +255,7 @@ def transfer(
 
 
 def _unfinished(adapters: list[str], output: OutputOptions, values: dict, run: RunOptions) -> dict[str, OutputOptions]:
-    """Where each adapter goes, without those that an earlier run of the same command has finished.
-
-    Raises:
-        FileExistsError: one of the folders holds something else.
-        ValueError: two adapters would go to one folder.
-    """
+    """Where each adapter goes, without those that an earlier run of the same command has finished."""
     left, taken = {}, set()
     for adapter in adapters:
         name = Path(adapter).resolve().name if Path(adapter).is_dir() else ht.split_revision(adapter)[0].split("/")[-1]
@@ -288,25 +278,15 @@ def evaluate(
     names: NameOptions,
     models: ModelOptions,
     run: RunOptions,
-    base_model: Annotated[
-        str | None, typer.Option(help="The model under an adapter, if it is not where the adapter says.")
-    ] = None,
+    base_model: Annotated[str | None, "The model under an adapter, if it is not where the adapter says."] = None,
     seen_classes: Seen = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="Note the scores in the adapter's folder, beside zero-shot, for its card.")
-    ] = False,
-    analyse: Annotated[
-        bool,
-        typer.Option("--analyse", help="What the adapter changed against zero-shot; pictures without labels will do."),
-    ] = False,
+    record: Annotated[bool, "Note the scores in the adapter's folder, beside zero-shot, for its card."] = False,
+    analyse: Annotated[bool, "What the adapter changed against zero-shot; pictures without labels will do."] = False,
     teacher: Annotated[
-        str | None,
-        typer.Option(help="Analysis: the tuned weak model or its logits on these pictures, to compare with."),
+        str | None, "Analysis: the tuned weak model or its logits on these pictures, to compare with."
     ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Analysis: folder for report.md, analysis.json, figures.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    output_dir: Annotated[Path | None, "Analysis: folder for report.md, analysis.json, figures."] = None,
+    overwrite: Annotated[bool, "Replace an existing report."] = False,
 ) -> Result:
     """Accuracy on labelled pictures; with seen classes also base, novel, their harmonic mean, and joint.
 

@@ -13,9 +13,7 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +27,7 @@ import yaml
 
 import hf_transmiter as ht
 
-from ..settings import FitConfig, setting
+from ..settings import FitConfig, check_choice, setting
 
 
 UNLABELLED = ("unlabelled", "unlabeled", "train")
@@ -39,16 +37,12 @@ TEST = ("test", "validation")
 MODEL = "Hub id (id@revision), folder, open_clip:NAME/TAG, or sandbox:weak, sandbox:strong, sandbox:weak-upgraded."
 IMAGES = "Hub id (id@revision), name in the catalogue, folder, .parquet or .arrow files, or sandbox:DOMAIN."
 
-Weak = Annotated[str, typer.Option(help=f"The weak model: {MODEL}")]
-Strong = Annotated[str, typer.Option(help=f"The strong model: {MODEL}")]
-Teacher = Annotated[
-    str, typer.Option(help="The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors).")
-]
-Images = Annotated[str, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
-OptionalImages = Annotated[str | None, typer.Option("--dataset", help=f"Pictures: {IMAGES}")]
-Seen = Annotated[
-    list[str] | None, typer.Option(help="Names the tuning saw: repeated, 'a,b,c', or a file with one name per line.")
-]
+Weak = Annotated[str, f"The weak model: {MODEL}"]
+Strong = Annotated[str, f"The strong model: {MODEL}"]
+Teacher = Annotated[str, "The tuned weak model: folder of `tune`, PEFT adapter, model, or logits (.safetensors)."]
+Images = Annotated[str, f"Pictures: {IMAGES}"]
+OptionalImages = Annotated[str | None, f"Pictures: {IMAGES}"]
+Seen = Annotated[list[str] | None, "Names the tuning saw: repeated, 'a,b,c', or a file with one name per line."]
 
 SETTINGS_FILE = "settings.yaml"
 EXPERT = {
@@ -60,10 +54,6 @@ EXPERT = {
 }
 """Fields that `--help` only names, behind ``--set``."""
 _NOT_SAVED = ("config", "set", "json", "quiet", "debug", "overwrite", "output_dir", "output")
-
-
-def _several(help: str):
-    return field(default_factory=list, metadata={"help": help})
 
 
 @dataclass
@@ -113,15 +103,10 @@ class ModelOptions:
         """Arguments of `load_encoder`."""
         import torch  # takes seconds
 
-        known = ("float32", "bfloat16", "float16", "auto")
-        if self.dtype not in known:
-            raise ValueError(f"dtype must be one of {', '.join(known)}, got {self.dtype!r}.")
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if run.accelerator is not None:
             device = run.accelerator.device
-        elif self.device is not None:
-            device = self.device
-        else:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -171,8 +156,12 @@ class DataOptions:
 class NameOptions:
     """What pictures are asked about."""
 
-    class_names: list[str] = _several("Class names in label order: repeated, 'a,b,c', or a file with one per line.")
-    template: list[str] = _several("Prompts with {}, or names of shipped ones; the teacher's or dataset's if unset.")
+    class_names: list[str] | None = setting(
+        None, "Class names in label order: repeated, 'a,b,c', or a file with one per line."
+    )
+    template: list[str] | None = setting(
+        None, "Prompts with {}, or names of shipped ones; the teacher's or dataset's if unset."
+    )
 
 
 @dataclass
@@ -208,19 +197,14 @@ class OutputOptions:
         """Fills the folder in one step by `save(folder)`, together with the settings; the main process only."""
         if not run.main_process:
             return
-        parent = self.output_dir.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{self.output_dir.name}-", dir=parent))
-        try:
-            new, old = temporary / "new", temporary / "old"
-            new.mkdir()
-            save(new)
-            (new / SETTINGS_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+        def fill(folder: Path) -> None:
+            save(folder)
+            (folder / SETTINGS_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             if self.output_dir.exists():
-                os.replace(self.output_dir, old)
-            os.replace(new, self.output_dir)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                os.replace(self.output_dir, folder.with_name(f"{folder.name}.earlier"))
+
+        ht.new_folder(self.output_dir.absolute(), fill)
 
 
 @dataclass
@@ -231,6 +215,11 @@ class HubOptions:
     commit_message: str | None = setting(None, "Title of the commit.")
     create_pr: bool = setting(False, "Propose the change instead of making it.")
     token: str | None = setting(None, "Hub token; the one of `hf auth login` if unset.")
+
+
+def expert(help: str):
+    """An option of one command that `--help` only names, behind ``--set``."""
+    return typer.Option(help=help, hidden=True)
 
 
 def fail(message: str, quiet: bool = False) -> None:
@@ -261,27 +250,24 @@ def reporting(run: RunOptions) -> Iterator[None]:
         logger.setLevel(before)
 
 
+_QUIET = {
+    **dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1"),
+    **dict.fromkeys(("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"), "error"),
+}
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
     """No bars and remarks of the libraries either: they read these variables when a command imports them."""
-    variables = {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-    }
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    added = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in added:
+            del os.environ[name]
 
 
 def check_new(path: Path, overwrite: bool) -> None:
@@ -309,10 +295,10 @@ class Result:
 
 
 def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callable:
-    """Makes a command of a function: its parameters are dataclasses (one option per field) or typer's own; it takes
-    a `RunOptions` named `run`, may take the plain option values as `values`, and returns a [`Result`]. With
-    `config_file` its options may stand in a YAML file (``--config``) or behind ``--set``. `panel` is where the
-    overview lists it."""
+    """Makes a command of a function, listed under `panel`: its parameters are dataclasses (one option per field),
+    options with their help beside the type (``Annotated[str, "..."]``), or typer's own. It takes a `RunOptions` named
+    `run`, may take the plain option values as `values`, and returns a [`Result`]. With `config_file` its options may
+    stand in a YAML file (``--config``) or behind ``--set``."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         hints = get_type_hints(function, include_extras=True)
@@ -323,7 +309,11 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
             if name in groups:
                 parameters += _parameters(groups[name])
             elif name != "values":
-                parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+                kind, said = get_args(hints[name])
+                if isinstance(said, str):
+                    parameters.append(_option(name, kind, parameter.default, said))
+                else:
+                    parameters.append(_keyword(name, hints[name], parameter.default))
         if config_file:
             parameters += _from_elsewhere(parameters)
 
@@ -358,8 +348,6 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(kind)
     for item in fields(kind):
         annotation, default = hints[item.name], item.default
-        if item.default_factory is not MISSING:
-            default = item.default_factory()
         if get_origin(annotation) is tuple:  # of any length; typer knows that as a list
             annotation, default = list[get_args(annotation)[0]], list(default)
         panel = re.split("[.,;]", inspect.getdoc(kind))[0].replace("[`", "").replace("`]", "")
@@ -367,12 +355,15 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
             panel = "Training"
         elif issubclass(kind, RunOptions):
             panel = "Options"
-        # A switch that is off needs no opposite.
-        flag = [f"--{item.name.replace('_', '-')}"] if default is False else []
-        hidden = item.name in EXPERT
-        option = typer.Option(*flag, help=item.metadata["help"], rich_help_panel=panel, hidden=hidden)
         default = inspect.Parameter.empty if default is MISSING else default
-        yield _keyword(item.name, Annotated[annotation, option], default)
+        about = {"rich_help_panel": panel, "hidden": item.name in EXPERT}
+        yield _option(item.name, annotation, default, item.metadata["help"], **about)
+
+
+def _option(name: str, annotation, default, help: str, **about) -> inspect.Parameter:
+    # A switch that is off needs no opposite.
+    flag = [f"--{name.replace('_', '-')}"] if default is False else []
+    return _keyword(name, Annotated[annotation, typer.Option(*flag, help=help, **about)], default)
 
 
 def _instance(kind: type, values: dict):

@@ -131,7 +131,6 @@ def prompt_transfer(
         target (`Tensor`): q (N, C), the tuned model's probabilities on the same images.
         class_names (`Sequence[str]`): C names, columns of q.
         config (`FitConfig`, *optional*): 20 epochs of AdamW at 1e-2 without decay when omitted.
-        accelerator (`Accelerator`, *optional*): for several processes.
 
     Returns:
         `DualEncoder`: the strong model with its context; prompts of it are ``"{}."``. Saved and loaded as any PEFT

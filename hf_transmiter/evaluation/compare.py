@@ -22,14 +22,13 @@ from ..method.stored_logits import CalibrationPack
 from ..method.teacher import Teacher
 from ..settings import ExtractionConfig
 from .evaluate import score_logits
-from .methods import IMAGES, LABELS, METHODS, NEEDS, WEAK, Variant
+from .methods import IMAGES, LABELS, METHODS, NEEDS, STRONG, WEAK, Variant
 from .reliability import expected_calibration_error
 from .task import Impossible, Task
 
 
 logger = logging.getLogger(__name__)
 
-STRONG = "zero-shot strong"
 NOTES = {LABELS: "needs labelled images", WEAK: "needs the weak model and its tuned version for every prediction"}
 _WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
 _IF_LABELLED = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
@@ -277,7 +276,8 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
         return
     except _FORESEEN as error:
         found.skipped[name] = f"it failed: {error}"
-        found.lost |= set() if isinstance(error, ValueError) else {name}
+        if not isinstance(error, ValueError):
+            found.lost.add(name)
         logger.warning("%s failed and is left out: %s", name, error)
         return
     # What was tuned in the image tower is extracted from images; a prompt's class vectors are there already.

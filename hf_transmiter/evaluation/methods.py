@@ -27,6 +27,9 @@ from . import baselines
 from .task import Answer, Impossible, Task, stored_bytes
 
 
+STRONG = "zero-shot strong"
+
+
 @dataclass(frozen=True)
 class RowSettings:
     """Settings of a row that are none of a step's own.
@@ -51,7 +54,7 @@ class RowSettings:
     strategy: str = "random"
 
     def __post_init__(self):
-        check_choice("solver", self.solver, _CLOSED)
+        check_choice("solver", self.solver, ("discriminant", "ridge"))
         check_choice("start", self.start, tuple(_STARTS))
         check_choice("strategy", self.strategy, STRATEGIES)
         if None not in (self.num_anchors, self.num_auxiliary):
@@ -131,16 +134,12 @@ class Variant:
 
     @property
     def own(self) -> RowSettings:
-        """Those of the row itself."""
         return RowSettings(**self.of_step(RowSettings))
 
     @property
     def needs(self) -> set[str]:
         """What it asks for, of [`NEEDS`]."""
         return {*METHODS[self.method].needs} - ({IMAGES} if self.own.start in _UNTRAINED else set())
-
-
-_CLOSED = ("discriminant", "ridge")
 
 
 def _value(kind: type, key: str, value):
@@ -250,14 +249,11 @@ def _transfer(task: Task, variant: Variant, adapter: AnchorClassifier, images=No
     return transfer(adapter, task.strong, images, **options)
 
 
-_ANCHORS = ("num_anchors", "num_auxiliary", "strategy")  # settings that choose the names of the published adapter
-
-
 def _published(task: Task, variant: Variant) -> AnchorClassifier:
     """The published adapter with the published basis change."""
     images, config = task.need("unlabelled"), replace(task.gradient, **variant.of_step(ExtractionConfig))
-    anchors = task.anchors_for({key: value for key, value in variant.settings.items() if key in _ANCHORS})
-    adapter = task.extract(config, anchors)
+    own = variant.own
+    adapter = task.extract(config, task.anchors_for(own.num_anchors, own.num_auxiliary, own.strategy))
     return _transfer(task, variant, adapter, images)
 
 
@@ -297,7 +293,7 @@ def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:
 
 def _untrained(task: Task, variant: Variant) -> AnchorClassifier:
     """The published adapter before any training, which changes nothing."""
-    anchors = task.anchors
+    anchors = task.anchors_for()
     config = TransMiterConfig.for_anchors(anchors, form="mlp", seed=task.gradient.seed)
     return AnchorClassifier(task.strong, anchors).add_adapter(config)
 
@@ -321,7 +317,7 @@ _REFIT = {
     TransferConfig: ("zero_shot_weight", "shrinkage", "pseudo_count", "carried_images"),
 }
 _GRADIENT = {
-    RowSettings: _ANCHORS,
+    RowSettings: ("num_anchors", "num_auxiliary", "strategy"),
     ExtractionConfig: _names(ExtractionConfig, without=("solver", "shrinkage", "lambdas")),
     TransferConfig: ("beta", "beta_per_image"),
 }
@@ -329,7 +325,7 @@ _GRADIENT = {
 
 METHODS: dict[str, Method] = {
     "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), (WEAK,)),
-    "zero-shot strong": Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
+    STRONG: Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
     "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), (WEAK,)),
     "EFT": Method(_emulated, (WEAK,)),
     "logit ensemble": Method(_ensemble, (WEAK,)),

@@ -1,21 +1,25 @@
-"""A comparison as one table, and a report: sections of text, tables of scores and figures (drawn by `figures`)."""
+"""A comparison as one table, and reports: sections of text and figures (drawn by `figures`).
+
+What writes one makes the directory if need be, replaces its files one by one, atomically, and returns the path of
+`report.md`.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ..hub.files import replace_file
-from ..hub.scores import NOTHING, Score, cell_text, column, markdown_table, mean_cost, metric_title, table
+from ..hub.scores import NOTHING, cell_text, column, mean_cost, metric_title, table
 from . import figures
 from .analyse import AFTER, BEFORE, Knowledge, markdown
-from .methods import NEEDS
+from .methods import NEEDS, STRONG
 
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a report: heading, markdown, a [`markdown_table`] of scores (with its notes and baseline), figures.
+    """One part of a report: heading, markdown, figures.
 
     Figures are PNG files inside the report's directory, as the functions of `figures` return them: `None`, one that
     could not be drawn, is left out, and so is a section that holds nothing else.
@@ -34,10 +38,7 @@ class Section:
 
     title: str
     text: str = ""
-    scores: Sequence[Score] = ()
     figures: Sequence[Path | None] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
-    baseline: str | None = None
 
 
 def comparison_table(found: Comparison) -> str:
@@ -75,19 +76,15 @@ def _size(count: int | None) -> str:
 
 
 def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, title: str, intro: str = "") -> Path:
-    """Writes `report.md` and returns its path: `title`, `intro` and the sections, with relative links to figures.
-
-    Atomic; the directory is made if need be, and a report that is there already is replaced, which is logged.
+    """Writes `report.md`: `title`, `intro` and the sections, with relative links to figures. Replacing one is logged.
 
     Raises:
-        ValueError: a figure outside the directory, or scores that make no table.
+        ValueError: a figure outside the directory.
     """
     directory = Path(directory)
     parts = [f"# {title}", intro.strip()]
     for section in sections:
         shown = [section.text.strip()]
-        if section.scores:
-            shown.append(markdown_table(section.scores, baseline=section.baseline, notes=section.notes).strip())
         for figure in filter(None, section.figures):
             link = quote(figure.relative_to(directory).as_posix())
             shown.append(f"![{figure.stem.replace('_', ' ')}]({link})")
@@ -100,11 +97,29 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
     return path
 
 
-def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str) -> Path:
-    """Writes `report.md`, whose path it returns, `analysis.json` (every class) and `figures/` of what `analyse` found.
+def write_comparison(directory: str | os.PathLike, found: Comparison, *, title: str) -> Path:
+    """Writes `report.md`, `comparison.json` and `figures/` of what `compare` found: the scores of all rows and, with
+    labels, how far confidence can be believed."""
+    directory, drawn = Path(directory), []
+    metric, label = "accuracy", "accuracy (%)"
+    if found.labels is None:
+        metric, label = "agreement", "agreement with the tuned weak model (%)"
+    lines = {row: found.value(row, metric) for row in (STRONG, "tuned weak") if row in found.rows}
+    values = {row: [found.value(row, metric)] for row in found.rows if row not in lines}
+    if values:
+        path = directory / "figures" / "methods.png"
+        drawn.append(figures.bars(values, path, title=title, xlabel=label, reference=lines))
+    if found.labels is not None:
+        shown = [row for row in (*lines, found.recommended) if row in found.rows] or found.rows
+        answers, path = {row: found.rows[row].logits for row in shown}, directory / "figures" / "reliability.png"
+        drawn.append(figures.reliability_figure(answers, found.labels, path, title=title))
+    _write_json(directory / "comparison.json", found.to_dict())
+    section = Section("Comparison", f"{found.advice}\n\n{comparison_table(found)}", figures=drawn)
+    return write_report(directory, [section], title=title)
 
-    The directory is made if need be; files are replaced one by one, atomically.
-    """
+
+def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str) -> Path:
+    """Writes `report.md`, `analysis.json` (every class) and `figures/` of what `analyse` found."""
     directory = Path(directory)
     folder = directory / "figures"
     drawn = [figures.shift_figure(found, folder / "shifts.png")]
@@ -114,6 +129,10 @@ def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str
         drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, **about))
         about, path = {"title": "How far confidence can be believed"}, folder / "reliability.png"
         drawn.append(figures.reliability_figure(found.logits, found.labels, path, **about))
-    values = json.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(directory / "analysis.json", lambda path: path.write_text(values, encoding="utf-8"))
+    _write_json(directory / "analysis.json", found.to_dict())
     return write_report(directory, [Section("Figures", figures=drawn)], title=title, intro=markdown(found))
+
+
+def _write_json(path: Path, values: dict) -> None:
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

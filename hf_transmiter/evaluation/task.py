@@ -30,7 +30,7 @@ from .evaluate import align_labels, measured
 
 
 SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
-SPREAD_IMAGES = 2048  # so many tell which names spread most; their logits over a whole vocabulary stay in memory
+SPREAD_IMAGES = 2048  # so many, evenly spaced, tell which names spread most; their logits stay in memory
 _MISSING = {
     "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
     "labelled": "it needs labelled images: pass `labelled`",
@@ -213,40 +213,27 @@ class Task:
         """The strong model with prompts in it."""
         return AnchorClassifier(prompted, Anchors(self.names, (), PROMPTED))
 
-    @cached_property
-    def anchors(self) -> Anchors:
-        """Names of the published adapter."""
-        at_most = len(Anchors.build(self.names, strategy="all", **self._pool))
-        return Anchors.build(self.names, num_anchors=min(self.num_anchors, at_most), **self._pool)
-
-    @property
-    def _pool(self) -> dict:
-        return {"vocabulary": self.vocabulary or COMMON_NOUNS, "templates": self.templates}
-
-    def anchors_for(self, wanted: Mapping) -> Anchors:
-        """Those that a row's settings choose."""
-        wanted, names, build = {k: v for k, v in wanted.items() if v is not None}, self.names, self._pool
-        if not wanted:
-            return self.anchors
-        auxiliary = wanted.pop("num_auxiliary", None)
-        wanted.setdefault("num_anchors", len(self.anchors) if auxiliary is None else len(names) + auxiliary)
-        strategy = wanted.get("strategy", "random")
-        if "spread" not in strategy and "farthest" not in strategy:
-            return Anchors.build(names, **build, **wanted)
+    def anchors_for(
+        self, num_anchors: int | None = None, num_auxiliary: int | None = None, strategy: str = "random"
+    ) -> Anchors:
+        """Names of the published adapter; what a row leaves open is the comparison's."""
+        build = {"vocabulary": self.vocabulary or COMMON_NOUNS, "templates": self.templates}
+        pool, count = Anchors.build(self.names, strategy="all", **build), num_anchors
+        if count is None:
+            auxiliary = num_auxiliary is not None
+            count = len(self.names) + num_auxiliary if auxiliary else min(self.num_anchors, len(pool))
 
         def chosen() -> Anchors:
-            pool = Anchors.build(names, **build, strategy="all")
-            embeds = self.weak.embed_names(pool.names, pool.templates).cpu()
-            logits = self._spread_logits(embeds) if "spread" in strategy else None
-            return Anchors.build(names, **build, **wanted, embeds=embeds, logits=logits)
+            known = {}
+            if "spread" in strategy or "farthest" in strategy:
+                known["embeds"] = self.weak.embed_names(pool.names, pool.templates).cpu()
+            if "spread" in strategy:
+                table = self.table(self.weak, "unlabelled")
+                rows = torch.linspace(0, len(table) - 1, min(len(table), SPREAD_IMAGES)).long()
+                known["logits"] = self.weak.logits(table.select(rows).embeds, known["embeds"])
+            return Anchors.build(self.names, num_anchors=count, strategy=strategy, **build, **known)
 
-        return self.once(f"anchors {sorted(wanted.items())}", chosen)
-
-    def _spread_logits(self, text: Tensor) -> Tensor:
-        """Logits of the weak model on at most `SPREAD_IMAGES` unlabelled images, evenly spaced."""
-        table = self.table(self.weak, "unlabelled")
-        rows = torch.linspace(0, len(table) - 1, min(len(table), SPREAD_IMAGES)).long()
-        return self.weak.logits(table.select(rows).embeds, text)
+        return self.once(f"anchors {strategy} {count}", chosen)
 
     def extract(self, config: ExtractionConfig, anchors: Anchors | None = None) -> AnchorClassifier:
         """The weak model's adapter; not to be changed, other methods use it.

@@ -59,13 +59,9 @@ def tune_seeds(
     """Tunes with each seed and saves the adapters to `seed-0`, … in `output_dir`; those that are there are kept.
 
     Args:
-        old (`DualEncoder`): the model to tune.
-        train (`datasets.Dataset`): labelled images.
+        old, train, adapter, **options: as in [`tune`].
         seeds (`Sequence[int]`): of the draw of examples and of the training.
-        output_dir (`str` or `os.PathLike`): where the adapters go.
-        adapter (`str`, `Mapping` or `PeftConfig`, *optional*, defaults to `"lora"`): what is learnt, see [`tune`].
         config (`TuningConfig`, *optional*): how; its seed does not count.
-        **options: passed to [`tune`].
 
     Returns:
         `list[Path]`: the folders, in the order of the seeds.
@@ -101,10 +97,8 @@ def tune_seeds(
 
 
 def tuning_of(source: str) -> dict:
-    """The settings that a saved model was tuned with, which [`split_tuning`] turns into arguments of [`tune`].
-
-    Args:
-        source (`str`): folder or Hub id of what `tune(...).save_pretrained` wrote.
+    """The settings that a saved model (folder or Hub id) was tuned with, which [`split_tuning`] turns into arguments
+    of [`tune`].
 
     Raises:
         FileNotFoundError, OSError: nothing there.
@@ -182,8 +176,7 @@ def score_upgrade(
 
     Args:
         adapters (`Sequence`): folders that [`tune_seeds`] or `tune(...).save_pretrained` wrote, or Hub ids.
-        old ([`DualEncoder`]): the model they were learnt on.
-        new ([`DualEncoder`]): its upgrade.
+        old, new ([`DualEncoder`]): the model they were learnt on, and its upgrade.
         dataset (`datasets.Dataset`): labelled test images.
         retrained (`Sequence`, *optional*):
             For every adapter, in the same order, one that was tuned alike on the upgraded model: the ceiling.
@@ -191,8 +184,6 @@ def score_upgrade(
         seen_classes (`Sequence[str]`, *optional*):
             The base classes, which the tunings saw: adds accuracies among them and among the others (novel), two
             separate problems, and their harmonic mean.
-        accelerator (`accelerate.Accelerator`, *optional*): for several processes.
-        progress (`bool`, *optional*, defaults to `True`): show bars.
         **embedding: passed to [`embed_dataset`].
 
     Returns:

@@ -128,7 +128,7 @@ def test_needs_of_the_table():
 
 def test_an_infinite_beta_leaves_the_basis(task, models, sets):
     weak, strong, teacher = models
-    anchors, config = task.anchors, task.gradient
+    anchors, config = task.anchors_for(), task.gradient
     adapter = extract(
         weak, teacher, sets["unlabelled"], class_names=NAMES, anchors=anchors, config=config, progress=False
     )
@@ -166,14 +166,11 @@ def test_rows_of_the_published_ablation(task, models, sets):
 
 
 def test_anchors_are_chosen_as_the_row_wants(task):
-    def chosen(**settings):
-        return task.anchors_for(Variant("TransMiter", settings).settings)
-
-    assert chosen() is task.anchors is chosen(num_anchors=None)
-    assert task.anchors == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=6)
-    assert len(replace(task, num_anchors=1024).anchors) == len(NAMES + WORDS)  # all there are
+    chosen = task.anchors_for
+    assert chosen() is chosen(num_anchors=None) == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=6)
+    assert len(replace(task, num_anchors=1024).anchors_for()) == len(NAMES + WORDS)  # all there are
     assert chosen(num_auxiliary=0).names == NAMES and chosen(strategy="none").names == NAMES
-    assert len(chosen(strategy="random")) == len(task.anchors)  # as many as the comparison has
+    assert len(chosen(strategy="random")) == len(task.anchors_for())  # as many as the comparison has
     assert chosen(num_anchors=7) == Anchors.build(NAMES, vocabulary=WORDS, num_anchors=7)
     pool = Anchors.build(NAMES, vocabulary=WORDS, strategy="all")
     embeds = task.weak.embed_names(pool.names)
@@ -303,10 +300,10 @@ def test_what_is_shared_is_made_once_and_charged_to_each(task):
     costs = []
     for _ in range(2):
         with fresh.charged() as cost:
-            adapters.append(fresh.extract(task.gradient, task.anchors))
+            adapters.append(fresh.extract(task.gradient, task.anchors_for()))
         costs.append(cost["seconds"])
     assert adapters[0] is adapters[1] and costs[1] >= 0.5 * costs[0]
-    other = fresh.extract(replace(task.gradient, seed=1), task.anchors)
+    other = fresh.extract(replace(task.gradient, seed=1), task.anchors_for())
     assert other is not adapters[0]
     pack = fresh.extract(ExtractionConfig()).calibration
     made(fresh, "refit")

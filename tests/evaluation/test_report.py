@@ -15,8 +15,9 @@ def test_report_holds_texts_tables_and_relative_links(tmp_path):
     figure = tmp_path / "out" / "figures" / "print accuracy_bars.png"
     figure.parent.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(figure)
+    table = markdown_table(SCORES, notes=CEILING, baseline="bridge")
     sections = [
-        Section("Scores", "What each method reaches.", SCORES, notes=CEILING, baseline="bridge"),
+        Section("Scores", f"What each method reaches.\n\n{table}"),
         Section("Pictures", figures=[None, figure]),
     ]
     path = write_report(tmp_path / "out", sections, title="Upgrade", intro="One task.")
@@ -27,7 +28,7 @@ def test_report_holds_texts_tables_and_relative_links(tmp_path):
         "## Pictures\n\n![print ",
     ]
     assert all(part in text for part in order)
-    assert markdown_table(SCORES, notes=CEILING, baseline="bridge").strip() in text
+    assert table.strip() in text
     assert text.endswith("![print accuracy bars](figures/print%20accuracy_bars.png)\n")
     assert "None" not in text
     assert sorted(p.name for p in path.parent.iterdir()) == ["figures", "report.md"]

@@ -68,14 +68,11 @@ def main() -> None:
     parser.add_argument("--novel", action="store_true", help="tune on the first half of the classes")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     arguments = parser.parse_args()
-    everything = {}
+    everything, rows = {}, [row for row in ROWS if arguments.ceiling or row != "tuned strong"]
     for pair in arguments.tasks:
         domain, method = pair.split(":")
         task = (HalfSeen if arguments.novel else Task).load(domain, arguments.strong)
-        runs = [
-            task.compare(seed, method, ceiling=arguments.ceiling, rows=ROWS, progress=False)[0]
-            for seed in range(arguments.seeds)
-        ]
+        runs = [task.compare(seed, method, rows, progress=False)[0] for seed in range(arguments.seeds)]
         metrics = ("base", "novel", "hm", "joint") if arguments.novel else ("accuracy",)
         print(
             f"\n{pair} to {arguments.strong}, {arguments.seeds} seeds; recommended: {runs[0].recommended}", flush=True
