@@ -200,7 +200,7 @@ def gradient(
     basis = nn.Linear(k, config.width or k, bias=False, device=device)
     basis.weight.data.copy_(layer.transmiter_basis["default"])
     if config.basis == "learned":
-        orthogonal(basis, orthogonal_map=config.orthogonal_map)
+        orthogonal(basis, orthogonal_map="cayley")  # "matrix_exp" is slower, "householder" keeps signs that decay to 0
     basis.requires_grad_(config.basis == "learned")
     parts = [layer.transmiter_norm["default"], layer.transmiter_up["default"], layer.transmiter_down["default"]]
     x = torch.cat(list(table.batches(4096))).to(device)

@@ -42,8 +42,7 @@ CONFIGS = {
     "kgcoop": lambda: KgCoOpConfig(),
     "cocoop": lambda: CoCoOpConfig(),
     "contcoop": lambda: ContCoOpConfig(),
-    "offset": lambda: ContCoOpConfig(context_offset=True),
-    "text_feature": lambda: ContCoOpConfig(class_embed="text_feature", attend_context=True),
+    "text_feature": lambda: ContCoOpConfig(class_embed="text_feature"),
     "ivlp": lambda: IVLPConfig(text_depth=2, vision_depth=2),
     "maple": lambda: MaPLeConfig(depth=2),
     "promptsrc": lambda: PromptSRCConfig(text_depth=2, vision_depth=1),
@@ -135,9 +134,9 @@ def test_on_another_model_everything_else_is_that_model(saved, model_dir, make_i
     assert config.base_model_name_or_path == new.name_or_path and config.base["vocabulary"]
 
 
-def test_offsets_and_names_follow_the_new_token_table(saved, model_dir):
+def test_prompts_read_the_new_token_table(saved, model_dir):
     new = DualEncoder.from_pretrained(model_dir("clip", 1))
-    attached = attach(saved("offset")[0], new)
+    attached = attach(saved("contcoop")[0], new)
     layer, config = prompt_layer(attached.model), attached.model.peft_config["default"]
     table = new.model.text_model.embeddings.token_embedding.weight
     assert torch.equal(layer.initial_context(config), table[config.init_token_ids])
