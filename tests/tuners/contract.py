@@ -59,8 +59,8 @@ METHODS = {
     "kgcoop": Method(KgCoOpConfig, ("clip",), texts=True),
     "cocoop": Method(CoCoOpConfig, ("clip", "siglip"), texts=True),
     "contcoop": Method(ContCoOpConfig, ("clip", "siglip"), texts=True),
-    "contcoop_mean": Method(
-        lambda **kwargs: ContCoOpConfig(class_embed="mean_token", heads=2, **kwargs),
+    "contcoop_heads": Method(
+        lambda **kwargs: ContCoOpConfig(heads=2, n_ctx=6, **kwargs),
         ("clip",),
         texts=True,
     ),
