@@ -126,8 +126,7 @@ class DualEncoder:
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
                 What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
                 even for checkpoints stored in half precision; `"auto"` keeps the stored type.
-            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put the model.
-            token, cache_dir, local_files_only (*optional*): as everywhere in transformers.
+            device, token, cache_dir, local_files_only (*optional*): as everywhere in transformers.
 
         Raises:
             ValueError: the model's type is not supported.

@@ -45,10 +45,7 @@ def push(
 
     Args:
         folder (`str` or `os.PathLike`), repo_id (`str`): from where, and to which ``user/name`` (made if not there).
-        private (`bool`, *optional*): whether a new repository is private.
-        commit_message (`str`, *optional*): the commit's title.
-        create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
-        token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
+        private, commit_message, create_pr, token: as in huggingface_hub.
         base_model (`str`, *optional*): Hub id of the base model, where it was loaded from a local folder.
         subfolder (`str`, *optional*):
             Folder of the repository that it goes to, such as what an adapter there has become on another model. The

@@ -46,8 +46,8 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder) -> DualEncoder:
 
     Raises:
         Incompatible: not a prompt adapter; another width, depth or vocabulary of the text tower, of the image tower
-            or the embeddings where they matter; a tensor that is missing, of another shape, or not finite.
-        ValueError: the model has adapters already.
+            or the embeddings where they matter; a tensor that is missing, of another shape, or not finite; a model
+            that has adapters already.
         FileNotFoundError, OSError: nothing there.
 
     ```python
@@ -56,8 +56,6 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder) -> DualEncoder:
     ```
     """
     source = os.fspath(adapter)
-    if getattr(encoder.model, "peft_config", None):
-        raise ValueError(f"{encoder.name_or_path!r} has adapters already: merge or unload them before attaching one.")
     config = read_config(source)
     if encoder.family not in TOKEN_TABLES:
         raise Incompatible(source, f"prompt learning does not know the family {encoder.family!r}")
@@ -69,7 +67,7 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder) -> DualEncoder:
     config.base, config.revision = {**facts, "vocabulary": None}, encoder.revision
     try:
         attached = with_prompts(encoder, config)
-    except ValueError as error:  # too few layers, or no room for the context
+    except ValueError as error:  # too few layers, no room for the context, or another adapter
         raise Incompatible(source, str(error).rstrip(".")) from error
     model = attached.model
     model.peft_config["default"].base = facts

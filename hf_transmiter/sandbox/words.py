@@ -60,6 +60,8 @@ def _task(style, textures, colours, shapes, description, terms=None):
     return Task(style, textures, tuple(colours.split()), tuple(shapes.split()), terms, description)
 
 
+_EVERYTHING = (" ".join(TEXTURES), " ".join(COLOURS), " ".join(SHAPES))
+
 TASKS = {
     "print": _task(
         "print",
@@ -95,16 +97,12 @@ TASKS = {
     ),
     "studio": _task(
         "studio",
-        " ".join(TEXTURES),
-        " ".join(COLOURS),
-        " ".join(SHAPES),
+        *_EVERYTHING,
         "all 720 classes on a plain wall, as in pre-training: general images",
     ),
     "street": _task(
         "street",
-        " ".join(TEXTURES),
-        " ".join(COLOURS),
-        " ".join(SHAPES),
+        *_EVERYTHING,
         "all 720 classes before a busy background, as in pre-training: general images",
     ),
 }

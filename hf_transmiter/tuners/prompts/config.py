@@ -231,7 +231,8 @@ class DeepPromptConfig(PromptConfig):
     """What learners with prompts in several layers share.
 
     The text tower's layers 0 … D-1 get fresh vectors at the positions of the context (layer 0's are the context), the
-    image tower's get theirs behind the patches. Words of the phrase beyond M vectors stay in the text.
+    image tower's get theirs behind the patches; `depths` says how many of either. Words of the phrase beyond M vectors
+    stay in the text.
     """
 
     keeps_words: ClassVar[bool] = True
@@ -265,6 +266,10 @@ class IVLPConfig(DeepPromptConfig):
                 f"text_depth and n_vision must be at least 1 and vision_depth at least 0, got {self.text_depth}, "
                 f"{self.n_vision} and {self.vision_depth}."
             )
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        return self.text_depth, self.vision_depth
 
     @property
     def must_match(self) -> tuple[str, ...]:
@@ -305,3 +310,7 @@ class MaPLeConfig(DeepPromptConfig):
         super().__post_init__()
         if self.depth < 1:
             raise ValueError(f"depth must be at least 1, got {self.depth}.")
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        return self.depth, self.depth

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, relu, scaled_dot_product_attention
 
 from ...encoders.families import shared_width
-from .config import ContCoOpConfig, IVLPConfig, MaPLeConfig, PromptConfig
+from .config import ContCoOpConfig, DeepPromptConfig, IVLPConfig, MaPLeConfig, PromptConfig
 from .layer import NO_TOKENIZER, PromptLayer, layers
 from .logits import image_conditioned_logits
 from .texts import start_token_id, start_tokens, text_keys
@@ -200,16 +200,12 @@ class ContCoOpLayer(PromptLayer):
 
 
 class DeepPromptLayer(PromptLayer):
-    """Learners with prompts in several layers; `depths` says in how many of the text and of the image tower. `ctx` and
-    `text` (D_t - 1, M, width) are those of the text tower's layers."""
+    """Learners with prompts in several layers. `ctx` and `text` (D_t - 1, M, width) are those of the text tower's."""
 
-    def depths(self, config: PromptConfig) -> tuple[int, int]:
-        raise NotImplementedError
-
-    def check_depths(self, config: PromptConfig, root: nn.Module) -> None:
+    def check_depths(self, config: DeepPromptConfig, root: nn.Module) -> None:
         """Raises a `ValueError` where a tower has fewer layers than are to be prompted."""
         towers = (("text", root.text_model), ("image", root.vision_model))
-        for (what, tower), depth in zip(towers, self.depths(config), strict=True):
+        for (what, tower), depth in zip(towers, config.depths, strict=True):
             if depth and depth > len(layers(tower)):
                 raise ValueError(
                     f"prompts in {depth} layers of the {what} tower, which has {len(layers(tower))}: use a smaller "
@@ -217,7 +213,7 @@ class DeepPromptLayer(PromptLayer):
                 )
 
     def text_prompt(self, name: str, layer: int) -> Tensor | None:
-        return self.part("text", name)[layer - 1] if 0 < layer < self.depths(self.configs[name])[0] else None
+        return self.part("text", name)[layer - 1] if 0 < layer < self.configs[name].depths[0] else None
 
 
 class IVLPLayer(DeepPromptLayer):
@@ -225,9 +221,6 @@ class IVLPLayer(DeepPromptLayer):
 
     prefix = "ivlp_"
     parts = ("ctx", "text", "vision")
-
-    def depths(self, config: IVLPConfig) -> tuple[int, int]:
-        return config.text_depth, config.vision_depth
 
     def initial(self, config: IVLPConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
         self.check_depths(config, root)
@@ -258,9 +251,6 @@ class MaPLeLayer(DeepPromptLayer):
 
     prefix = "maple_"
     parts = ("ctx", "text", "weight", "bias")
-
-    def depths(self, config: MaPLeConfig) -> tuple[int, int]:
-        return config.depth, config.depth
 
     def initial(self, config: MaPLeConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
         self.check_depths(config, root)

@@ -112,10 +112,6 @@ class TransMiterLayer(AdapterLayer):
         for key, tensor in self.tensors(name).items():
             tensor.copy_(tensors[key])
 
-    def has_anchors(self, name: str) -> bool:
-        """Whether the names were embedded: a fresh adapter on a bare model waits for its first forward pass."""
-        return bool(self.transmiter_anchors[name][0].any())
-
     def forward(self, image_embeds: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
         """Unit image embeddings (B, d) to task logits (B, C) of the answering adapter; zero-shot when disabled."""
         name = self.active_name
@@ -152,7 +148,7 @@ class TransMiterLayer(AdapterLayer):
             return None
         if not isinstance(output, ModelOutput):
             raise ValueError("a TransMiter adapter answers in a ModelOutput: call the model with return_dict=True.")
-        if not self.has_anchors(name):
+        if not self.transmiter_anchors[name][0].any():  # a fresh adapter: the names were not embedded yet
             anchors = self.configs[name].anchors
             self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))
         scale, bias = logit_scale_and_bias(root)
