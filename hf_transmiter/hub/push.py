@@ -14,9 +14,10 @@ from huggingface_hub import CommitInfo, HfApi
 
 from .adapter_files import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
 from .card import README, by_people, given_metadata, write_card
+from .card_text import NamedModel
 from .checks import load_json, read_header
 from .files import read_metadata_json, replace_metadata
-from .repo import SANDBOX, fetch, hub_errors, is_hub_id, is_public_open_clip, public_name, push_folder
+from .repo import fetch, hub_errors, public_name, push_folder
 from .scores import read_scores, write_scores
 
 
@@ -125,8 +126,7 @@ def _hide_paths(path: Path) -> None:
 def _name_base_model(folder: Path, base_model: str | None) -> None:
     """Puts the model's Hub id where a path of this machine stood, in every file that names models."""
     local = load_json(folder / CONFIG, "adapter_config").get("base_model_name_or_path")
-    named = local is None or is_hub_id(local) or local.startswith(SANDBOX) or is_public_open_clip(local)
-    if base_model is None and not named:
+    if base_model is None and local is not None and NamedModel(local).kind is None:
         raise ValueError(
             f"the base model is the local folder {local!r}, which nobody else has: pass the Hub id it can be found "
             "under, base_model='user/model' (--base-model)."

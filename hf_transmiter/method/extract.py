@@ -121,7 +121,8 @@ def closed_form(
     config: ExtractionConfig,
     accelerator=None,
 ) -> tuple[dict[str, Tensor], dict]:
-    """Class vectors of the weak model that say what the teacher says.
+    """Class vectors of the weak model that say what the teacher says: the adapter's tensors, and facts for its
+    provenance.
 
     Discriminant: ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
     [`discriminant_head`]), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
@@ -132,9 +133,6 @@ def closed_form(
         table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): T₀ (C, d).
         vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are.
-
-    Returns:
-        The adapter's tensors, and facts for its provenance.
 
     Raises:
         ValueError: neither images nor vectors.
@@ -177,7 +175,8 @@ def gradient(
     checkpoint=None,
     progress: bool = True,
 ) -> tuple[dict[str, Tensor], dict]:
-    """The published adapter by its published training (arXiv 2508.08604, section 3).
+    """The published adapter by its published training (arXiv 2508.08604, section 3): its tensors, and facts for its
+    provenance.
 
     Minimises ``τ · KL(softmax(teacher / τ) ‖ softmax(ẑ))`` over the C task classes, batch mean, with Gaussian noise
     on the weak logits in some batches; W stays orthonormal by a parametrisation, or fixed.
@@ -185,9 +184,6 @@ def gradient(
     Args:
         table (`FeatureTable`), logits (`Tensor`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): (K, d) anchor embeddings.
-
-    Returns:
-        The adapter's tensors, and facts for its provenance.
 
     Raises:
         ValueError: more anchors than the basis is wide, or a loss that is not finite.

@@ -151,10 +151,8 @@ def _has_own_vectors(source: TransMiterConfig) -> bool:
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
     """``normalise((1 - w) · normalise(Σ carried) + w · zero_shot)``: class vectors on a line to the zero-shot ones.
 
-    Full and delta transport err in different ways; their mean beats either (see `tests/studies`).
-
-    Args:
-        carried (`dict[str, Tensor]`): unit rows (C, d) of each kind of transport.
+    `carried` are unit rows (C, d) of each kind of transport: full and delta err in different ways, and their mean
+    beats either (see `tests/studies`).
     """
     mean = normalize(torch.stack(list(carried.values())).sum(0), dim=-1)
     return normalize((1 - weight) * mean + weight * zero_shot, dim=-1)
@@ -171,7 +169,8 @@ def refit(
     *,
     ask_carried: bool = True,
 ) -> dict[str, Tensor]:
-    """Class vectors fitted to unlabelled images around the carried ones, from two passes of streamed sums.
+    """Class vectors (C, d) and bias (C,) fitted to unlabelled images around the carried ones, from two passes of
+    streamed sums.
 
     Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
     embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
@@ -185,9 +184,6 @@ def refit(
         ask_carried (`bool`, *optional*, defaults to `True`):
             Whether c is one of the experts. [`transfer`] leaves it out where an image tower was tuned: class vectors
             hold only part of that, and where zero-shot is systematically wrong (neon) they repeat the error.
-
-    Returns:
-        `class_vectors` (C, d) and `bias` (C,) of the adapter.
     """
     scale = float(strong.logit_scale)
 

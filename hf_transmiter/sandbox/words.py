@@ -109,12 +109,9 @@ TASKS = {
 
 
 def vocabulary() -> list[str]:
-    """The world's phrases, as auxiliary names for the sandbox models: 28 single words, 252 pairs, 720 triples.
-
-    Returns:
-        `list[str]`: 1,000 distinct phrases in a fixed order, e.g. ``"red thing"``, ``"red heart"``,
-        ``"striped red heart"``. The names of the known-word tasks are among them.
-    """
+    """The world's 1,000 phrases in a fixed order, as auxiliary names for the sandbox models: 28 single words
+    (``"red thing"``), 252 pairs (``"red heart"``), 720 triples (``"striped red heart"``). The names of the known-word
+    tasks are among them."""
     options = [(None, *range(len(words))) for words in (TEXTURES, COLOURS, SHAPES)]
     said = sorted(itertools.product(*options), key=lambda ids: sum(i is not None for i in ids))
     return [class_name(*ids) for ids in said if any(i is not None for i in ids)]

@@ -28,12 +28,8 @@ def inject(model: nn.Module, config: PeftConfig) -> None:
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Writes the adapter that answers, the first one where there are several, in PEFT's format:
-    `adapter_model.safetensors` and `adapter_config.json`.
-
-    Args:
-        model (`nn.Module`): with the adapter inside, without a `PeftModel` around it.
-        folder (`str` or `os.PathLike`): made if it is not there.
+    """Writes the adapter that answers inside `model` (the first one where there are several; no `PeftModel` is around
+    it) in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
         ValueError: there is no adapter in the model.

@@ -46,12 +46,8 @@ class PromptLayer(AdapterLayer):
 
     A learner is a subclass: `prefix`, `parts` (its parameters or modules, each an attribute `prefix + part`),
     `initial` for their start, and whichever of `context`, `text_prompt` and `vision_prompt` it fills; `reads_images`
-    says whether its context depends on the image.
-
-    Args:
-        base_layer (`nn.Embedding`): the token table.
-        model_config: configuration of the whole model.
-        positions (`int`): most tokens the text tower reads.
+    says whether its context depends on the image. The `base_layer` is the token table; the text tower reads at most so
+    many `positions`.
     """
 
     parts = ("ctx",)

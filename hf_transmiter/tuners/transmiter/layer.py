@@ -20,7 +20,8 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    """``ẑ = z + MLP(LN(z Wᵀ)) W``, given back its mean and std (arXiv 2508.08604, section 3).
+    """``ẑ = z + MLP(LN(z Wᵀ)) W``, given back its mean and std: (B, K), of which the first C columns are the
+    prediction (arXiv 2508.08604, section 3).
 
     Equal to the published ``h + MLP(LN(h))`` with ``h = z Wᵀ`` read out by ``W``, since ``Wᵀ W = 1``.
 
@@ -28,9 +29,6 @@ def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: 
         logits (`Tensor`): (B, K) over the anchors, scale included.
         basis (`Tensor`): W (D, K), orthonormal columns.
         norm, up, down (`nn.Module`): LayerNorm(D), Linear(D, 4D), Linear(4D, D).
-
-    Returns:
-        `Tensor`: (B, K); the first C columns are the prediction.
     """
     z, std, mean = standardise(logits.to(basis.dtype))
     change = down(nn.functional.gelu(up(norm(z @ basis.T))))
