@@ -46,7 +46,8 @@ def extract(
     progress: bool = True,
     **embedding,
 ) -> AnchorClassifier:
-    """An adapter that turns the weak model's predictions into its fine-tuned version's.
+    """An adapter that turns the weak model's predictions into its fine-tuned version's, on the weak model, with the
+    teacher's logits as its calibration pack.
 
     What it is for is to be carried over. On the weak model itself the default solver stays short of the tuned model:
     it keeps the directions that carry over and gives up others (`solver="ridge"` stays truest there).
@@ -63,9 +64,6 @@ def extract(
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
         accelerator, progress, **embedding: as in [`embed_dataset`].
-
-    Returns:
-        `AnchorClassifier`: the weak model with the adapter, and the teacher's logits as its calibration pack.
 
     Raises:
         ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not

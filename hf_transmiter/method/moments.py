@@ -121,11 +121,8 @@ def sum_pairs(
 def sum_dataset(
     weak: DualEncoder, strong: DualEncoder, dataset, space: str, anchors: Anchors, *, accelerator=None, **embedding
 ) -> tuple[CrossMoment, CrossMoment]:
-    """[`sum_pairs`] of two models on images, or on the anchors' names where `dataset` is `None`.
-
-    Args:
-        space (`str`): `"embedding"`, or `"logit"` for standardised logits over the anchors.
-        **embedding: passed to `embed_dataset`.
+    """[`sum_pairs`] of two models on images, or on the anchors' names where `dataset` is `None`: of embeddings, or in
+    `"logit"` space of standardised logits over the anchors. `embedding` is passed to `embed_dataset`.
 
     Raises:
         TypeError: a keyword that `embed_dataset` does not have, without images too.

@@ -48,7 +48,8 @@ def transfer(
     progress: bool = True,
     **embedding,
 ) -> AnchorClassifier:
-    """Carries an adapter over to a stronger model, in closed form.
+    """Carries an adapter over to a stronger model, in closed form; `adapter_config.provenance` of what comes out says
+    how it was made.
 
     Args:
         adapter (`AnchorClassifier`): what [`extract`] returned, or `AnchorClassifier.from_pretrained(...)`.
@@ -62,9 +63,6 @@ def transfer(
         seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         accelerator, progress, **embedding: as in [`embed_dataset`].
-
-    Returns:
-        `AnchorClassifier`: the strong model with its adapter; `adapter_config.provenance` says how it was made.
 
     Raises:
         ValueError: no adapter, a bridge of another pair or space, a published adapter without images or bridge,

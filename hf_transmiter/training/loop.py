@@ -106,7 +106,7 @@ def fit(
     description: str = "Training",
     progress: bool = True,
 ) -> list[float]:
-    """Minimises `step` over the examples.
+    """Minimises `step` over the examples; the mean (main) loss of each epoch run here.
 
     Args:
         parameters (`Sequence[nn.Parameter]`): what is learnt.
@@ -120,9 +120,6 @@ def fit(
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
             end; a run that finds one goes on from there.
-
-    Returns:
-        `list[float]`: the mean (main) loss of each epoch run here.
 
     Raises:
         ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights`, a number of
