@@ -233,12 +233,11 @@ class ExtractionConfig(FitConfig):
         shrinkage (`float`): strong, because directions that are only reliable on the weak model do not carry over.
         lambdas (`tuple[float, ...]`): chosen from by leave-one-out error.
         basis (`str`): `"fixed"` is 3-4 times faster.
-        orthogonal_map (`str`): how a learned basis stays orthonormal.
 
     The remaining fields are those of [`FitConfig`], with the published values.
 
     Raises:
-        ValueError: an unknown solver, basis or map, a number out of range, or a setting that the solver does not read.
+        ValueError: an unknown solver or basis, a number out of range, or a setting that the solver does not read.
     """
 
     solver: str = setting("discriminant", "'discriminant', 'ridge' or 'gradient' (published).")
@@ -248,14 +247,11 @@ class ExtractionConfig(FitConfig):
     noise_std: float = setting(0.5, "Input noise in units of each row's logit std.")
     noise_probability: float = setting(0.5, "Share of the batches with noise.")
     basis: str = setting("learned", "'learned' (published) or 'fixed' (faster).")
-    orthogonal_map: str = setting("cayley", "'cayley' or 'matrix_exp' (slower).")
     width: int | None = setting(None, "D, rows of the basis; the number of anchors if unset.")
 
     def __post_init__(self):
         check_choice("solver", self.solver, SOLVERS)
         check_choice("basis", self.basis, ("learned", "fixed"))
-        # torch's third map, "householder", keeps signs where weight decay turns them into zeros.
-        check_choice("orthogonal_map", self.orthogonal_map, ("cayley", "matrix_exp"))
         super().__post_init__()
         closed = {"discriminant": "shrinkage", "ridge": "lambdas"}
         if self.solver in closed:

@@ -49,7 +49,7 @@ EXPERT = {
     *("subset", "image_column", "label_column", "skip_unreadable", "embed_batch_size", "cache_dir"),
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
     *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
-    *("lambdas", "noise_std", "noise_probability", "orthogonal_map", "width"),
+    *("lambdas", "noise_std", "noise_probability", "width"),
     *("pseudo_count", "carried_images", "beta", "beta_per_image"),
 }
 """Fields that `--help` only names, behind ``--set``."""

@@ -126,8 +126,7 @@ class DualEncoder:
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
                 What a fine-tuning adds to logits is a small difference of large numbers, so the default is float32
                 even for checkpoints stored in half precision; `"auto"` keeps the stored type.
-            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to put the model.
-            token, cache_dir, local_files_only (*optional*): as everywhere in transformers.
+            device, token, cache_dir, local_files_only (*optional*): as everywhere in transformers.
 
         Raises:
             ValueError: the model's type is not supported.
@@ -203,15 +202,12 @@ class DualEncoder:
         return model_fingerprint(self.model, settings, dtype)
 
     def preprocess(self, images) -> Tensor:
-        """Pictures to normalised pixels.
+        """Pictures to pixels: (B, 3, S, S) normalised float32 on the CPU, S = `image_size`; see [`square_processor`].
 
         Args:
             images (`Sequence` of `PIL.Image.Image`, path or `np.ndarray`, or one of these):
                 Any colour mode (converted to RGB); arrays are uint8, (H, W), (H, W, 3) or (H, W, 4). Pictures given
                 by path are turned upright by their EXIF orientation, as `datasets` does.
-
-        Returns:
-            `Tensor`: (B, 3, S, S) float32 on the CPU, ``S = image_size``; see [`square_processor`].
 
         Raises:
             ValueError: a picture cannot be read; the message names it.
@@ -251,11 +247,8 @@ class DualEncoder:
     def embed_names(
         self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",), batch_size: int = 256
     ) -> Tensor:
-        """Class names to (K, d) unit rows: per name the mean over templates of unit text rows, made unit again.
-
-        Args:
-            names (`Sequence[str]`): K names; underscores become spaces.
-            templates (`Sequence[str]`, *optional*, defaults to `("a photo of a {}.",)`): each with one ``{}``.
+        """K class names, underscores as spaces, to (K, d) unit rows: per name the mean over templates (each with one
+        ``{}``) of unit text rows, made unit again.
 
         Raises:
             ValueError: there are no templates, or one of them lacks ``{}``.

@@ -104,11 +104,8 @@ def dummy_text_inputs(model: nn.Module, device: torch.device | str | None = None
 def image_inputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
     """The image arguments of `model`'s forward for a batch of square pictures.
 
-    Every family but one takes ``pixel_values`` as it is. SigLIP 2 NaFlex takes flattened patches
-    (B, patches, patch_size ** 2 * 3) with their mask and grid.
-
-    Args:
-        pixel_values (`Tensor`): (B, 3, H, W), normalised as by [`DualEncoder.preprocess`].
+    Every family but one takes ``pixel_values`` (B, 3, H, W), normalised as by [`DualEncoder.preprocess`], as it is.
+    SigLIP 2 NaFlex takes flattened patches (B, patches, patch_size ** 2 * 3) with their mask and grid.
     """
     model = unwrap(model)
     if model.config.model_type != "siglip2":

@@ -116,11 +116,8 @@ class OpenClipTextTower(nn.Module):
 
 
 class OpenClipModel(PreTrainedModel):
-    """A model of open_clip with the methods and the output of a `CLIPModel`.
-
-    Args:
-        config (`OpenClipConfig`): what it is built from.
-        clip (`open_clip.CustomTextCLIP`, *optional*): whose towers it takes over; built with random weights if unset.
+    """A model of open_clip with the methods and the output of a `CLIPModel`. It takes over the towers of `clip`, an
+    `open_clip.CustomTextCLIP`; without one it is built with random weights.
 
     Raises:
         ValueError: open_clip cannot build this model.

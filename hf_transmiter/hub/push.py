@@ -14,9 +14,10 @@ from huggingface_hub import CommitInfo, HfApi
 
 from .adapter_files import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
 from .card import README, by_people, given_metadata, write_card
+from .card_text import NamedModel
 from .checks import load_json, read_header
 from .files import read_metadata_json, replace_metadata
-from .repo import SANDBOX, fetch, hub_errors, is_hub_id, is_public_open_clip, public_name, push_folder
+from .repo import fetch, hub_errors, public_name, push_folder
 from .scores import read_scores, write_scores
 
 
@@ -45,10 +46,7 @@ def push(
 
     Args:
         folder (`str` or `os.PathLike`), repo_id (`str`): from where, and to which ``user/name`` (made if not there).
-        private (`bool`, *optional*): whether a new repository is private.
-        commit_message (`str`, *optional*): the commit's title.
-        create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead of making it.
-        token (`str` or `bool`, *optional*): Hub token; the stored one when omitted.
+        private, commit_message, create_pr, token: as in huggingface_hub.
         base_model (`str`, *optional*): Hub id of the base model, where it was loaded from a local folder.
         subfolder (`str`, *optional*):
             Folder of the repository that it goes to, such as what an adapter there has become on another model. The
@@ -128,8 +126,7 @@ def _hide_paths(path: Path) -> None:
 def _name_base_model(folder: Path, base_model: str | None) -> None:
     """Puts the model's Hub id where a path of this machine stood, in every file that names models."""
     local = load_json(folder / CONFIG, "adapter_config").get("base_model_name_or_path")
-    named = local is None or is_hub_id(local) or local.startswith(SANDBOX) or is_public_open_clip(local)
-    if base_model is None and not named:
+    if base_model is None and local is not None and NamedModel(local).kind is None:
         raise ValueError(
             f"the base model is the local folder {local!r}, which nobody else has: pass the Hub id it can be found "
             "under, base_model='user/model' (--base-model)."

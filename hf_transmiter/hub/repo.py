@@ -74,24 +74,24 @@ def check_hub_id(name: str, what: str) -> None:
     Raises:
         FileNotFoundError: `name` cannot be a Hub id; the message says that there is no such `what`.
     """
-    message = f"there is no {what} {name!r}: neither a local path nor a Hub id."
-    if name.startswith((".", "~", os.sep)) or any(letter in name for letter in "*?[\\"):
-        raise FileNotFoundError(message)
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise FileNotFoundError(message) from error
+    odd = name.startswith((".", "~", os.sep)) or any(letter in name for letter in "*?[\\")
+    if odd or not _is_valid_id(name):
+        raise FileNotFoundError(f"there is no {what} {name!r}: neither a local path nor a Hub id.")
 
 
 def is_hub_id(name: object) -> bool:
     """Whether `name` can be ``user/name`` on the Hub: not a path that exists, not ``sandbox:weak``."""
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((SANDBOX, OPEN_CLIP, ".", "~", "/")):
         return False
+    return _is_valid_id(name) and not Path(name).exists()
+
+
+def _is_valid_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists()
+    return True
 
 
 @contextmanager
@@ -278,10 +278,8 @@ def push_folder(
     delete: Sequence[str] = (),
 ) -> CommitInfo:
     """Uploads a folder in one commit, which also takes away the files `delete` that are there; other files stay. The
-    repository is made if it is not there. The other arguments are those of [`push`](hf_transmiter.hub.push.push).
-
-    Returns:
-        `huggingface_hub.CommitInfo`: with `oid`, `commit_url` and `pr_url`; the last commit's where nothing is new.
+    repository is made if it is not there. The other arguments are those of [`push`](hf_transmiter.hub.push.push); the
+    answer is the last commit's where nothing is new.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.

@@ -10,22 +10,18 @@ import copy
 import os
 from dataclasses import replace
 
-import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import CONFIG, WEIGHTS
-from ..hub.checks import read_header
+from ..hub.checks import check_tensors
 from ..hub.repo import fetch, read_json
 from ..tuners.injection import inject
 from ..tuners.prompts import PromptConfig, PromptLayer, prompt_layer, set_classes
 from ..tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
-
-
-_PREFIX = "base_model.model."  # of every key PEFT saves
 
 
 class Incompatible(ValueError):
@@ -50,8 +46,8 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder) -> DualEncoder:
 
     Raises:
         Incompatible: not a prompt adapter; another width, depth or vocabulary of the text tower, of the image tower
-            or the embeddings where they matter; a tensor that is missing, of another shape, or not finite.
-        ValueError: the model has adapters already.
+            or the embeddings where they matter; a tensor that is missing, of another shape, or not finite; a model
+            that has adapters already.
         FileNotFoundError, OSError: nothing there.
 
     ```python
@@ -60,8 +56,6 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder) -> DualEncoder:
     ```
     """
     source = os.fspath(adapter)
-    if getattr(encoder.model, "peft_config", None):
-        raise ValueError(f"{encoder.name_or_path!r} has adapters already: merge or unload them before attaching one.")
     config = read_config(source)
     if encoder.family not in TOKEN_TABLES:
         raise Incompatible(source, f"prompt learning does not know the family {encoder.family!r}")
@@ -73,11 +67,11 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder) -> DualEncoder:
     config.base, config.revision = {**facts, "vocabulary": None}, encoder.revision
     try:
         attached = with_prompts(encoder, config)
-    except ValueError as error:  # too few layers, or no room for the context
+    except ValueError as error:  # too few layers, no room for the context, or another adapter
         raise Incompatible(source, str(error).rstrip(".")) from error
     model = attached.model
     model.peft_config["default"].base = facts
-    set_peft_model_state_dict(model, _read_weights(source, model))
+    _load_weights(source, model)
     if getattr(config, "class_specific", False):  # which context is whose, by the encoder's own tokenizer
         set_classes(model, config.class_names, encoder.processor.tokenizer)
     return attached
@@ -155,26 +149,15 @@ def _facts(encoder: DualEncoder) -> dict:
     return base_facts(encoder.model, getattr(encoder.processor, "tokenizer", None))
 
 
-def _read_weights(source: str, model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a saved adapter, checked by the file's header before any is read."""
+def _load_weights(source: str, model: nn.Module) -> None:
+    """Tensors of a saved adapter into `model`; the file's header is checked before any is read."""
     path = fetch(source, WEIGHTS)
     if path is None:
         raise Incompatible(source, f"it holds no {WEIGHTS}, and nothing else is read")
     own = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-    shapes = {_PREFIX + key: tuple(tensor.shape) for key, tensor in own.items()}
     try:
-        header = read_header(path)[1]
+        shapes = {f"base_model.model.{key}": tuple(tensor.shape) for key, tensor in own.items()}
+        check_tensors(path, shapes, what="prompt adapter of this configuration")
+        set_peft_model_state_dict(model, load_file(path))
     except ValueError as error:
-        raise Incompatible(source, f"{WEIGHTS} is damaged ({error})") from error
-    for key, shape in shapes.items():
-        if key not in header:
-            raise Incompatible(source, f"its file lacks {key.removeprefix(_PREFIX)!r}")
-        found = header[key][1]
-        if found != shape:
-            raise Incompatible(source, f"{key.removeprefix(_PREFIX)!r} is {found} in its file, not {shape}")
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in shapes}
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise Incompatible(source, f"{key.removeprefix(_PREFIX)!r} is not finite")
-    return tensors
+        raise Incompatible(source, str(error).rstrip(".")) from error

@@ -319,7 +319,7 @@ class Bridge:
     def carry_class_vectors(
         self, tuned: Tensor, weak_text: Tensor, strong_text: Tensor, anchor_texts: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Class vectors of the tuned weak model, moved to the strong model.
+        """Class vectors of the tuned weak model, moved to the strong model: unit rows (C, d_strong) by name.
 
         ``full = μ_s + s·Q (T - μ_w)`` and ``delta = A_strong + s·Q (T - A_weak)`` in embedding space. In logit space
         only ``delta``: the change is written over the anchors, ``T - A_weak = Bᵀ Ā_w``, and read as
@@ -329,9 +329,6 @@ class Bridge:
         Args:
             tuned, weak_text, strong_text (`Tensor`): T and the zero-shot vectors A, each (C, d_weak) or (C, d_strong).
             anchor_texts (`Sequence[Tensor]`, *optional*): weak and strong anchor embeddings, for logit space.
-
-        Returns:
-            `dict[str, Tensor]`: unit rows (C, d_strong) by name.
         """
         change = tuned - weak_text
         if self.space == "logit":

@@ -141,14 +141,11 @@ class AnchorClassifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Sequence, top_k: int = 1, batch_size: int = 32) -> list[list[dict]]:
-        """The best names per image, as the `image-classification` pipeline returns them.
+        """The `top_k` best names per image, as the `image-classification` pipeline returns them:
+        `{"label": name, "score": probability}`, best first.
 
         Args:
             images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
-            top_k (`int`, *optional*, defaults to 1): names per image.
-
-        Returns:
-            `list[list[dict]]`: per image `{"label": name, "score": probability}`, best first.
         """
         images = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else list(images)
         names, results = self.class_names, []

@@ -46,7 +46,8 @@ def extract(
     progress: bool = True,
     **embedding,
 ) -> AnchorClassifier:
-    """An adapter that turns the weak model's predictions into its fine-tuned version's.
+    """An adapter that turns the weak model's predictions into its fine-tuned version's, on the weak model, with the
+    teacher's logits as its calibration pack.
 
     What it is for is to be carried over. On the weak model itself the default solver stays short of the tuned model:
     it keeps the directions that carry over and gives up others (`solver="ridge"` stays truest there).
@@ -63,9 +64,6 @@ def extract(
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
         accelerator, progress, **embedding: as in [`embed_dataset`].
-
-    Returns:
-        `AnchorClassifier`: the weak model with the adapter, and the teacher's logits as its calibration pack.
 
     Raises:
         ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
@@ -121,7 +119,8 @@ def closed_form(
     config: ExtractionConfig,
     accelerator=None,
 ) -> tuple[dict[str, Tensor], dict]:
-    """Class vectors of the weak model that say what the teacher says.
+    """Class vectors of the weak model that say what the teacher says: the adapter's tensors, and facts for its
+    provenance.
 
     Discriminant: ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
     [`discriminant_head`]), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
@@ -132,9 +131,6 @@ def closed_form(
         table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): T₀ (C, d).
         vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are.
-
-    Returns:
-        The adapter's tensors, and facts for its provenance.
 
     Raises:
         ValueError: neither images nor vectors.
@@ -177,7 +173,8 @@ def gradient(
     checkpoint=None,
     progress: bool = True,
 ) -> tuple[dict[str, Tensor], dict]:
-    """The published adapter by its published training (arXiv 2508.08604, section 3).
+    """The published adapter by its published training (arXiv 2508.08604, section 3): its tensors, and facts for its
+    provenance.
 
     Minimises ``τ · KL(softmax(teacher / τ) ‖ softmax(ẑ))`` over the C task classes, batch mean, with Gaussian noise
     on the weak logits in some batches; W stays orthonormal by a parametrisation, or fixed.
@@ -185,9 +182,6 @@ def gradient(
     Args:
         table (`FeatureTable`), logits (`Tensor`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): (K, d) anchor embeddings.
-
-    Returns:
-        The adapter's tensors, and facts for its provenance.
 
     Raises:
         ValueError: more anchors than the basis is wide, or a loss that is not finite.
@@ -200,7 +194,7 @@ def gradient(
     basis = nn.Linear(k, config.width or k, bias=False, device=device)
     basis.weight.data.copy_(layer.transmiter_basis["default"])
     if config.basis == "learned":
-        orthogonal(basis, orthogonal_map=config.orthogonal_map)
+        orthogonal(basis, orthogonal_map="cayley")  # "matrix_exp" is slower, "householder" keeps signs that decay to 0
     basis.requires_grad_(config.basis == "learned")
     parts = [layer.transmiter_norm["default"], layer.transmiter_up["default"], layer.transmiter_down["default"]]
     x = torch.cat(list(table.batches(4096))).to(device)

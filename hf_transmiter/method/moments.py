@@ -84,11 +84,8 @@ class CrossMoment(PairSums):
     def alignment(self, matrix: Tensor) -> float:
         """``Σ ⟨x_strong, Q x_weak⟩ / √(Σ ‖x_strong‖² · Σ ‖x_weak‖²)``, the correlation of mapped and actual rows.
 
-        1 where Q maps every row to its partner (up to one factor), 0 for unrelated rows. A direction that Q drops
-        counts as missed. It says the same of Q and of Qᵀ the other way round.
-
-        Args:
-            matrix (`Tensor`): Q (m, k).
+        1 where Q (m, k) maps every row to its partner (up to one factor), 0 for unrelated rows. A direction that Q
+        drops counts as missed. It says the same of Q and of Qᵀ the other way round.
         """
         size = float(self.xx.trace() * self.yy.trace()) ** 0.5
         return float((matrix.double() * self.xy).sum()) / max(size, 1e-12)
@@ -112,11 +109,8 @@ def image_pairs(
 def sum_pairs(
     pairs: Iterable[tuple[Tensor, Tensor]], strong_width: int, weak_width: int, accelerator=None
 ) -> tuple[CrossMoment, CrossMoment]:
-    """The cross moments of all pairs, and of every tenth of them (`HELD_OUT`), added up over processes.
-
-    Args:
-        pairs: blocks of strong (B, m) and weak (B, k) rows; with an `accelerator`, those of this process.
-    """
+    """The cross moments of all pairs, and of every tenth of them (`HELD_OUT`), added up over processes. `pairs` are
+    blocks of strong (B, m) and weak (B, k) rows; with an `accelerator`, those of this process."""
     total, part = (CrossMoment.zeros(strong_width, weak_width) for _ in range(2))
     for strong, weak in pairs:
         total.update(strong, weak)
@@ -127,11 +121,8 @@ def sum_pairs(
 def sum_dataset(
     weak: DualEncoder, strong: DualEncoder, dataset, space: str, anchors: Anchors, *, accelerator=None, **embedding
 ) -> tuple[CrossMoment, CrossMoment]:
-    """[`sum_pairs`] of two models on images, or on the anchors' names where `dataset` is `None`.
-
-    Args:
-        space (`str`): `"embedding"`, or `"logit"` for standardised logits over the anchors.
-        **embedding: passed to `embed_dataset`.
+    """[`sum_pairs`] of two models on images, or on the anchors' names where `dataset` is `None`: of embeddings, or in
+    `"logit"` space of standardised logits over the anchors. `embedding` is passed to `embed_dataset`.
 
     Raises:
         TypeError: a keyword that `embed_dataset` does not have, without images too.

@@ -48,7 +48,8 @@ def transfer(
     progress: bool = True,
     **embedding,
 ) -> AnchorClassifier:
-    """Carries an adapter over to a stronger model, in closed form.
+    """Carries an adapter over to a stronger model, in closed form; `adapter_config.provenance` of what comes out says
+    how it was made.
 
     Args:
         adapter (`AnchorClassifier`): what [`extract`] returned, or `AnchorClassifier.from_pretrained(...)`.
@@ -62,9 +63,6 @@ def transfer(
         seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         accelerator, progress, **embedding: as in [`embed_dataset`].
-
-    Returns:
-        `AnchorClassifier`: the strong model with its adapter; `adapter_config.provenance` says how it was made.
 
     Raises:
         ValueError: no adapter, a bridge of another pair or space, a published adapter without images or bridge,
@@ -151,10 +149,8 @@ def _has_own_vectors(source: TransMiterConfig) -> bool:
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
     """``normalise((1 - w) · normalise(Σ carried) + w · zero_shot)``: class vectors on a line to the zero-shot ones.
 
-    Full and delta transport err in different ways; their mean beats either (see `tests/studies`).
-
-    Args:
-        carried (`dict[str, Tensor]`): unit rows (C, d) of each kind of transport.
+    `carried` are unit rows (C, d) of each kind of transport: full and delta err in different ways, and their mean
+    beats either (see `tests/studies`).
     """
     mean = normalize(torch.stack(list(carried.values())).sum(0), dim=-1)
     return normalize((1 - weight) * mean + weight * zero_shot, dim=-1)
@@ -171,7 +167,8 @@ def refit(
     *,
     ask_carried: bool = True,
 ) -> dict[str, Tensor]:
-    """Class vectors fitted to unlabelled images around the carried ones, from two passes of streamed sums.
+    """Class vectors (C, d) and bias (C,) fitted to unlabelled images around the carried ones, from two passes of
+    streamed sums.
 
     Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
     embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
@@ -185,9 +182,6 @@ def refit(
         ask_carried (`bool`, *optional*, defaults to `True`):
             Whether c is one of the experts. [`transfer`] leaves it out where an image tower was tuned: class vectors
             hold only part of that, and where zero-shot is systematically wrong (neon) they repeat the error.
-
-    Returns:
-        `class_vectors` (C, d) and `bias` (C,) of the adapter.
     """
     scale = float(strong.logit_scale)
 

@@ -77,10 +77,8 @@ def tune(
         templates (`Sequence[str]`, *optional*):
             Prompts of the zero-shot class vectors; `"a photo of a {}."` when omitted, or PromptSRC's 60.
         image_column, label_column (`str`, *optional*): guessed when omitted.
-        accelerator (`accelerate.Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): see [`fit`].
-        progress (`bool`, *optional*, defaults to `True`): show bars.
-        cache_dir (`str` or `os.PathLike`, *optional*): of the image embeddings, see [`embed_dataset`].
+        accelerator, progress, cache_dir: as in [`embed_dataset`].
 
     Returns:
         [`AnchorClassifier`]: the tuned model (`.encoder`, its PEFT adapter named "default") and the names it was tuned
@@ -127,13 +125,16 @@ def tune(
         main, pull = losses(*answers(drawn, generator), labels[drawn.to(weak.device)], config.pull)
         return (main, pull) if config.project else main + config.keep_near * pull
 
+    weights = None
+    if config.gaussian_mean is not None:
+        weights = gaussian_epoch_weights(config.epochs, config.gaussian_mean, config.gaussian_std)
     found = fit(
         list(tuned.model.parameters()),
         step,
         len(rows),
         config,
         combine=functools.partial(project_gradient, strength=config.keep_near) if config.project else None,
-        epoch_weights=_epoch_weights(config),
+        epoch_weights=weights,
         accelerator=accelerator,
         checkpoint=checkpoint,
         description=f"Tuning ({method})",
@@ -191,12 +192,6 @@ def _moves_images(tuned: DualEncoder) -> bool:
     return learns(tuned.model, text=False)
 
 
-def _epoch_weights(config: TuningConfig) -> list[float] | None:
-    if config.gaussian_mean is None:
-        return None
-    return gaussian_epoch_weights(config.epochs, config.gaussian_mean, config.gaussian_std)
-
-
 def _note(tuned: DualEncoder, num_images: int, dataset: Dataset, settings: dict) -> None:
     """Where the prompts come from, into the adapter's configuration."""
     adapter = tuned.model.peft_config["default"]
@@ -243,8 +238,6 @@ def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config:
 
 def _with_adapter(weak: DualEncoder, names: Sequence[str], adapter: Mapping, config: TuningConfig) -> DualEncoder:
     """A copy of the weak model with a fresh adapter, the only part of it that trains."""
-    if getattr(weak.model, "peft_config", None):
-        raise ValueError("the weak model has adapters already: merge or unload them before tuning.")
     found = _peft_config(weak, names, adapter, config.seed)
     model = copy.deepcopy(weak.model).eval().requires_grad_(False)
     with torch.random.fork_rng():

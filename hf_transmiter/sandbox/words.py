@@ -60,6 +60,8 @@ def _task(style, textures, colours, shapes, description, terms=None):
     return Task(style, textures, tuple(colours.split()), tuple(shapes.split()), terms, description)
 
 
+_EVERYTHING = (" ".join(TEXTURES), " ".join(COLOURS), " ".join(SHAPES))
+
 TASKS = {
     "print": _task(
         "print",
@@ -95,28 +97,21 @@ TASKS = {
     ),
     "studio": _task(
         "studio",
-        " ".join(TEXTURES),
-        " ".join(COLOURS),
-        " ".join(SHAPES),
+        *_EVERYTHING,
         "all 720 classes on a plain wall, as in pre-training: general images",
     ),
     "street": _task(
         "street",
-        " ".join(TEXTURES),
-        " ".join(COLOURS),
-        " ".join(SHAPES),
+        *_EVERYTHING,
         "all 720 classes before a busy background, as in pre-training: general images",
     ),
 }
 
 
 def vocabulary() -> list[str]:
-    """The world's phrases, as auxiliary names for the sandbox models: 28 single words, 252 pairs, 720 triples.
-
-    Returns:
-        `list[str]`: 1,000 distinct phrases in a fixed order, e.g. ``"red thing"``, ``"red heart"``,
-        ``"striped red heart"``. The names of the known-word tasks are among them.
-    """
+    """The world's 1,000 phrases in a fixed order, as auxiliary names for the sandbox models: 28 single words
+    (``"red thing"``), 252 pairs (``"red heart"``), 720 triples (``"striped red heart"``). The names of the known-word
+    tasks are among them."""
     options = [(None, *range(len(words))) for words in (TEXTURES, COLOURS, SHAPES)]
     said = sorted(itertools.product(*options), key=lambda ids: sum(i is not None for i in ids))
     return [class_name(*ids) for ids in said if any(i is not None for i in ids)]

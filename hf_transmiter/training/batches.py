@@ -47,12 +47,8 @@ class Pixels:
 
 
 def frozen_images(weak: DualEncoder, embeds: Tensor, pixels: Callable[[], Pixels], config: TuningConfig) -> Images:
-    """Image embeddings where the image tower stays as it is: each image once, K views of it once, or views anew.
-
-    Args:
-        embeds (`Tensor`): (N, d) of the images as they are, on the model's device.
-        pixels: gives the pixels, where they are needed.
-    """
+    """Image embeddings where the image tower stays as it is: each image once (`embeds` (N, d), on the model's device),
+    K views of it once, or views anew. `pixels` is called only where pixels are needed."""
     if config.augment == "none":
         return lambda rows, generator: (embeds[rows.to(embeds.device)],) * 2
     source = pixels()

@@ -83,13 +83,8 @@ def project_gradient(main: Tensor, pull: Tensor, strength: float = 1.0) -> Tenso
     """ProGrad's rule (arXiv 2205.14865): follow the main loss, but not against the pull.
 
     ``g - strength * <g, u> u`` with ``u = k / |k|`` where ``<g, k> < 0``, else ``g``: at strength 1 the part of g that
-    points against k is taken out. For `fit(..., combine=project_gradient)`.
-
-    Args:
-        main, pull (`Tensor`): g and k, gradients of the two losses for one parameter; where k is zero, g stays.
-
-    Returns:
-        `Tensor`: of the shape and type of g.
+    points against k is taken out. `main` and `pull` are g and k, gradients of the two losses for one parameter; where
+    k is zero, g stays. For `fit(..., combine=project_gradient)`.
     """
     g, k = main.float(), pull.float()
     u = k / k.abs().amax().clamp_min(torch.finfo(k.dtype).tiny)  # first of all, so that no square underflows
@@ -111,7 +106,7 @@ def fit(
     description: str = "Training",
     progress: bool = True,
 ) -> list[float]:
-    """Minimises `step` over the examples.
+    """Minimises `step` over the examples; the mean (main) loss of each epoch run here.
 
     Args:
         parameters (`Sequence[nn.Parameter]`): what is learnt.
@@ -125,9 +120,6 @@ def fit(
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
             end; a run that finds one goes on from there.
-
-    Returns:
-        `list[float]`: the mean (main) loss of each epoch run here.
 
     Raises:
         ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights`, a number of

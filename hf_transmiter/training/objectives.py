@@ -64,11 +64,8 @@ PULLS = {"kl": kl, "cosine": cosine, "l2": l2, "l1": l1, "promptsrc": promptsrc}
 
 
 def losses(tuned: Answers, frozen: Answers, labels: Tensor, pull: str) -> tuple[Tensor, Tensor]:
-    """Cross-entropy ``CE(z, y)``, mean over images, and the pull back to the frozen model.
-
-    Args:
-        tuned, frozen (`Answers`): of the model in training and of its start, on the same images.
-        pull (`str`): a key of `PULLS`.
+    """Cross-entropy ``CE(z, y)``, mean over images, and the pull (a key of `PULLS`) back to the frozen model's answers
+    on the same images.
 
     Raises:
         ValueError: a pull between class vectors where every image has its own.

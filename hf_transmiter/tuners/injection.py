@@ -27,30 +27,17 @@ def inject(model: nn.Module, config: PeftConfig) -> None:
     inject_adapter_in_model(config, model)
 
 
-def active_adapter(model: nn.Module) -> str:
-    """Name of the adapter inside a model that answers, the first one where there are several.
-
-    Raises:
-        ValueError: there is none.
-    """
-    names = (name for layer in model.modules() if isinstance(layer, BaseTunerLayer) for name in layer.active_adapters)
-    name = next(names, None)
-    if name is None:
-        raise ValueError("there is no adapter to save: tune the model, or attach an adapter to it.")
-    return name
-
-
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Writes the adapter that answers in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
-
-    Args:
-        model (`nn.Module`): with the adapter inside, without a `PeftModel` around it.
-        folder (`str` or `os.PathLike`): made if it is not there.
+    """Writes the adapter that answers inside `model` (the first one where there are several; no `PeftModel` is around
+    it) in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
         ValueError: there is no adapter in the model.
     """
-    folder, name = Path(folder), active_adapter(model)
+    names = (name for layer in model.modules() if isinstance(layer, BaseTunerLayer) for name in layer.active_adapters)
+    folder, name = Path(folder), next(names, None)
+    if name is None:
+        raise ValueError("there is no adapter to save: tune the model, or attach an adapter to it.")
     # Not "auto": PEFT would ask the Hub whether the vocabulary grew. Adapters here never resize it.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}

@@ -2,6 +2,7 @@
 
 import enum
 import re
+from collections.abc import Mapping
 
 import peft
 from peft import PeftConfig, mapping
@@ -49,12 +50,45 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - as in PEFT
     PROMPTSRC = "PROMPTSRC"
 
 
-class AdapterLayer(BaseTunerLayer):
-    """What the layers of this package have in common: `adapter_layer_names` are attributes `prefix + part`, flat
-    containers of parameters or modules by adapter name; `hooks` on the model make it work."""
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """What the layers of this package have in common: any number of adapters, and `hooks` on the model.
+
+    Each of `parts` (parameters) and `modules_of` (leaf modules) is an attribute `prefix + part`, a flat container by
+    adapter name: PEFT saves nested modules under the adapter's name and then loses them silently on loading.
+    """
 
     prefix = ""
-    hooks: list
+    parts: tuple[str, ...] = ()
+    modules_of: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.adapter_layer_names = tuple(cls.prefix + part for part in (*cls.parts, *cls.modules_of))
+
+    def __init__(self):
+        super().__init__()
+        self.configs: dict[str, PeftConfig] = {}
+        self.merged_adapters = []
+        self.hooks = []
+        for part in self.parts:
+            setattr(self, self.prefix + part, nn.ParameterDict())
+        for part in self.modules_of:
+            setattr(self, self.prefix + part, nn.ModuleDict())
+
+    @property
+    def active_name(self) -> str | None:
+        """The adapter that answers: the first active one held here."""
+        return next((name for name in self.active_adapters if name in self.configs), None)
+
+    def part(self, part: str, name: str):
+        """The parameter or module `part` of the adapter `name`."""
+        return getattr(self, self.prefix + part)[name]
+
+    def fill(self, name: str, parts: Mapping[str, Tensor | nn.Module]) -> None:
+        """Gives an adapter its parts; tensors become parameters."""
+        for part, value in parts.items():
+            value = nn.Parameter(value) if isinstance(value, Tensor) else value
+            getattr(self, self.prefix + part)[name] = value
 
     def detach(self) -> None:
         """Takes the hooks off the model."""

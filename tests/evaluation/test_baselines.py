@@ -49,7 +49,7 @@ LEARNERS = {
     "specific": CoOpConfig(n_ctx=2, class_specific=True, class_names=list(NAMES)),
     "kgcoop": KgCoOpConfig(),
     "cocoop": CoCoOpConfig(),
-    "contcoop": ContCoOpConfig(zero_init=False),
+    "contcoop": ContCoOpConfig(),
     "ivlp": IVLPConfig(text_depth=2, vision_depth=2),
     "maple": MaPLeConfig(depth=2),
     "promptsrc": PromptSRCConfig(n_ctx=2, text_depth=2, vision_depth=2),

@@ -213,7 +213,7 @@ def test_prompt_transfer_is_a_row_where_it_is_possible(compared, model_dir, tmp_
     assert "re-attached prompt" not in result.rows  # the widths differ
     assert result.recommended == "refit"
     # Other prompts, and the same prompt on an equal width, have the other row.
-    result = compared(ContCoOpConfig(zero_init=False), model_dir("clip", seed=1), **options)[0]
+    result = compared(ContCoOpConfig(), model_dir("clip", seed=1), **options)[0]
     assert "prompt transfer" not in result.rows and "re-attached prompt" in result.rows
     # A mean of several tuned models is no prompt, and has no class vectors to carry.
     several = compared(CoOpConfig(init_phrase="a photo of a"), model_dir("clip", seed=1), wrap=lambda t: [t, t])[0]

@@ -42,8 +42,7 @@ CONFIGS = {
     "kgcoop": lambda: KgCoOpConfig(),
     "cocoop": lambda: CoCoOpConfig(),
     "contcoop": lambda: ContCoOpConfig(),
-    "offset": lambda: ContCoOpConfig(context_offset=True),
-    "text_feature": lambda: ContCoOpConfig(class_embed="text_feature", attend_context=True),
+    "text_feature": lambda: ContCoOpConfig(class_embed="text_feature"),
     "ivlp": lambda: IVLPConfig(text_depth=2, vision_depth=2),
     "maple": lambda: MaPLeConfig(depth=2),
     "promptsrc": lambda: PromptSRCConfig(text_depth=2, vision_depth=1),
@@ -135,9 +134,9 @@ def test_on_another_model_everything_else_is_that_model(saved, model_dir, make_i
     assert config.base_model_name_or_path == new.name_or_path and config.base["vocabulary"]
 
 
-def test_offsets_and_names_follow_the_new_token_table(saved, model_dir):
+def test_prompts_read_the_new_token_table(saved, model_dir):
     new = DualEncoder.from_pretrained(model_dir("clip", 1))
-    attached = attach(saved("offset")[0], new)
+    attached = attach(saved("contcoop")[0], new)
     layer, config = prompt_layer(attached.model), attached.model.peft_config["default"]
     table = new.model.text_model.embeddings.token_embedding.weight
     assert torch.equal(layer.initial_context(config), table[config.init_token_ids])
@@ -246,13 +245,13 @@ def test_damaged_configurations(encoder, saved, tmp_path):
 
 def test_tensors_are_checked(encoder, damaged):
     key = "base_model.model.text_model.embeddings.token_embedding.coop_ctx"
-    with pytest.raises(Incompatible, match=r"coop_ctx' is not finite"):
+    with pytest.raises(Incompatible, match=r"'ctx' hold NaN or infinite values"):
         attach(damaged(lambda tensors: {key: tensors[key].clone().fill_(torch.nan)}), encoder)
 
 
 @pytest.mark.parametrize("kind", ["coop", "contcoop", "maple"])
 def test_missing_tensors(encoder, damaged, kind):
-    with pytest.raises(Incompatible, match=r"its file lacks 'text_model\.\S+_ctx'"):
+    with pytest.raises(Incompatible, match=r"lacks \['base_model\.model\.text_model\.\S+_ctx'\]"):
         attach(damaged(lambda tensors: {k: v for k, v in tensors.items() if not k.endswith("ctx")}, kind), encoder)
 
 
@@ -264,7 +263,7 @@ def test_shapes_are_compared_before_anything_is_read(encoder, saved, tmp_path):
     with open(folder / "adapter_model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
-    with pytest.raises(Incompatible, match=r"coop_ctx' is \(4, 268435456\) in its file, not \(4, 16\)"):
+    with pytest.raises(Incompatible, match=r"coop_ctx must have the shape \(4, 16\), it has \(4, 268435456\)"):
         attach(folder, encoder)
     (folder / "adapter_model.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(Incompatible, match="adapter_model.safetensors is damaged"):

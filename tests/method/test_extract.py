@@ -159,11 +159,7 @@ def test_blocks_do_not_matter(weak, dataset, linear, cache, monkeypatch, solver)
 # By gradients, as published
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"basis": "fixed"}, {"width": 10}, {"orthogonal_map": "matrix_exp"}],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", [{}, {"basis": "fixed"}, {"width": 10}], ids=str)
 def test_the_adapter_learns_the_teacher(weak, dataset, table, linear, cache, settings):
     config = replace(GRADIENT, **settings)
     adapter = extract(weak, linear, dataset, anchors=ANCHORS, config=config, **cache)
@@ -331,8 +327,6 @@ def test_bad_settings():
         ExtractionConfig(solver="magic")
     with pytest.raises(ValueError, match="basis must be one of learned, fixed, got 'free'"):
         ExtractionConfig(basis="free")
-    with pytest.raises(ValueError, match="orthogonal_map must be one of cayley, matrix_exp, got 'householder'"):
-        ExtractionConfig(orthogonal_map="householder")
     for unread, said in (
         ({"solver": "ridge", "lr": 0.1, "shrinkage": 3.0}, "solver 'ridge' does not read lr, shrinkage: leave"),
         ({"lambdas": (1.0,), "basis": "fixed"}, "solver 'discriminant' does not read lambdas, basis: leave"),

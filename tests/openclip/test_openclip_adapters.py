@@ -42,7 +42,7 @@ PROMPTS = {
     "kgcoop": KgCoOpConfig,
     "cocoop": CoCoOpConfig,
     "contcoop": ContCoOpConfig,
-    "contcoop_feature": lambda: ContCoOpConfig(class_embed="text_feature", attend_context=True),
+    "contcoop_feature": lambda: ContCoOpConfig(class_embed="text_feature"),
     "ivlp_text": lambda: IVLPConfig(text_depth=2, vision_depth=0),
 }
 prompts = pytest.mark.parametrize("learner", PROMPTS)

@@ -59,10 +59,8 @@ METHODS = {
     "kgcoop": Method(KgCoOpConfig, ("clip",), texts=True),
     "cocoop": Method(CoCoOpConfig, ("clip", "siglip"), texts=True),
     "contcoop": Method(ContCoOpConfig, ("clip", "siglip"), texts=True),
-    "contcoop_offset": Method(
-        lambda **kwargs: ContCoOpConfig(
-            context_offset=True, class_embed="mean_token", attend_context=True, zero_init=False, **kwargs
-        ),
+    "contcoop_heads": Method(
+        lambda **kwargs: ContCoOpConfig(heads=2, n_ctx=6, **kwargs),
         ("clip",),
         texts=True,
     ),

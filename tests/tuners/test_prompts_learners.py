@@ -28,7 +28,7 @@ STARTS = {
     "kgcoop": KgCoOpConfig,
     "cocoop": CoCoOpConfig,  # a text alone is not conditioned on an image
     "contcoop": ContCoOpConfig,
-    "contcoop_offset": lambda: ContCoOpConfig(context_offset=True, class_embed="mean_token", attend_context=True),
+    "contcoop_mean": lambda: ContCoOpConfig(class_embed="mean_token", heads=2),
     "ivlp": lambda: IVLPConfig(text_depth=1, vision_depth=0),
     "maple": lambda: MaPLeConfig(depth=1),  # two vectors, two words
     "promptsrc": lambda: PromptSRCConfig(n_ctx=3, text_depth=1, vision_depth=1),

@@ -33,7 +33,7 @@ LEARNERS = {
     "kgcoop": KgCoOpConfig,
     "cocoop": CoCoOpConfig,
     "contcoop": ContCoOpConfig,
-    "contcoop_feature": lambda: ContCoOpConfig(class_embed="text_feature", attend_context=True),
+    "contcoop_feature": lambda: ContCoOpConfig(class_embed="text_feature"),
     "ivlp": lambda: IVLPConfig(text_depth=2, vision_depth=2),
     "maple": lambda: MaPLeConfig(depth=2),
     "promptsrc": lambda: PromptSRCConfig(text_depth=2, vision_depth=2),

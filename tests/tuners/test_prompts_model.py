@@ -244,7 +244,6 @@ def test_another_methods_file(broken, variant, learner, config):
     [
         ("ivlp", {"text_depth": 1}, "text"),
         ("ivlp", {"vision_depth": 0}, "vision"),
-        ("contcoop", {"pre_norm": False}, "norm_[qk]"),
         ("maple", {"depth": 1}, "text"),
     ],
 )

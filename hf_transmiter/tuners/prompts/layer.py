@@ -35,7 +35,7 @@ class Texts(NamedTuple):
     named: Tensor
 
 
-class PromptLayer(nn.Module, AdapterLayer):
+class PromptLayer(AdapterLayer):
     """Takes the place of a text tower's token embedding; holds any number of adapters, the first active one answers.
 
     Bound methods of it are hooks elsewhere. `insert`, before the text tower, puts the ids ``-1 … -M`` beside the name
@@ -46,22 +46,13 @@ class PromptLayer(nn.Module, AdapterLayer):
 
     A learner is a subclass: `prefix`, `parts` (its parameters or modules, each an attribute `prefix + part`),
     `initial` for their start, and whichever of `context`, `text_prompt` and `vision_prompt` it fills; `reads_images`
-    says whether its context depends on the image.
-
-    Args:
-        base_layer (`nn.Embedding`): the token table.
-        model_config: configuration of the whole model.
-        positions (`int`): most tokens the text tower reads.
+    says whether its context depends on the image. The `base_layer` is the token table; the text tower reads at most so
+    many `positions`.
     """
 
-    parts: tuple[str, ...] = ("ctx",)
-    modules_of: tuple[str, ...] = ()
+    parts = ("ctx",)
     reads_images = False
     other_param_names = ("configs", "class_texts", "class_rows")
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls.adapter_layer_names = tuple(cls.prefix + part for part in (*cls.parts, *cls.modules_of))
 
     def __init__(self, base_layer: nn.Embedding, model_config, positions: int):
         super().__init__()
@@ -69,35 +60,22 @@ class PromptLayer(nn.Module, AdapterLayer):
         self.positions = positions
         self.start, self.end_id = start_tokens(model_config), end_token_id(model_config)
         self.reads_every_position = model_config.model_type == "siglip"
-        self.configs: dict[str, PromptConfig] = {}
         self.class_texts: dict[str, dict[str, Tensor]] = {}
         self.class_rows: dict[str, dict[tuple[int, ...], int]] = {}
-        self.merged_adapters = []
-        self.hooks = []
         self.plain = False  # inside a call that must see the base model
         self.texts: Texts | None = None  # of the call under way
-        for part in self.parts:
-            setattr(self, self.prefix + part, nn.ParameterDict())
-        for part in self.modules_of:
-            setattr(self, self.prefix + part, nn.ModuleDict())
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
     @property
     def active_name(self) -> str | None:
         """The adapter that answers: the first active one held here, none while adapters are disabled."""
-        if self.disable_adapters or self.plain:
-            return None
-        return next((name for name in self.active_adapters if name in self.configs), None)
+        return None if self.disable_adapters or self.plain else super().active_name
 
     @property
     def active_config(self) -> PromptConfig | None:
         name = self.active_name
         return None if name is None else self.configs[name]
-
-    def part(self, part: str, name: str):
-        """The parameter or module `part` of the adapter `name`."""
-        return getattr(self, self.prefix + part)[name]
 
     def update_layer(self, name: str, config: PromptConfig, root: nn.Module) -> None:
         """Adds an adapter at its start; a phrase changes nothing compared with writing it out."""
@@ -105,11 +83,7 @@ class PromptLayer(nn.Module, AdapterLayer):
         self.class_texts.pop(name, None)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # modules draw their start from the global generator
-            start = self.initial(config, root)
-        for part, value in start.items():
-            if isinstance(value, Tensor):
-                value = nn.Parameter(value)
-            getattr(self, self.prefix + part)[name] = value
+            self.fill(name, self.initial(config, root))
         tokenizer = load_tokenizer(root) if getattr(config, "class_specific", False) else None
         if tokenizer is not None:
             self.set_classes(name, config.class_names, tokenizer, root.config.model_type)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, relu, scaled_dot_product_attention
 
 from ...encoders.families import shared_width
-from .config import ContCoOpConfig, IVLPConfig, MaPLeConfig, PromptConfig
+from .config import ContCoOpConfig, DeepPromptConfig, IVLPConfig, MaPLeConfig, PromptConfig
 from .layer import NO_TOKENIZER, PromptLayer, layers
 from .logits import image_conditioned_logits
 from .texts import start_token_id, start_tokens, text_keys
@@ -139,33 +139,29 @@ class ContCoOpLayer(PromptLayer):
         width = context.shape[1]
         if width % self._heads(config, width):
             raise ValueError(f"{config.heads} heads do not divide the text tower's width of {width}.")
-        out = nn.Linear(width, width)
-        nn.init.zeros_(out.bias)
-        nn.init.zeros_(out.weight) if config.zero_init else nn.init.normal_(out.weight, std=0.02)
-        parts = {part: nn.Linear(width, width) for part in ("query", "value")}
+        parts = {part: nn.Linear(width, width) for part in ("out", "query", "value")}
+        for parameter in parts["out"].parameters():
+            nn.init.zeros_(parameter)
         parts["key"] = nn.Linear(width, width, bias=False)  # softmax does not see what all keys have in common
-        if config.pre_norm:
-            parts |= {part: nn.LayerNorm(width) for part in ("norm_q", "norm_k")}
-        start = torch.zeros_like(context) if config.context_offset else context
-        return {"ctx": start, **parts, "out": out}
+        return {"ctx": context, "norm_q": nn.LayerNorm(width), "norm_k": nn.LayerNorm(width), **parts}
 
     @staticmethod
     def _heads(config: ContCoOpConfig, width: int) -> int:
         return config.heads or max(width // 64, 1)
 
     def context(self, name: str) -> Tensor:
-        config, context = self.configs[name], self.part("ctx", name)
-        if config.context_offset:
-            context = context + self.initial_context(config).to(context)
-        query = context.expand(len(self.texts.ids), -1, -1)
-        keys, mask = self._class_embeds(config, context.dtype)
-        if config.attend_context:
-            keys = torch.cat([query, keys], 1)
-            mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, query.shape[1]), mask], 1)
-        attended = self._attend(name, config, query, keys, mask)
-        if not config.zero_init:
-            attended = attended * self.get_base_layer().weight.float().std()
-        return query + attended if config.residual else attended
+        config = self.configs[name]
+        context = self.part("ctx", name).expand(len(self.texts.ids), -1, -1)
+        embeds, mask = self._class_embeds(config, context.dtype)
+        query, keys = self.part("norm_q", name)(context), self.part("norm_k", name)(embeds)
+        heads = self._heads(config, query.shape[-1])
+
+        def split(part: str, rows: Tensor) -> Tensor:
+            return self.part(part, name)(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        q, k, v = split("query", query), split("key", keys), split("value", keys)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return context + self.part("out", name)(attended.transpose(1, 2).flatten(2))
 
     def _class_embeds(self, config: ContCoOpConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """E (B, L, width) and which of its rows count (B, L), from the base model as it is now."""
@@ -177,18 +173,6 @@ class ContCoOpLayer(PromptLayer):
             return embeds, named
         weight = named / named.sum(1, keepdim=True)
         return (weight[..., None].to(dtype) * embeds).sum(1, keepdim=True), torch.ones_like(named[:, :1])
-
-    def _attend(self, name: str, config: ContCoOpConfig, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        if config.pre_norm:
-            query, keys = self.part("norm_q", name)(query), self.part("norm_k", name)(keys)
-        heads = self._heads(config, query.shape[-1])
-
-        def split(part: str, rows: Tensor) -> Tensor:
-            return self.part(part, name)(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-        q, k, v = split("query", query), split("key", keys), split("value", keys)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        return self.part("out", name)(attended.transpose(1, 2).flatten(2))
 
     def _read(self, tower: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
         config = self.active_config
@@ -216,16 +200,12 @@ class ContCoOpLayer(PromptLayer):
 
 
 class DeepPromptLayer(PromptLayer):
-    """Learners with prompts in several layers; `depths` says in how many of the text and of the image tower. `ctx` and
-    `text` (D_t - 1, M, width) are those of the text tower's layers."""
+    """Learners with prompts in several layers. `ctx` and `text` (D_t - 1, M, width) are those of the text tower's."""
 
-    def depths(self, config: PromptConfig) -> tuple[int, int]:
-        raise NotImplementedError
-
-    def check_depths(self, config: PromptConfig, root: nn.Module) -> None:
+    def check_depths(self, config: DeepPromptConfig, root: nn.Module) -> None:
         """Raises a `ValueError` where a tower has fewer layers than are to be prompted."""
         towers = (("text", root.text_model), ("image", root.vision_model))
-        for (what, tower), depth in zip(towers, self.depths(config), strict=True):
+        for (what, tower), depth in zip(towers, config.depths, strict=True):
             if depth and depth > len(layers(tower)):
                 raise ValueError(
                     f"prompts in {depth} layers of the {what} tower, which has {len(layers(tower))}: use a smaller "
@@ -233,7 +213,7 @@ class DeepPromptLayer(PromptLayer):
                 )
 
     def text_prompt(self, name: str, layer: int) -> Tensor | None:
-        return self.part("text", name)[layer - 1] if 0 < layer < self.depths(self.configs[name])[0] else None
+        return self.part("text", name)[layer - 1] if 0 < layer < self.configs[name].depths[0] else None
 
 
 class IVLPLayer(DeepPromptLayer):
@@ -241,9 +221,6 @@ class IVLPLayer(DeepPromptLayer):
 
     prefix = "ivlp_"
     parts = ("ctx", "text", "vision")
-
-    def depths(self, config: IVLPConfig) -> tuple[int, int]:
-        return config.text_depth, config.vision_depth
 
     def initial(self, config: IVLPConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
         self.check_depths(config, root)
@@ -274,9 +251,6 @@ class MaPLeLayer(DeepPromptLayer):
 
     prefix = "maple_"
     parts = ("ctx", "text", "weight", "bias")
-
-    def depths(self, config: MaPLeConfig) -> tuple[int, int]:
-        return config.depth, config.depth
 
     def initial(self, config: MaPLeConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
         self.check_depths(config, root)

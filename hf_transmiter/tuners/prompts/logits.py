@@ -32,12 +32,8 @@ def image_conditioned(model: nn.Module) -> PromptLayer | None:
 def set_classes(model: nn.Module, class_names: list[str], tokenizer=None) -> None:
     """The classes that `model(pixel_values=...)` is asked about, for the active prompt learner.
 
-    Works at any time and with any names, except for class-specific contexts, which know only theirs.
-
-    Args:
-        model (`nn.Module`): with a prompt learner on it.
-        class_names (`list[str]`): C names.
-        tokenizer (*optional*): the one saved beside the model when omitted.
+    Works at any time and with any names, except for class-specific contexts, which know only theirs. The tokenizer is
+    the one saved beside the model when omitted.
 
     Raises:
         ValueError: no active prompt learner, no tokenizer, no names, a repeated name, a name too long for the text
@@ -77,16 +73,14 @@ def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
 def image_conditioned_logits(
     model: nn.Module, layer: PromptLayer, images: Tensor, inputs: dict[str, Tensor], chunk_size: int = CHUNK
 ) -> Tensor:
-    """``z_ic = s · x_i · a_c(x_i) + b`` with class vectors that each image makes for itself: (B, C).
+    """``z_ic = s · x_i · a_c(x_i) + b`` with class vectors that each image makes for itself: (B, C) float32, also
+    under autocast.
 
     Args:
         layer (`PromptLayer`): that of the active learner, one that reads images.
         images (`Tensor`): (B, d) unit image embeddings.
         inputs (`dict[str, Tensor]`): tokenised prompts (C, L).
         chunk_size (`int`, *optional*, defaults to 256): texts per forward pass; B · C in all.
-
-    Returns:
-        `Tensor`: (B, C) float32, also under autocast.
     """
     root, count = unwrap(model), len(inputs["input_ids"])
     scale, bias = logit_scale_and_bias(root)

@@ -20,7 +20,8 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    """``ẑ = z + MLP(LN(z Wᵀ)) W``, given back its mean and std (arXiv 2508.08604, section 3).
+    """``ẑ = z + MLP(LN(z Wᵀ)) W``, given back its mean and std: (B, K), of which the first C columns are the
+    prediction (arXiv 2508.08604, section 3).
 
     Equal to the published ``h + MLP(LN(h))`` with ``h = z Wᵀ`` read out by ``W``, since ``Wᵀ W = 1``.
 
@@ -28,49 +29,30 @@ def refine(logits: Tensor, basis: Tensor, norm: nn.Module, up: nn.Module, down: 
         logits (`Tensor`): (B, K) over the anchors, scale included.
         basis (`Tensor`): W (D, K), orthonormal columns.
         norm, up, down (`nn.Module`): LayerNorm(D), Linear(D, 4D), Linear(4D, D).
-
-    Returns:
-        `Tensor`: (B, K); the first C columns are the prediction.
     """
     z, std, mean = standardise(logits.to(basis.dtype))
     change = down(nn.functional.gelu(up(norm(z @ basis.T))))
     return (z + change @ basis) * std + mean
 
 
-class TransMiterLayer(nn.Module, AdapterLayer):
+class TransMiterLayer(AdapterLayer):
     """Holds any number of adapters; the first active one answers.
-
-    Containers are flat (adapter name to a parameter or a leaf module): PEFT saves nested modules under the adapter's
-    name and then loses them silently on loading.
 
     Per adapter: `anchors` (K, d) unit text embeddings of the names on *this* model, frozen and saved, so that
     inference needs neither tokenizer nor text tower; form "mlp": `basis` W (D, K), `norm`, `up` (D to 4D), `down`
     (4D to D, zero at start); form "class_vectors": `class_vectors` T (C, d) and `bias` (C,).
     """
 
-    adapter_layer_names = (
-        "transmiter_anchors",
-        "transmiter_basis",
-        "transmiter_norm",
-        "transmiter_up",
-        "transmiter_down",
-        "transmiter_class_vectors",
-        "transmiter_bias",
-    )
-    other_param_names = ("configs",)
     prefix = "transmiter_"
+    parts = ("anchors", "basis", "class_vectors", "bias")
+    modules_of = ("norm", "up", "down")
+    other_param_names = ("configs",)
     # BaseTunerLayer reads these off a wrapped layer; this one wraps none.
     weight = bias = None
 
     def __init__(self):
         super().__init__()
-        self.transmiter_anchors, self.transmiter_basis = nn.ParameterDict(), nn.ParameterDict()
-        self.transmiter_class_vectors, self.transmiter_bias = nn.ParameterDict(), nn.ParameterDict()
-        self.transmiter_norm, self.transmiter_up, self.transmiter_down = (nn.ModuleDict() for _ in range(3))
-        self.configs: dict[str, TransMiterConfig] = {}
         self.frozen_peft_weight_names = {}
-        self.merged_adapters = []
-        self.hooks = []
         self.dummy_text: dict[str, Tensor] | None = None
 
     def update_layer(self, name: str, config: TransMiterConfig, like: Tensor) -> None:
@@ -78,11 +60,9 @@ class TransMiterLayer(nn.Module, AdapterLayer):
         k, c, d = config.anchors.num_anchors, len(config.class_names), config.embed_dim
         generator = torch.Generator().manual_seed(config.seed)
         self.configs[name] = config
-        self.transmiter_anchors[name] = nn.Parameter(torch.zeros(k, d))
-        frozen = ("transmiter_anchors",)
+        parts, frozen = {"anchors": torch.zeros(k, d)}, ("transmiter_anchors",)
         if config.form == "class_vectors":
-            self.transmiter_class_vectors[name] = nn.Parameter(torch.zeros(c, d))
-            self.transmiter_bias[name] = nn.Parameter(torch.zeros(c))
+            parts |= {"class_vectors": torch.zeros(c, d), "bias": torch.zeros(c)}
         else:
             width = config.width or k
             hidden = config.mlp_ratio * width
@@ -91,17 +71,13 @@ class TransMiterLayer(nn.Module, AdapterLayer):
                 nn.init.xavier_uniform_(up.weight, generator=generator)
             for tensor in (up.bias, down.weight, down.bias):
                 nn.init.zeros_(tensor)
-            self.transmiter_basis[name] = nn.Parameter(
-                torch.empty(width, k) if up.weight.is_meta else _orthonormal(width, k, generator)
-            )
-            self.transmiter_norm[name], self.transmiter_up[name] = nn.LayerNorm(width), up
-            self.transmiter_down[name] = down
+            basis = torch.empty(width, k) if up.weight.is_meta else _orthonormal(width, k, generator)
+            parts |= {"basis": basis, "norm": nn.LayerNorm(width), "up": up, "down": down}
             frozen += () if config.train_basis else ("transmiter_basis",)
         self.frozen_peft_weight_names[name] = frozen
-        if not self.transmiter_anchors[name].is_meta:
-            for container in self.adapter_layer_names:
-                if name in getattr(self, container):
-                    getattr(self, container)[name] = getattr(self, container)[name].to(like.device)
+        self.fill(name, parts)
+        if not self.part("anchors", name).is_meta:  # PEFT's loading without memory
+            self.fill(name, {part: self.part(part, name).to(like.device) for part in parts})
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @classmethod
@@ -133,15 +109,6 @@ class TransMiterLayer(nn.Module, AdapterLayer):
         self.check_tensors(name, tensors)
         for key, tensor in self.tensors(name).items():
             tensor.copy_(tensors[key])
-
-    def has_anchors(self, name: str) -> bool:
-        """Whether the names were embedded: a fresh adapter on a bare model waits for its first forward pass."""
-        return bool(self.transmiter_anchors[name][0].any())
-
-    @property
-    def active_name(self) -> str | None:
-        """The adapter that answers: the first active one held here."""
-        return next((name for name in self.active_adapters if name in self.configs), None)
 
     def forward(self, image_embeds: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
         """Unit image embeddings (B, d) to task logits (B, C) of the answering adapter; zero-shot when disabled."""
@@ -179,7 +146,7 @@ class TransMiterLayer(nn.Module, AdapterLayer):
             return None
         if not isinstance(output, ModelOutput):
             raise ValueError("a TransMiter adapter answers in a ModelOutput: call the model with return_dict=True.")
-        if not self.has_anchors(name):
+        if not self.transmiter_anchors[name][0].any():  # a fresh adapter: the names were not embedded yet
             anchors = self.configs[name].anchors
             self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))
         scale, bias = logit_scale_and_bias(root)
