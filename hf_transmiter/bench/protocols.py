@@ -64,7 +64,7 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
         raise ValueError(f"the dataset {target.name!r} has no test split, so that nothing can be scored on it.")
     tuned_on = source if protocol in ELSEWHERE or (target.train is None and source is not None) else target
     if tuned_on is None:
-        raise ValueError(f"{protocol} tunes on another dataset: name a dataset that has a train split with train_on.")
+        raise ValueError(f"{protocol} tunes on another dataset: name it with train_on.")
     if tuned_on.train is None:
         raise ValueError(f"{tuned_on.name!r} has no train split: name a dataset that has one with train_on.")
     base_only = protocol == "base-to-novel"

@@ -52,7 +52,7 @@ def test_domain_generalisation_has_the_images_of_what_was_tuned_on():
             "cross-dataset",
             FULL,
             None,
-            "cross-dataset tunes on another dataset: name a dataset that has a train split",
+            "cross-dataset tunes on another dataset: name it with train_on",
         ),
         ("base-to-base", TEST_ONLY, None, "'shifted' has no train split: name a dataset that has one with train_on"),
         ("cross-dataset", FULL, TEST_ONLY, "'shifted' has no train split"),
