@@ -79,7 +79,6 @@ _FOR_THE_COMMAND_LINE = {
     "starting_templates": "method.tune",
     "teacher_facts": "method.saved",
     "teacher_templates": "method.saved",
-    "tune_seeds": "evaluation.upgrade",
     "adapter_settings": "method.tune",
     "tuning_of": "evaluation.upgrade",
     "usual_templates": "data.catalogue",

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from datasets import ClassLabel
+from tuned_seeds import Metrics, score_seeds, tune_seeds
 from upgrade_studies import mean_std
 
 from hf_transmiter import sandbox
 from hf_transmiter.data.splits import base_novel
 from hf_transmiter.encoders.dual_encoder import DualEncoder
-from hf_transmiter.evaluation.upgrade import UpgradeScore, score_upgrade, tune_seeds
 from hf_transmiter.settings import split_tuning
 
 
@@ -66,20 +66,19 @@ def row_of(method: str, task: str, pair: tuple[DualEncoder, DualEncoder], argume
     again = None
     if arguments.retrain:
         again = tune_seeds(new, train, seeds, folder / new.name_or_path.rsplit("/", 1)[-1], **how, **quiet)
-    floor, row = score_upgrade(whole, old, new, test, retrained=again, **quiet)
+    floor, row, _ = score_seeds(whole, old, new, test, retrained=again, **quiet)
     if arguments.whole:
-        none = UpgradeScore(method, (), {})
-        return {"zero-shot": columns(floor, none, arguments.seeds), method: columns(row, none, arguments.seeds)}
+        return {"zero-shot": columns(floor, {}, arguments.seeds), method: columns(row, {}, arguments.seeds)}
     half, names = first_half(train)
     halves = tune_seeds(old, half, seeds, folder / "base", **how, **quiet)
-    half_floor, half_row = score_upgrade(halves, old, new, test, seen_classes=names, **quiet)
+    half_floor, half_row, _ = score_seeds(halves, old, new, test, seen_classes=names, **quiet)
     return {"zero-shot": columns(floor, half_floor, arguments.seeds), method: columns(row, half_row, arguments.seeds)}
 
 
-def columns(row: UpgradeScore, halves: UpgradeScore, seeds: int) -> dict[str, tuple[float, ...]]:
-    found = {"old": row.old, "upgraded": row.upgraded, "re-trained": row.retrained}
+def columns(row: Metrics, halves: Metrics, seeds: int) -> dict[str, tuple[float, ...]]:
+    found = {"old": row.get("old"), "upgraded": row.get("upgraded"), "re-trained": row.get("retrained")}
     for model in ("old", "upgraded"):
-        found |= {f"{model} {metric}": halves.scores.get(model, {}).get(metric) for metric in ("base", "novel")}
+        found |= {f"{model} {metric}": halves.get(f"{model} {metric}") for metric in ("base", "novel")}
     return {key: None if values is None else values * (seeds // len(values)) for key, values in found.items()}
 
 
