@@ -23,6 +23,7 @@ from .. import sandbox
 from ..data.anchors import PROMPTED, Anchors
 from ..data.catalogue import DatasetSpec, load_split
 from ..data.images import load_images
+from ..data.splits import base_names
 from ..data.vocabulary import NUM_ANCHORS, load_vocabulary, universal_vocabulary
 from ..encoders.dual_encoder import DualEncoder, load_encoder
 from ..evaluation.compare import Comparison, compare
@@ -37,7 +38,7 @@ from ..method.saved import load_teacher
 from ..method.tune import starting_templates, tune
 from ..settings import ExtractionConfig
 from .config import BenchConfig, Pair, Tuning, digest
-from .protocols import Part, Parts, base_names, draw, only_base, parts
+from .protocols import Part, Parts, draw, only_base, parts
 
 
 logger = logging.getLogger(__name__)

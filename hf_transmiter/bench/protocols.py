@@ -17,7 +17,7 @@ from typing import NamedTuple
 from datasets import ClassLabel, Dataset
 
 from ..data.catalogue import DatasetSpec
-from ..data.splits import base_novel, few_shot
+from ..data.splits import base_names, few_shot
 from ..evaluation.evaluate import harmonic_mean
 
 
@@ -72,15 +72,6 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
         raise ValueError(f"{target.name!r} has no train split, so that its base classes cannot be tuned on.")
     unlabelled = target if target.train is not None else tuned_on
     return Parts(Part(tuned_on, "train", base_only), Part(unlabelled, "unlabelled", base_only), Part(target, "test"))
-
-
-def base_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The first ``ceil(C / 2)`` class names, which the tuning of base-to-novel sees.
-
-    Raises:
-        ValueError: fewer than two names.
-    """
-    return tuple(names[i] for i in base_novel(names)[0])
 
 
 def only_base(images: Dataset) -> Dataset:

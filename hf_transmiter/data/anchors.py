@@ -222,11 +222,9 @@ class Anchors:
         return cls(task, [candidates[i] for i in chosen], templates)
 
     @classmethod
-    def universal(
-        cls, size: int = NUM_ANCHORS, seed: int = 0, templates: Sequence[str] = DEFAULT_TEMPLATES
-    ) -> Anchors:
+    def universal(cls) -> Anchors:
         """Anchors without a task, the same for everyone: what bridges between models are built on."""
-        return cls((), universal_vocabulary(size, seed), templates)
+        return cls((), universal_vocabulary())
 
 
 def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:

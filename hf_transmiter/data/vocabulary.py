@@ -60,8 +60,8 @@ def load_vocabulary(source: str | os.PathLike | Sequence[str]) -> list[str]:
     return list(kept.values())
 
 
-def universal_vocabulary(size: int = NUM_ANCHORS, seed: int = 0) -> tuple[str, ...]:
-    """`size` common nouns in an order that depends on nothing but the seed and the names themselves.
+def universal_vocabulary(size: int = NUM_ANCHORS) -> tuple[str, ...]:
+    """`size` common nouns in an order that depends on nothing but the names themselves.
 
     A smaller universal vocabulary is the beginning of a larger one. The order is the same on every platform.
 
@@ -69,7 +69,7 @@ def universal_vocabulary(size: int = NUM_ANCHORS, seed: int = 0) -> tuple[str, .
         ValueError: there are fewer than `size` common nouns.
     """
     candidates = load_vocabulary(COMMON_NOUNS)
-    return tuple(candidates[i] for i in choose_auxiliary(candidates, size, "random", seed=seed))
+    return tuple(candidates[i] for i in choose_auxiliary(candidates, size))
 
 
 def choose_auxiliary(
