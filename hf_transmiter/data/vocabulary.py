@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 
 COMMON_NOUNS = "common-nouns"
-STRATEGIES = ("random", "farthest-point", "highest-spread", "spread-then-farthest", "all", "none")
+STRATEGIES = ("random", "farthest-point", "highest-spread", "spread-then-farthest", "all")
 NUM_ANCHORS = 1024
 _SHIPPED = Path(__file__).parents[1] / "assets" / "vocabulary" / f"{COMMON_NOUNS}.txt"
 
@@ -91,7 +91,6 @@ def choose_auxiliary(
     | `"highest-spread"` | largest std over the images of the candidate's logit | `logits` |
     | `"spread-then-farthest"` | farthest-point among the `2 * count` of highest spread | both |
     | `"all"` | every candidate, in order; `count` is not used | |
-    | `"none"` | no candidate; `count` is not used | |
 
     Ranking names by a hash makes the random choice the same on every platform, a smaller choice the beginning of a
     larger one, and the choices made for two tasks equal but for the names the tasks themselves hold.
@@ -109,8 +108,6 @@ def choose_auxiliary(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
-    if strategy == "none":
-        return []
     if strategy == "all":
         return list(range(len(candidates)))
     if count < 0:

@@ -237,16 +237,14 @@ class Task:
         def chosen() -> Anchors:
             pool = Anchors.build(names, **build, strategy="all")
             embeds = self.weak.embed_names(pool.names, pool.templates).cpu()
-            logits = self._spread_logits(embeds) if "spread" in strategy else None
+            logits = None
+            if "spread" in strategy:
+                table = self.table(self.weak, "unlabelled")
+                rows = torch.linspace(0, len(table) - 1, min(len(table), SPREAD_IMAGES)).long()  # evenly spaced
+                logits = self.weak.logits(table.select(rows).embeds, embeds)
             return Anchors.build(names, **build, **wanted, embeds=embeds, logits=logits)
 
         return self.once(f"anchors {sorted(wanted.items())}", chosen)
-
-    def _spread_logits(self, text: Tensor) -> Tensor:
-        """Logits of the weak model on at most `SPREAD_IMAGES` unlabelled images, evenly spaced."""
-        table = self.table(self.weak, "unlabelled")
-        rows = torch.linspace(0, len(table) - 1, min(len(table), SPREAD_IMAGES)).long()
-        return self.weak.logits(table.select(rows).embeds, text)
 
     def extract(self, config: ExtractionConfig, anchors: Anchors | None = None) -> AnchorClassifier:
         """The weak model's adapter; not to be changed, other methods use it.

@@ -159,10 +159,10 @@ def test_random_names_are_shared_between_tasks():
     assert taken[:99] == cats.auxiliary[:4] + cats.auxiliary[5:]
 
 
-def test_all_and_none_do_not_look_at_num_anchors():
+def test_all_does_not_look_at_num_anchors():
     task = ["cat", "dog", "cow"]
     assert Anchors.build(task, vocabulary=["tree", "Dog"], strategy="all", num_anchors=1).auxiliary == ("tree",)
-    assert Anchors.build(task, strategy="none", num_anchors=1) == Anchors(task)
+    assert Anchors.build(task, num_anchors=3) == Anchors(task)
 
 
 def test_build_errors_name_the_remedy():
