@@ -60,7 +60,7 @@ _FOR_THE_COMMAND_LINE = {
     "evaluation.evaluate": ("record_scores",),
     "evaluation.methods": ("METHODS", "STRONG", "Variant"),
     "evaluation.report": ("comparison_table", "write_analysis", "write_comparison"),
-    "evaluation.upgrade": ("tune_seeds", "tuning_of"),
+    "evaluation.upgrade": ("tuning_of",),
     "bench.cells": ("make_plan",),
     "bench.config": ("BenchConfig", "ready_configs"),
     "bench.report": ("write_bench_report",),

@@ -19,15 +19,17 @@ from typing import TypeVar
 import torch
 from datasets import Dataset
 
+from .. import sandbox
 from ..data.anchors import PROMPTED, Anchors
 from ..data.catalogue import DatasetSpec, load_split
 from ..data.images import load_images
+from ..data.splits import base_names
 from ..data.vocabulary import NUM_ANCHORS, load_vocabulary, universal_vocabulary
 from ..encoders.dual_encoder import DualEncoder, load_encoder
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.drift import feature_drift
 from ..evaluation.methods import LABELS, METHODS, NEEDS, Variant
-from ..evaluation.upgrade import ZERO_SHOT, UpgradeScore, score_upgrade
+from ..evaluation.upgrade import ZERO_SHOT, score_upgrade
 from ..hub.adapter_files import TEACHER_FILE
 from ..hub.files import new_folder, replace_file
 from ..hub.repo import public_name
@@ -36,7 +38,7 @@ from ..method.saved import load_teacher
 from ..method.tune import starting_templates, tune
 from ..settings import ExtractionConfig
 from .config import BenchConfig, Pair, Tuning, digest
-from .protocols import Part, Parts, base_names, draw, only_base, parts
+from .protocols import Part, Parts, draw, only_base, parts
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ T = TypeVar("T")
 CELLS, FAILED, TUNED = "cells", "failed", "tuned"
 """Folders of an output: finished cells, messages of failed ones, tuned models."""
 _FORMAT = 1
-_SAID_ONLY = ("name", "title", "counts", "notes")
+_SAID_ONLY = ("name", "title", "notes")
 _DRIFT_NAMES = 200  # common nouns that both models of an upgrade are asked about
 
 
@@ -88,7 +90,7 @@ class Cell:
         names += ("retrain",) if config.experiment == "upgrade" else ("general", "vocabulary", "num_anchors")
         return {
             **{name: getattr(config, name) for name in names},
-            "models": [self.pair.weak, self.pair.strong],
+            "models": list(self.pair),
             "test": _spec_digest(self.parts.test.spec),
             "train": _spec_digest(self.parts.train.spec),
             "tuning": {**self.how["adapter"], **asdict(self.how["config"])},
@@ -279,18 +281,18 @@ class Workshop:
 
     def made_from(self, cell: Cell) -> dict:
         """Fingerprints of the models and images of a cell. Raises what loading them raises."""
-        models = {name: self.encoder(name).fingerprint for name in (cell.pair.weak, cell.pair.strong)}
+        models = {name: self.encoder(name).fingerprint for name in cell.pair}
         images = [self.few_shots(cell), *map(self.images, cell.scored), self.general()]
         return {"models": models, "images": [None if one is None else one._fingerprint for one in images]}
 
     def to_embed(self, cell: Cell) -> list[tuple[str, Dataset]]:
         """Models and images that a cell needs embedded, besides those of tuned image towers."""
-        models, found = (cell.pair.weak, cell.pair.strong), [(cell.pair.weak, self.few_shots(cell))]
+        found = [(cell.pair.weak, self.few_shots(cell))]
         reads_labels = any(LABELS in METHODS[variant.method].needs for variant in self.config.variants)
         if len(cell.tuned_models) > 1 or (reads_labels and not cell.parts.elsewhere):
             found.append((cell.pair.strong, self.few_shots(cell)))
         shared = [*map(self.images, cell.scored), self.general()]
-        return found + [(model, images) for images in shared if images is not None for model in models]
+        return found + [(model, images) for images in shared if images is not None for model in cell.pair]
 
     def tuned(self, cell: Cell, model: str) -> Path:
         """Folder of a model of the cell after tuning; tuned now, or from its checkpoint on, if it is not there."""
@@ -327,14 +329,13 @@ class Workshop:
         found = {"made_from": self.made_from(cell), "num_images": len(self.images(cell.parts.test))}
         if self.config.experiment == "transfer":
             return {**found, "rows": self._transfer(cell)}
-        models = [self.encoder(name) for name in (cell.pair.weak, cell.pair.strong)]
         names = universal_vocabulary(_DRIFT_NAMES)
-        drift = self._once(("drift", cell.pair), lambda: feature_drift(*models, names))
+        drift = self._once(("drift", cell.pair), lambda: feature_drift(*map(self.encoder, cell.pair), names))
         return {**found, "rows": self._upgrade(cell), "drift": [asdict(row) for row in drift]}
 
     def _transfer(self, cell: Cell) -> dict[str, dict]:
         test, unlabelled = map(self.images, cell.scored)
-        names, elsewhere = test.features["label"].names, cell.parts.elsewhere
+        names, elsewhere, vocabulary = test.features["label"].names, cell.parts.elsewhere, self.config.vocabulary
         variants, tuned_strong, skipped = list(self.config.variants), None, {}
         for variant in filter(is_ceiling, self.config.variants):
             try:
@@ -343,8 +344,7 @@ class Workshop:
                 skipped[variant.name] = {"skipped": str(error)}
                 variants.remove(variant)
         found = compare(
-            self.encoder(cell.pair.weak),
-            self.encoder(cell.pair.strong),
+            *map(self.encoder, cell.pair),
             self.asked(cell, cell.pair.weak, names),
             test,
             unlabelled=unlabelled,
@@ -356,31 +356,25 @@ class Workshop:
             templates=cell.parts.test.spec.templates,
             variants=[_seeded(variant, cell.seed) for variant in variants],
             gradient=ExtractionConfig(solver="gradient", seed=cell.seed),
-            vocabulary=None if self.config.vocabulary is None else self._once("vocabulary", self._vocabulary),
+            vocabulary=sandbox.vocabulary() if vocabulary == "sandbox" else vocabulary and load_vocabulary(vocabulary),
             num_anchors=self.config.num_anchors or NUM_ANCHORS,
             **self.options,
         )
         return {row.name: skipped.get(row.name) or _row(found, row.name) for row in self.config.variants}
 
-    def _vocabulary(self) -> Sequence[str]:
-        if self.config.vocabulary == "sandbox":
-            from .. import sandbox  # the synthetic world is not needed for real pictures
-
-            return sandbox.vocabulary()
-        return load_vocabulary(self.config.vocabulary)
-
     def _upgrade(self, cell: Cell) -> dict[str, dict]:
-        test, models, again = self.images(cell.parts.test), (cell.pair.weak, cell.pair.strong), None
-        names, remark = test.features["label"].names, {}
+        test, again, remark = self.images(cell.parts.test), None, {}
         if self.config.retrain:
             try:
-                again = [self.tuned(cell, cell.pair.strong)]
+                again = self.tuned(cell, cell.pair.strong)
             except ValueError as error:  # such as prompts in an image tower that takes none
                 remark = {"remark": f"not re-trained: {error}"}
-        seen = base_names(names) if cell.parts.train.base_only else None
-        folders, options = [self.tuned(cell, cell.pair.weak)], {"retrained": again, "seen_classes": seen}
-        found = score_upgrade(folders, *map(self.encoder, models), test, **options, **self.options)
-        return {ZERO_SHOT: _upgraded(found[0]), cell.tuning.name: _upgraded(found[1]) | remark}
+        seen = base_names(test.features["label"].names) if cell.parts.train.base_only else None
+        options = {"retrained": again, "seen_classes": seen, **self.options}
+        found = score_upgrade(self.tuned(cell, cell.pair.weak), *map(self.encoder, cell.pair), test, **options)
+        skipped = {"skipped": found.refused} if found.refused else {}
+        prompt = {"metrics": found.prompt, **skipped, **remark}
+        return {ZERO_SHOT: {"metrics": found.zero_shot}, cell.tuning.name: prompt}
 
 
 def _seeded(variant: Variant, seed: int) -> Variant:
@@ -399,13 +393,3 @@ def _row(found: Comparison, name: str) -> dict:
         "metrics": {metric: score.value for metric, score in row.scores.items() if math.isfinite(score.value)},
         "needs": [need for need in NEEDS if need in row.needs],
     }
-
-
-def _upgraded(row: UpgradeScore) -> dict:
-    """One row of an upgrade, of a single seed: `old`, `old base` and so on, and `h`."""
-    metrics = {}
-    for model, scores in row.scores.items():
-        metrics |= {model if m == "accuracy" else f"{model} {m}": values[0] for m, values in scores.items()}
-    if row.harmonic is not None:
-        metrics["h"] = row.harmonic[0]
-    return {"metrics": metrics, **({"skipped": row.refused} if row.refused else {})}

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -19,7 +20,7 @@ from ..hub.checks import did_you_mean
 from ..hub.repo import public_name
 from ..method.tune import adapter_settings
 from ..settings import check_choice, split_tuning
-from .protocols import ELSEWHERE, PROTOCOLS, parts
+from .protocols import PROTOCOLS, parts
 
 
 EXPERIMENTS = {"transfer": ("weak", "strong"), "upgrade": ("old", "new")}
@@ -28,8 +29,7 @@ _READY = Path(__file__).parents[1] / "assets" / "bench"
 _PUBLISHED = Path(__file__).parents[1] / "assets" / "published.yaml"
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Two models: Hub ids (``id@revision``), folders, ``sandbox:NAME`` or ``open_clip:NAME/WEIGHTS``."""
 
     weak: str
@@ -64,9 +64,7 @@ class Tuning:
             found = split_tuning(settings)
             adapter = adapter_settings(found["adapter"])
             return {"adapter": adapter, "config": found["config"].of(adapter["method"])}
-        except TypeError as error:
-            raise ValueError(f"the settings of the tuning {self.name!r} are of the wrong kind: {error}.") from error
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # a value of another kind, or an unknown one
             raise ValueError(f"the tuning {self.name!r}: {error}") from error
 
 
@@ -151,8 +149,6 @@ class BenchConfig:
             for value in values:
                 if values.count(value) > 1:
                     raise ValueError(f"{name} has {value} twice: remove it, or give it another name.")
-        if self.protocol in ELSEWHERE and self.train_on is None:
-            raise ValueError(f"{self.protocol} tunes on another dataset: name it with train_on.")
         for spec in self.datasets:
             parts(self.protocol, spec, self.train_on)
             for tuning in self.tunings:
@@ -195,7 +191,10 @@ class BenchConfig:
         if not isinstance(content, Mapping):
             raise ValueError(f"a configuration holds 'key: value' lines, not a {type(content).__name__}.")
         values = {key: value for key, value in content.items() if value is not None}  # a key with nothing behind it
-        _check_names(values, [item.name for item in fields(cls)], "key")
+        known = [item.name for item in fields(cls)]
+        unknown = next((key for key in values if key not in known), None)
+        if unknown is not None:
+            raise ValueError(f"there is no key {unknown!r}; {did_you_mean(str(unknown), known)}")
         for name, hint in _REQUIRED.items():
             if not values.get(name):
                 raise ValueError(f"{name!r} is missing{hint}.")
@@ -225,12 +224,9 @@ class BenchConfig:
         """The same on other datasets (names of the configuration's own first, then what [`find_spec`] takes), with
         other seeds or shots."""
         own = {spec.name: spec for spec in self.datasets}
-        changed = {
-            "datasets": tuple(own[name] if name in own else find_spec(name) for name in datasets or ()),
-            "seeds": tuple(seeds or ()),
-            "shots": tuple(shots or ()),
-        }
-        return replace(self, **{name: value for name, value in changed.items() if value})
+        specs = [own[name] if name in own else find_spec(name) for name in datasets or ()]
+        changed = {"datasets": specs, "seeds": seeds, "shots": shots}
+        return replace(self, **{name: tuple(values) for name, values in changed.items() if values})
 
 
 _LISTS = ("models", "datasets", "tunings", "variants", "shots", "seeds")
@@ -276,12 +272,6 @@ def published_table(key: str) -> dict:
 def digest(facts) -> str:
     """Twelve hex digits of anything JSON can write."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
-
-
-def _check_names(given: Collection[str], known: Collection[str], what: str) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"there is no {what} {name!r}; {did_you_mean(str(name), known)}")
 
 
 def _pair(entry, roles: tuple[str, str]) -> Pair:

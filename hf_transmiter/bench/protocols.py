@@ -17,7 +17,7 @@ from typing import NamedTuple
 from datasets import ClassLabel, Dataset
 
 from ..data.catalogue import DatasetSpec
-from ..data.splits import base_novel, few_shot
+from ..data.splits import base_names, few_shot
 from ..evaluation.evaluate import harmonic_mean
 
 
@@ -64,7 +64,7 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
         raise ValueError(f"the dataset {target.name!r} has no test split, so that nothing can be scored on it.")
     tuned_on = source if protocol in ELSEWHERE or (target.train is None and source is not None) else target
     if tuned_on is None:
-        raise ValueError(f"{protocol} tunes on another dataset: name a dataset that has a train split with train_on.")
+        raise ValueError(f"{protocol} tunes on another dataset: name it with train_on.")
     if tuned_on.train is None:
         raise ValueError(f"{tuned_on.name!r} has no train split: name a dataset that has one with train_on.")
     base_only = protocol == "base-to-novel"
@@ -72,15 +72,6 @@ def parts(protocol: str, target: DatasetSpec, source: DatasetSpec | None = None)
         raise ValueError(f"{target.name!r} has no train split, so that its base classes cannot be tuned on.")
     unlabelled = target if target.train is not None else tuned_on
     return Parts(Part(tuned_on, "train", base_only), Part(unlabelled, "unlabelled", base_only), Part(target, "test"))
-
-
-def base_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The first ``ceil(C / 2)`` class names, which the tuning of base-to-novel sees.
-
-    Raises:
-        ValueError: fewer than two names.
-    """
-    return tuple(names[i] for i in base_novel(names)[0])
 
 
 def only_base(images: Dataset) -> Dataset:

@@ -12,7 +12,7 @@ from ..evaluation import figures
 from ..evaluation.drift import LayerDrift, drift_table
 from ..evaluation.methods import LABELS, WEAK
 from ..evaluation.report import Section, write_report
-from ..evaluation.upgrade import MODELS, ZERO_SHOT, UpgradeScore
+from ..evaluation.upgrade import MODELS, ZERO_SHOT
 from ..hub.repo import public_name
 from ..hub.scores import Score, cell_text, column, shown, table
 from .cells import Cell, cells, read_cell, read_failure, slug
@@ -256,14 +256,13 @@ def _lines(points: Iterable[tuple[str, float, Summary]]) -> dict[str, list[tuple
 
 
 def _upgrade_bars(group: Group, path: Path, title: str) -> Path | None:
-    rows, floors = [], {}
+    rows, floors = {}, {}
     for row in group.rows.values():
         found = {name: one for name, one in row.summary(group.datasets).items() if name in MODELS}
         if row.name == ZERO_SHOT:
             floors = {f"zero-shot, {MODELS[name]}": one.value for name, one in found.items()}
         elif found:
-            scores = {name: {"accuracy": tuple(one.seeds)} for name, one in found.items()}
-            rows.append(UpgradeScore(row.name, (), scores))
+            rows[row.name] = {name: one.seeds for name, one in found.items()}
     return figures.compatibility_figure(rows, path, floors, title=title) if rows else None
 
 

@@ -50,29 +50,17 @@ def tune(
     adapter: Annotated[
         list[str] | None, "An option of its PEFT configuration, such as n_ctx=8; may be repeated."
     ] = None,
-    seeds: Annotated[
-        list[int] | None, "Tune once with each of these, into OUTPUT_DIR/seed-N; may be repeated."
-    ] = None,
 ) -> Result:
     """Labelled pictures to a tuned weak model, saved as a PEFT adapter.
 
-    With several seeds, adapters that are there already are kept: an interrupted run goes on.
-
     [bold]Example:[/bold] hf-transmiter tune --weak openai/clip-vit-base-patch16 --dataset mteb/dtd --method contcoop --output-dir out/tuned
     """  # noqa: E501
-    if not seeds:
-        output.check(run)
-    elif output.overwrite:
-        raise ValueError("--overwrite does nothing with --seeds: remove the folders that are to be tuned again.")
+    output.check(run)
     adapter = ht.adapter_settings({"method": method, **key_values(adapter, "--adapter")})
     encoder, images = ht.load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
     usual = ht.starting_templates(method, ht.usual_templates(dataset))
     templates = ht.read_templates(names.template) if names.template else usual
     options = {"class_names": ht.read_names(names.class_names), "templates": templates, **data.work(run)}
-    if seeds:
-        folders = ht.tune_seeds(encoder, images, seeds, output.output_dir, adapter, config=config, **options)
-        found = {"output_dirs": list(map(str, folders)), "method": method}
-        return Result(found, "Tuned: " + ", ".join(found["output_dirs"]))
     tuned = ht.tune(encoder, images, adapter, config=config, checkpoint=output.checkpoint, **options)
     output.write(tuned.save_pretrained, values, run)
     count = len(tuned.class_names)

@@ -187,7 +187,7 @@ class Anchors:
                 As in [`load_vocabulary`]. Names that equal a task name up to case, spaces, underscores and hyphens are
                 left out.
             strategy (`str`), seed (`int`): as in [`choose_auxiliary`]; `"random"` is the published choice.
-            num_anchors (`int`, *optional*, defaults to 1024): K, task names included. Not used by `"all"`, `"none"`.
+            num_anchors (`int`, *optional*, defaults to 1024): K, task names included. Not used by `"all"`.
             embeds (`torch.Tensor`, *optional*): (pool size, d) text embeddings of the pool.
             logits (`torch.Tensor`, *optional*): (N, pool size) logits of the N unlabelled images over the pool.
 
@@ -198,21 +198,17 @@ class Anchors:
         task = _strings(task, "task")
         taken = {name_key(name) for name in task}
         candidates = [name for name in load_vocabulary(vocabulary) if name_key(name) not in taken]
-        if strategy in ("all", "none"):
-            count = len(candidates) if strategy == "all" else 0
-        elif num_anchors < len(task):
+        if strategy != "all" and num_anchors < len(task):
             raise ValueError(
                 f"{len(task)} task names do not fit into num_anchors={num_anchors}; "
-                f"raise num_anchors to at least {len(task)} or use strategy='none'."
+                f"raise num_anchors to at least {len(task)}."
             )
-        else:
-            count = num_anchors - len(task)
         pool = len(task) + len(candidates)
         embeds = _pool_tensor(embeds, "embeds", axis=0, pool=pool)
         logits = _pool_tensor(logits, "logits", axis=1, pool=pool)
         chosen = choose_auxiliary(
             candidates,
-            count,
+            num_anchors - len(task),
             strategy,
             seed=seed,
             text_embeds=None if embeds is None else embeds[len(task) :],
@@ -222,11 +218,9 @@ class Anchors:
         return cls(task, [candidates[i] for i in chosen], templates)
 
     @classmethod
-    def universal(
-        cls, size: int = NUM_ANCHORS, seed: int = 0, templates: Sequence[str] = DEFAULT_TEMPLATES
-    ) -> Anchors:
+    def universal(cls) -> Anchors:
         """Anchors without a task, the same for everyone: what bridges between models are built on."""
-        return cls((), universal_vocabulary(size, seed), templates)
+        return cls((), universal_vocabulary())
 
 
 def read_templates(values: Sequence[str] | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,13 @@ _USUAL = {
 }
 
 
+_KINDS = {
+    "str": (str, "a word"),
+    "tuple[str, ...]": (tuple, "a list of words"),
+    "Mapping[str, str]": (Mapping, "pairs 'name: name'"),
+}
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """What has to be known of a dataset to ask a model about it.
@@ -50,7 +58,6 @@ class DatasetSpec:
         class_names (`tuple[str, ...]`, *optional*):
             C names in the order of the published base and novel halves; those of the data, in their order, if omitted.
         templates (`tuple[str, ...]`, *optional*): prompts, each with ``{}`` for the name.
-        counts (`Mapping[str, int]`, *optional*): pictures that [`load_split`] gives for a role, where known.
         aliases (`Mapping[str, str]`, *optional*): {a class as the data spell it: the name it has here}.
         label_names (`tuple[str, ...]`, *optional*):
             How the data would spell the classes 0, 1, ... if their label column, which holds numbers only, named them;
@@ -77,7 +84,6 @@ class DatasetSpec:
     unlabelled: str | None = None
     class_names: tuple[str, ...] | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    counts: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -88,9 +94,10 @@ class DatasetSpec:
     def __post_init__(self):
         where = f"dataset {self.name!r}"
         for item in fields(self):
-            value = getattr(self, item.name)
-            if not _fits(value, str(item.type)):
-                raise ValueError(f"{where}: {item.name} must be {_words(str(item.type))}, got {value!r}.")
+            value, (kind, words) = getattr(self, item.name), _KINDS[item.type.removesuffix(" | None")]
+            optional = item.type.endswith("| None")
+            if not (optional and value is None or _holds_words(value, kind)) or optional and value == "":
+                raise ValueError(f"{where}: {item.name} must be {words}, got {value!r}.")
         if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
             raise ValueError(f"{where}: revision must be a full commit of 40 hex digits, got {self.revision!r}.")
         if self.class_names is not None:
@@ -98,9 +105,6 @@ class DatasetSpec:
         odd = [prompt for prompt in self.templates if prompt.count("{}") != 1]
         if odd or not self.templates:
             raise ValueError(f"{where}: templates are prompts with one {{}} for the name, got {list(self.templates)}.")
-        odd = {role: number for role, number in self.counts.items() if role not in ROLES or number < 1}
-        if odd:
-            raise ValueError(f"{where}: counts gives pictures per role ({', '.join(ROLES)}), got {odd}.")
         if bool(self.clip_columns) != bool(self.frame_column):
             raise ValueError(f"{where}: clip_columns and frame_column belong together.")
 
@@ -132,24 +136,11 @@ class DatasetSpec:
         return split
 
 
-def _fits(value, kind: str) -> bool:
-    if kind.endswith("| None") and value is None:
-        return True
-    if kind.startswith("tuple"):
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if kind.startswith("Mapping"):
-        held = int if "int" in kind else str
-        return isinstance(value, Mapping) and all(
-            isinstance(key, str) and isinstance(item, held) and not isinstance(item, bool)
-            for key, item in value.items()
-        )
-    return isinstance(value, str) and (value != "" or not kind.endswith("| None"))
-
-
-def _words(kind: str) -> str:
-    if kind.startswith("Mapping"):
-        return "pairs 'name: number'" if "int" in kind else "pairs 'name: name'"
-    return "a list of words" if kind.startswith("tuple") else "a word"
+def _holds_words(value, kind: type) -> bool:
+    if not isinstance(value, kind):
+        return False
+    held = chain(*value.items()) if kind is Mapping else [value] if kind is str else value
+    return all(isinstance(one, str) for one in held)
 
 
 @cache
@@ -230,7 +221,7 @@ def _from_mapping(values: Mapping, folder: Path | None = None) -> DatasetSpec:
     if row is not None:
         spec = find_spec(row)
         if values.get("source", spec.source) != spec.source:
-            values = {"revision": None, "counts": {}, **values}  # nothing is known of another place
+            values = {"revision": None, **values}  # nothing is known of another place
         return replace(spec, **values)
     if "source" not in values:
         raise ValueError(f"dataset {label!r} needs a source (Hub id, folder, files), or the row it is a copy of.")
@@ -299,16 +290,12 @@ def load_split(
     return draw(pictures, "image", max_images, skip_unreadable)
 
 
-def _values(dataset: Dataset, column: str) -> list:
-    """The stored values of a column; no picture is read."""
-    return dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-
-
 def _labels(
     dataset: Dataset, column: str | None, spec: DatasetSpec, role: str
 ) -> tuple[np.ndarray | None, Sequence[str]]:
     """(N,) positions in the names, -1 for what is left out; and the names. `None`: there are no labels."""
-    values = [] if column is None else _values(dataset, column)
+    # No picture is read.
+    values = [] if column is None else dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     without = sum(value is None or value == -1 for value in values)
     if column is None or without:
         if role == "unlabelled":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.files import replace_file
-from .images import guess_columns
+from .images import guess_columns, label_indices
 
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ def embed_dataset(
     image_column, label_column = guess_columns(dataset, image_column, label_column)
     if not len(dataset):
         raise ValueError("the dataset is empty: there is no image to embed.")
-    labels, class_names = _labels(dataset, label_column)
+    labels = None if label_column is None else label_indices(dataset, label_column)
+    class_names = None if labels is None else getattr(dataset.features[label_column], "names", None)
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     facts = [encoder.fingerprint, dataset._fingerprint, str(dataset.split), image_column, PART_ROWS]
@@ -153,21 +154,6 @@ def embed_dataset(
         state.wait_for_everyone()
         embeds = _open(path)
     return FeatureTable(embeds, labels, class_names, fingerprint)
-
-
-def _labels(dataset: Dataset, column: str | None) -> tuple[list[int] | None, list[str] | None]:
-    """Class indices and, where the column has them, their names."""
-    if column is None:
-        return None, None
-    values = dataset.with_format(None)[column][:]
-    odd = [value for value in values if not isinstance(value, int)]
-    if odd:
-        raise ValueError(
-            f"column {column!r} holds {odd[0]!r}, not class indices: "
-            f"encode it with dataset.class_encode_column({column!r}), or pass another label_column=."
-        )
-    kind = dataset.features[column]
-    return values, kind.names if isinstance(kind, ClassLabel) else None
 
 
 def _open(path: Path) -> Tensor | None:

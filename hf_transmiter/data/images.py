@@ -152,6 +152,22 @@ def guess_columns(
     return image_column, label_column
 
 
+def label_indices(dataset: Dataset, column: str) -> list[int]:
+    """The labels (N,) of a column, as stored.
+
+    Raises:
+        ValueError: one that is no whole number.
+    """
+    values = dataset.with_format(None)[column][:]  # at once: one by one takes a minute for a million
+    odd = [value for value in values if not isinstance(value, int)]
+    if odd:
+        raise ValueError(
+            f"column {column!r} holds {odd[0]!r}, not class indices: "
+            f"encode it with dataset.class_encode_column({column!r}), or pass another label_column=."
+        )
+    return values
+
+
 def _usual(names: list[str], usual: tuple[str, ...]) -> list[str]:
     return [name for name in names if name.lower() in usual]
 

@@ -42,8 +42,8 @@ def few_shot(
     return [i for indices in members.values() for i in indices[:shots]]
 
 
-def base_novel(names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Class ids of the two halves of base-to-novel protocols: the first `ceil(C / 2)` and the rest (CoOp's split).
+def base_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The first ``ceil(C / 2)`` class names, which the tuning of base-to-novel sees (CoOp's split); the rest is novel.
 
     The halves depend on the order of the names, so keep that of the data set's published split.
 
@@ -52,8 +52,7 @@ def base_novel(names: Sequence[str]) -> tuple[list[int], list[int]]:
     """
     if len(names) < 2:
         raise ValueError(f"A base/novel split needs at least 2 classes, got {len(names)}.")
-    half = (len(names) + 1) // 2
-    return list(range(half)), list(range(half, len(names)))
+    return tuple(names[: (len(names) + 1) // 2])
 
 
 def _by_class(labels: Sequence[int], num_classes: int | None) -> dict[int, list[int]]:

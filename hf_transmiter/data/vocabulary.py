@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 
 COMMON_NOUNS = "common-nouns"
-STRATEGIES = ("random", "farthest-point", "highest-spread", "spread-then-farthest", "all", "none")
+STRATEGIES = ("random", "farthest-point", "highest-spread", "spread-then-farthest", "all")
 NUM_ANCHORS = 1024
 _SHIPPED = Path(__file__).parents[1] / "assets" / "vocabulary" / f"{COMMON_NOUNS}.txt"
 
@@ -60,8 +60,8 @@ def load_vocabulary(source: str | os.PathLike | Sequence[str]) -> list[str]:
     return list(kept.values())
 
 
-def universal_vocabulary(size: int = NUM_ANCHORS, seed: int = 0) -> tuple[str, ...]:
-    """`size` common nouns in an order that depends on nothing but the seed and the names themselves.
+def universal_vocabulary(size: int = NUM_ANCHORS) -> tuple[str, ...]:
+    """`size` common nouns in an order that depends on nothing but the names themselves.
 
     A smaller universal vocabulary is the beginning of a larger one. The order is the same on every platform.
 
@@ -69,7 +69,7 @@ def universal_vocabulary(size: int = NUM_ANCHORS, seed: int = 0) -> tuple[str, .
         ValueError: there are fewer than `size` common nouns.
     """
     candidates = load_vocabulary(COMMON_NOUNS)
-    return tuple(candidates[i] for i in choose_auxiliary(candidates, size, "random", seed=seed))
+    return tuple(candidates[i] for i in choose_auxiliary(candidates, size))
 
 
 def choose_auxiliary(
@@ -91,7 +91,6 @@ def choose_auxiliary(
     | `"highest-spread"` | largest std over the images of the candidate's logit | `logits` |
     | `"spread-then-farthest"` | farthest-point among the `2 * count` of highest spread | both |
     | `"all"` | every candidate, in order; `count` is not used | |
-    | `"none"` | no candidate; `count` is not used | |
 
     Ranking names by a hash makes the random choice the same on every platform, a smaller choice the beginning of a
     larger one, and the choices made for two tasks equal but for the names the tasks themselves hold.
@@ -109,8 +108,6 @@ def choose_auxiliary(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
-    if strategy == "none":
-        return []
     if strategy == "all":
         return list(range(len(candidates)))
     if count < 0:

@@ -117,8 +117,6 @@ def analyse(
     dataset,
     *,
     teacher: Teacher | None = None,
-    accelerator=None,
-    progress: bool = True,
     **embedding,
 ) -> Knowledge:
     """What the adapter of a classifier changes on these images.
@@ -127,7 +125,6 @@ def analyse(
         dataset (`datasets.Dataset`): images of the task; labels, if there are any, are matched by name.
         teacher (*optional*): the tuned weak model or its logits on these images, see [`Teacher`]. Defaults to the
             adapter's calibration pack where that belongs to these images.
-        accelerator (`Accelerator`, *optional*): embedding is shared by its processes, the rest done by each.
         **embedding: passed to `embed_dataset`.
 
     Raises:
@@ -141,8 +138,8 @@ def analyse(
     names = list(config.class_names)
     if len(names) < 2:
         raise ValueError(f"there is nothing to change with one class, {names[0]!r}.")
-    encoder, options = classifier.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
-    table = embed_dataset(encoder, dataset, **options)
+    encoder = classifier.encoder
+    table = embed_dataset(encoder, dataset, **embedding)
     labels = None if table.labels is None else align_labels(table, names)
     pack = classifier.calibration
     if teacher is None and pack is not None:
@@ -150,9 +147,8 @@ def analyse(
             pack.check_images(len(table), table.dataset_fingerprint)
             teacher = pack
     zero_shot = AnchorClassifier(encoder, Anchors(tuple(names), (), tuple(config.templates)))
-    options |= {"templates": config.templates}
     logits = {
-        name: teacher_logits(one, dataset, names, **options)
+        name: teacher_logits(one, dataset, names, templates=config.templates, **embedding)
         for name, one in ((BEFORE, zero_shot), (AFTER, classifier), (TUNED, teacher))
         if one is not None
     }
@@ -210,11 +206,10 @@ def compare_logits(
 
 
 def _confidence(name: str, logits: Tensor, labels: Tensor | None) -> Confidence:
-    found = Confidence(name, 100 * float(logits.softmax(1).max(1).values.mean()))
+    sure = 100 * float(logits.softmax(1).amax(1).mean())
     if labels is None:
-        return found
-    error = expected_calibration_error(logits, labels)
-    return replace(found, accuracy=_percent(logits.argmax(1) == labels), calibration_error=error)
+        return Confidence(name, sure)
+    return Confidence(name, sure, _percent(logits.argmax(1) == labels), expected_calibration_error(logits, labels))
 
 
 def _percent(hits: Tensor) -> float:
@@ -249,11 +244,9 @@ def _counted(source: Tensor, target: Tensor, names: Sequence[str]) -> dict[tuple
 
 
 def _confusions(labels: Tensor, was: Tensor, now: Tensor, names: Sequence[str]) -> list[tuple[str, str, int, int]]:
-    counts = [_counted(labels[said != labels], said[said != labels], names) for said in (was, now)]
-    pairs = dict.fromkeys([*counts[0], *counts[1]])
-    found = [(*pair, *(count.get(pair, 0) for count in counts)) for pair in pairs]
-    changed = [row for row in found if row[2] != row[3]]
-    return sorted(changed, key=lambda row: -abs(row[3] - row[2]))
+    before, after = (_counted(labels[said != labels], said[said != labels], names) for said in (was, now))
+    found = [(*pair, before.get(pair, 0), after.get(pair, 0)) for pair in before | after]
+    return sorted((row for row in found if row[2] != row[3]), key=lambda row: -abs(row[3] - row[2]))
 
 
 # Which auxiliary names explain a change
@@ -321,7 +314,10 @@ def markdown(found: Knowledge) -> str:
         header = ("true class", "predicted", "before", "after", "change")
         parts += ["## Confusions that came and went", _table(header, rows)]
     if any(change.towards for change in changes):
-        rows = [(change.name, *map(_listed, (change.towards, change.away))) for change in changes]
+        rows = []
+        for change in changes:
+            near = [[f"{name} ({value:+.2f})" for name, value in side] for side in (change.towards, change.away)]
+            rows.append((change.name, *map(", ".join, near)))
         parts += ["## What the changes look like", _NAMED, _table(("class", "towards", "away from"), rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -354,10 +350,6 @@ def _changes(changes: Sequence[ClassChange]) -> str:
         for row, change in zip(rows, changes, strict=True):
             row += [change.images, shown(change.accuracy_before), shown(change.accuracy_after)]
     return _table(header, rows)
-
-
-def _listed(pairs: Sequence[tuple[str, float]]) -> str:
-    return ", ".join(f"{name} ({value:+.2f})" for name, value in pairs)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:

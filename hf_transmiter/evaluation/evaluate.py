@@ -79,8 +79,6 @@ def evaluate(
     method: str = "model",
     split: str = "test",
     dataset_name: str | None = None,
-    accelerator=None,
-    progress: bool = True,
     **embedding,
 ) -> list[Score]:
     """Scores of a classifier, with or without an adapter, on labelled images.
@@ -94,9 +92,8 @@ def evaluate(
     Raises:
         ValueError: no labels, class names of the dataset that are not the classifier's, or logits that are not finite.
     """
-    options = {"accelerator": accelerator, "progress": progress, **embedding}
-    labels = align_labels(embed_dataset(classifier.encoder, dataset, **options), classifier.class_names)
-    logits = teacher_logits(classifier, dataset, classifier.class_names, **options)
+    labels = align_labels(embed_dataset(classifier.encoder, dataset, **embedding), classifier.class_names)
+    logits = teacher_logits(classifier, dataset, classifier.class_names, **embedding)
     base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
     scores = score_logits(logits, labels, base)
     on = {"dataset": dataset_name, "num_images": len(labels)}

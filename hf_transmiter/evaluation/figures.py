@@ -23,16 +23,15 @@ import torch
 from torch import Tensor
 
 from ..hub.files import replace_file
+from .evaluate import harmonic_mean
 from .reliability import check_labels, reliability_bins
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
     from .analyse import Knowledge
-    from .upgrade import UpgradeScore
 
 logger = logging.getLogger(__name__)
 
@@ -327,34 +326,8 @@ def reliability_figure(
 
 
 @_drawn
-def picture_grid(
-    images: Sequence[Image], captions: Sequence[str], path: str | os.PathLike, *, title: str
-) -> Path | None:
-    """Pictures of any size in rows of five with a caption under each, whose lines are kept, long ones wrapped.
-
-    Raises:
-        ValueError: no image, or another number of captions.
-    """
-    if not len(images) or len(images) != len(captions):
-        raise ValueError(f"there must be images and a caption for each: {len(images)} and {len(captions)}.")
-    wrapped = ["\n".join(textwrap.fill(line, 24) for line in caption.splitlines()) for caption in captions]
-    columns = min(5, len(images))
-    rows = math.ceil(len(images) / columns)
-    lines = max(text.count("\n") + 1 for text in wrapped)
-    figure = _figure(1.7 * columns, rows * (1.75 + 0.128 * lines) + 0.35, title)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-        axes.set_anchor("N")  # what is left of its place belongs to the caption
-    for axes, image, text in zip(grid, images, wrapped, strict=False):
-        axes.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
-        axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5)
-    return _save(figure, path)
-
-
-@_drawn
 def compatibility_figure(
-    rows: Sequence[UpgradeScore],
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
     path: str | os.PathLike,
     floors: Mapping[str, float] | None = None,
     *,
@@ -362,29 +335,36 @@ def compatibility_figure(
 ) -> Path | None:
     """Three bars per method: on the old model, on the upgraded one unchanged, re-trained there. The diamond and the
     number under the name are the harmonic mean of the first two; error bars are one standard deviation over seeds.
-    `floors` are zero-shot accuracies by name, as dashed lines."""
+
+    Args:
+        rows: percent, one per seed, by method and by `"old"`, `"upgraded"` (left out where refused), `"retrained"`.
+        floors: zero-shot accuracies by name, as dashed lines.
+    """
     shown = {"old": ("old model", "#A6CEE8"), "upgraded": ("upgraded model, unchanged", "#4C9FD3")}
     # Where nothing was re-trained there is no bar for it, no room, and nothing in the legend.
-    shown |= {"retrained": ("re-trained", "#CCCCCC")} if any(row.retrained is not None for row in rows) else {}
+    shown |= {"retrained": ("re-trained", "#CCCCCC")} if any("retrained" in row for row in rows.values()) else {}
     figure = _figure(max(6.4, 1.4 + 0.95 * len(rows)), 4.6, title)
     axes, apart = figure.add_subplot(), 0.27  # of the middles of two bars
     first = -apart * (len(shown) - 1) / 2
-    for i, (attribute, (label, color)) in enumerate(shown.items()):
-        known = {row + first + i * apart: getattr(one, attribute) for row, one in enumerate(rows)}
-        known = {place: values for place, values in known.items() if values is not None}
+    for i, (model, (label, color)) in enumerate(shown.items()):
+        known = {place + first + i * apart: row[model] for place, row in enumerate(rows.values()) if model in row}
         stds = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in known.values()]
         style = {"ecolor": "#333333", "capsize": 2, "error_kw": {"elinewidth": 0.9}, "zorder": 2}
         means = list(map(statistics.fmean, known.values()))
         axes.bar(list(known), means, 0.25, yerr=stds, label=label, color=color, **style)
-    means = {i + first + apart / 2: statistics.fmean(row.harmonic) for i, row in enumerate(rows) if row.harmonic}
-    axes.scatter(list(means), list(means.values()), s=30, marker="D", color=_COLORS[4], edgecolors="black",
-                 linewidths=0.7, zorder=4, label="harmonic mean of old and upgraded")  # fmt: skip
-    for i, row in enumerate(rows):
-        if row.upgraded is None:
-            axes.text(i + first + apart, 0.02, "refused", rotation=90, transform=axes.get_xaxis_transform(),
+    names, diamonds = [], {}
+    for place, (name, row) in enumerate(rows.items()):
+        names.append(textwrap.fill(name, 13))
+        if "upgraded" in row:
+            harmonic = list(map(harmonic_mean, row["old"], row["upgraded"]))
+            diamonds[place + first + apart / 2] = statistics.fmean(harmonic)
+            names[-1] += f"\n{_spread(harmonic)}"
+        else:
+            axes.text(place + first + apart, 0.02, "refused", rotation=90, transform=axes.get_xaxis_transform(),
                       ha="center", va="bottom", fontsize=8, color="#777777")  # fmt: skip
+    axes.scatter(list(diamonds), list(diamonds.values()), s=30, marker="D", color=_COLORS[4], edgecolors="black",
+                 linewidths=0.7, zorder=4, label="harmonic mean of old and upgraded")  # fmt: skip
     _references(axes.axhline, floors or {})
-    names = [textwrap.fill(row.method, 13) + (f"\n{_spread(row.harmonic)}" if row.harmonic else "") for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.55, len(rows) - 0.45)

@@ -229,10 +229,6 @@ def _linear_probe(task: Task, variant: Variant) -> Answer:
     return _head(task, "labelled", target, labelled)
 
 
-def _distilled_head(task: Task, variant: Variant) -> Answer:
-    return _head(task, "unlabelled", task.teacher_soft)
-
-
 def _tuned_strong(task: Task, variant: Variant) -> AnchorClassifier | Answer:
     if task.tuned_strong is None or variant.settings:
         return task.tune_strong(variant.settings)
@@ -331,7 +327,7 @@ METHODS: dict[str, Method] = {
     "logit ensemble": Method(_ensemble, (WEAK,)),
     "re-attached prompt": Method(_reattached),
     "prompt transfer": Method(_prompt_transfer, (IMAGES, BACKPROP)),
-    "distilled head": Method(_distilled_head, (IMAGES, BACKPROP)),
+    "distilled head": Method(lambda task, _: _head(task, "unlabelled", task.teacher_soft), (IMAGES, BACKPROP)),
     "linear probe": Method(_linear_probe, (LABELS, BACKPROP)),
     "TransMiter": Method(_published, (IMAGES, BACKPROP), _GRADIENT),  # as published
     # Class vectors in closed form.

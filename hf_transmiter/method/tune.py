@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
 from ..data.embeddings import embed_dataset
-from ..data.images import guess_columns
+from ..data.images import guess_columns, label_indices
 from ..data.splits import few_shot
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import TeacherFacts
@@ -218,13 +218,7 @@ def _class_names(dataset: Dataset, label_column: str | None, given: Sequence[str
 
 def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config: TuningConfig):
     """Rows of the drawn examples, and their labels (N,)."""
-    values = dataset[label_column][:]  # at once: one by one takes a minute for a million
-    odd = next((value for value in values if not isinstance(value, int)), None)
-    if odd is not None:
-        raise ValueError(
-            f"column {label_column!r} holds {odd!r}, not class indices: encode it with "
-            f"dataset.class_encode_column({label_column!r}), or pass another label_column=."
-        )
+    values = label_indices(dataset, label_column)
     rows = few_shot(values, config.shots, config.seed, len(names), allow_fewer=True)
     labels = torch.tensor([values[row] for row in rows], dtype=torch.long)
     counts = labels.bincount(minlength=len(names)).tolist()

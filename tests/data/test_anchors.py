@@ -159,10 +159,10 @@ def test_random_names_are_shared_between_tasks():
     assert taken[:99] == cats.auxiliary[:4] + cats.auxiliary[5:]
 
 
-def test_all_and_none_do_not_look_at_num_anchors():
+def test_all_does_not_look_at_num_anchors():
     task = ["cat", "dog", "cow"]
     assert Anchors.build(task, vocabulary=["tree", "Dog"], strategy="all", num_anchors=1).auxiliary == ("tree",)
-    assert Anchors.build(task, strategy="none", num_anchors=1) == Anchors(task)
+    assert Anchors.build(task, num_anchors=3) == Anchors(task)
 
 
 def test_build_errors_name_the_remedy():
@@ -279,10 +279,9 @@ def test_universal_vocabulary_is_pinned():
     assert anchors.fingerprint == "b34dfa8ca627b037f9015c0640451de2965bcf481c8bef631c4ba212f5da9e19"
 
 
-def test_universal_vocabulary_nests_and_depends_on_the_seed_only():
+def test_universal_vocabulary_nests():
     assert universal_vocabulary(1024)[:64] == universal_vocabulary(64)
-    assert set(universal_vocabulary(64)) != set(universal_vocabulary(64, seed=1))
-    assert Anchors.universal(8, seed=1, templates=["{}"]).auxiliary == universal_vocabulary(8, 1)
+    assert Anchors.universal().auxiliary == universal_vocabulary()
     with pytest.raises(ValueError, match="offers only"):
         universal_vocabulary(10**6)
 
@@ -304,6 +303,6 @@ def test_every_template_has_a_source():
 
 
 def test_fingerprint_does_not_depend_on_the_process():
-    code = "from hf_transmiter.data.anchors import Anchors; print(Anchors.universal(16).fingerprint)"
+    code = "from hf_transmiter.data.anchors import Anchors; print(Anchors.universal().fingerprint)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == Anchors.universal(16).fingerprint
+    assert output.strip() == Anchors.universal().fingerprint

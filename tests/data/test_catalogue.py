@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from hf_transmiter.data.catalogue import DatasetSpec, catalogue, find_row, find_spec, load_split, usual_templates
 from hf_transmiter.data.images import load_images
-from hf_transmiter.data.splits import base_novel
+from hf_transmiter.data.splits import base_names
 
 
 ROWS = catalogue()
@@ -48,7 +48,7 @@ def copy_of(tmp_path_factory):
         if name not in written:
             folder = tmp_path_factory.mktemp(name)
             write_copy(ROWS[name], folder)
-            written[name] = replace(ROWS[name], source=str(folder), revision=None, counts={})
+            written[name] = replace(ROWS[name], source=str(folder), revision=None)
         return written[name]
 
     return get
@@ -74,12 +74,13 @@ def on_disk(tmp_path):
 def test_what_the_rows_say(name):
     row = ROWS[name]
     base, novel, *ends = FACTS[name]
-    halves = base_novel(row.class_names)
+    first = base_names(row.class_names)
+    halves = first, row.class_names[len(first) :]
     assert [len(half) for half in halves] == [base, novel]
-    assert [row.class_names[i] for half in halves for i in (half[0], half[-1])] == ends
+    assert [name for half in halves for name in (half[0], half[-1])] == ends
     assert len(row.class_names) == len(set(row.class_names)) == base + novel
     assert row.revision is not None or "revision is not pinned" in row.notes
-    assert row.test is not None and set(row.counts) == set(row.splits)
+    assert row.test is not None
     assert row.notes
 
 
@@ -200,7 +201,7 @@ def test_any_source_is_a_row(copy_of, tmp_path, monkeypatch):
     )
     assert mine.splits == {"test": "test[:4]"} and mine.title == dtd.source
     copied = find_spec({"row": "dtd", "source": dtd.source})
-    assert copied.class_names == ROWS["dtd"].class_names and copied.revision is None and copied.counts == {}
+    assert copied.class_names == ROWS["dtd"].class_names and copied.revision is None
     assert len(load_split(replace(copied, test="test[:4]"), "test")) == 4
     assert find_spec("sandbox:print").splits["unlabelled"] == "unlabelled"
     assert (
@@ -259,7 +260,9 @@ def test_classes_that_match_nothing_or_the_same(on_disk):
         ({"source": "x", "test": "test", "class_names": ["a", ""]}, "class names must be words, got ''"),
         ({"source": "x", "test": "test", "revision": "main"}, "full commit of 40 hex digits, got 'main'"),
         ({"source": "x", "test": "test", "templates": ["{} {}"]}, "one {} for the name"),
-        ({"source": "x", "test": "test", "counts": {"dev": 3}}, "pictures per role"),
+        ({"source": "x", "test": ""}, "test must be a word, got ''"),
+        ({"source": "x", "test": "test", "aliases": {"a": 3}}, "aliases must be pairs 'name: name'"),
+        ({"source": "x", "test": "test", "left_out": ["a", 3]}, "left_out must be a list of words"),
         ({"source": "x", "test": "test", "frame_column": "f"}, "belong together"),
         ({"source": "$NOT_THERE/x"}, "needs the environment variable NOT_THERE"),
         ({"row": "dtdd"}, "did you mean 'dtd'"),

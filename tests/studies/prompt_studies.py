@@ -20,6 +20,7 @@ import torch
 import upgrade_figures
 from parameter_drift import parameter_drift
 from prompts import SETTINGS, TASKS, harmonic, load
+from tuned_seeds import tune_seeds
 from upgrade_studies import (
     class_embedding_study,
     context_length_study,
@@ -30,7 +31,6 @@ from upgrade_studies import (
 
 from hf_transmiter import sandbox
 from hf_transmiter.evaluation.drift import drift_table, feature_drift
-from hf_transmiter.evaluation.upgrade import tune_seeds
 from hf_transmiter.settings import split_tuning
 
 
@@ -101,9 +101,9 @@ def domains(arguments) -> None:
         adapters = tune_seeds(old, train, range(arguments.seeds), folder, **how, **QUIET)
         found = out_of_distribution(adapters, old, new, tests, **QUIET)
         if method == arguments.methods[0]:
-            floors = [f"{rows[0].old[0]:.1f} / {rows[0].upgraded[0]:.1f}" for rows in found.values()]
+            floors = [f"{floor['old'][0]:.1f} / {floor['upgraded'][0]:.1f}" for floor, _, _ in found.values()]
             print(f"| zero-shot | {' | '.join(floors)} |")
-        cells = [f"{shown(rows[-1].old)} / {shown(rows[-1].upgraded)}" for rows in found.values()]
+        cells = [f"{shown(row['old'])} / {shown(row['upgraded'])}" for _, row, _ in found.values()]
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
 
 

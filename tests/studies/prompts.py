@@ -15,13 +15,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel
+from tuned_seeds import Metrics, score_seeds, tune_seeds
 from upgrade_studies import mean_std
 
 from hf_transmiter import sandbox
-from hf_transmiter.data.splits import base_novel
+from hf_transmiter.bench.protocols import only_base
 from hf_transmiter.encoders.dual_encoder import DualEncoder
-from hf_transmiter.evaluation.upgrade import UpgradeScore, score_upgrade, tune_seeds
 from hf_transmiter.settings import split_tuning
 
 
@@ -47,14 +46,6 @@ def load(name: str, models: Path | None) -> DualEncoder:
     return DualEncoder.from_pretrained(sandbox.model_path(name) if shipped else models / name)
 
 
-def first_half(images):
-    """Images of the first half of the classes, and the names of those."""
-    names = images.features["label"].names
-    kept = [names[i] for i in base_novel(names)[0]]
-    images = images.select([row for row, label in enumerate(images["label"]) if label < len(kept)])
-    return images.cast_column("label", ClassLabel(names=kept)), kept
-
-
 def row_of(method: str, task: str, pair: tuple[DualEncoder, DualEncoder], arguments) -> dict[str, tuple[float, ...]]:
     """Accuracies by column, one per seed."""
     old, new = pair
@@ -66,20 +57,19 @@ def row_of(method: str, task: str, pair: tuple[DualEncoder, DualEncoder], argume
     again = None
     if arguments.retrain:
         again = tune_seeds(new, train, seeds, folder / new.name_or_path.rsplit("/", 1)[-1], **how, **quiet)
-    floor, row = score_upgrade(whole, old, new, test, retrained=again, **quiet)
+    floor, row, _ = score_seeds(whole, old, new, test, retrained=again, **quiet)
     if arguments.whole:
-        none = UpgradeScore(method, (), {})
-        return {"zero-shot": columns(floor, none, arguments.seeds), method: columns(row, none, arguments.seeds)}
-    half, names = first_half(train)
+        return {"zero-shot": columns(floor, {}, arguments.seeds), method: columns(row, {}, arguments.seeds)}
+    half = only_base(train)
     halves = tune_seeds(old, half, seeds, folder / "base", **how, **quiet)
-    half_floor, half_row = score_upgrade(halves, old, new, test, seen_classes=names, **quiet)
+    half_floor, half_row, _ = score_seeds(halves, old, new, test, seen_classes=half.features["label"].names, **quiet)
     return {"zero-shot": columns(floor, half_floor, arguments.seeds), method: columns(row, half_row, arguments.seeds)}
 
 
-def columns(row: UpgradeScore, halves: UpgradeScore, seeds: int) -> dict[str, tuple[float, ...]]:
-    found = {"old": row.old, "upgraded": row.upgraded, "re-trained": row.retrained}
+def columns(row: Metrics, halves: Metrics, seeds: int) -> dict[str, tuple[float, ...]]:
+    found = {"old": row.get("old"), "upgraded": row.get("upgraded"), "re-trained": row.get("retrained")}
     for model in ("old", "upgraded"):
-        found |= {f"{model} {metric}": halves.scores.get(model, {}).get(metric) for metric in ("base", "novel")}
+        found |= {f"{model} {metric}": halves.get(f"{model} {metric}") for metric in ("base", "novel")}
     return {key: None if values is None else values * (seeds // len(values)) for key, values in found.items()}
 
 

@@ -12,10 +12,8 @@ import json
 import statistics
 from pathlib import Path
 
-from datasets import ClassLabel
-
+from hf_transmiter.bench.protocols import only_base
 from hf_transmiter.cli.demo import Task
-from hf_transmiter.data.splits import base_novel
 from hf_transmiter.evaluation.compare import Comparison
 from hf_transmiter.evaluation.methods import METHODS
 
@@ -34,10 +32,7 @@ class HalfSeen(Task):
         images = super().images(split)
         if split not in ("train", "unlabelled"):
             return images
-        names = images.features["label"].names
-        base, _ = base_novel(names)
-        kept = images.select([row for row, label in enumerate(images["label"]) if label < len(base)])
-        return kept.cast_column("label", ClassLabel(names=[names[i] for i in base]))  # labels keep their numbers
+        return only_base(images)
 
 
 def report(runs: list[Comparison], metric: str) -> list[dict]:

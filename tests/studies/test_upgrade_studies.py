@@ -1,7 +1,11 @@
 """Studies of why prompts survive an upgrade: what is tuned, what is kept, and what the numbers say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import tuned_seeds
+from tuned_seeds import tune_seeds
 from upgrade_studies import (
     class_embedding_study,
     context_length_study,
@@ -15,7 +19,6 @@ from hf_transmiter import sandbox
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.evaluate import evaluate
-from hf_transmiter.evaluation.upgrade import tune_seeds
 from hf_transmiter.method.attach import attach
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.settings import TuningConfig
@@ -112,8 +115,31 @@ def test_out_of_distribution(models, images, contcoop):
     rows = out_of_distribution(contcoop, *models, {"street": images[1], "night": night}, progress=False)
     assert list(rows) == ["street", "night"]
     for name, dataset in (("street", images[1]), ("night", night)):
-        assert rows[name][-1].upgraded[0] == pytest.approx(accuracy(attach(contcoop[0], models[1]), dataset))
+        assert rows[name][1]["upgraded"][0] == pytest.approx(accuracy(attach(contcoop[0], models[1]), dataset))
 
 
 def test_mean_std():
     assert mean_std([1.0, 3.0]) == (2.0, pytest.approx(2**0.5)) and mean_std([5.0]) == (5.0, 0.0)
+
+
+def test_seeds_are_tuned_once(models, images, contcoop, monkeypatch):
+    config, folder = TuningConfig(**QUICK), contcoop[0].parent
+
+    def never(*args, **kwargs):
+        raise AssertionError("tuned again")
+
+    def again(model=models[0], train=images[0], config=config, **options):
+        return tune_seeds(model, train, (1, 0), folder, "contcoop", config=config, **options, **OPTIONS)
+
+    monkeypatch.setattr(tuned_seeds, "tune", never)
+    assert again() == contcoop[::-1]
+    with pytest.raises(ValueError, match="seed-1 holds an adapter of other settings"):
+        again(config=replace(config, epochs=3))
+    with pytest.raises(ValueError, match="an adapter of another model"):
+        again(models[1])
+    with pytest.raises(ValueError, match="an adapter of other classes"):
+        again(train=sandbox.load_dataset("print", "validation"))
+    with pytest.raises(ValueError, match="an adapter of other templates"):
+        again(templates=("{}.",))
+    first, second = (attach(path, models[0]).embed_names(["red thing"], ("{}.",)) for path in contcoop)
+    assert not torch.allclose(first, second, atol=1e-4)

@@ -55,7 +55,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_transmiter.data.embeddings import embed_dataset
-from hf_transmiter.data.splits import base_novel, few_shot
+from hf_transmiter.data.splits import base_names, few_shot
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
@@ -225,8 +225,8 @@ def zero_shot(encoder: DualEncoder, images: Dataset) -> dict[str, float]:
     table = embed_dataset(encoder, images)
     text = encoder.embed_names(table.class_names, TEMPLATES[:1])
     found = {}
-    base, novel = base_novel(table.class_names)
-    for name, classes in (("all", [*base, *novel]), ("base", base), ("novel", novel)):
+    every, count = list(range(len(table.class_names))), len(base_names(table.class_names))
+    for name, classes in (("all", every), ("base", every[:count]), ("novel", every[count:])):
         kept = (table.labels >= classes[0]) & (table.labels <= classes[-1])
         said = (table.embeds[kept] @ text[classes].T).argmax(1) + classes[0]
         found[name] = round(100 * float((said == table.labels[kept]).float().mean()), 2)

@@ -1,7 +1,7 @@
 """Why some prompts survive an upgrade and others do not: their layer, their number, what they attend to.
 
 Each study tunes on the old model only, keeps the adapters in a folder (what is there is not tuned again), and scores
-them on both models with [`score_upgrade`]. Source: the analysis of ContCoOp (arXiv 2412.20895).
+them on both models with [`score_seeds`]. Source: the analysis of ContCoOp (arXiv 2412.20895).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from tuned_seeds import Metrics, score_seeds, tune_seeds
 
 from hf_transmiter.data.anchors import PROMPTED, Anchors
 from hf_transmiter.data.images import guess_columns
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.evaluate import evaluate
-from hf_transmiter.evaluation.upgrade import UpgradeScore, score_upgrade, tune_seeds
 from hf_transmiter.method.attach import attach, read_config
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.settings import split_tuning
@@ -66,9 +66,9 @@ def layer_study(
     for layer in range(len(layers(old.model.text_model))) if depths is None else depths:
         how, folder = split_tuning({**tuning, "layer": layer}), Path(output_dir) / f"layer-{layer}"
         folders = tune_seeds(old, train, seeds, folder, **how, **options)
-        floor, row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))
-        floors = {"zero-shot, old model": floor.old[0], "zero-shot, upgraded model": floor.upgraded[0]}
-        for model, values in zip(points, (row.old, _accepted(row).upgraded), strict=True):
+        floor, row = _accepted(folders, old, new, dataset, tuning, options)
+        floors = {"zero-shot, old model": floor["old"][0], "zero-shot, upgraded model": floor["upgraded"][0]}
+        for model, values in zip(points, (row["old"], row["upgraded"]), strict=True):
             points[model].append((layer, *mean_std(values)))
     return points, floors
 
@@ -112,8 +112,8 @@ def context_length_study(
             start = phrase if length >= words else None
             how = split_tuning({**tuning, "n_ctx": length, "init_phrase": start})
             folders = tune_seeds(old, train, seeds, Path(output_dir) / f"{name}-{length}", **how, **options)
-            row = score_upgrade(folders, old, new, dataset, progress=options.get("progress", True))[-1]
-            points[name].append((length, *mean_std(_accepted(row).harmonic)))
+            row = _accepted(folders, old, new, dataset, tuning, options)[1]
+            points[name].append((length, *mean_std(row["h"])))
     return points
 
 
@@ -186,16 +186,16 @@ def out_of_distribution(
     new: DualEncoder,
     datasets: Mapping[str, Dataset],
     **options,
-) -> dict[str, list[UpgradeScore]]:
-    """Scores adapters on both models over data they were not tuned on; see [`score_upgrade`].
+) -> dict[str, tuple]:
+    """Scores adapters on both models over data they were not tuned on; see [`score_seeds`].
 
     Args:
         datasets (`Mapping[str, datasets.Dataset]`): labelled images of the same classes, by domain.
 
     Returns:
-        `dict`: the rows of [`score_upgrade`] by domain.
+        `dict`: what [`score_seeds`] returns, by domain.
     """
-    return {name: score_upgrade(adapters, old, new, dataset, **options) for name, dataset in datasets.items()}
+    return {name: score_seeds(adapters, old, new, dataset, **options) for name, dataset in datasets.items()}
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -209,7 +209,11 @@ def _class_names(dataset: Dataset, options: Mapping) -> list[str]:
     return list(dataset.features[columns[1]].names)
 
 
-def _accepted(row: UpgradeScore) -> UpgradeScore:
-    if row.harmonic is None:
-        raise ValueError(f"the upgraded model does not take the prompts of {row.method}: {row.refused}.")
-    return row
+def _accepted(
+    folders: Sequence[Path], old: DualEncoder, new: DualEncoder, dataset: Dataset, tuning: Mapping, options: Mapping
+) -> tuple[Metrics, Metrics]:
+    """Zero-shot and the prompts, which the upgraded model must take."""
+    floor, row, refused = score_seeds(folders, old, new, dataset, progress=options.get("progress", True))
+    if refused:
+        raise ValueError(f"the upgraded model does not take the prompts of {tuning['method']}: {refused}.")
+    return floor, row
