@@ -27,6 +27,8 @@ def check_finite(rows: Tensor, what: str) -> Tensor:
         ValueError: a value is NaN or infinite; the message names the first such row.
     """
     bad = ~torch.isfinite(rows).flatten(1).all(1)
+    if bad.any() and len(bad) == 1:  # weights, not images
+        raise ValueError(f"{what} hold NaN or infinite values.")
     if bad.any():
         raise ValueError(
             f"{what} hold NaN or infinite values, first in row {int(bad.nonzero()[0])} (in {int(bad.sum())} rows); "
