@@ -184,8 +184,10 @@ class TuningConfig(FitConfig):
             found.gaussian_std = 0.05 * found.epochs if found.gaussian_std is None else found.gaussian_std
         if (found.gaussian_mean is None) != (found.gaussian_std is None):
             raise ValueError("gaussian_mean and gaussian_std must both be given, or neither.")
-        if found.schedule == "epochs" and found.warmup:
+        if found.schedule == "epochs" and self.warmup:
             raise ValueError("schedule 'epochs' does not read warmup: leave that out, or choose 'cosine'.")
+        if found.project and not found.keep_near and self.keep_near is None:
+            raise ValueError("project follows the pull, which has no weight: give keep_near, such as 1.0.")
         if found.augment == "none" and found.views:
             raise ValueError("without augmentation there are no views: leave that out, or choose an augment.")
         return found

@@ -57,6 +57,7 @@ def tune(
     """  # noqa: E501
     output.check(run)
     adapter = ht.adapter_settings({"method": method, **key_values(adapter, "--adapter")})
+    method = adapter["method"]
     encoder, images = ht.load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
     usual = ht.starting_templates(method, ht.usual_templates(dataset))
     templates = ht.read_templates(names.template) if names.template else usual

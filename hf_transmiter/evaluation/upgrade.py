@@ -47,7 +47,7 @@ def tuning_of(source: str) -> dict:
         raise ValueError(f"the settings of {source!r} were not saved with it: there is no {TEACHER_FILE}.")
     try:
         adapter_settings(split_tuning(facts.settings)["adapter"])
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the settings of {source!r} are of another version: {error}") from error
     return facts.settings
 

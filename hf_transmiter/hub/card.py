@@ -172,7 +172,9 @@ class Card:
     @property
     def method(self) -> str | None:
         """Of `tune`, in words."""
-        return METHOD_NAMES.get(self.settings.known("method"))
+        name = METHOD_NAMES.get(self.settings.known("method"))
+        # Layers that somebody chose may lie in either tower.
+        return "LoRA" if self.settings.known("method") == "lora" and "target_modules" in self.settings else name
 
     @property
     def class_names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""[`tune`]: labelled images to a tuned weak model, by a prompt learner or by LoRA in the image tower.
+"""[`tune`]: labelled images to a tuned weak model, by a prompt learner, LoRA or another PEFT method.
 
 What comes out is an ordinary model with an ordinary adapter in it: ``tune(...).save_pretrained(folder)`` writes
 ``adapter_config.json`` and ``adapter_model.safetensors``, and ``PeftModel.from_pretrained(model, folder)`` reads them.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields, replace
 
 import torch
 from datasets import ClassLabel, Dataset
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PromptLearningConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
@@ -96,7 +97,8 @@ def tune(
     ```
     """
     adapter = adapter_settings(adapter)
-    method, config = adapter["method"], (config or TuningConfig()).of(adapter["method"])
+    method, given = adapter["method"], config or TuningConfig()
+    config = given.of(method)
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
     columns = guess_columns(dataset, image_column, label_column)
@@ -107,6 +109,8 @@ def tune(
     moves_images = _moves_images(tuned)
     if moves_images and config.views:
         raise ValueError("views are of images that are embedded once; here the image tower is tuned: leave views out.")
+    if not moves_images and prompt_layer(tuned.model) is None and given.augment is None:
+        config = replace(config, augment="none")  # text alone is tuned
     examples, labels = dataset.select(rows), labels.to(weak.device)
     embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
     try:
@@ -121,8 +125,13 @@ def tune(
         images = frozen_images(weak, embeds, pixels, config)
     answers = forward_pass(tuned, anchors.task, anchors.templates, zero_shot, images, config)
 
+    drops = any(isinstance(module, nn.Dropout) and module.training for module in tuned.model.modules())
+
     def step(drawn: Tensor, generator: torch.Generator) -> Tensor | tuple[Tensor, Tensor]:
-        main, pull = losses(*answers(drawn, generator), labels[drawn.to(weak.device)], config.pull)
+        with torch.random.fork_rng(enabled=drops):
+            if drops:  # an adapter's dropout draws from the global generator
+                torch.manual_seed(generator.initial_seed())
+            main, pull = losses(*answers(drawn, generator), labels[drawn.to(weak.device)], config.pull)
         return (main, pull) if config.project else main + config.keep_near * pull
 
     weights = None
@@ -135,6 +144,7 @@ def tune(
         config,
         combine=functools.partial(project_gradient, strength=config.keep_near) if config.project else None,
         epoch_weights=weights,
+        about=adapter,
         accelerator=accelerator,
         checkpoint=checkpoint,
         description=f"Tuning ({method})",
@@ -147,7 +157,7 @@ def tune(
     )  # fmt: skip
     settings = {**adapter, **asdict(config)}
     _note(tuned, len(rows), dataset, settings)
-    tuned.model.requires_grad_(False)
+    tuned.model.requires_grad_(False).eval()
     templates = anchors.templates if prompt_layer(tuned.model) is None else PROMPTED
     classifier = AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
     classifier.facts = TeacherFacts(
@@ -253,7 +263,8 @@ def adapter_settings(adapter: str | Mapping | PeftConfig) -> dict:
         adapter = {"method": adapter}
     elif not isinstance(adapter, Mapping):
         raise TypeError(f"an adapter is a method, a mapping or a PeftConfig, not a {type(adapter).__name__}.")
-    kind = _kind(str(adapter.get("method", "lora")))
+    method = str(adapter.get("method", "lora")).lower()
+    kind = _kind(method)
     own = [item.name for item in _options(kind)]
     for name in adapter:
         if name in TuningConfig.__dataclass_fields__ and name not in own:
@@ -261,7 +272,15 @@ def adapter_settings(adapter: str | Mapping | PeftConfig) -> dict:
         if name not in ("method", *own):
             near = did_you_mean(str(name), [*own, *TuningConfig.__dataclass_fields__])
             raise ValueError(f"neither {kind.__name__} nor TuningConfig has an option {name!r}; {near}")
-    return {"method": "lora", **_usual(kind), **adapter}
+    found = {**_usual(kind), **adapter, "method": method}
+    found = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in found.items()}
+    if found.get("init_phrase") is not None:
+        found.pop("init_token_ids", None)  # they are of a tokenizer
+    try:
+        json.dumps(found)
+    except TypeError as error:
+        raise ValueError(f"options of an adapter are saved as JSON, which this one is not: {error}.") from error
+    return {"method": found.pop("method"), **found}
 
 
 def _usual(kind: type[PeftConfig]) -> dict:
@@ -278,7 +297,7 @@ def _chosen(config: PeftConfig) -> dict:
         value = getattr(config, item.name)
         default = item.default if item.default_factory is MISSING else item.default_factory()
         if value != default or item.name in _usual(type(config)):
-            options[item.name] = sorted(value) if isinstance(value, set) else value
+            options[item.name] = value
     return options
 
 
@@ -293,7 +312,8 @@ def _kind(method: str) -> type[PeftConfig]:
 
 def _options(kind: type[PeftConfig]) -> list[Field]:
     """The fields that are a method's own, and up to the user."""
-    filled_in = {item.name for item in fields(PeftConfig)} | {"base", "provenance", "period_id", "end_id", "seed"}
+    filled_in = {item.name for item in fields(PeftConfig)} | {"base", "provenance", "class_names"}
+    filled_in |= {"period_id", "end_id", "seed"}
     return [item for item in fields(kind) if item.init and item.name not in filled_in]
 
 
@@ -303,7 +323,7 @@ def _peft_config(weak: DualEncoder, names: Sequence[str], adapter: Mapping, seed
     if not issubclass(kind, PromptConfig):
         everywhere = {"target_modules": VISION_LINEARS} if "target_modules" in own else {}
         return kind(**{**everywhere, **options}, revision=weak.revision)
-    options = {"class_names": list(names), **options, "seed": seed}
+    options = {**options, "class_names": list(names), "seed": seed}
     depths = {"text_depth": weak.model.text_model, "vision_depth": weak.model.vision_model, "depth": None}
     for name, tower in depths.items():
         if name in own:

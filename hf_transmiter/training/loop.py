@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -101,6 +101,7 @@ def fit(
     *,
     combine: Callable[[Tensor, Tensor], Tensor] | None = None,
     epoch_weights: Sequence[float] | None = None,
+    about: Mapping | None = None,
     accelerator=None,
     checkpoint: str | os.PathLike | None = None,
     description: str = "Training",
@@ -117,6 +118,7 @@ def fit(
             parameter, over the whole batch; see [`project_gradient`].
         epoch_weights (`Sequence[float]`, *optional*): g_e (E,) that add up to 1. At the end the parameters become
             ``sum_e g_e theta_e`` with theta_e those after epoch e; see [`gaussian_epoch_weights`].
+        about (`Mapping`, *optional*): what else the run depends on; a checkpoint of another is refused.
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
             end; a run that finds one goes on from there.
@@ -126,7 +128,7 @@ def fit(
             losses that does not go with `combine`, a loss that is not finite, or a checkpoint of another run.
     """
     run = _Run(parameters, step, num_examples, config, combine, epoch_weights, accelerator)
-    state = _Checkpoint(checkpoint, run)
+    state = _Checkpoint(checkpoint, run, about or {})
     first, losses = state.load(), []
     hidden = not progress or run.rank > 0 or None  # None: only a terminal or a notebook shows it
     with tqdm(total=run.total, initial=first * run.per_epoch, desc=description, disable=hidden, leave=False) as bar:
@@ -233,9 +235,9 @@ def _seed(seed: int, epoch: int, number: int) -> int:
 class _Checkpoint:
     """Parameters, optimizer state and averages over epochs in one safetensors file."""
 
-    def __init__(self, path, run: _Run):
+    def __init__(self, path, run: _Run, about: Mapping):
         self.path, self.run = Path(path) if path else None, run
-        settings = {**asdict(run.config), "num_examples": run.num_examples, "epoch_weights": run.weights}
+        settings = {**about, **asdict(run.config), "num_examples": run.num_examples, "epoch_weights": run.weights}
         self.settings = json.dumps(settings, sort_keys=True)
 
     def save(self, epoch: int) -> None:

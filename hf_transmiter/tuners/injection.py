@@ -40,7 +40,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError("there is no adapter to save: tune the model, or attach an adapter to it.")
     # Not "auto": PEFT would ask the Hub whether the vocabulary grew. Adapters here never resize it.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[name].save_pretrained(os.fspath(folder))

@@ -198,6 +198,9 @@ def test_settings_that_were_not_saved(task, score, tmp_path):
     assert score(source) == score("coop-0")
     with pytest.raises(ValueError, match="newer' are of another version"):
         tuning_of(str(source))
+    (source / "teacher.json").write_text(json.dumps({**facts, "settings": {**facts["settings"], "epochs": "ten"}}))
+    with pytest.raises(ValueError, match="newer' are of another version"):
+        tuning_of(str(source))
     (source / "teacher.json").unlink()
     with pytest.raises(ValueError, match="newer' were not saved with it: there is no teacher.json"):
         tuning_of(str(source))

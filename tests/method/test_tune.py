@@ -109,6 +109,7 @@ def test_settings_left_open_are_the_published_ones():
     assert shown("coop", "lr", "epochs", lr=0.1, epochs=3) == (0.1, 3)
     assert shown("prograd", "project") == (True,) and shown("coop", "project") == (False,)
     assert shown("loha", *recipe) == shown("lora", *recipe)
+    assert shown("lora", "schedule", "warmup", schedule="epochs") == ("epochs", 0.05)
     settled = TuningConfig(shots=2).of("promptsrc")
     assert settled.of("promptsrc") == settled and TuningConfig(shots=2).epochs is None
 
@@ -135,7 +136,7 @@ def test_an_adapter_by_name_by_options_and_as_a_configuration(encoder, make_data
     adapter = first.encoder.model.peft_config["default"]
     assert (adapter.position, adapter.class_specific, adapter.n_ctx) == ("middle", True, 4)
     assert torch.equal(first.text_embeds, second.text_embeds)
-    assert first.facts.settings | {"class_names": NAMES} == second.facts.settings
+    assert first.facts.settings == second.facts.settings
     # What is saved makes the same again, and so does a configuration that differs from the method's usual one.
     for adapter in ("coop", CoOpConfig(n_ctx=3), LoraConfig(r=2, target_modules=["q_proj"]), "loha"):
         tuned = found(adapter)
@@ -147,6 +148,47 @@ def test_an_adapter_by_name_by_options_and_as_a_configuration(encoder, make_data
     assert lora == {
         "method": "lora", "r": 2, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "v_proj"],
     }  # fmt: skip
+
+
+def test_an_adapter_is_told_apart_from_another_one(encoder, make_dataset, tmp_path):
+    """By the checkpoint of an interrupted run, and whatever its method's case, classes and tokens are."""
+    data, config = make_dataset(12), TuningConfig(shots=2, epochs=2)
+    checkpoint, calls = tmp_path / "run.safetensors", []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the second epoch
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    losses = tuning.losses
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tuning, "losses", stop)
+        tune(encoder, data, "coop", config=config, checkpoint=checkpoint, progress=False)
+    with pytest.raises(ValueError, match="is the checkpoint of another run"):
+        front = {"method": "coop", "position": "front"}
+        tune(encoder, data, front, config=config, checkpoint=checkpoint, progress=False)
+    assert adapter_settings("CoOp") == adapter_settings({"method": "COOP"}) == adapter_settings("coop")
+    assert adapter_settings({"target_modules": {"v_proj", "q_proj"}})["target_modules"] == ["q_proj", "v_proj"]
+    learnt = CoOpConfig(init_phrase="a photo of a", init_token_ids=[1, 2, 3, 4], class_names=["moon", "sun"])
+    assert adapter_settings(learnt) == {"method": "coop", "n_ctx": 4, "init_phrase": "a photo of a"}
+    adapter = tune(encoder, data, learnt, config=config, progress=False).encoder.model.peft_config["default"]
+    assert adapter.class_names == NAMES
+    with pytest.raises(ValueError, match="options of an adapter are saved as JSON"):
+        adapter_settings({"rank_pattern": {"q_proj": torch.tensor(4)}})
+
+
+def test_dropout_is_for_training(encoder, make_dataset, make_images):
+    config, adapter = TuningConfig(shots=4, epochs=2, lr=1e-2), LoraConfig(r=2, lora_dropout=0.5)
+    tuned = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        tuned.append(tune(encoder, make_dataset(12), adapter, config=config, progress=False).encoder)
+    pixels = encoder.preprocess(make_images(3))
+    said = [model.model.get_image_features(pixel_values=pixels).pooler_output for model in (*tuned, tuned[0])]
+    assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])
+    plain = tune(encoder, make_dataset(12), LoraConfig(r=2), config=config, progress=False).encoder
+    assert not torch.equal(plain.embed_pixels(pixels), tuned[0].embed_pixels(pixels))
 
 
 def test_adapters_that_cannot_be_tuned(encoder, make_dataset):
@@ -183,6 +225,7 @@ def test_lora_in_the_text_tower(encoder, make_dataset, tmp_path, towers, several
     pixels = encoder.preprocess(data["image"])
     moved = not torch.equal(tuned.encoder.embed_pixels(pixels), encoder.embed_pixels(pixels))
     assert moved == (towers == "both") and tuned.anchors.templates == templates
+    assert tuned.facts.settings["augment"] == ("shift" if moved else "none")
     assert not torch.allclose(tuned.text_embeds, encoder.embed_names(NAMES, templates), atol=1e-2)
     losses = []
     for classifier in (AnchorClassifier(encoder, Anchors(tuple(NAMES), (), templates)), tuned):
@@ -412,6 +455,7 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
         ({"views": 2, "augment": "none"}, "without augmentation there are no views"),
         ({"schedule": "epochs", "warmup": 0.1}, "schedule 'epochs' does not read warmup"),
         ({"gaussian_mean": 2.0}, "gaussian_mean and gaussian_std must both be given"),
+        ({"method": "coop", "project": True}, "project follows the pull, which has no weight"),
         ({"views": 2}, "here the image tower is tuned: leave views out"),
     ):
         with pytest.raises(ValueError, match=said):
