@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..algebra import check_finite
 
 
-TESTED = "peft 0.21.2 with transformers 5.23.0 and 5.24.0"
+TESTED = "peft 0.21.2 with transformers 5.23.0 and 5.24.0, peft 0.21.0 with transformers 5.22.0"
 """Pairs that the whole test suite has passed with."""
 
 _INTERNALS = (
