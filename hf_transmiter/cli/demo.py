@@ -176,7 +176,7 @@ def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path
 
 def _figures(domain: str, found: Comparison, by_seed: dict[str, list[float]], folder: Path) -> list[Path | None]:
     lines = {name: sum(by_seed[name]) / len(by_seed[name]) for name in (STRONG, "tuned weak")}
-    title, path = f"{domain}: accuracy on the strong model", folder / f"{domain}_methods.png"
+    title, path = f"{domain}: every way to upgrade", folder / f"{domain}_methods.png"
     bars = figures.bars(by_seed, path, title=title, reference=lines)
     before, after = (found.rows[row].logits for row in (STRONG, found.recommended))
     title, path = f"{domain}: {STRONG} to {found.recommended}", folder / f"{domain}_confusion.png"
