@@ -186,6 +186,7 @@ class TuningConfig(FitConfig):
             raise ValueError("gaussian_mean and gaussian_std must both be given, or neither.")
         if found.schedule == "epochs" and self.warmup:
             raise ValueError("schedule 'epochs' does not read warmup: leave that out, or choose 'cosine'.")
+        found.warmup = 0.0 if found.schedule == "epochs" else found.warmup
         if found.project and not found.keep_near and self.keep_near is None:
             raise ValueError("project follows the pull, which has no weight: give keep_near, such as 1.0.")
         if found.augment == "none" and found.views:

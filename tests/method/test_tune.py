@@ -109,9 +109,10 @@ def test_settings_left_open_are_the_published_ones():
     assert shown("coop", "lr", "epochs", lr=0.1, epochs=3) == (0.1, 3)
     assert shown("prograd", "project") == (True,) and shown("coop", "project") == (False,)
     assert shown("loha", *recipe) == shown("lora", *recipe)
-    assert shown("lora", "schedule", "warmup", schedule="epochs") == ("epochs", 0.05)
-    settled = TuningConfig(shots=2).of("promptsrc")
-    assert settled.of("promptsrc") == settled and TuningConfig(shots=2).epochs is None
+    assert shown("lora", "schedule", "warmup", schedule="epochs") == ("epochs", 0.0)
+    for method, config in (("promptsrc", TuningConfig(shots=2)), ("lora", TuningConfig(schedule="epochs"))):
+        assert config.of(method).of(method) == config.of(method)  # a saved model is tuned again as it was
+    assert TuningConfig(shots=2).epochs is None
 
 
 def test_depths_follow_the_towers(encoder, make_dataset, run):
