@@ -6,6 +6,7 @@ memory does not grow with N, and every sum can be added up over processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
@@ -131,6 +132,20 @@ class PairSums:
         self.xx += x.T @ x
         self.xy += x.T @ y
 
+    def __sub__(self, part: Self) -> Self:
+        """The sums without the rows of `part`."""
+        return type(self)(*(getattr(self, field.name) - getattr(part, field.name) for field in fields(self)))
+
+    def standardised(self) -> tuple[Self, Tensor, Tensor]:
+        """The sums of ``(x - μ) / σ`` and y, with μ and σ (d); a direction that never varies has σ = 1."""
+        mean = self.x / self.n
+        covariance = self.xx / self.n - torch.outer(mean, mean)
+        std = covariance.diagonal().clamp(min=0).sqrt()
+        std = torch.where(std > EPS * std.max(), std, 1.0)
+        xx = self.n * covariance / torch.outer(std, std)
+        xy = (self.xy - torch.outer(mean, self.y)) / std[:, None]
+        return PairSums(self.n, torch.zeros_like(mean), self.y, xx, xy), mean, std
+
     def reduce(self, accelerator) -> Self:
         """Adds the sums of all processes up, in place; every process ends with the total. Returns `self`."""
         for name, value in vars(self).items():
@@ -198,16 +213,18 @@ def ridge(
     return RidgeSolution((prior + delta).float(), (mean_y - mean_x @ delta).float(), float(lam), errors)
 
 
-def discriminant(sums: PairSums, shrinkage: float = 1.0, pseudo_count: float = 1.0) -> tuple[Tensor, Tensor]:
+def discriminant(sums: PairSums, shrinkage: float | None = None) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis with soft labels and one shared covariance, in closed form.
 
     ``w_c = Σ⁻¹ (μ_c - μ)`` and ``b_c = -½ (μ_c + μ)ᵀ w_c``, the logits of Gaussian classes with means μ_c and
     covariance Σ, up to a constant per image. Σ is the within-class covariance plus `shrinkage` times its mean
-    variance; class means are shrunk to the grand mean μ by `pseudo_count` images, so that a class that (almost) no
-    image belongs to gets (almost) no weight instead of a wild one.
+    variance; class means are shrunk to the grand mean μ by one image, so that a class that (almost) no image belongs
+    to gets (almost) no weight instead of a wild one.
 
     Args:
         sums (`PairSums`): of N embeddings x (d) and soft labels y (C) that sum to one.
+        shrinkage (`float`, *optional*):
+            ``d / (N - 1)``, at least 0.3 and at most 1, when omitted: the fewer images, the less of Σ is known.
 
     Returns:
         weight (C, d) and bias (C,), float32.
@@ -217,49 +234,97 @@ def discriminant(sums: PairSums, shrinkage: float = 1.0, pseudo_count: float = 1
     means = weighted / mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     within = (sums.xx - (means.T * mass) @ means) / sums.n
     d = len(mean)
+    if shrinkage is None:
+        shrinkage = min(max(d / (sums.n - 1), 0.3), 1.0)
     covariance = within + shrinkage * within.trace() / d * torch.eye(d, dtype=torch.float64)
-    offset = (weighted - mass[:, None] * mean) / (mass + pseudo_count)[:, None]
+    offset = (weighted - mass[:, None] * mean) / (mass + 1)[:, None]
     weight = torch.linalg.solve(covariance, offset.T).T
     bias = -((offset / 2 + mean) * weight).sum(1)
     return weight.float(), bias.float()
 
 
 def discriminant_head(
-    blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    prior: Tensor,
-    prior_weight: float,
-    shrinkage: float,
-    pseudo_count: float = 1.0,
-    accelerator=None,
-) -> tuple[Tensor, Tensor, float]:
+    blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]], prior: Tensor, shrinkage: float, accelerator=None
+) -> Tensor:
     """A discriminant of soft labels and a head known beforehand, each in units of its own spread over classes.
 
-    ``logits ∝ (x Wᵀ + b) / σ_W + ρ · x Tᵀ / σ_T`` with (W, b) from [`discriminant`] of ``q = softmax(label logits)``
-    and σ the root mean square of the logits minus their mean over classes. Two passes of streamed sums.
+    ``W / σ_W + T / σ_T`` with W from [`discriminant`] of ``q = softmax(label logits)`` and σ the root mean square of
+    the logits minus their mean over classes. Two passes of streamed sums.
 
     Args:
         blocks: called twice, yields x (B, d) and label logits (B, C).
         prior (`Tensor`): T (C, d).
-        prior_weight (`float`): ρ.
-        shrinkage, pseudo_count (`float`), accelerator: as in [`discriminant`] and [`ridge`].
+        shrinkage (`float`), accelerator: as in [`discriminant`] and [`ridge`].
 
     Returns:
-        Class vectors (C, d) and bias (C,) whose logits have spread 1 on these images, and the label logits' spread.
+        Class vectors (C, d).
 
     Raises:
         ValueError: fewer than two images, or a value that is not finite.
     """
     checked = ((check_finite(x, "the embeddings"), check_finite(z, "the label logits")) for x, z in blocks())
     sums = PairSums.of(((x, logits.softmax(1)) for x, logits in checked), prior.shape[1], len(prior), accelerator)
-    weight, bias = discriminant(sums, shrinkage, pseudo_count)
-    squares = torch.zeros(4, dtype=torch.float64)  # of the discriminant, the prior, their product, the labels
-    for x, logits in blocks():
-        heads = (x @ weight.T + bias, x @ prior.T, logits)
-        fitted, known, said = ((z - z.mean(1, keepdim=True)).double() for z in heads)
-        pairs = ((fitted, fitted), (known, known), (fitted, known), (said, said))
-        squares += torch.stack([(a * b).sum() for a, b in pairs])
-    fitted, known, both, said = (total(squares, accelerator) / (sums.n * len(prior))).tolist()
-    fitted, known, rho = max(fitted, 1e-12), max(known, 1e-12), prior_weight
-    spread = max(1 + rho**2 + 2 * rho * both / (fitted * known) ** 0.5, 1e-12) ** 0.5
-    vectors = (weight / fitted**0.5 + rho * prior / known**0.5) / spread
-    return vectors, bias / fitted**0.5 / spread, said**0.5
+    weight, bias = discriminant(sums, shrinkage)
+    squares = torch.zeros(2, dtype=torch.float64)
+    for x, _ in blocks():
+        squares += torch.stack([deviation(z).square().sum() for z in (x @ weight.T + bias, x @ prior.T)])
+    fitted, known = (total(squares, accelerator) / (sums.n * len(prior))).clamp(min=1e-12).sqrt().tolist()
+    return weight / fitted + prior / known
+
+
+def deviation(logits: Tensor) -> Tensor:
+    """Logits (N, C) minus their mean over classes, in float64: all that a softmax sees of them."""
+    return (logits - logits.mean(1, keepdim=True)).double()
+
+
+def spread(logits: Tensor) -> float:
+    """Root mean square of the [`deviation`], over images and classes."""
+    return float(deviation(logits).square().mean().clamp(min=1e-24).sqrt())
+
+
+def even_labels(logits: Tensor, rounds: int = 50) -> Tensor:
+    """Label logits (N, C) without the classes' unequal pull: ``L - log β``.
+
+    β is the fixed point of ``β = P β``, with ``P_jk`` the mean probability of class j over the images that are
+    labelled k: how often each class is answered whatever is asked (Frolic, arXiv 2410.19294, section 3). It assumes
+    that the images hold all classes about equally often.
+    """
+    q, said = logits.double().softmax(1), logits.argmax(1)
+    confused = torch.zeros(q.shape[1], q.shape[1], dtype=torch.float64).index_add_(0, said, q)
+    confused = (confused / said.bincount(minlength=q.shape[1]).clamp(min=1)[:, None]).T
+    beta = torch.full((q.shape[1],), 1 / q.shape[1], dtype=torch.float64)
+    for _ in range(rounds):
+        beta = confused @ beta
+        beta = beta / beta.sum().clamp(min=1e-12)
+    return logits - beta.clamp(min=EPS).log().to(logits.dtype)
+
+
+def coverage(labels: Tensor) -> float:
+    """How many of the C classes N images hold, as a share of how many as many images of equally frequent classes
+    would: ``exp(H(q̄)) / (C (1 - e^(-N/C)))`` with q̄ the mean of the soft labels (N, C) and H its entropy."""
+    count, classes = labels.shape
+    held = torch.special.entr(labels.double().mean(0)).sum().exp()
+    return float(held) / (classes * -math.expm1(-count / classes))
+
+
+def divergence(labels: Tensor, logits: Tensor) -> float:
+    """``KL(q ‖ softmax(z))``, mean over images, of soft labels q (N, C) and logits z (N, C)."""
+    return float(torch.nn.functional.kl_div(logits.double().log_softmax(1), labels.double(), reduction="batchmean"))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The factor τ > 0 with the smallest ``KL(q ‖ softmax(τ z))`` to soft labels q (N, C), by Newton's method on the
+    convex function of τ.
+
+    The slope is ``Σ ⟨p - q, z⟩`` and the curvature the variance of z under p.
+    """
+    z, q, factor = deviation(logits), labels.double(), 1 / spread(logits)
+    for _ in range(100):
+        p = (factor * z).softmax(1)
+        mean = (p * z).sum(1)
+        slope, curvature = (mean - (q * z).sum(1)).mean(), ((p * z.square()).sum(1) - mean.square()).mean()
+        new = min(max(factor - float(slope / curvature.clamp(min=1e-12)), factor / 2), factor * 2)
+        if abs(new - factor) < 1e-9 * factor:
+            break
+        factor = new
+    return factor

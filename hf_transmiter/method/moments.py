@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,10 +41,6 @@ class CrossMoment(PairSums):
         y = check_finite(y, "weak rows").double()
         super().update(check_finite(x, "strong rows"), y)
         self.yy += y.T @ y
-
-    def __sub__(self, part: CrossMoment) -> CrossMoment:
-        """The moment without the pairs of `part`."""
-        return CrossMoment(*(getattr(self, field.name) - getattr(part, field.name) for field in fields(self)))
 
     def centred(self) -> CrossMoment:
         """The same moment of the rows minus their means; `x` and `y` become those means."""
