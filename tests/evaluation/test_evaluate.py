@@ -88,7 +88,7 @@ def test_measured_sees_time_and_memory():
 def test_recorded_scores(encoder, make_dataset, tmp_path):
     names, data = ("cat", "dog", "car"), make_dataset(30)
     adapter = AnchorClassifier(encoder, Anchors(names))
-    adapter.add_adapter(TransMiterConfig(class_names=list(names), form="class_vectors"))
+    adapter.add_adapter(TransMiterConfig(class_names=list(names), form="linear"))
     vectors = adapter.transmiter.tensors("default")["class_vectors"]
     vectors.add_(0.3 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0)))
     adapter.save_pretrained(tmp_path)

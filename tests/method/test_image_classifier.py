@@ -75,7 +75,7 @@ def saved(encoder, tmp_path):
 # The same numbers
 
 
-@pytest.mark.parametrize("form", ["mlp", "class_vectors"])
+@pytest.mark.parametrize("form", ["mlp", "linear"])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_every_family(family, form, tmp_path, pictures):
     base = tiny_models.save(family, tmp_path / "base")
@@ -123,7 +123,7 @@ def test_saved_and_loaded_again(saved, pictures, tmp_path):
 
 
 def test_pipeline_with_a_model_in_memory(encoder, pictures):
-    classifier = make_classifier(encoder, "class_vectors")
+    classifier = make_classifier(encoder, "linear")
     model = TransMiterForImageClassification.from_classifier(classifier)
     found = pipeline("image-classification", model=model, image_processor=model.image_processor)(pictures, top_k=9)
     assert_same_predictions(found, classifier.predict(pictures, top_k=9))
@@ -174,7 +174,7 @@ def test_an_adapter_for_another_model_in_a_subfolder(hub, model_dir, tmp_path, p
     for place, family in ((".", "clip"), ("strong", "siglip")):
         HfApi().create_repo(f"alice/{family}")
         HfApi().upload_folder(repo_id=f"alice/{family}", folder_path=model_dir(family))
-        made[place] = make_classifier(DualEncoder.from_pretrained(f"alice/{family}"), "class_vectors")
+        made[place] = make_classifier(DualEncoder.from_pretrained(f"alice/{family}"), "linear")
         made[place].save_pretrained(tmp_path / "adapter" / place)
     for place, classifier in made.items():
         options = {} if place == "." else {"subfolder": place}

@@ -48,7 +48,7 @@ def loss(classifier, table):
         return float(torch.nn.functional.cross_entropy(classifier.classify(table.embeds), table.labels))
 
 
-@pytest.mark.parametrize("form", ["mlp", "class_vectors"])
+@pytest.mark.parametrize("form", ["mlp", "linear"])
 def test_it_learns(encoder, dataset, table, form, tmp_path):
     start, fingerprint = adapter(encoder, form), encoder.fingerprint
     before = tensors(start)
@@ -84,7 +84,7 @@ def test_a_table_does_for_a_dataset(encoder, dataset, table, tmp_path):
 def test_only_seen_classes_enter_the_loss(encoder, table):
     """A class outside has no column in the loss: nothing of its own changes, and its images are refused."""
     pets = table.select((table.labels < 2).nonzero()[:, 0])
-    start = adapter(encoder, "class_vectors")
+    start = adapter(encoder, "linear")
     config = LabelTuningConfig(epochs=8, batch_size=8, lr=0.01, weight_decay=0.0)
     tuned = label_tune(start, pets, seen_classes=("dog", "cat"), config=config, progress=False)
     vectors, before = tensors(tuned)["class_vectors"], tensors(start)["class_vectors"]

@@ -43,7 +43,7 @@ def coop(weak):
 def head(weak, bias=0.0):
     """A classifier whose class vectors were tuned."""
     classifier = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(
-        TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+        TransMiterConfig(class_names=list(NAMES), form="linear")
     )
     tensors = classifier.transmiter.tensors("default")
     tensors["class_vectors"] += 0.2 * torch.randn(3, 16, generator=torch.Generator().manual_seed(1))

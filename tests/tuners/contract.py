@@ -45,8 +45,8 @@ def transmiter(**kwargs):
 METHODS = {
     "mlp": Method(transmiter, ("clip", "siglip"), texts=False),
     "wide": Method(lambda **kwargs: transmiter(width=8, train_basis=True, **kwargs), ("clip",), texts=False),
-    "class_vectors": Method(
-        lambda **kwargs: TransMiterConfig(class_names=NAMES, form="class_vectors", **kwargs), ("clip",), texts=False
+    "linear": Method(
+        lambda **kwargs: TransMiterConfig(class_names=NAMES, form="linear", **kwargs), ("clip",), texts=False
     ),
     "coop": Method(lambda **kwargs: CoOpConfig(n_ctx=4, **kwargs), ("clip", "siglip"), texts=True),
     "coop_middle": Method(lambda **kwargs: CoOpConfig(n_ctx=4, position="middle", **kwargs), ("clip",), texts=True),
