@@ -24,10 +24,10 @@ from hf_transmiter.tuners import TransMiterConfig
 NAMES = ("cat", "dog", "car")
 
 
-def make_classifier(encoder, form="mlp", names=NAMES):
+def make_classifier(encoder, form="mlp", names=NAMES, **sides):
     """An adapter that answers otherwise than zero-shot."""
     auxiliary = ["tree", "ship"] if form == "mlp" else []
-    config = TransMiterConfig(class_names=list(names), auxiliary_names=auxiliary, form=form)
+    config = TransMiterConfig(class_names=list(names), auxiliary_names=auxiliary, form=form, **sides)
     classifier = AnchorClassifier(encoder, Anchors(tuple(names), tuple(auxiliary))).add_adapter(config)
     generator = torch.Generator().manual_seed(0)
     for key, tensor in classifier.transmiter.tensors("default").items():
@@ -37,7 +37,7 @@ def make_classifier(encoder, form="mlp", names=NAMES):
 
 
 def classify(classifier, pixels):
-    return classifier.classify(classifier.encoder.embed_pixels(pixels))
+    return classifier.classify(classifier.encoder.embed_pixels(pixels, classifier.reads_tower))
 
 
 @torch.no_grad()
@@ -75,11 +75,14 @@ def saved(encoder, tmp_path):
 # The same numbers
 
 
-@pytest.mark.parametrize("form", ["mlp", "linear"])
+@pytest.mark.parametrize("form", ["mlp", "linear", "linear, both sides"])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_every_family(family, form, tmp_path, pictures):
     base = tiny_models.save(family, tmp_path / "base")
-    classifier = make_classifier(DualEncoder.from_pretrained(base), form)
+    encoder = DualEncoder.from_pretrained(base)
+    wide = encoder.embed_dim + encoder.tower_dim
+    sides = {"image_side": wide, "text_side": encoder.embed_dim + wide} if "sides" in form else {}
+    classifier = make_classifier(encoder, form.split(",")[0], **sides)
     classifier.save_pretrained(tmp_path / "adapter")
     pixels = classifier.encoder.preprocess(pictures)
     expected = classify(classifier, pixels)

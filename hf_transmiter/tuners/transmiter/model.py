@@ -140,5 +140,5 @@ class TransMiterModel(Tuner):
                 "this adapter cannot be merged into the model's weights, as only an image side that reads embeddings "
                 "(image_side = d), with no shift and no text side, on a model with a visual_projection; use unload()."
             )
-        weight = projection.weight
-        weight.copy_(weight + (matrix.to(weight.device, torch.float32) @ weight.float()).to(weight.dtype))
+        weight = projection.weight.float()
+        projection.weight.copy_(weight + matrix.float() @ weight)
