@@ -37,8 +37,8 @@ PART_ROWS = 1024
 
 
 class FeatureTable:
-    """Unit image rows ``x`` (N, d), or rows ``[x | h]`` (N, d + 2D), in any float type, with their labels (N,): indices
-    of the class names.
+    """Unit image rows ``x`` (N, d), or ``[x | h]`` (N, d + 2D), in any float type, with their labels (N,): indices of
+    the class names.
 
     Those of [`embed_dataset`] are mapped from disk, not loaded. `dataset_fingerprint` identifies the images.
 

@@ -1,7 +1,8 @@
 """[`TransMiterForImageClassification`]: an adapter and the image tower of its model, a classifier for transformers.
 
 ``logits = head(f)`` for the image rows ``f`` of [`feature_rows`], unit embeddings and what the adapter reads of the
-tower: the same numbers as `AnchorClassifier.classify`, without tokenizer and text tower. What the head needs of the names is in the adapter.
+tower: the same numbers as `AnchorClassifier.classify`, without tokenizer and text tower. What the head needs of the
+names is in the adapter.
 
 Importing this module registers both classes with transformers' Auto classes.
 """

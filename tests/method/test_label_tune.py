@@ -67,6 +67,16 @@ def test_it_learns(encoder, dataset, table, form, tmp_path):
     assert back.adapter_config.provenance == facts
 
 
+def test_both_sides_learn(encoder, dataset, tmp_path):
+    sides = TransMiterConfig(class_names=list(NAMES), form="linear", image_side=48, text_side=16)
+    start = AnchorClassifier(encoder, Anchors(NAMES)).add_adapter(sides)
+    tuned = label_tune(start, dataset, config=QUICK, cache_dir=tmp_path, progress=False)
+    changed = {key for key, tensor in tensors(tuned).items() if not torch.equal(tensor, tensors(start)[key])}
+    assert changed == {"image_map", "image_shift", "class_vectors", "bias"}
+    rows = embed_dataset(encoder, dataset, tower=True, cache_dir=tmp_path)
+    assert loss(tuned, rows) < 0.9 * loss(start, rows)
+
+
 def test_the_basis_moves_only_when_asked(encoder, table):
     before = tensors(adapter(encoder))
     tuned = label_tune(adapter(encoder), table, config=LabelTuningConfig(epochs=1, train_basis=True), progress=False)

@@ -27,11 +27,16 @@ PLAIN = "vision_model.encoder.layers.0.self_attn.q_proj"
 
 @dataclass
 class Method:
-    """`make(**kwargs)` gives a config; `texts`: the method shows in calls with texts, not in calls without."""
+    """`make(**kwargs)` gives a config; `texts`: the method shows in calls with texts, not in calls without; `chosen`:
+    the model answers about the classes that it was told by `set_classes`."""
 
     make: Callable
     roots: tuple[str, ...]
     texts: bool
+
+    @property
+    def chosen(self):
+        return self.texts and self.prefix != "transmiter_"
 
     @property
     def prefix(self):

@@ -124,7 +124,7 @@ def test_any_names(encoder, make_images):
     images = make_images(3)
     f = encoder.embed_pixels(encoder.preprocess(images), tower=True)
     texts = encoder.embed_names(OTHERS)
-    for name, settings in sides(encoder).items():
+    for settings in sides(encoder).values():
         classifier = attached(encoder, settings)
         tensors = classifier.transmiter.tensors("default")
         own = classifier.predict(images, top_k=3)

@@ -24,9 +24,10 @@ class TransMiterConfig(PeftConfig):
     - ``"mlp"`` (published, arXiv 2508.08604 section 3): ``ẑ = z + MLP(LN(z Wᵀ)) W`` on the logits over the
       K = C + A anchors, standardised per image.
     - ``"linear"``: what every closed form ends in, with one of two parts or both. An image side (A, b) changes what
-      pictures look like, ``x' = normalise(x + A f + b)``; a text side (W, bias) what words mean, ``logits = s · x' Wᵀ +
-      bias``, or ``s · [x' | f] Wᵀ + bias``. ``f = [x | h]`` are the rows of [`DualEncoder.embed_pixels`], h what the
-      vision tower saw (measured in tests/studies). Without a text side any names can be asked: ``s · x' aᵀ``.
+      pictures look like, ``x' = normalise(x + A f + b)``; a text side (W, bias) what words mean,
+      ``logits = s · x' Wᵀ + bias``, or ``s · [x' | f] Wᵀ + bias``. ``f = [x | h]`` are the rows of
+      [`DualEncoder.embed_pixels`], h what the vision tower saw (upgrade measured in tests/studies; not a paper).
+      Without a text side any names can be asked: ``s · x' aᵀ``.
 
     Args:
         class_names (`list[str]`): the C task names, in label order.
@@ -34,7 +35,7 @@ class TransMiterConfig(PeftConfig):
         templates (`list[str]`, *optional*, defaults to `["a photo of a {}."]`): prompts of the anchors.
         form (`str`, *optional*, defaults to `"mlp"`): `"mlp"` or `"linear"`.
         image_side (`int`, *optional*):
-            m, columns of f that A (d, m) reads: d for embeddings alone, d + 2D with the tower. No image side if omitted.
+            m, columns of f that A (d, m) reads: d for embeddings alone, d + 2D with the tower. Omitted: no such side.
         text_side (`int`, *optional*):
             Width of the class vectors W (C, d), or d + m for those that read m columns of f, too. When omitted: d
             without an image side, else (as with 0) there is no text side.
@@ -51,8 +52,8 @@ class TransMiterConfig(PeftConfig):
         provenance (`dict`, *optional*): how the adapter came about; written by `extract` and `transfer`.
 
     Raises:
-        ValueError: an unknown form, no or duplicate names, K > D, sides that do not fit the form, or a fingerprint that
-            does not fit the names.
+        ValueError: an unknown form, no or duplicate names, K > D, sides that do not fit the form, or a fingerprint
+            that does not fit the names.
     """
 
     class_names: list[str] = field(default_factory=list)

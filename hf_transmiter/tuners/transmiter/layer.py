@@ -121,7 +121,7 @@ class TransMiterLayer(AdapterLayer):
 
     @property
     def has_image_side(self) -> bool:
-        """Whether the answering adapter changes image embeddings; with any names, then."""
+        """Whether the answering adapter changes image embeddings, so that it can be asked for any names."""
         return not self.disable_adapters and self.active_name in self.transmiter_image_map
 
     def embedding_parts(self) -> list[nn.Parameter]:
@@ -140,8 +140,8 @@ class TransMiterLayer(AdapterLayer):
         return nn.functional.linear(rows[:, : matrix.shape[1]].to(matrix.dtype), matrix, shift)
 
     def adapt(self, rows: Tensor) -> Tensor:
-        """Rows ``f`` (B, d or d + 2D), whose first d columns are ``x``, to ``x' = normalise(x + A f + b)`` (B, d); ``x``
-        without an image side."""
+        """Rows ``f`` (B, d or d + 2D), whose first d columns are ``x``, to ``x' = normalise(x + A f + b)`` (B, d);
+        without an image side to ``x``."""
         x = rows[:, : self.configs[self.active_name].embed_dim]
         return nn.functional.normalize(x + self.change(rows), dim=-1) if self.has_image_side else x
 
@@ -149,13 +149,13 @@ class TransMiterLayer(AdapterLayer):
         reads = self.configs[self.active_name].reads
         if self.reads_tower and rows.shape[1] != reads:
             raise ValueError(
-                f"the adapter reads rows of {reads} columns, what the vision tower saw beside the embeddings, and these "
-                f"have {rows.shape[1]}: embed the images with tower=True, on the model it was made for."
+                f"the adapter reads rows of {reads} columns, what the vision tower saw beside the embeddings, and "
+                f"these have {rows.shape[1]}: embed the images with tower=True, on the model it was made for."
             )
 
     def forward(self, rows: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-        """Image rows (B, d), or (B, d + 2D) for an adapter that [`reads_tower`], to task logits (B, C) of the answering
-        adapter; zero-shot when disabled.
+        """Image rows (B, d), or (B, d + 2D) for an adapter that [`reads_tower`], to task logits (B, C) of the
+        answering adapter; zero-shot when disabled.
 
         Raises:
             ValueError: no adapter is active, or the rows lack what it reads.

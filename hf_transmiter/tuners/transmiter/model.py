@@ -68,8 +68,9 @@ class TransMiterModel(Tuner):
     """PEFT tuner of TransMiter. The root is a transformers two-tower model.
 
     The layer becomes the root's child `transmiter`; nothing is replaced. A hook before the root's forward lets
-    `model(pixel_values=...)` go without texts, one after it writes the adapted logits. Hooks behind the vision tower and
-    its projection let an image side change the image embeddings, of calls with texts and of `get_image_features`, too.
+    `model(pixel_values=...)` go without texts, one after it writes the adapted logits. Hooks behind the vision tower
+    and its projection let an image side change the image embeddings, those of `get_image_features` and of calls with
+    texts included. (A LoRA in that projection must be there first: PEFT wraps the module that the hook is on.)
 
     Raises:
         ValueError: the model is not a dual encoder, the adapter was made for another embedding width, or its name
@@ -130,7 +131,7 @@ class TransMiterModel(Tuner):
 
     @torch.no_grad()
     def _merge(self) -> None:
-        """``P ← (1 + A) P`` in the projection, exact for an image side alone that reads embeddings and shifts nothing."""
+        """``P ← (1 + A) P`` in the projection: exact for an image side that reads embeddings and shifts nothing."""
         layer, projection = self.model.transmiter, getattr(self.model, "visual_projection", None)
         weights = {} if layer.active_name is None else layer.tensors(layer.active_name)
         matrix, shift = weights.get("image_map"), weights.get("image_shift")
