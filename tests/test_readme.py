@@ -83,7 +83,7 @@ def here(hub, tmp_path, monkeypatch):
             pictures[row]["image"].save(Path("my_photos", "test" if row in rows[-3:] else "train", name, f"{row}.png"))
     pictures[pictures["label"].index(0)]["image"].save("photo.jpg")
     pets = AnchorClassifier(DualEncoder.from_pretrained("openai/clip-vit-base-patch32"), Anchors(("cat", "dog")))
-    pets.add_adapter(TransMiterConfig(class_names=["cat", "dog"], form="class_vectors"))
+    pets.add_adapter(TransMiterConfig(class_names=["cat", "dog"], form="linear"))
     pets.push_to_hub("alice/pets-b32")
     return hub
 

@@ -37,7 +37,8 @@ PART_ROWS = 1024
 
 
 class FeatureTable:
-    """Unit image rows ``x`` (N, d), in any float type, with their labels (N,): indices of the class names.
+    """Unit image rows ``x`` (N, d), or ``[x | h]`` (N, d + 2D), in any float type, with their labels (N,): indices of
+    the class names.
 
     Those of [`embed_dataset`] are mapped from disk, not loaded. `dataset_fingerprint` identifies the images.
 
@@ -98,6 +99,7 @@ def embed_dataset(
     *,
     image_column: str | None = None,
     label_column: str | None = None,
+    tower: bool = False,
     batch_size: int = 64,
     cache_dir: str | os.PathLike | None = None,
     accelerator=None,
@@ -113,6 +115,9 @@ def embed_dataset(
         dataset (`datasets.Dataset`):
             One split. Formats and transforms set on it are not applied: the pictures are taken as stored.
         image_column, label_column (`str`, *optional*): guessed when omitted; without labels the table has none.
+        tower (`bool`, *optional*, defaults to `False`):
+            Rows ``[x | h]`` (N, d + 2D) of [`DualEncoder.embed_pixels`], in a file of their own, of which a later call
+            without takes the unit rows.
         batch_size (`int`, *optional*, defaults to 64): pictures per forward pass.
         cache_dir (`str` or `os.PathLike`, *optional*): defaults to a folder among the Hub's cached assets.
         accelerator (`accelerate.Accelerator`, *optional*): defaults to the state of the launched processes.
@@ -132,20 +137,24 @@ def embed_dataset(
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     facts = [encoder.fingerprint, dataset._fingerprint, str(dataset.split), image_column, PART_ROWS]
-    key, fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32], dataset._fingerprint
+    keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
+    fingerprint = dataset._fingerprint
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
-        key, fingerprint = broadcast_object_list([key, fingerprint])
-    root = Path(cache_dir or cached_assets_path("hf_transmiter", namespace="features"))
-    path, folder = root / f"{key}.npy", root / f"{key}.parts"
+        *keys, fingerprint = broadcast_object_list([*keys, fingerprint])
+    root, width = Path(cache_dir or cached_assets_path("hf_transmiter", namespace="features")), encoder.embed_dim
+    tower = tower and encoder.tower_dim > 0
+    path, folder = root / f"{keys[tower]}.npy", root / f"{keys[tower]}.parts"
     embeds = _open(path)
+    if embeds is None and not tower and (wide := _open(root / f"{keys[True]}.npy")) is not None:
+        embeds = wide[:, :width]
     # Every process must have looked before the first of them can finish the table.
     state.wait_for_everyone()
     if embeds is None:
         pictures = dataset.with_format(None).select_columns([image_column])
-        _make_parts_together(encoder, pictures, batch_size, folder, state, progress)
+        _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress)
         if state.is_main_process:
             try:
-                _join(folder, path, (len(dataset), encoder.embed_dim))
+                _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))
             except (OSError, SafetensorError):
                 # Another run of the very same job may have finished meanwhile and cleared the parts.
                 if _open(path) is None:
@@ -168,14 +177,14 @@ def _open(path: Path) -> Tensor | None:
         return None
 
 
-def _make_parts_together(encoder, pictures, batch_size, folder, state, progress) -> None:
+def _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress) -> None:
     """[`_make_parts`] of every process; what goes wrong on one is an error on all, so that none waits for ever."""
     fault = None
     hidden = not (progress and state.is_main_process) or None  # None: only a terminal or a notebook shows it
     bar = {"desc": "Embedding images", "unit": "img", "leave": False, "name": "hf_transmiter.data.embeddings"}
     try:
         with tqdm(total=len(pictures), disable=hidden, **bar) as shown:
-            _make_parts(encoder, pictures, batch_size, folder, state, shown)
+            _make_parts(encoder, pictures, tower, batch_size, folder, state, shown)
     except Exception as error:
         fault = error
     if state.num_processes > 1:
@@ -185,7 +194,9 @@ def _make_parts_together(encoder, pictures, batch_size, folder, state, progress)
         raise fault
 
 
-def _make_parts(encoder: DualEncoder, pictures: Dataset, batch_size: int, folder: Path, state, bar: tqdm) -> None:
+def _make_parts(
+    encoder: DualEncoder, pictures: Dataset, tower: bool, batch_size: int, folder: Path, state, bar: tqdm
+) -> None:
     """Writes this process's missing parts."""
     for index, start in enumerate(range(0, len(pictures), PART_ROWS)):
         rows = range(start, min(start + PART_ROWS, len(pictures)))
@@ -195,14 +206,14 @@ def _make_parts(encoder: DualEncoder, pictures: Dataset, batch_size: int, folder
             continue
         blocks = []
         for first in rows[::batch_size]:
-            blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop))))
+            blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop)), tower))
             bar.update(len(blocks[-1]))
         part = torch.cat(blocks)
         replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": _digest(part)}))
 
 
-def _embed(encoder: DualEncoder, pictures: Dataset, rows: range) -> Tensor:
-    """Unit rows (B, d) of some pictures."""
+def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) -> Tensor:
+    """Rows of some pictures."""
     (column,) = pictures.column_names
     try:
         images = pictures[rows.start : rows.stop][column]
@@ -215,7 +226,7 @@ def _embed(encoder: DualEncoder, pictures: Dataset, rows: range) -> Tensor:
                 raise ValueError(f"the image in row {row} cannot be read: {error}") from error
         raise
     try:
-        block = encoder.embed_pixels(encoder.preprocess(images)).cpu()
+        block = encoder.embed_pixels(encoder.preprocess(images), tower).cpu()
     except ValueError as error:
         raise ValueError(f"in the batch of rows {rows.start} to {rows.stop - 1}: {error}") from error
     finite = torch.isfinite(block).all(dim=1)

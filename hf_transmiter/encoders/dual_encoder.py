@@ -32,6 +32,7 @@ from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open
 from .families import (
     aligned,
     check_family,
+    feature_rows,
     image_inputs,
     is_dual_encoder,
     logit_scale_and_bias,
@@ -151,6 +152,13 @@ class DualEncoder:
         """Width ``d`` of the shared space."""
         return shared_width(self.model)
 
+    @cached_property
+    def tower_dim(self) -> int:
+        """Width ``2D`` of what [`embed_pixels`] gives of the vision tower beside ``x``; 0 for models that give no
+        tokens."""
+        blank = torch.zeros(1, 3, self.image_size, self.image_size)
+        return self.embed_pixels(blank, tower=True).shape[1] - self.embed_dim
+
     @property
     def logit_scale(self) -> Tensor:
         """The factor ``s`` of the logits (0-dimensional float32, detached)."""
@@ -220,11 +228,12 @@ class DualEncoder:
         image_processor = square_processor(self._require("image_processor"), self.model.config)
         return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
-    def embed_pixels(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device."""
+    def embed_pixels(self, pixel_values: Tensor, tower: bool = False) -> Tensor:
+        """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device; with
+        `tower` to rows ``[x | h]`` (B, d + 2D) of what the vision tower saw, see [`feature_rows`]."""
         inputs = image_inputs(self.model, pixel_values.to(self.device, self.dtype))
         with _frozen_pass(self.model):
-            return unit_rows(self.model.get_image_features(**inputs))
+            return feature_rows(self.model.get_image_features(**inputs), tower)
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""

@@ -131,6 +131,23 @@ def unit_rows(features) -> Tensor:
     return normalize(pooled.float(), dim=-1)
 
 
+def feature_rows(features, tower: bool = False) -> Tensor:
+    """What `get_image_features` returned to rows ``f`` of one picture each, float32: the unit row ``x`` (B, d) and,
+    with `tower`, what is in the tower's last layer beside it, ``[x | first token | mean of all tokens]`` (B, d + 2D).
+
+    Cells of a convolutional map (ALIGN) count as tokens. A model that gives none (open_clip) has ``x`` alone.
+    """
+    x = unit_rows(features)
+    hidden = getattr(features, "last_hidden_state", None) if tower else None
+    return x if hidden is None else torch.cat([x, token_rows(hidden)], dim=-1)
+
+
+def token_rows(hidden: Tensor) -> Tensor:
+    """First token and mean of all tokens, (B, 2D) float32, of a tower's last layer: (B, T, D), or (B, D, H, W)."""
+    tokens = (hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden).float()
+    return torch.cat([tokens[:, 0], tokens.mean(1)], dim=-1)
+
+
 def shared_width(model: nn.Module) -> int:
     """Width ``d`` of the space both towers map to."""
     config = unwrap(model).config

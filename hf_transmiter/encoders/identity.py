@@ -71,7 +71,8 @@ def vocabulary_hash(tokenizer) -> str:
 
 
 def model_fingerprint(model: nn.Module, settings, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 over `settings`, the adapters active in the towers, and the values of every tensor in them.
+    """SHA-256 over `settings`, the adapters active in the towers (or on their embeddings), and the values of every
+    tensor in them.
 
     Equal across processes and machines. Values are read once; later calls read again only tensors that were
     replaced or written in place (as optimizers and `load_state_dict` do; a write through ``.data`` goes unseen).
@@ -81,11 +82,12 @@ def model_fingerprint(model: nn.Module, settings, dtype: torch.dtype | None = No
         dtype (`torch.dtype`, *optional*): floating-point values as they would be in this type.
     """
     facts = [_without_provenance(settings), list(_adapter_state(model))]
+    state = model.state_dict(keep_vars=True).items()
+    values = [value for name, value in state if name.split(".", 1)[0] in EMBEDDING_PARTS and torch.is_tensor(value)]
     tensors = []
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.split(".", 1)[0] in EMBEDDING_PARTS and torch.is_tensor(tensor):
-            read = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-            tensors.append(f"{read.dtype} {tuple(read.shape)} {_tensor_digest(read)}")
+    for tensor in (*values, *(part for module in model.modules() for part in _embedding_parts(module))):
+        read = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        tensors.append(f"{read.dtype} {tuple(read.shape)} {_tensor_digest(read)}")
     # Sorted by value, not by name: transformers renames modules between versions, saved fingerprints must outlive it.
     return hashlib.sha256(json.dumps([facts, sorted(tensors)], sort_keys=True).encode()).hexdigest()
 
@@ -99,10 +101,16 @@ def _without_provenance(value):
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def _embedding_parts(module: nn.Module) -> list[Tensor]:
+    """Weights of a layer beside the towers that change their embeddings (an image side that is switched on)."""
+    return module.embedding_parts() if hasattr(module, "embedding_parts") else []
+
+
 def _adapter_state(model: nn.Module) -> Iterator[list]:
     """Adapters switched on per layer, with their scale: the same weights answer differently."""
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and name.split(".", 1)[0] in EMBEDDING_PARTS:
+        inside = name.split(".", 1)[0] in EMBEDDING_PARTS or _embedding_parts(module)
+        if isinstance(module, BaseTunerLayer) and inside:
             scaling = {key: float(value) for key, value in getattr(module, "scaling", {}).items()}
             active = [] if module.disable_adapters else list(module.active_adapters)
             yield [name, active, list(module.merged_adapters), scaling]

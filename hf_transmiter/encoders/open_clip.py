@@ -159,12 +159,14 @@ class OpenClipModel(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> CLIPOutput | tuple:
         """Images and texts to unit rows and ``z = s * x @ a.T + b``, as `CLIPModel`."""
-        image = normalize(self.get_image_features(pixel_values).pooler_output, dim=-1)
+        vision = self.get_image_features(pixel_values)
+        image = normalize(vision.pooler_output, dim=-1)
         text = normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
         logits = self.logit_scale.exp() * image @ text.T
         if hasattr(self, "logit_bias"):
             logits = logits + self.logit_bias
         output = CLIPOutput(logits_per_image=logits, logits_per_text=logits.T, text_embeds=text, image_embeds=image)
+        output["vision_model_output"] = vision
         return output.to_tuple() if return_dict is False else output
 
     @classmethod

@@ -139,7 +139,7 @@ def analyse(
     if len(names) < 2:
         raise ValueError(f"there is nothing to change with one class, {names[0]!r}.")
     encoder = classifier.encoder
-    table = embed_dataset(encoder, dataset, **embedding)
+    table = embed_dataset(encoder, dataset, tower=classifier.reads_tower, **embedding)
     labels = None if table.labels is None else align_labels(table, names)
     pack = classifier.calibration
     if teacher is None and pack is not None:
@@ -158,7 +158,8 @@ def analyse(
         task = set(map(name_key, names))
         auxiliary = [name for name in config.auxiliary_names or universal_vocabulary() if name_key(name) not in task]
         text = encoder.embed_names(auxiliary, config.templates)
-        near = nearest(directions(tensors["class_vectors"], tensors["anchors"][: len(names)], text), auxiliary)
+        vectors = tensors["class_vectors"][:, : encoder.embed_dim]
+        near = nearest(directions(vectors, tensors["anchors"][: len(names)], text), auxiliary)
     found = compare_logits(logits, names, labels, near)
     found.model, found.form = encoder.name_or_path and public_name(encoder.name_or_path), config.form
     return found

@@ -92,7 +92,8 @@ def evaluate(
     Raises:
         ValueError: no labels, class names of the dataset that are not the classifier's, or logits that are not finite.
     """
-    labels = align_labels(embed_dataset(classifier.encoder, dataset, **embedding), classifier.class_names)
+    table = embed_dataset(classifier.encoder, dataset, tower=classifier.reads_tower, **embedding)
+    labels = align_labels(table, classifier.class_names)
     logits = teacher_logits(classifier, dataset, classifier.class_names, **embedding)
     base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
     scores = score_logits(logits, labels, base)

@@ -282,7 +282,7 @@ def _label_tuned(task: Task, variant: Variant) -> AnchorClassifier:
 
 def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:
     """Class vectors that are the strong model's own."""
-    config = TransMiterConfig(class_names=list(task.names), templates=list(task.templates), form="class_vectors")
+    config = TransMiterConfig(class_names=list(task.names), templates=list(task.templates), form="linear")
     text = task.text[task.strong].to(task.strong.device)
     return AnchorClassifier(task.strong, Anchors(task.names, (), task.templates), text).add_adapter(config)
 

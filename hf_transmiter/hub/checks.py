@@ -176,14 +176,18 @@ def check_tensors(
 def adapter_shapes(config: Mapping) -> dict[str, tuple[int | str, ...]]:
     """Tensors that a TransMiter adapter with this (checked) ``adapter_config.json`` has, and their shapes.
 
-    ``anchors`` (K, d); form "class_vectors": ``class_vectors`` (C, d), ``bias`` (C,); form "mlp": ``basis`` (D, K),
-    ``norm`` (D,), ``up`` (hD, D), ``down`` (D, hD). The letter `"d"` stands for an `embed_dim` that is not known.
+    ``anchors`` (K, d); form "linear": ``image_map`` (d, m), ``image_shift`` (d,), ``class_vectors`` (C, d or d + m),
+    ``bias`` (C,), as far as it has these sides; form "mlp": ``basis`` (D, K), ``norm`` (D,), ``up`` (hD, D), ``down``
+    (D, hD). The letter `"d"` stands for an `embed_dim` that is not known.
     """
     classes = len(config["class_names"])
     anchors, d = classes + len(config.get("auxiliary_names") or ()), config.get("embed_dim") or "d"
     shapes = {"anchors": (anchors, d)}
-    if config.get("form", "mlp") == "class_vectors":
-        shapes |= {"class_vectors": (classes, d), "bias": (classes,)}
+    if config.get("form", "mlp") == "linear":
+        image, text = config.get("image_side"), config.get("text_side")
+        text = d if text is None and not image else text
+        shapes |= {"image_map": (d, image), "image_shift": (d,)} if image else {}
+        shapes |= {"class_vectors": (classes, text), "bias": (classes,)} if text else {}
     else:
         width = config.get("width") or anchors
         hidden = config.get("mlp_ratio", 4) * width

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import CommitInfo
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..data.anchors import Anchors
@@ -67,6 +66,7 @@ class AnchorClassifier(nn.Module):
         self._calibration: CalibrationPack | None = None
         self.facts: TeacherFacts | None = None  # of a model that was tuned: what it was made of
         self._saved: tuple[str, dict] | None = None  # the repository an adapter was loaded from
+        self._asked: tuple[tuple[str, ...], Tensor] | None = None  # other names than the adapter's, see set_classes
         self.register_module("transmiter", None)  # the adapter's layer
         if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
             raise ValueError(
@@ -108,24 +108,61 @@ class AnchorClassifier(nn.Module):
     def class_names(self) -> tuple[str, ...]:
         """Names of the columns of [`classify`]."""
         config = self.adapter_config
+        if self._asked is not None:
+            return self._asked[0]
         return tuple(config.class_names) if config else self.anchors.task or self.anchors.names
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether [`classify`] needs rows (N, d + 2D), embedded with ``tower=self.reads_tower``."""
+        return self.transmiter is not None and self.transmiter.reads_tower
+
+    @property
+    def open_vocabulary(self) -> bool:
+        """Whether it can be asked for any names: zero-shot, or by an adapter with an image side."""
+        return self.transmiter is None or self.transmiter.has_image_side
+
+    def set_classes(self, class_names: Sequence[str]) -> AnchorClassifier:
+        """From now on the answers are about `class_names`; returns the classifier itself.
+
+        Names that the adapter was saved with are answered by its text side. For any other names an image side stays,
+        ``logits = s · x' aᵀ + b`` with their own text embeddings.
+
+        Raises:
+            ValueError: names that are empty or there twice, or that an adapter without image side does not know.
+        """
+        names, config = Anchors(tuple(class_names)).task, self.adapter_config
+        if config is None:
+            self.anchors, self._text_embeds = Anchors(names, (), self.anchors.templates), None
+        elif list(names) == config.class_names:
+            self._asked = None
+        elif self.open_vocabulary:
+            self._asked = names, self.encoder.embed_names(names, config.templates)
+        else:
+            new = [name for name in names if name not in config.class_names] or names
+            raise ValueError(
+                f"the adapter answers for its own {len(config.class_names)} class names only, in their order, and not "
+                f"for {new[0]!r}: it changes what these words mean, not how pictures are seen. Ask the model without "
+                "it, or extract from a teacher whose image tower was tuned, which gives an image side."
+            )
+        return self
 
     def forward(self, pixel_values: Tensor) -> CLIPOutput:
         """(B, 3, S, S) pixels to `logits_per_image`, (B, K) over all anchors or (B, C) over the task names once an
-        adapter is attached, and `image_embeds` (B, d), unit rows."""
-        image_embeds = self.encoder.embed_pixels(pixel_values)
+        adapter is attached, and `image_embeds` (B, d), unit rows, changed by an image side."""
+        rows = self.encoder.embed_pixels(pixel_values, self.reads_tower)
         if self.transmiter is not None:
-            # Unit rows once more, as the layer does on the model itself: the same logits to the bit.
-            logits = self.classify(normalize(image_embeds, dim=-1))
-        else:
-            logits = self._anchor_logits(image_embeds, len(self.anchors))
-        return CLIPOutput(logits_per_image=logits, image_embeds=image_embeds)
+            return CLIPOutput(logits_per_image=self.classify(rows), image_embeds=self.transmiter.adapt(rows))
+        return CLIPOutput(logits_per_image=self._anchor_logits(rows, len(self.anchors)), image_embeds=rows)
 
-    def classify(self, image_embeds: Tensor) -> Tensor:
-        """Task logits (B, C) from unit image embeddings (B, d): the head alone, for cached features."""
+    def classify(self, rows: Tensor) -> Tensor:
+        """Task logits (B, C) from unit image embeddings (B, d), or rows (B, d + 2D) of the tower for an adapter that
+        [`reads_tower`]: the head alone, for cached features."""
+        if self._asked is not None:
+            return self.encoder.logits(self.transmiter.adapt(rows), self._asked[1].to(rows.device))
         if self.transmiter is not None:
-            return self.transmiter(image_embeds, self.encoder.logit_scale, self.encoder.logit_bias)
-        return self._anchor_logits(image_embeds, len(self.class_names))
+            return self.transmiter(rows, self.encoder.logit_scale, self.encoder.logit_bias)
+        return self._anchor_logits(rows[:, : self.encoder.embed_dim], len(self.class_names))
 
     def _anchor_logits(self, image_embeds: Tensor, columns: int) -> Tensor:
         """(B, columns) over the first anchors; with class vectors of each image's own where it makes them (CoCoOp)."""
@@ -140,13 +177,20 @@ class AnchorClassifier(nn.Module):
             return image_conditioned_logits(self.model, layer, image_embeds, inputs)
 
     @torch.no_grad()
-    def predict(self, images: Sequence, top_k: int = 1, batch_size: int = 32) -> list[list[dict]]:
+    def predict(
+        self, images: Sequence, top_k: int = 1, batch_size: int = 32, class_names: Sequence[str] | None = None
+    ) -> list[list[dict]]:
         """The `top_k` best names per image, as the `image-classification` pipeline returns them:
         `{"label": name, "score": probability}`, best first.
 
         Args:
             images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
+            class_names (`Sequence[str]`, *optional*): asked this once, see [`set_classes`].
         """
+        if class_names is not None:
+            asked = AnchorClassifier(self.encoder, self.anchors)
+            asked.transmiter = self.transmiter
+            return asked.set_classes(class_names).predict(images, top_k, batch_size)
         images = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else list(images)
         names, results = self.class_names, []
         for start in range(0, len(images), batch_size):
@@ -171,7 +215,7 @@ class AnchorClassifier(nn.Module):
         config.base_fingerprint = encoder.fingerprint
         check_base(config, encoder.model, encoder)
         config.embed_dim = encoder.embed_dim
-        self.calibration = None  # of the adapter before
+        self.calibration = self._asked = None  # of the adapter before
         self.transmiter = TransMiterLayer.holding(config, tensors, encoder.device)
         if tensors is None:
             known = config.anchors == self.anchors

@@ -95,7 +95,7 @@ def extract(
         vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)
         prior = text[: len(class_names)].cpu()
         tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator)
-        adapter = TransMiterConfig.for_anchors(Anchors(class_names, (), anchors.templates), form="class_vectors")
+        adapter = TransMiterConfig.for_anchors(Anchors(class_names, (), anchors.templates), form="linear")
     else:
         if table is None:
             raise ValueError("the gradient solver needs unlabelled images: pass a dataset.")

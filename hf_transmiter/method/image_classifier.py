@@ -1,7 +1,8 @@
 """[`TransMiterForImageClassification`]: an adapter and the image tower of its model, a classifier for transformers.
 
-``logits = head(x)`` for unit image rows ``x = normalize(image_model(pixels))``: the same numbers as
-`AnchorClassifier.classify`, without tokenizer and text tower. What the head needs of the names is in the adapter.
+``logits = head(f)`` for the image rows ``f`` of [`feature_rows`], unit embeddings and what the adapter reads of the
+tower: the same numbers as `AnchorClassifier.classify`, without tokenizer and text tower. What the head needs of the
+names is in the adapter.
 
 Importing this module registers both classes with transformers' Auto classes.
 """
@@ -33,11 +34,11 @@ from ..encoders.families import (
     IMAGE_PARTS,
     aligned,
     check_family,
+    feature_rows,
     image_inputs,
     image_model,
     logit_scale_and_bias,
     shared_width,
-    unit_rows,
 )
 from ..hub.adapter_files import CONFIG
 from ..hub.checks import check_json, read_header
@@ -52,7 +53,7 @@ _HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 # Of adapter_config.json: what the head is made of, and which model it was made for.
 _ADAPTER_FIELDS = (
     *("class_names", "auxiliary_names", "templates", "anchors_fingerprint"),
-    *("form", "width", "mlp_ratio", "embed_dim"),
+    *("form", "image_side", "text_side", "width", "mlp_ratio", "embed_dim"),
     *("base_model_name_or_path", "revision", "base_fingerprint"),
 )
 
@@ -156,8 +157,8 @@ class TransMiterForImageClassification(PreTrainedModel):
         """Pixels (B, 3, S, S), as the image processor makes them, to `logits` (B, C), float32; with class numbers
         `labels` (B,) also their cross entropy, `loss`."""
         inputs = image_inputs(self.encoder, pixel_values.to(self.encoder.dtype))
-        image_embeds = unit_rows(self.encoder.get_image_features(**inputs))
-        logits = self.transmiter(image_embeds, *logit_scale_and_bias(self.encoder))
+        rows = feature_rows(self.encoder.get_image_features(**inputs), self.transmiter.reads_tower)
+        logits = self.transmiter(rows, *logit_scale_and_bias(self.encoder))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 

@@ -46,7 +46,8 @@ def label_tune(
         raise ValueError("there is no adapter to tune: attach one with add_adapter, or pass what transfer returned.")
     table = dataset
     if not isinstance(dataset, FeatureTable):
-        table = embed_dataset(adapter.encoder, dataset, accelerator=accelerator, progress=progress, **embedding)
+        options = {"tower": adapter.reads_tower, "accelerator": accelerator, "progress": progress}
+        table = embed_dataset(adapter.encoder, dataset, **options, **embedding)
     if table.labels is None or not len(table):
         raise ValueError("label_tune needs labelled images: pass a dataset with a label column (label_column=...).")
     columns = seen_columns(source.class_names, seen_classes)

@@ -90,9 +90,11 @@ def teacher_class_vectors(
         vectors = classifier.text_embeds
     else:
         tensors = classifier.transmiter.tensors("default")
-        if "class_vectors" not in tensors or tensors["bias"].any():
+        if classifier.open_vocabulary or "class_vectors" not in tensors or tensors["bias"].any():
             return None
         vectors = tensors["class_vectors"]
+        if vectors.shape[1] != weak.embed_dim:  # they read more than the embeddings
+            return None
     return vectors[_columns(classifier, class_names)] * (classifier.encoder.logit_scale / weak.logit_scale)
 
 
@@ -128,8 +130,9 @@ def teacher_logits(
     classifier = as_classifier(teacher, class_names, templates)
     if classifier is None:
         return _stored(teacher, class_names, table)
-    if table is None or weak is None or not same_image_tower(weak, classifier.encoder):
-        table = embed_dataset(classifier.encoder, dataset, **embedding)
+    at_hand = table is not None and weak is not None and not classifier.reads_tower
+    if not at_hand or not same_image_tower(weak, classifier.encoder):
+        table = embed_dataset(classifier.encoder, dataset, tower=classifier.reads_tower, **embedding)
     columns, device = _columns(classifier, class_names), classifier.encoder.device
     blocks = [classifier.classify(x.to(device))[:, columns].float().cpu() for x in table.batches(4096)]
     return check_finite(torch.cat(blocks), "the teacher's logits")

@@ -92,7 +92,7 @@ def transfer(
     upgraded, tensors = _carried(adapter, strong, bridge, weight)
     upgraded.provenance.update(named_dataset(dataset, dataset_name))
     wanted = all_seen if config.refit is None else config.refit
-    if source.form == "class_vectors" and dataset is not None and wanted:
+    if source.form == "linear" and dataset is not None and wanted:
         table = embed_dataset(strong, dataset, **options)
         pack, own = _teacher_on(table, dataset, adapter, teacher, options), _has_own_vectors(source)
         vectors, text = tensors["class_vectors"], tensors["anchors"]

@@ -33,7 +33,7 @@ def command(out, model_dir, make_dataset):
     weak = DualEncoder.from_pretrained(model_dir("clip"))
     text = weak.embed_names(NAMES)
     moved = torch.nn.functional.normalize(text + 0.3 * torch.randn(text.shape), dim=-1)
-    config = TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+    config = TransMiterConfig(class_names=list(NAMES), form="linear")
     tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
     AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors).save_pretrained(out / "teacher")
     for split, count, seed in (("train", 18, 1), ("test", 12, 0)):

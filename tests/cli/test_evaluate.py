@@ -19,7 +19,7 @@ NAMES = ["cat", "dog", "car"]
 @pytest.fixture
 def saved(encoder, make_dataset, tmp_path):
     """A folder with an adapter, `pictures` and `bare` (no labels) written by save_to_disk, and logits."""
-    config = TransMiterConfig(class_names=NAMES, auxiliary_names=["tree", "ship", "red"], form="class_vectors")
+    config = TransMiterConfig(class_names=NAMES, auxiliary_names=["tree", "ship", "red"], form="linear")
     made = AnchorClassifier(encoder, config.anchors).add_adapter(config)
     vectors = made.transmiter.tensors("default")["class_vectors"]
     vectors.copy_(normalize(vectors + 0.5 * torch.randn(vectors.shape), dim=-1))

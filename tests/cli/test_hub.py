@@ -22,7 +22,7 @@ def shared(hub, tmp_path):
         HfApi().create_repo(f"alice/{name}")
         HfApi().upload_folder(repo_id=f"alice/{name}", folder_path=folder, commit_message="model")
     adapter = AnchorClassifier(DualEncoder.from_pretrained("alice/weak"), Anchors(NAMES))
-    adapter.add_adapter(TransMiterConfig(class_names=list(NAMES), form="class_vectors"))
+    adapter.add_adapter(TransMiterConfig(class_names=list(NAMES), form="linear"))
     adapter.transmiter.tensors("default")["class_vectors"].add_(0.1 * torch.randn(3, 16))
     adapter.save_pretrained(tmp_path / "adapter")
     return adapter, tmp_path

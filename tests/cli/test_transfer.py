@@ -35,7 +35,7 @@ def out(tmp_path_factory):
         options = ("--weak", pair[0], "--strong", pair[1], "--anchors", folder / "words.json", "--quiet")
         run("bridge", *options, "--output", folder / f"{name}.safetensors")
     encoder, names = DualEncoder.from_pretrained(WEAK), Anchors(("red disc", "blue ring", "green star"))
-    adapter = AnchorClassifier(encoder, names).add_adapter(TransMiterConfig.for_anchors(names, form="class_vectors"))
+    adapter = AnchorClassifier(encoder, names).add_adapter(TransMiterConfig.for_anchors(names, form="linear"))
     adapter.transmiter.tensors("default")["class_vectors"].add_(0.1 * torch.randn(3, encoder.embed_dim))
     adapter.save_pretrained(folder / "adapter")
     return folder

@@ -101,6 +101,27 @@ def test_a_finished_table_is_never_made_again(encoder, make_dataset, watch, tmp_
         embed_dataset(encoder, make_dataset(10), cache_dir=tmp_path)
 
 
+def test_rows_of_the_tower(encoder, make_dataset, watch, tmp_path):
+    """``[x | h]`` in a file of its own; what needs x alone takes it from there."""
+    dataset = make_dataset(11)
+    wide = embed_dataset(encoder, dataset, tower=True, cache_dir=tmp_path, batch_size=3)
+    pixels = encoder.preprocess(dataset["image"])
+    torch.testing.assert_close(wide.embeds, encoder.embed_pixels(pixels, tower=True), atol=1e-6, rtol=0)
+    assert wide.embeds.shape == (11, 48)
+    watch.stop_after = 0
+    narrow = embed_dataset(encoder, dataset, cache_dir=tmp_path)
+    assert torch.equal(narrow.embeds, wide.embeds[:, :16]) and torch.equal(narrow.labels, wide.labels)
+    assert torch.equal(torch.cat(list(narrow.batches(4))), narrow.embeds)
+    assert torch.equal(narrow.select([3, 1]).embeds, narrow.embeds[[3, 1]])
+    same(embed_dataset(encoder, dataset, tower=True, cache_dir=tmp_path), wide)
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+    watch.stop_after = float("inf")
+    embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)
+    watch.stop_after = 0
+    with pytest.raises(KeyboardInterrupt):  # tokens cannot be had from unit rows
+        embed_dataset(encoder, make_dataset(5), tower=True, cache_dir=tmp_path)
+
+
 def test_what_the_key_covers(encoder, make_dataset, model_dir, tmp_path):
     dataset = make_dataset(5)
     other = make_dataset(5, seed=2).select_columns("image").rename_column("image", "other")

@@ -33,7 +33,7 @@ NAMES = ("cat", "dog", "car")
 AUXILIARY = ("tree", "ship", "red", "blue", "old", "big")
 
 
-def classifier(encoder, form="class_vectors", auxiliary=AUXILIARY, noise=0.3):
+def classifier(encoder, form="linear", auxiliary=AUXILIARY, noise=0.3):
     """An adapter that is not the identity."""
     config = TransMiterConfig(class_names=list(NAMES), auxiliary_names=list(auxiliary), form=form)
     made = AnchorClassifier(encoder, config.anchors).add_adapter(config)
@@ -105,7 +105,7 @@ def test_the_tuned_model_is_a_row_of_its_own():
 
 def test_before_is_the_model_with_its_adapter_off(encoder, make_dataset, cached):
     images = make_dataset(30)
-    for form in ("class_vectors", "mlp"):
+    for form in ("linear", "mlp"):
         made = classifier(encoder, form)
         found = analyse(made, images, **cached)
         x = embed_dataset(encoder, images, **cached).embeds
@@ -119,13 +119,13 @@ def test_before_is_the_model_with_its_adapter_off(encoder, make_dataset, cached)
         assert torch.equal(found.labels, torch.tensor(images["label"]))
         assert (found.form, found.model, found.num_images) == (form, Path(encoder.name_or_path).name, 30)
         near = {name for change in found.classes for name, _ in change.towards}
-        assert near <= set(AUXILIARY) and bool(near) == (form == "class_vectors")
+        assert near <= set(AUXILIARY) and bool(near) == (form == "linear")
         json.dumps(found.to_dict(), allow_nan=False)
         assert ("## What the changes look like" in markdown(found)) == bool(near)
 
 
 def test_an_adapter_that_changes_nothing(encoder, make_dataset, cached):
-    for form in ("class_vectors", "mlp"):
+    for form in ("linear", "mlp"):
         found = analyse(classifier(encoder, form, noise=0.0), make_dataset(12), **cached)
         assert found.changed == found.corrected == found.broken == 0 and not found.moves and not found.confusions
         assert not any(change.towards or change.away for change in found.classes)
@@ -191,7 +191,7 @@ def test_what_invented_words_mean():
     encoder, names = DualEncoder.from_pretrained("sandbox:weak"), images.features["label"].names
     meaning = {"nimbus": "striped", "zenith": "dotted", "lumen": "checked"}
     words = [f"{texture} {colour} thing" for texture in meaning.values() for colour in ("green", "white", "pink")]
-    config = TransMiterConfig(class_names=names, auxiliary_names=words, form="class_vectors")
+    config = TransMiterConfig(class_names=names, auxiliary_names=words, form="linear")
     made = AnchorClassifier(encoder, config.anchors).add_adapter(config)
     true = [" ".join([meaning[name.split()[0]], *name.split()[1:]]) for name in names]
     made.transmiter.tensors("default")["class_vectors"].copy_(encoder.embed_names(true, config.templates))

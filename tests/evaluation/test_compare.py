@@ -36,7 +36,7 @@ def found(model_dir, make_dataset):
     strong = DualEncoder.from_pretrained(model_dir("siglip", seed=1))
     text = weak.embed_names(NAMES)
     moved = torch.nn.functional.normalize(text + 0.1 * torch.randn(text.shape), dim=-1)
-    config = TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+    config = TransMiterConfig(class_names=list(NAMES), form="linear")
     tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
     teacher = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors)
     sets = {name: make_dataset(30, seed=seed) for seed, name in enumerate(("test", "unlabelled"))}

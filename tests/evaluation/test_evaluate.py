@@ -6,6 +6,7 @@ import torch
 
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.evaluation.analyse import AFTER, analyse
 from hf_transmiter.evaluation.evaluate import align_labels, evaluate, measured, record_scores, score_logits
 from hf_transmiter.hub.scores import read_scores
 from hf_transmiter.method.classifier import AnchorClassifier
@@ -85,10 +86,26 @@ def test_measured_sees_time_and_memory():
     assert cost["seconds"] >= 0.05 and cost["peak_mb"] > 60
 
 
+def test_an_adapter_that_reads_the_tower(encoder, make_dataset, tmp_path):
+    names, data = ["cat", "dog", "car"], make_dataset(30)
+    config = TransMiterConfig(class_names=names, form="linear", image_side=48, text_side=64)
+    adapter = AnchorClassifier(encoder, Anchors(tuple(names))).add_adapter(config)
+    for part, tensor in adapter.transmiter.tensors("default").items():
+        tensor.add_(0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * (part != "anchors"))
+    said = adapter(encoder.preprocess(data["image"])).logits_per_image.argmax(1)
+    scores = evaluate(adapter, data, cache_dir=tmp_path, progress=False)
+    assert scores[0].value == pytest.approx(100 * float((said == torch.tensor(data["label"])).float().mean()))
+    adapter.save_pretrained(tmp_path / "adapter")
+    record_scores(tmp_path / "adapter", adapter, data, scores, cache_dir=tmp_path, progress=False)
+    assert len(list(tmp_path.glob("*.npy"))) == 1  # the plain model's embeddings are in the same file
+    shown = analyse(adapter, data, cache_dir=tmp_path, progress=False)
+    assert torch.equal(shown.logits[AFTER].argmax(1), said) and shown.form == "linear"
+
+
 def test_recorded_scores(encoder, make_dataset, tmp_path):
     names, data = ("cat", "dog", "car"), make_dataset(30)
     adapter = AnchorClassifier(encoder, Anchors(names))
-    adapter.add_adapter(TransMiterConfig(class_names=list(names), form="class_vectors"))
+    adapter.add_adapter(TransMiterConfig(class_names=list(names), form="linear"))
     vectors = adapter.transmiter.tensors("default")["class_vectors"]
     vectors.add_(0.3 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0)))
     adapter.save_pretrained(tmp_path)

@@ -38,7 +38,7 @@ def models(folders):
     return {name: DualEncoder.from_pretrained(folder) for name, folder in folders.items()}
 
 
-def adapter_of(encoder, form="class_vectors", seed=0):
+def adapter_of(encoder, form="linear", seed=0):
     anchors = WORDS if form == "mlp" else Anchors(NAMES)
     adapter = AnchorClassifier(encoder, anchors).add_adapter(TransMiterConfig.for_anchors(anchors, form=form))
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def pixels(models, make_images):
 # Which model
 
 
-@pytest.mark.parametrize("form", ["class_vectors", "mlp"])
+@pytest.mark.parametrize("form", ["linear", "mlp"])
 def test_in_a_subfolder_for_another_model(models, folders, form, pixels, make_dataset, tmp_path):
     adapter = adapter_of(models["weak"], form)
     adapter.save_pretrained(tmp_path / "adapter")
@@ -203,7 +203,7 @@ def test_a_stale_calibration_goes(models, tmp_path):
 # Over the Hub
 
 
-def pushed(hub, models, folders, form="class_vectors"):
+def pushed(hub, models, folders, form="linear"):
     """The models and an adapter, shared by alice; her encoders know the models by their ids."""
     for name in ("weak", "strong"):
         HfApi().create_repo(f"alice/{name}")
@@ -214,7 +214,7 @@ def pushed(hub, models, folders, form="class_vectors"):
     return adapter, encoders
 
 
-@pytest.mark.parametrize("form", ["class_vectors", "mlp"])
+@pytest.mark.parametrize("form", ["linear", "mlp"])
 def test_from_one_machine_to_another(hub, models, folders, form, pixels, make_dataset, tmp_path):
     adapter, encoders = pushed(hub, models, folders, form)
     own = {"README.md", "adapter_config.json", "adapter_model.safetensors"}

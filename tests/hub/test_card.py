@@ -72,7 +72,7 @@ def write_adapter(folder: Path, names=NAMES, provenance=TRANSFERRED, dtype=torch
     """A small adapter as `save_pretrained` writes it, on a model that nobody needs to load."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "peft_type": "TRANSMITER", "form": "class_vectors", "class_names": list(names), "auxiliary_names": [],
+        "peft_type": "TRANSMITER", "form": "linear", "class_names": list(names), "auxiliary_names": [],
         "templates": ["a photo of a {}."], "anchors_fingerprint": "12" * 32, "peft_version": "0.21.2",
         "base_model_name_or_path": STRONG["name"], "revision": STRONG["revision"], "base_fingerprint": FINGERPRINT,
         "provenance": provenance, **changes,

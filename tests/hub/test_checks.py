@@ -161,7 +161,7 @@ CONFIG = {
         ({"class_names": ["cat", 3]}, r"class_names\[1\] must be a name of 1 to 1,000 characters, found 3"),
         ({"class_names": ["cat", "x" * 1001]}, r"class_names\[1\] must be a name of 1 to 1,000 characters"),
         ({"templates": ["a {} and a {}"]}, r"templates\[0\] must be a template .* with one {}"),
-        ({"form": "linear"}, 'form must be "mlp" or "class_vectors", found \'linear\''),
+        ({"form": "lora"}, 'form must be "mlp" or "linear", found \'lora\''),
         ({"width": 10**9}, "width must be a whole number of 1 to 1,000,000, or null, found 1000000000"),
         ({"width": 8.0}, "width must be a whole number"),
         ({"width": True}, "width must be a whole number"),

@@ -53,7 +53,7 @@ HOSTILE = st.sampled_from(
             "a\0b",
             "\n",
         ),
-        *("🐈" * 5, "x" * 2_000, "../x.safetensors", "x.safetensors\n", "mlp", "class_vectors"),
+        *("🐈" * 5, "x" * 2_000, "../x.safetensors", "x.safetensors\n", "mlp", "linear"),
         *("TRANSMITER", "LORA", "COOP", "XLORA", "NaN", "1e999", "0" * 64, "F32", "I64", "embedding", "logit"),
         *(0, -1, 1, 2, 5, 7, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**18)),
         *(0.0, -0.0, 4.0, 0.5, 1e30, 1e308, float("nan"), float("inf"), float("-inf")),

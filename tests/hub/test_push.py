@@ -27,7 +27,7 @@ def weak(tmp_path_factory):
 
 def adapter_of(encoder, seed=0):
     adapter = AnchorClassifier(encoder, Anchors(NAMES))
-    adapter.add_adapter(TransMiterConfig(class_names=list(NAMES), form="class_vectors"))
+    adapter.add_adapter(TransMiterConfig(class_names=list(NAMES), form="linear"))
     vectors = adapter.transmiter.tensors("default")["class_vectors"]
     vectors.add_(0.3 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)))
     return adapter

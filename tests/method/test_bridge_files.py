@@ -204,7 +204,7 @@ def test_an_upgrade_without_images_on_another_machine(hub, pair, make_images):
     """Adapter and bridge from the Hub: to the bit what they are where they were made."""
     weak, strong = pair
     names, pixels = Anchors(("red disc", "blue ring", "green star")), strong.preprocess(make_images(4))
-    adapter = AnchorClassifier(weak, names).add_adapter(TransMiterConfig.for_anchors(names, form="class_vectors"))
+    adapter = AnchorClassifier(weak, names).add_adapter(TransMiterConfig.for_anchors(names, form="linear"))
     vectors = adapter.transmiter.tensors("default")["class_vectors"]
     vectors.add_(0.3 * torch.randn(vectors.shape))
     bridge = Bridge.build(weak, strong, anchors=anchors(120))

@@ -86,7 +86,7 @@ def test_predict(encoder, make_images, tmp_path):
 # With adapters
 
 
-@pytest.mark.parametrize("form", ["mlp", "class_vectors"])
+@pytest.mark.parametrize("form", ["mlp", "linear"])
 def test_forward_and_classify_agree(encoder, pixels, form):
     classifier = stir(AnchorClassifier(encoder, ANCHORS).add_adapter(make_config(form)))
     output = classifier(pixel_values=pixels)
@@ -130,7 +130,7 @@ def test_one_model_serves_many_classifiers(encoder, pixels):
     answer = first(pixels).logits_per_image
     second = AnchorClassifier(encoder, ANCHORS)
     assert second(pixels).logits_per_image.shape == (4, 5)
-    second.add_adapter(make_config("class_vectors"))
+    second.add_adapter(make_config("linear"))
     assert torch.equal(first(pixels).logits_per_image, answer)
     assert not hasattr(encoder.model, "transmiter") and encoder.fingerprint == before
 
@@ -161,7 +161,7 @@ def test_over_a_tuned_model(model_dir, pixels):
 # Files
 
 
-@pytest.mark.parametrize("form", ["mlp", "class_vectors"])
+@pytest.mark.parametrize("form", ["mlp", "linear"])
 def test_save_and_load(encoder, pixels, tmp_path, form):
     classifier = stir(AnchorClassifier(encoder, ANCHORS).add_adapter(make_config(form, provenance={"step": "test"})))
     classifier.calibration = CalibrationPack(torch.randn(4, 3).half().float(), NAMES, "f", "somewhere")

@@ -24,10 +24,10 @@ from hf_transmiter.tuners import TransMiterConfig
 NAMES = ("cat", "dog", "car")
 
 
-def make_classifier(encoder, form="mlp", names=NAMES):
+def make_classifier(encoder, form="mlp", names=NAMES, **sides):
     """An adapter that answers otherwise than zero-shot."""
     auxiliary = ["tree", "ship"] if form == "mlp" else []
-    config = TransMiterConfig(class_names=list(names), auxiliary_names=auxiliary, form=form)
+    config = TransMiterConfig(class_names=list(names), auxiliary_names=auxiliary, form=form, **sides)
     classifier = AnchorClassifier(encoder, Anchors(tuple(names), tuple(auxiliary))).add_adapter(config)
     generator = torch.Generator().manual_seed(0)
     for key, tensor in classifier.transmiter.tensors("default").items():
@@ -37,7 +37,7 @@ def make_classifier(encoder, form="mlp", names=NAMES):
 
 
 def classify(classifier, pixels):
-    return classifier.classify(classifier.encoder.embed_pixels(pixels))
+    return classifier.classify(classifier.encoder.embed_pixels(pixels, classifier.reads_tower))
 
 
 @torch.no_grad()
@@ -75,11 +75,14 @@ def saved(encoder, tmp_path):
 # The same numbers
 
 
-@pytest.mark.parametrize("form", ["mlp", "class_vectors"])
+@pytest.mark.parametrize("form", ["mlp", "linear", "linear, both sides"])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_every_family(family, form, tmp_path, pictures):
     base = tiny_models.save(family, tmp_path / "base")
-    classifier = make_classifier(DualEncoder.from_pretrained(base), form)
+    encoder = DualEncoder.from_pretrained(base)
+    wide = encoder.embed_dim + encoder.tower_dim
+    sides = {"image_side": wide, "text_side": encoder.embed_dim + wide} if "sides" in form else {}
+    classifier = make_classifier(encoder, form.split(",")[0], **sides)
     classifier.save_pretrained(tmp_path / "adapter")
     pixels = classifier.encoder.preprocess(pictures)
     expected = classify(classifier, pixels)
@@ -123,7 +126,7 @@ def test_saved_and_loaded_again(saved, pictures, tmp_path):
 
 
 def test_pipeline_with_a_model_in_memory(encoder, pictures):
-    classifier = make_classifier(encoder, "class_vectors")
+    classifier = make_classifier(encoder, "linear")
     model = TransMiterForImageClassification.from_classifier(classifier)
     found = pipeline("image-classification", model=model, image_processor=model.image_processor)(pictures, top_k=9)
     assert_same_predictions(found, classifier.predict(pictures, top_k=9))
@@ -174,7 +177,7 @@ def test_an_adapter_for_another_model_in_a_subfolder(hub, model_dir, tmp_path, p
     for place, family in ((".", "clip"), ("strong", "siglip")):
         HfApi().create_repo(f"alice/{family}")
         HfApi().upload_folder(repo_id=f"alice/{family}", folder_path=model_dir(family))
-        made[place] = make_classifier(DualEncoder.from_pretrained(f"alice/{family}"), "class_vectors")
+        made[place] = make_classifier(DualEncoder.from_pretrained(f"alice/{family}"), "linear")
         made[place].save_pretrained(tmp_path / "adapter" / place)
     for place, classifier in made.items():
         options = {} if place == "." else {"subfolder": place}

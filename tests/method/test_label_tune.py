@@ -48,7 +48,7 @@ def loss(classifier, table):
         return float(torch.nn.functional.cross_entropy(classifier.classify(table.embeds), table.labels))
 
 
-@pytest.mark.parametrize("form", ["mlp", "class_vectors"])
+@pytest.mark.parametrize("form", ["mlp", "linear"])
 def test_it_learns(encoder, dataset, table, form, tmp_path):
     start, fingerprint = adapter(encoder, form), encoder.fingerprint
     before = tensors(start)
@@ -65,6 +65,16 @@ def test_it_learns(encoder, dataset, table, form, tmp_path):
     back = AnchorClassifier.from_pretrained(tmp_path / "saved", encoder)
     assert torch.equal(back.classify(table.embeds), tuned.classify(table.embeds))
     assert back.adapter_config.provenance == facts
+
+
+def test_both_sides_learn(encoder, dataset, tmp_path):
+    sides = TransMiterConfig(class_names=list(NAMES), form="linear", image_side=48, text_side=16)
+    start = AnchorClassifier(encoder, Anchors(NAMES)).add_adapter(sides)
+    tuned = label_tune(start, dataset, config=QUICK, cache_dir=tmp_path, progress=False)
+    changed = {key for key, tensor in tensors(tuned).items() if not torch.equal(tensor, tensors(start)[key])}
+    assert changed == {"image_map", "image_shift", "class_vectors", "bias"}
+    rows = embed_dataset(encoder, dataset, tower=True, cache_dir=tmp_path)
+    assert loss(tuned, rows) < 0.9 * loss(start, rows)
 
 
 def test_the_basis_moves_only_when_asked(encoder, table):
@@ -84,7 +94,7 @@ def test_a_table_does_for_a_dataset(encoder, dataset, table, tmp_path):
 def test_only_seen_classes_enter_the_loss(encoder, table):
     """A class outside has no column in the loss: nothing of its own changes, and its images are refused."""
     pets = table.select((table.labels < 2).nonzero()[:, 0])
-    start = adapter(encoder, "class_vectors")
+    start = adapter(encoder, "linear")
     config = LabelTuningConfig(epochs=8, batch_size=8, lr=0.01, weight_decay=0.0)
     tuned = label_tune(start, pets, seen_classes=("dog", "cat"), config=config, progress=False)
     vectors, before = tensors(tuned)["class_vectors"], tensors(start)["class_vectors"]

@@ -43,7 +43,7 @@ def coop(weak):
 def head(weak, bias=0.0):
     """A classifier whose class vectors were tuned."""
     classifier = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(
-        TransMiterConfig(class_names=list(NAMES), form="class_vectors")
+        TransMiterConfig(class_names=list(NAMES), form="linear")
     )
     tensors = classifier.transmiter.tensors("default")
     tensors["class_vectors"] += 0.2 * torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -74,6 +74,23 @@ def test_all_kinds_agree(weak, dataset, tmp_path):
             torch.testing.assert_close(backwards, expected.flip(1), atol=1e-5, rtol=1e-5)
     for path in (tmp_path / "pack.safetensors", str(tmp_path / "pack.safetensors")):
         torch.testing.assert_close(teacher_logits(path, dataset, NAMES), expected, atol=0.02, rtol=0)  # float16
+
+
+def test_an_adapter_that_reads_the_tower(weak, dataset, tmp_path):
+    config = TransMiterConfig(class_names=list(NAMES), form="linear", image_side=48)
+    classifier = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config)
+    matrix = classifier.transmiter.tensors("default")["image_map"]
+    matrix += 0.2 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1))
+    expected = classifier(weak.preprocess(dataset["image"])).logits_per_image
+    narrow = embed_dataset(weak, dataset, cache_dir=tmp_path)
+    for options in ({}, {"weak": weak, "table": narrow}):  # embeddings alone would not do
+        found = teacher_logits(classifier, dataset, NAMES, cache_dir=tmp_path, **options)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert teacher_class_vectors(classifier, weak, NAMES) is None
+    classifier.set_classes(["tree", "ship"])
+    expected = weak.logits(classifier(weak.preprocess(dataset["image"])).image_embeds, weak.embed_names(["ship"]))
+    found = teacher_logits(classifier, dataset, ["ship"], cache_dir=tmp_path)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_an_ensemble_is_the_mean(weak, dataset, tmp_path):

@@ -79,7 +79,7 @@ def hooks(model):
 
 
 @KINDS
-@pytest.mark.parametrize("form", ["mlp", "class_vectors"])
+@pytest.mark.parametrize("form", ["mlp", "linear"])
 def test_transmiter_is_a_peft_method_here_too(kind, form, load, pictures, tmp_path):
     encoder = load(kind)
     pixels = encoder.preprocess(pictures(4))
@@ -116,7 +116,7 @@ def test_transmiter_is_a_peft_method_here_too(kind, form, load, pictures, tmp_pa
 
 def test_no_image_classifier_of_transformers(load, tmp_path):
     encoder = load("vit")
-    model = get_peft_model(encoder.model, TransMiterConfig(class_names=NAMES, form="class_vectors"))
+    model = get_peft_model(encoder.model, TransMiterConfig(class_names=NAMES, form="linear"))
     model(pixel_values=torch.zeros(1, 3, 32, 32))
     model.save_pretrained(tmp_path)
     classifier = AnchorClassifier.from_pretrained(str(tmp_path))

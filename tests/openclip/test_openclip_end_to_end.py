@@ -51,7 +51,7 @@ def test_shared_by_name(hub, load, folder_of, tmp_path):
     commit = hub.write("bob/eva", files)
     strong = DualEncoder.from_pretrained("open_clip:hf-hub:bob/eva")
     classifier = AnchorClassifier(strong, Anchors(NAMES))
-    classifier.add_adapter(TransMiterConfig(class_names=NAMES, form="class_vectors"))
+    classifier.add_adapter(TransMiterConfig(class_names=NAMES, form="linear"))
     classifier.push_to_hub("alice/pets")
     card = hub.files("alice/pets")["README.md"].decode()
     assert f"DualEncoder.from_pretrained('open_clip:hf-hub:bob/eva', revision='{commit}')" in card.replace('"', "'")
@@ -63,7 +63,7 @@ def test_shared_by_name(hub, load, folder_of, tmp_path):
     get_peft_model(strong.model, CoOpConfig(n_ctx=2)).save_pretrained(tmp_path / "coop")
     assert (tmp_path / "coop" / "adapter_model.safetensors").is_file()
     local = AnchorClassifier(load("eva"), Anchors(NAMES))
-    local.add_adapter(TransMiterConfig(class_names=NAMES, form="class_vectors"))
+    local.add_adapter(TransMiterConfig(class_names=NAMES, form="linear"))
     with pytest.raises(ValueError, match="which nobody else has: pass the Hub id"):
         local.push_to_hub("alice/local")
 

@@ -114,7 +114,7 @@ def forward(repeats: int) -> None:
     names = [str(i) for i in range(1024)]
     pixels = torch.randn(32, 3, 224, 224)
     models = {}
-    for form in ("mlp", "class_vectors"):
+    for form in ("mlp", "linear"):
         config = TransMiterConfig(
             class_names=names[:100], auxiliary_names=names[100:] if form == "mlp" else [], form=form
         )

@@ -27,11 +27,16 @@ PLAIN = "vision_model.encoder.layers.0.self_attn.q_proj"
 
 @dataclass
 class Method:
-    """`make(**kwargs)` gives a config; `texts`: the method shows in calls with texts, not in calls without."""
+    """`make(**kwargs)` gives a config; `texts`: the method shows in calls with texts, not in calls without; `chosen`:
+    the model answers about the classes that it was told by `set_classes`."""
 
     make: Callable
     roots: tuple[str, ...]
     texts: bool
+
+    @property
+    def chosen(self):
+        return self.texts and self.prefix != "transmiter_"
 
     @property
     def prefix(self):
@@ -42,11 +47,18 @@ def transmiter(**kwargs):
     return TransMiterConfig(class_names=NAMES, auxiliary_names=AUXILIARY, **kwargs)
 
 
+def linear(**kwargs):
+    return TransMiterConfig(class_names=NAMES, form="linear", **kwargs)
+
+
 METHODS = {
     "mlp": Method(transmiter, ("clip", "siglip"), texts=False),
     "wide": Method(lambda **kwargs: transmiter(width=8, train_basis=True, **kwargs), ("clip",), texts=False),
-    "class_vectors": Method(
-        lambda **kwargs: TransMiterConfig(class_names=NAMES, form="class_vectors", **kwargs), ("clip",), texts=False
+    "text_side": Method(linear, ("clip",), texts=False),
+    "image_side": Method(lambda **kwargs: linear(image_side=16, **kwargs), ("clip", "siglip"), texts=False),
+    "image_side_tower": Method(lambda **kwargs: linear(image_side=48, **kwargs), ("clip", "siglip"), texts=True),
+    "both_sides": Method(
+        lambda **kwargs: linear(image_side=48, text_side=64, **kwargs), ("clip", "siglip"), texts=False
     ),
     "coop": Method(lambda **kwargs: CoOpConfig(n_ctx=4, **kwargs), ("clip", "siglip"), texts=True),
     "coop_middle": Method(lambda **kwargs: CoOpConfig(n_ctx=4, position="middle", **kwargs), ("clip",), texts=True),

@@ -173,7 +173,7 @@ def test_turning_the_basis_is_turning_the_hidden_units(seed):
     torch.testing.assert_close(refine(torch.tensor(WEAK), torch.tensor(BASIS)[order], norm, up, down), plain)
 
 
-CASES = {"mlp": {}, "wide": {"width": 9}, "class_vectors": {"form": "class_vectors"}}
+CASES = {"mlp": {}, "wide": {"width": 9}, "linear": {"form": "linear"}}
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -208,7 +208,7 @@ def test_forward_on_a_model(encoder, pixels):
 
 
 def test_class_vectors_on_a_model(encoder, pixels):
-    model = get_peft_model(encoder.model, config("class_vectors"))
+    model = get_peft_model(encoder.model, config("linear"))
     model(pixel_values=pixels)
     stir(model)
     tensors = encoder.model.transmiter.tensors("default")
@@ -359,7 +359,7 @@ def test_a_model_of_another_width(saved, tmp_path):
         ({"class_names": ["cat", "tree"]}, "occur more than once: .*tree"),
         ({"class_names": ["cat", ""]}, "empty"),
         ({"width": 4}, "K = 5 anchors do not fit a basis of width D = 4: .* fewer auxiliary names or a larger width"),
-        ({"form": "lora"}, r"form must be one of \('mlp', 'class_vectors'\), got 'lora'"),
+        ({"form": "lora"}, r"form must be one of \('mlp', 'linear'\), got 'lora'"),
         ({"templates": ["a photo"]}, "exactly one {}"),
         ({"anchors_fingerprint": "0" * 64}, "anchors_fingerprint does not fit"),
     ],

@@ -12,7 +12,7 @@ from ...hub.adapter_files import read_config
 from ..registration import PeftType
 
 
-FORMS = ("mlp", "class_vectors")
+FORMS = ("mlp", "linear")
 
 
 @dataclass
@@ -23,14 +23,22 @@ class TransMiterConfig(PeftConfig):
 
     - ``"mlp"`` (published, arXiv 2508.08604 section 3): ``ẑ = z + MLP(LN(z Wᵀ)) W`` on the logits over the
       K = C + A anchors, standardised per image.
-    - ``"class_vectors"``: ``logits = s · x Tᵀ + bias`` with C learnt vectors in the model's embedding space; what
-      every closed form ends in. Nothing is added to the cost of zero-shot inference.
+    - ``"linear"``: what every closed form ends in, with one of two parts or both. An image side (A, b) changes what
+      pictures look like, ``x' = normalise(x + A f + b)``; a text side (W, bias) what words mean,
+      ``logits = s · x' Wᵀ + bias``, or ``s · [x' | f] Wᵀ + bias``. ``f = [x | h]`` are the rows of
+      [`DualEncoder.embed_pixels`], h what the vision tower saw (upgrade measured in tests/studies; not a paper).
+      Without a text side any names can be asked: ``s · x' aᵀ``.
 
     Args:
         class_names (`list[str]`): the C task names, in label order.
         auxiliary_names (`list[str]`, *optional*): the A names that only widen the logits (form "mlp").
         templates (`list[str]`, *optional*, defaults to `["a photo of a {}."]`): prompts of the anchors.
-        form (`str`, *optional*, defaults to `"mlp"`): `"mlp"` or `"class_vectors"`.
+        form (`str`, *optional*, defaults to `"mlp"`): `"mlp"` or `"linear"`.
+        image_side (`int`, *optional*):
+            m, columns of f that A (d, m) reads: d for embeddings alone, d + 2D with the tower. Omitted: no such side.
+        text_side (`int`, *optional*):
+            Width of the class vectors W (C, d), or d + m for those that read m columns of f, too. When omitted: d
+            without an image side, else (as with 0) there is no text side.
         width (`int`, *optional*): D, rows of the basis; D ≥ K. Defaults to K.
         mlp_ratio (`int`, *optional*, defaults to 4): hidden width of the MLP in units of D.
         train_basis (`bool`, *optional*, defaults to `False`):
@@ -44,13 +52,16 @@ class TransMiterConfig(PeftConfig):
         provenance (`dict`, *optional*): how the adapter came about; written by `extract` and `transfer`.
 
     Raises:
-        ValueError: an unknown form, no or duplicate names, K > D, or a fingerprint that does not fit the names.
+        ValueError: an unknown form, no or duplicate names, K > D, sides that do not fit the form, or a fingerprint
+            that does not fit the names.
     """
 
     class_names: list[str] = field(default_factory=list)
     auxiliary_names: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=lambda: list(DEFAULT_TEMPLATES))
     form: str = "mlp"
+    image_side: int | None = None
+    text_side: int | None = None
     width: int | None = None
     mlp_ratio: int = 4
     train_basis: bool = False
@@ -84,6 +95,10 @@ class TransMiterConfig(PeftConfig):
                 f"K = {anchors.num_anchors} anchors do not fit a basis of width D = {self.width}: orthonormal columns "
                 "need D >= K. Use fewer auxiliary names or a larger width."
             )
+        if self.form == "mlp" and (self.image_side or self.text_side):
+            raise ValueError('form "mlp" has neither image_side nor text_side: use form="linear".')
+        if self.form == "linear" and self.text_side == 0 and not self.image_side:
+            raise ValueError("a linear adapter needs an image_side, a text_side or both.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs):
@@ -91,6 +106,29 @@ class TransMiterConfig(PeftConfig):
         options = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir", "local_files_only")}
         hub = {"subfolder": subfolder, **{key: value for key, value in options.items() if value is not None}}
         return cls.from_peft_type(**read_config(pretrained_model_name_or_path, **hub))
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of the image side's A and of the class vectors; 0 where there is none. `embed_dim` must be known.
+
+        Raises:
+            ValueError: narrower than the embeddings.
+        """
+        image, text, d = self.image_side or 0, self.text_side or 0, self.embed_dim
+        if self.form == "linear" and self.text_side is None and not image:
+            text = d
+        if 0 < image < d or 0 < text < d or d < text < 2 * d:
+            raise ValueError(
+                f"image_side = {self.image_side} and text_side = {self.text_side} do not fit embeddings of width {d}: "
+                "an image side reads d or d + 2D columns, class vectors have d, or d more than they read."
+            )
+        return image, text
+
+    @property
+    def reads(self) -> int:
+        """Columns of f that the adapter needs: d, or d + 2D where it reads the vision tower, too."""
+        image, text = self.widths
+        return max(self.embed_dim, image, text - self.embed_dim)
 
     @property
     def anchors(self) -> Anchors:

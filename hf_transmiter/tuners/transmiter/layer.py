@@ -8,7 +8,7 @@ from transformers.utils import ModelOutput
 
 from ...algebra import standardise
 from ...encoders.dual_encoder import DualEncoder
-from ...encoders.families import dummy_text_inputs, logit_scale_and_bias
+from ...encoders.families import dummy_text_inputs, logit_scale_and_bias, token_rows, unit_rows
 from ..registration import AdapterLayer
 from .config import TransMiterConfig
 
@@ -40,11 +40,12 @@ class TransMiterLayer(AdapterLayer):
 
     Per adapter: `anchors` (K, d) unit text embeddings of the names on *this* model, frozen and saved, so that
     inference needs neither tokenizer nor text tower; form "mlp": `basis` W (D, K), `norm`, `up` (D to 4D), `down`
-    (4D to D, zero at start); form "class_vectors": `class_vectors` T (C, d) and `bias` (C,).
+    (4D to D, zero at start); form "linear": `image_map` A (d, m) and `image_shift` b (d,), zero at start, and
+    `class_vectors` W (C, d or d + m), the anchors at start, and `bias` (C,).
     """
 
     prefix = "transmiter_"
-    parts = ("anchors", "basis", "class_vectors", "bias")
+    parts = ("anchors", "basis", "image_map", "image_shift", "class_vectors", "bias")
     modules_of = ("norm", "up", "down")
     other_param_names = ("configs",)
     # BaseTunerLayer reads these off a wrapped layer; this one wraps none.
@@ -61,8 +62,10 @@ class TransMiterLayer(AdapterLayer):
         generator = torch.Generator().manual_seed(config.seed)
         self.configs[name] = config
         parts, frozen = {"anchors": torch.zeros(k, d)}, ("transmiter_anchors",)
-        if config.form == "class_vectors":
-            parts |= {"class_vectors": torch.zeros(c, d), "bias": torch.zeros(c)}
+        if config.form == "linear":
+            image, text = config.widths
+            parts |= {"image_map": torch.zeros(d, image), "image_shift": torch.zeros(d)} if image else {}
+            parts |= {"class_vectors": torch.zeros(c, text), "bias": torch.zeros(c)} if text else {}
         else:
             width = config.width or k
             hidden = config.mlp_ratio * width
@@ -102,7 +105,7 @@ class TransMiterLayer(AdapterLayer):
         anchors.data.copy_(embeds)
         if name in self.transmiter_class_vectors:
             vectors = self.transmiter_class_vectors[name]
-            vectors.data.copy_(embeds[: len(vectors)])
+            vectors.data[:, : embeds.shape[1]] = embeds[: len(vectors)]
 
     def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all weights of one adapter by what [`tensors`] of another one gave, which is checked."""
@@ -110,26 +113,102 @@ class TransMiterLayer(AdapterLayer):
         for key, tensor in self.tensors(name).items():
             tensor.copy_(tensors[key])
 
-    def forward(self, image_embeds: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-        """Unit image embeddings (B, d) to task logits (B, C) of the answering adapter; zero-shot when disabled."""
+    @property
+    def reads_tower(self) -> bool:
+        """Whether the answering adapter reads what the vision tower saw, rows (B, d + 2D), and not (B, d) alone."""
+        config = None if self.disable_adapters else self.configs.get(self.active_name)
+        return config is not None and config.reads > config.embed_dim
+
+    @property
+    def has_image_side(self) -> bool:
+        """Whether the answering adapter changes image embeddings, so that it can be asked for any names."""
+        return not self.disable_adapters and self.active_name in self.transmiter_image_map
+
+    def embedding_parts(self) -> list[nn.Parameter]:
+        """Weights that change the model's own image embeddings, for its fingerprint."""
+        names = ("image_map", "image_shift") if self.has_image_side else ()
+        return [self.part(part, self.active_name) for part in names]
+
+    def change(self, rows: Tensor) -> Tensor:
+        """``A f + b`` (B, d) for rows ``f`` (B, d or d + 2D); the adapter must have an image side.
+
+        Raises:
+            ValueError: the rows lack what the adapter reads.
+        """
+        self._check(rows)
+        matrix, shift = (self.part(part, self.active_name) for part in ("image_map", "image_shift"))
+        return nn.functional.linear(rows[:, : matrix.shape[1]].to(matrix.dtype), matrix, shift)
+
+    def adapt(self, rows: Tensor) -> Tensor:
+        """Rows ``f`` (B, d or d + 2D), whose first d columns are ``x``, to ``x' = normalise(x + A f + b)`` (B, d);
+        without an image side to ``x``."""
+        x = rows[:, : self.configs[self.active_name].embed_dim]
+        return nn.functional.normalize(x + self.change(rows), dim=-1) if self.has_image_side else x
+
+    def _check(self, rows: Tensor) -> None:
+        reads = self.configs[self.active_name].reads
+        if self.reads_tower and rows.shape[1] != reads:
+            raise ValueError(
+                f"the adapter reads rows of {reads} columns, what the vision tower saw beside the embeddings, and "
+                f"these have {rows.shape[1]}: embed the images with tower=True, on the model it was made for."
+            )
+
+    def forward(self, rows: Tensor, scale: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        """Image rows (B, d), or (B, d + 2D) for an adapter that [`reads_tower`], to task logits (B, C) of the
+        answering adapter; zero-shot when disabled.
+
+        Raises:
+            ValueError: no adapter is active, or the rows lack what it reads.
+        """
         name = self.active_name
         if name is None:
             raise ValueError("no TransMiter adapter is active: call set_adapter with one of its names.")
         classes = len(self.configs[name].class_names)
         anchors = self.transmiter_anchors[name]
-        x = image_embeds.to(anchors.dtype)
+        self._check(rows)
+        f = rows.to(anchors.dtype)
+        x = self.adapt(f)
         scale, bias = (torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in (scale, bias))
-        if self.disable_adapters:
-            logits = scale * x @ anchors[:classes].T + bias
-        elif name in self.transmiter_class_vectors:
-            vectors = self.transmiter_class_vectors[name]
-            logits = scale * x @ vectors.T + self.transmiter_bias[name] + bias
-        else:
+        if not self.disable_adapters and name in self.transmiter_basis:
             parts = (self.transmiter_norm[name], self.transmiter_up[name], self.transmiter_down[name])
             logits = refine(scale * x @ anchors.T + bias, self.transmiter_basis[name], *parts)[:, :classes]
-        return logits.to(image_embeds.dtype)
+        elif not self.disable_adapters and name in self.transmiter_class_vectors:
+            vectors = self.transmiter_class_vectors[name]
+            x = torch.cat([x, f[:, : vectors.shape[1] - x.shape[1]]], dim=-1)
+            logits = scale * x @ vectors.T + self.transmiter_bias[name] + bias
+        else:
+            logits = scale * x @ anchors[:classes].T + bias
+        return logits.to(rows.dtype)
 
-    # Hooks of the root. Bound methods, so that copies and pickles of the model rebind them to their own layer.
+    # Hooks. Bound methods, so that copies and pickles of the model rebind them to their own layer. What belongs to one
+    # call travels on its tensors, never on a module: several threads may share a model.
+    def take_tokens(self, tower: nn.Module, args: tuple, output) -> None:
+        """After the vision tower: its pooled vector takes along to the projection what the adapter reads."""
+        if self.reads_tower:
+            output[1].transmiter_tokens = token_rows(output[0])
+
+    def adapt_projected(self, projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """After the projection: p to ``p + ‖p‖ (A f + b)``, whose unit rows are x'."""
+        adapted = self._adapted(output, getattr(args[0], "transmiter_tokens", None))
+        args[0].transmiter_rows = adapted.transmiter_rows  # some families keep this one in their output, some that one
+        return adapted
+
+    def adapt_pooled(self, tower: nn.Module, args: tuple, output):
+        """After the vision tower of a family that has no projection: [`adapt_projected`] of its pooled vector."""
+        if torch.is_tensor(output):
+            return self._adapted(output, None)
+        output["pooler_output"] = self._adapted(output[1], token_rows(output[0]) if self.reads_tower else None)
+        return output
+
+    def _adapted(self, pooled: Tensor, tokens: Tensor | None) -> Tensor:
+        rows = unit_rows(pooled)
+        rows = rows if tokens is None else torch.cat([rows, tokens], dim=-1)
+        if self.has_image_side:
+            length = pooled.float().norm(dim=-1, keepdim=True)
+            pooled = pooled + (length * self.change(rows)).to(pooled.dtype)
+        pooled.transmiter_rows = rows
+        return pooled
+
     def fill_text(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the root's forward: images without texts get the smallest valid text, which `answer` discards."""
         if args or kwargs.get("input_ids") is not None or kwargs.get("pixel_values") is None or not self.active_name:
@@ -150,10 +229,10 @@ class TransMiterLayer(AdapterLayer):
             anchors = self.configs[name].anchors
             self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))
         scale, bias = logit_scale_and_bias(root)
-        image_embeds = nn.functional.normalize(output["image_embeds"].float(), dim=-1)
-        logits = self(image_embeds, scale, bias).to(output["image_embeds"].dtype)
+        rows = output["vision_model_output"].pooler_output.transmiter_rows
+        logits = self(rows, scale, bias).to(output["image_embeds"].dtype)
         output["logits_per_image"] = logits
         if output.get("text_embeds") is not None:
-            output["text_embeds"] = self.transmiter_anchors[name][: logits.shape[1]].to(image_embeds.dtype)
+            output["text_embeds"] = self.transmiter_anchors[name][: logits.shape[1]].to(rows.dtype)
             output["logits_per_text"] = logits.T
         return output

@@ -68,7 +68,9 @@ class TransMiterModel(Tuner):
     """PEFT tuner of TransMiter. The root is a transformers two-tower model.
 
     The layer becomes the root's child `transmiter`; nothing is replaced. A hook before the root's forward lets
-    `model(pixel_values=...)` go without texts, one after it writes the adapted logits.
+    `model(pixel_values=...)` go without texts, one after it writes the adapted logits. Hooks behind the vision tower
+    and its projection let an image side change the image embeddings, those of `get_image_features` and of calls with
+    texts included. (A LoRA in that projection must be there first: PEFT wraps the module that the hook is on.)
 
     Raises:
         ValueError: the model is not a dual encoder, the adapter was made for another embedding width, or its name
@@ -103,6 +105,11 @@ class TransMiterModel(Tuner):
             root.transmiter = layer
             layer.hooks.append(root.register_forward_pre_hook(layer.fill_text, with_kwargs=True))
             layer.hooks.append(root.register_forward_hook(layer.answer, with_kwargs=True))
+            if hasattr(root, "visual_projection"):
+                layer.hooks.append(root.vision_model.register_forward_hook(layer.take_tokens))
+                layer.hooks.append(root.visual_projection.register_forward_hook(layer.adapt_projected))
+            else:
+                layer.hooks.append(root.vision_model.register_forward_hook(layer.adapt_pooled))
         layer.update_layer(adapter_name, peft_config, next(target.parameters()))
 
     @classmethod
@@ -116,6 +123,23 @@ class TransMiterModel(Tuner):
         return found
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if merge:
+            self._merge()
+        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         del model.transmiter
         return model
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        """``P ← (1 + A) P`` in the projection: exact for an image side that reads embeddings and shifts nothing."""
+        layer, projection = self.model.transmiter, getattr(self.model, "visual_projection", None)
+        weights = {} if layer.active_name is None else layer.tensors(layer.active_name)
+        matrix, shift = weights.get("image_map"), weights.get("image_shift")
+        square = matrix is not None and matrix.shape[0] == matrix.shape[1] and not shift.any()
+        if not square or "class_vectors" in weights or type(projection) is not nn.Linear:
+            raise NotImplementedError(
+                "this adapter cannot be merged into the model's weights, as only an image side that reads embeddings "
+                "(image_side = d), with no shift and no text side, on a model with a visual_projection; use unload()."
+            )
+        weight = projection.weight.float()
+        projection.weight.copy_(weight + matrix.float() @ weight)
