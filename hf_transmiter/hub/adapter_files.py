@@ -41,6 +41,10 @@ class TeacherFacts:
         templates: prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
         zero_shot_templates: prompts of the weak model's class vectors it started from.
         settings: the [`TuningConfig`].
+        taught_by: where a teacher took the place of labels: `experts`, the formula of its soft labels; `weak`, the
+            model that it was before its tuning; `settings` of that tuning; `num_images`, unlabelled.
+        learnt: on `held_out` images `accuracy` (or `agreement` with the teacher) and that of `zero_shot`, `changed`,
+            how many predictions are others than before, all in percent; and a `warning` where nothing was learnt.
     """
 
     weak: str
@@ -50,6 +54,8 @@ class TeacherFacts:
     templates: list[str]
     zero_shot_templates: list[str]
     settings: dict
+    taught_by: dict | None = None
+    learnt: dict | None = None
 
     @classmethod
     def read(cls, source: str) -> TeacherFacts | None:
