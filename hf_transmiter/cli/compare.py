@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import hf_transmiter as ht
 
-from ..settings import check_choice
+from ..settings import SHOTS, check_choice
 from .options import (
     LABELLED,
     TEST,

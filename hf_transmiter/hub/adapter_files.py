@@ -63,6 +63,22 @@ class TeacherFacts:
         content = read_json(source, TEACHER_FILE)
         return None if content is None else cls(**content)
 
+    @property
+    def verdict(self) -> str:
+        """What was learnt, in a sentence or two."""
+        if self.learnt is None:
+            return "What was learnt was not measured."
+        held_out, said = self.learnt["held_out"], f"{self.learnt['changed']:.1f} % of the predictions changed."
+        if held_out is None:
+            said = f"Held out: not measured, no picture was left over. {said}"
+        else:
+            kind = "agreement with the teacher" if "agreement" in held_out else "accuracy"
+            value, before = held_out.get("accuracy", held_out.get("agreement")), held_out["zero_shot"]
+            where = f"on {held_out['num_images']:,} held-out images"
+            said = f"{kind[0].upper()}{kind[1:]} {value:.1f} % {where}, {before:.1f} % before. {said}"
+        warning = self.learnt["warning"]
+        return f"{said} Warning: {warning}" if warning else said
+
     def write(self, folder: str | os.PathLike) -> None:
         """Into a folder, beside the adapter."""
         text = json.dumps(asdict(self), indent=2) + "\n"
