@@ -173,7 +173,8 @@ class TuningConfig(FitConfig):
 
         Args:
             method (`str`): such as `"coop"`; one that is not listed there is trained as LoRA is.
-            taught (`bool`, *optional*): a teacher labels all the images: 10 epochs, and no `shots`.
+            taught (`bool`, *optional*): a teacher labels all the images: no `shots`, 10 epochs, and no pull of
+                predictions to zero-shot ones, which the soft labels hold already.
 
         Raises:
             ValueError: a setting that this training does not read.
@@ -185,6 +186,8 @@ class TuningConfig(FitConfig):
         common = {"epochs": by_shots, "pull": "kl", "keep_near": 0.0, "augment": "none", "project": False}
         published = {**common, **METHOD_SETTINGS.get(method, METHOD_SETTINGS["lora"])}
         published |= {"epochs": TAUGHT_EPOCHS} if taught else {"shots": shots}
+        if taught and published["pull"] == "kl" and not published["project"]:
+            published["keep_near"] = 0.0  # the soft labels hold the zero-shot predictions already
         found = replace(self, **{name: value for name, value in published.items() if getattr(self, name) is None})
         if method == "promptsrc":
             found.gaussian_mean = 0.75 * found.epochs if found.gaussian_mean is None else found.gaussian_mean

@@ -33,7 +33,6 @@ from .draws import BatchGenerator
 
 
 FIRST_EPOCH_LR = 1e-5  # of the "epochs" schedule, whatever the peak
-PATIENCE = 3  # epochs without a lower held-out loss
 
 Step = Callable[[Tensor, torch.Generator], Tensor | tuple[Tensor, Tensor]]
 
@@ -121,7 +120,8 @@ def fit(
         epoch_weights (`Sequence[float]`, *optional*): g_e (E,) that add up to 1. At the end the parameters become
             ``sum_e g_e theta_e`` with theta_e those after epoch e; see [`gaussian_epoch_weights`].
         held_out (*optional*): a loss on other examples, the same number on every process, measured after each epoch.
-            Those parameters are kept that had the lowest, and training stops once that is `PATIENCE` epochs ago.
+            Those parameters are kept that had the lowest, and training stops once that is half of all epochs ago: at a
+            high rate the loss may stand still for some, and fall with the rate.
         about (`Mapping`, *optional*): what else the run depends on; a checkpoint of another is refused.
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
@@ -135,7 +135,7 @@ def fit(
     if held_out is not None and epoch_weights is not None:
         raise ValueError("parameters are averaged over epochs, or those of the best epoch are kept: choose one.")
     run = _Run(parameters, step, num_examples, config, combine, epoch_weights, accelerator)
-    best = run.best = None if held_out is None else _Best(run.parameters)
+    best = run.best = None if held_out is None else _Best(run.parameters, max(1, config.epochs // 2))
     state = _Checkpoint(checkpoint, run, about or {})
     first, losses = state.load(), []
     hidden = not progress or run.rank > 0 or None  # None: only a terminal or a notebook shows it
@@ -157,17 +157,18 @@ def fit(
 class _Best:
     """The parameters of the epoch with the lowest held-out loss so far; `state` is that loss and the epoch, (2,)."""
 
-    def __init__(self, parameters: list[nn.Parameter]):
+    def __init__(self, parameters: list[nn.Parameter], patience: int):
         self.learnt, self.parameters = parameters, [p.detach().clone() for p in parameters]
+        self.patience = patience
         self.state = torch.tensor([math.inf, -1], dtype=torch.float64)
 
     def is_long_ago(self, epoch: int, loss: float) -> bool:
-        """Takes note of an epoch; whether the best one is `PATIENCE` epochs ago."""
+        """Takes note of an epoch; whether the best one is `patience` epochs ago."""
         if loss < self.state[0]:
             self.state.copy_(torch.tensor([loss, epoch], dtype=torch.float64))
             for kept, p in zip(self.parameters, self.learnt, strict=True):
                 kept.copy_(p.detach())
-        return epoch - int(self.state[1]) >= PATIENCE
+        return epoch - int(self.state[1]) >= self.patience
 
 
 class _Run:
