@@ -52,7 +52,10 @@ _FOR_THE_COMMAND_LINE = {
     "data.class_names": ("read_names",),
     "data.images": ("guess_columns", "load_images"),
     "data.splits": ("few_shot",),
-    "method.saved": ("load_anchors", "load_classifier", "load_teacher", "teacher_facts", "teacher_templates"),
+    "method.saved": (
+        *("load_anchors", "load_classifier", "load_teacher", "load_teacher_and_weak"),
+        *("teacher_facts", "teacher_templates"),
+    ),
     "method.stored_logits": ("CalibrationPack",),
     "method.tune": ("adapter_settings", "starting_templates"),
     "evaluation.analyse": ("analyse", "markdown"),

@@ -14,6 +14,7 @@ SOLVERS = ("discriminant", "ridge", "gradient")
 AUGMENTATIONS = ("none", "shift", "crop")
 SCHEDULES = ("cosine", "epochs")
 LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SHOTS = 16
 BETA = 500.0  # of the published run (arXiv 2508.08604)
 PULLS = ("kl", "cosine", "l2", "l1", "promptsrc")
 PRECISIONS = ("float32", "bfloat16")
@@ -82,6 +83,7 @@ METHOD_SETTINGS = {
 """What a field of [`TuningConfig`] is for each method where it is left open, as published where it was; other methods
 of PEFT take LoRA's."""
 METHODS = tuple(METHOD_SETTINGS)
+TAUGHT_EPOCHS = 10  # of all methods where a teacher labels the images: there are many more of these
 
 
 @dataclass
@@ -143,7 +145,7 @@ class TuningConfig(FitConfig):
     warmup: float | None = setting(None, "Cosine schedule: share of the steps to warm up.")
     schedule: str | None = setting(None, "'cosine' or 'epochs' (published prompt learners).")
     optimizer: str | None = setting(None, "'adamw' or 'sgd' (momentum 0.9).")
-    shots: int = setting(16, "Training images per class; all of a class that has fewer.")
+    shots: int | None = setting(None, f"Labelled images per class, {SHOTS} if unset; all of a class that has fewer.")
     pull: str | None = setting(None, f"Back to zero-shot: {', '.join(PULLS)}.")
     keep_near: float | None = setting(None, "Weight of the pull towards zero-shot.")
     project: bool | None = setting(None, "Follow no gradient against the pull (ProGrad).")
@@ -156,7 +158,7 @@ class TuningConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shots < 1:
+        if self.shots is not None and self.shots < 1:
             raise ValueError(f"shots must be at least 1, got {self.shots}.")
         for name, choices in (("pull", PULLS), ("augment", AUGMENTATIONS), ("precision", PRECISIONS)):
             if getattr(self, name) is not None:
@@ -166,18 +168,26 @@ class TuningConfig(FitConfig):
         if self.text_batch_size < 1 or self.views < 0:
             raise ValueError("text_batch_size must be at least 1 and views at least 0.")
 
-    def of(self, method: str) -> TuningConfig:
+    def of(self, method: str, *, taught: bool = False) -> TuningConfig:
         """These settings with nothing left open: the others are the method's, see [`METHOD_SETTINGS`].
 
         Args:
             method (`str`): such as `"coop"`; one that is not listed there is trained as LoRA is.
+            taught (`bool`, *optional*): a teacher labels all the images: no `shots`, 10 epochs, and no pull of
+                predictions to zero-shot ones, which the soft labels hold already.
 
         Raises:
             ValueError: a setting that this training does not read.
         """
-        by_shots = 50 if self.shots == 1 else 100 if self.shots <= 4 else 200
+        if taught and self.shots is not None:
+            raise ValueError("shots are of labelled images, and a teacher labels all there are: leave shots out.")
+        shots = self.shots or SHOTS
+        by_shots = 50 if shots == 1 else 100 if shots <= 4 else 200
         common = {"epochs": by_shots, "pull": "kl", "keep_near": 0.0, "augment": "none", "project": False}
         published = {**common, **METHOD_SETTINGS.get(method, METHOD_SETTINGS["lora"])}
+        published |= {"epochs": TAUGHT_EPOCHS} if taught else {"shots": shots}
+        if taught and published["pull"] == "kl" and not published["project"]:
+            published["keep_near"] = 0.0  # the soft labels hold the zero-shot predictions already
         found = replace(self, **{name: value for name, value in published.items() if getattr(self, name) is None})
         if method == "promptsrc":
             found.gaussian_mean = 0.75 * found.epochs if found.gaussian_mean is None else found.gaussian_mean

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import hf_transmiter as ht
 
-from ..settings import TuningConfig, check_choice
+from ..settings import SHOTS, check_choice
 from .options import (
     LABELLED,
     TEST,
@@ -49,7 +49,7 @@ def compare(
     run: RunOptions,
     unlabelled: Annotated[str | None, "Unlabelled pictures of the task, from any source."] = None,
     labelled: Annotated[str | None, "Labelled pictures, for what needs labels."] = None,
-    shots: Annotated[int, expert("Labelled pictures per class.")] = TuningConfig.shots,
+    shots: Annotated[int, expert("Labelled pictures per class.")] = SHOTS,
     seed: Annotated[int, expert("Seed of the draw of labelled pictures.")] = 0,
     general: Annotated[str | None, expert("Any pictures, not the task's, for a general bridge.")] = None,
     bridge: Annotated[str | None, "A finished bridge: file, folder or Hub id."] = None,

@@ -24,7 +24,7 @@ from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
 from ..method.saved import teacher_facts
 from ..method.tune import tune
-from ..settings import ExtractionConfig, TuningConfig
+from ..settings import SHOTS, ExtractionConfig, TuningConfig
 
 
 METHODS = {"print": "lora", "night": "lora", "neon": "lora", "jargon": "coop"}
@@ -72,7 +72,7 @@ class Task:
             tuned[0],
             test,
             unlabelled=self.images("unlabelled"),
-            labelled=train.select(few_shot(train["label"], config.shots, seed)),
+            labelled=train.select(few_shot(train["label"], SHOTS, seed)),
             general=sandbox.load_dataset(*GENERAL),
             tuned_strong=tuned[1] if len(tuned) > 1 else None,
             variants=rows,

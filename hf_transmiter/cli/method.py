@@ -37,7 +37,7 @@ _BRIDGE = "bridge (file, folder or Hub id)"
 
 
 def tune(
-    weak: Weak,
+    model: Annotated[str, f"The model to be tuned; with a teacher, the strong one: {MODEL}"],
     dataset: Images,
     output: OutputOptions,
     data: DataOptions,
@@ -46,27 +46,50 @@ def tune(
     models: ModelOptions,
     run: RunOptions,
     values: dict,
-    method: Annotated[str, f"{', '.join(METHODS)}, or another PEFT method."] = "lora",
+    method: Annotated[
+        str | None, f"{', '.join(METHODS)}, or another PEFT method; lora, or what fits the teacher, if unset."
+    ] = None,
     adapter: Annotated[
         list[str] | None, "An option of its PEFT configuration, such as n_ctx=8; may be repeated."
     ] = None,
+    teacher: Annotated[
+        str | None, "A tuned weak model in place of labels: folder of `tune`, PEFT adapter, model, or logits."
+    ] = None,
+    weak: Annotated[str | None, "What the teacher was before its tuning, if that is not noted beside it."] = None,
 ) -> Result:
-    """Labelled pictures to a tuned weak model, saved as a PEFT adapter.
+    """Labelled pictures to a tuned model, saved as a PEFT adapter; or unlabelled ones, which a tuned weak model labels.
 
-    [bold]Example:[/bold] hf-transmiter tune --weak openai/clip-vit-base-patch16 --dataset mteb/dtd --method contcoop --output-dir out/tuned
+    [bold]Example:[/bold] hf-transmiter tune --model openai/clip-vit-base-patch16 --dataset mteb/dtd --method contcoop --output-dir out/tuned
+
+    [bold]Without labels:[/bold] hf-transmiter tune --model openai/clip-vit-large-patch14 --teacher out/tuned --dataset mteb/dtd --output-dir out/strong
     """  # noqa: E501
     output.check(run)
-    adapter = ht.adapter_settings({"method": method, **key_values(adapter, "--adapter")})
-    method = adapter["method"]
-    encoder, images = ht.load_encoder(weak, **models.load(run)), data.load(dataset, LABELLED, data.split)
-    usual = ht.starting_templates(method, ht.usual_templates(dataset))
-    templates = ht.read_templates(names.template) if names.template else usual
-    options = {"class_names": ht.read_names(names.class_names), "templates": templates, **data.work(run)}
-    tuned = ht.tune(encoder, images, adapter, config=config, checkpoint=output.checkpoint, **options)
+    if weak and not teacher:
+        raise ValueError("--weak is what a teacher was before its tuning: pass --teacher, or name the model --model.")
+    how = None
+    if method or adapter or not teacher:
+        how = ht.adapter_settings({"method": method or "lora", **key_values(adapter, "--adapter")})
+    options, usual = models.load(run), ht.usual_templates(dataset)
+    taught, templates = {}, ht.read_templates(names.template) if names.template else None
+    if teacher:
+        taught = dict(zip(("teacher", "weak"), ht.load_teacher_and_weak(teacher, weak, **options), strict=True))
+        templates = ht.teacher_templates(teacher, names.template, usual)
+    tuned = ht.tune(
+        ht.load_encoder(model, **options),
+        data.load(dataset, UNLABELLED if teacher else LABELLED, data.split),
+        how,
+        **taught,
+        class_names=ht.read_names(names.class_names),
+        templates=templates or ht.starting_templates(how["method"], usual),
+        config=config,
+        checkpoint=output.checkpoint,
+        **data.work(run),
+    )
     output.write(tuned.save_pretrained, values, run)
-    count = len(tuned.class_names)
-    found = {"output_dir": str(output.output_dir), "method": method, "num_classes": count}
-    return Result(found, f"Tuned {weak} ({method}) on {count} classes: {output.output_dir}")
+    facts, count = tuned.facts, len(tuned.class_names)
+    method = facts.settings["method"]
+    found = {"output_dir": str(output.output_dir), "method": method, "num_classes": count, "learnt": facts.learnt}
+    return Result(found, f"Tuned {model} ({method}) on {count} classes: {output.output_dir}\n{facts.verdict}")
 
 
 def extract(

@@ -41,6 +41,10 @@ class TeacherFacts:
         templates: prompts of the tuned model's class vectors (``["{}."]`` after a learnt context).
         zero_shot_templates: prompts of the weak model's class vectors it started from.
         settings: the [`TuningConfig`].
+        taught_by: where a teacher took the place of labels: `experts`, the formula of its soft labels; `weak`, the
+            model that it was before its tuning; `settings` of that tuning; `num_images`, unlabelled.
+        learnt: on `held_out` images `accuracy` (or `agreement` with the teacher) and that of `zero_shot`, `changed`,
+            how many predictions are others than before, all in percent; and a `warning` where nothing was learnt.
     """
 
     weak: str
@@ -50,12 +54,30 @@ class TeacherFacts:
     templates: list[str]
     zero_shot_templates: list[str]
     settings: dict
+    taught_by: dict | None = None
+    learnt: dict | None = None
 
     @classmethod
     def read(cls, source: str) -> TeacherFacts | None:
         """From a folder or Hub repository; `None` where there is no such file."""
         content = read_json(source, TEACHER_FILE)
         return None if content is None else cls(**content)
+
+    @property
+    def verdict(self) -> str:
+        """What was learnt, in a sentence or two."""
+        if self.learnt is None:
+            return "What was learnt was not measured."
+        held_out, said = self.learnt["held_out"], f"{self.learnt['changed']:.1f} % of the predictions changed."
+        if held_out is None:
+            said = f"Held out: not measured, no picture was left over. {said}"
+        else:
+            kind = "agreement with the teacher" if "agreement" in held_out else "accuracy"
+            value, before = held_out.get("accuracy", held_out.get("agreement")), held_out["zero_shot"]
+            where = f"on {held_out['num_images']:,} held-out images"
+            said = f"{kind[0].upper()}{kind[1:]} {value:.1f} % {where}, {before:.1f} % before. {said}"
+        warning = self.learnt["warning"]
+        return f"{said} Warning: {warning}" if warning else said
 
     def write(self, folder: str | os.PathLike) -> None:
         """Into a folder, beside the adapter."""

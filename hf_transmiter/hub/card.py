@@ -152,6 +152,11 @@ class Card:
     # ---- of tuned models
 
     @property
+    def weak_of_teacher(self) -> NamedModel:
+        """What the teacher was before its tuning, where one took the place of labels."""
+        return NamedModel.of(self.teacher.inner("taught_by").inner("weak"))
+
+    @property
     def settings(self) -> Noted:
         """What was tuned, and how."""
         return self.teacher.inner("settings") or self.noted.inner("settings")

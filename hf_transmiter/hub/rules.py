@@ -251,7 +251,9 @@ _TEACHER = _record(
         "class_names": _SOME_NAMES,
         **dict.fromkeys(("templates", "zero_shot_templates"), _TEMPLATES),
         "settings": _object(),
+        **dict.fromkeys(("taught_by", "learnt"), _or_null(_object())),
     },
+    optional=("taught_by", "learnt"),
 )
 
 _TOWER = _or_null(_object(keys={"hidden_size": _SIZE}))

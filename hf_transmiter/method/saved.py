@@ -71,6 +71,35 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
     return AnchorClassifier(tuned, Anchors(tuple(facts.class_names), (), tuple(facts.templates)))
 
 
+def load_teacher_and_weak(
+    source: str,
+    weak: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[Teacher, DualEncoder | None]:
+    """A tuned model (see [`load_teacher`]) and what it was before: the model `weak`, or else the one noted beside it;
+    stored logits need none.
+
+    Raises:
+        ValueError: it is not noted which model was tuned, or what [`load_teacher`] raises.
+    """
+    revision = None
+    if weak is None and source.endswith(".safetensors"):
+        return CalibrationPack.load(source), None
+    if weak is None:
+        facts = _tuning(source)
+        adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
+        if facts is not None:
+            weak, revision = facts.weak, facts.revision
+        elif adapter is not None:
+            weak, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+        if not weak:
+            raise ValueError(f"{source!r} does not say which model it was tuned from: name it with --weak.")
+    encoder = load_encoder(weak, revision, device, dtype)
+    return load_teacher(source, encoder), encoder
+
+
 def load_classifier(
     source: str,
     encoder: DualEncoder | None = None,

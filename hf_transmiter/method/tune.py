@@ -1,4 +1,4 @@
-"""[`tune`]: labelled images to a tuned weak model, by a prompt learner, LoRA or another PEFT method.
+"""[`tune`]: images, labelled or with a teacher, to a tuned model, by a prompt learner, LoRA or another PEFT method.
 
 What comes out is an ordinary model with an ordinary adapter in it: ``tune(...).save_pretrained(folder)`` writes
 ``adapter_config.json`` and ``adapter_model.safetensors``, and ``PeftModel.from_pretrained(model, folder)`` reads them.
@@ -11,17 +11,17 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 
 import torch
 from datasets import ClassLabel, Dataset
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PromptLearningConfig
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
-from ..data.embeddings import embed_dataset
+from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.images import guess_columns, label_indices
 from ..data.splits import few_shot
 from ..encoders.dual_encoder import DualEncoder
@@ -35,18 +35,24 @@ from ..tuners import CoOpConfig, TransMiterConfig
 from ..tuners.injection import inject
 from ..tuners.prompts import PromptConfig, layers, phrase_token_ids, prompt_layer
 from .classifier import AnchorClassifier
+from .experts import EXPERTS, expert_logits
+from .teacher import Teacher, as_classifier, same_image_tower
 
 
 logger = logging.getLogger(__name__)
 
 DEPTH = 9  # published, of prompts in several layers
+MOST_HELD_OUT = 1000  # images that what was learnt is measured on
+LEAST_CHANGED = 1.0  # percent of the predictions
 
 
 def tune(
-    weak: DualEncoder,
+    model: DualEncoder,
     dataset: Dataset,
-    adapter: str | Mapping | PeftConfig = "lora",
+    adapter: str | Mapping | PeftConfig | None = None,
     *,
+    teacher: Teacher | None = None,
+    weak: DualEncoder | None = None,
     class_names: Sequence[str] | None = None,
     config: TuningConfig | None = None,
     templates: Sequence[str] | None = None,
@@ -57,23 +63,34 @@ def tune(
     progress: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> AnchorClassifier:
-    """Few-shot tuning of a copy of the weak model.
+    """Tuning of a copy of a model: few-shot from labels, or label-free from a teacher.
 
     Minimises ``CE(z, y) + keep_near · pull`` with ``z = s · x wᵀ`` (B, C): x (B, d) are unit image rows and w (C, d)
-    unit class vectors, learnt or as they were, by method. The pull goes back to the weak model's zero-shot answers
-    (see [`TuningConfig`]).
+    unit class vectors, learnt or as they were, by method. The pull goes back to the model's own zero-shot answers (see
+    [`TuningConfig`]). y are labels or, with a teacher, probabilities: those of the product of experts
+    ``softmax(2 t + z - w)`` (see [`expert_logits`]), in which the tuned weak model t teaches the strong one, without a
+    label. A tenth of the images is then held out, at most 1,000, and the epoch that agrees best with the experts on
+    them is kept.
+
+    What was learnt is measured on images that training did not see (`.facts.learnt`), and a warning says where that is
+    nothing.
 
     Args:
-        weak ([`DualEncoder`]): stays untouched.
-        dataset (`datasets.Dataset`): one split with an image and a label column.
-        adapter (`str`, `Mapping` or `PeftConfig`, *optional*, defaults to `"lora"`):
+        model ([`DualEncoder`]): stays untouched. With a teacher, the strong model.
+        dataset (`datasets.Dataset`): one split with an image column, and a label column unless a teacher labels it.
+        adapter (`str`, `Mapping` or `PeftConfig`, *optional*):
             What is learnt: a method of [`TuningConfig`]'s table, or another one of PEFT that changes layers
             (`"loha"`, `"lokr"`, ...); with options, ``{"method": "coop", "n_ctx": 8}``, the fields of its PEFT
             configuration; or that configuration itself. By name, LoRA has ``r=8, lora_alpha=16``, and contexts start
             from ``"a photo of a"``. Where `target_modules` is left open, they are the linear layers of the image
             tower (of open_clip's own vision transformers the MLPs, of its ResNets the convolutions). Prompts in
-            several layers reach the published 9, or as deep as the tower is. `seed` is that of `config`.
-        class_names (`Sequence[str]`, *optional*): C names in label order; those of the label column when omitted.
+            several layers reach the published 9, or as deep as the tower is. `seed` is that of `config`. When omitted,
+            a prompt of the teacher's method where its prompts were tuned, `"coop"` where only its words changed
+            otherwise, and else `"lora"`.
+        teacher ([`Teacher`], *optional*): the tuned weak model or its stored logits; the labels are not read then.
+        weak ([`DualEncoder`], *optional*): what the teacher was before its tuning, see [`expert_logits`].
+        class_names (`Sequence[str]`, *optional*):
+            C names in label order; the teacher's, or those of the label column, when omitted.
         config ([`TuningConfig`], *optional*): how it is trained.
         templates (`Sequence[str]`, *optional*):
             Prompts of the zero-shot class vectors; `"a photo of a {}."` when omitted, or PromptSRC's 60.
@@ -88,86 +105,98 @@ def tune(
 
     Raises:
         ValueError: no or unusable labels, a class without images, duplicate names, a name too long for the context,
-            an unknown method or option of it, or a weak model that has adapters already.
+            an unknown method or option of it, or a model that has adapters already; with a teacher, fewer than two
+            images, `shots`, or what [`expert_logits`] raises.
 
     ```python
     >>> weak = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
     >>> tuned = tune(weak, load_dataset("mteb/dtd", split="train"), "contcoop")
     >>> tuned.save_pretrained("dtd-contcoop")
+    >>> strong = DualEncoder.from_pretrained("openai/clip-vit-large-patch14")
+    >>> upgraded = tune(strong, load_dataset("mteb/dtd", split="train"), teacher=tuned, weak=weak)  # no label is read
     ```
     """
-    adapter = adapter_settings(adapter)
-    method, given = adapter["method"], config or TuningConfig()
-    config = given.of(method)
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
     columns = guess_columns(dataset, image_column, label_column)
+    names = tuple(_class_names(dataset, columns[1], class_names, teacher))
+    adapter = adapter_settings(_fitting(teacher, weak, names) if adapter is None else adapter)
+    method, given = adapter["method"], config or TuningConfig()
+    config = given.of(method, taught=teacher is not None)
     templates = starting_templates(method) if templates is None else templates
-    anchors = Anchors(tuple(_class_names(dataset, columns[1], class_names)), (), tuple(templates))
-    rows, labels = _few_shot(dataset, columns[1], anchors.task, config)
-    tuned = _with_adapter(weak, anchors.task, adapter, config)
+    anchors = Anchors(names, (), tuple(templates))
+    embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
+    options = {"image_column": columns[0], "label_column": columns[1], **embedding}
+    rows = None if teacher is not None else _few_shot(dataset, columns[1], names, config)
+    tuned = _with_adapter(model, names, adapter, config)
     moves_images = _moves_images(tuned)
     if moves_images and config.views:
         raise ValueError("views are of images that are embedded once; here the image tower is tuned: leave views out.")
     if not moves_images and prompt_layer(tuned.model) is None and given.augment is None:
         config = replace(config, augment="none")  # text alone is tuned
-    examples, labels = dataset.select(rows), labels.to(weak.device)
-    embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
-    try:
-        table = embed_dataset(weak, examples, image_column=columns[0], label_column=columns[1], **embedding)
-    except ValueError as error:
-        raise ValueError(f"{error} (Rows are counted among the {len(rows)} drawn examples.)") from error
-    embeds, zero_shot = table.embeds.to(weak.device), _zero_shot(weak, anchors, method, config)
-    pixels = functools.partial(Pixels, tuned, examples, columns[0])
-    if moves_images:
-        images = trained_images(weak, tuned, embeds, pixels, config)
+    if teacher is None:
+        lesson = _labelled(model, dataset, rows, options)
     else:
-        images = frozen_images(weak, embeds, pixels, config)
-    answers = forward_pass(tuned, anchors.task, anchors.templates, zero_shot, images, config)
+        lesson = _taught(teacher, weak, model, dataset, anchors, config.seed, options)
+    embeds, zero_shot = lesson.table.embeds.to(model.device), _zero_shot(model, anchors, method, config)
+    targets, pixels = (
+        lesson.targets.to(model.device),
+        functools.cache(functools.partial(Pixels, tuned, lesson.examples, columns[0])),
+    )
+    source = trained_images if moves_images else frozen_images
 
-    drops = any(isinstance(module, nn.Dropout) and module.training for module in tuned.model.modules())
+    def forward(config: TuningConfig):
+        towers = (model, tuned) if moves_images else (model,)
+        images = source(*towers, embeds, pixels, config)
+        return forward_pass(tuned, names, anchors.templates, zero_shot, images, config)
+
+    answers = forward(config)
+    droppers = [module for module in tuned.model.modules() if isinstance(module, nn.Dropout) and module.training]
 
     def step(drawn: Tensor, generator: torch.Generator) -> Tensor | tuple[Tensor, Tensor]:
-        with torch.random.fork_rng(enabled=drops):
-            if drops:  # an adapter's dropout draws from the global generator
+        with torch.random.fork_rng(enabled=bool(droppers)):
+            if droppers:  # an adapter's dropout draws from the global generator
                 torch.manual_seed(generator.initial_seed())
-            main, pull = losses(*answers(drawn, generator), labels[drawn.to(weak.device)], config.pull)
+            main, pull = losses(*answers(drawn, generator), targets[drawn.to(model.device)], config.pull)
         return (main, pull) if config.project else main + config.keep_near * pull
 
     weights = None
     if config.gaussian_mean is not None:
         weights = gaussian_epoch_weights(config.epochs, config.gaussian_mean, config.gaussian_std)
+    held_out = None
+    if teacher is not None and weights is None:
+        plain = forward(replace(config, augment="none", views=0))
+        held_out = functools.partial(_held_out_loss, plain, targets, lesson.seen, droppers, accelerator)
     found = fit(
         list(tuned.model.parameters()),
         step,
-        len(rows),
+        lesson.seen,
         config,
         combine=functools.partial(project_gradient, strength=config.keep_near) if config.project else None,
         epoch_weights=weights,
-        about=adapter,
+        held_out=held_out,
+        about={**adapter, "taught": teacher is not None},
         accelerator=accelerator,
         checkpoint=checkpoint,
         description=f"Tuning ({method})",
         progress=progress,
     )
-    hits = ((embeds @ zero_shot.T).argmax(1) == labels).float().mean()
-    logger.info(
-        "tuned %s on %d images of %d classes; zero-shot accuracy on them %.1f %%, losses %s",
-        weak.name_or_path, len(rows), len(anchors.task), 100 * hits, found,
-    )  # fmt: skip
+    logger.info("tuned %s on %d images of %d classes; losses %s", model.name_or_path, lesson.seen, len(names), found)
     settings = {**adapter, **asdict(config)}
-    _note(tuned, len(rows), dataset, settings)
+    _note(tuned, lesson.seen, dataset, settings)
     tuned.model.requires_grad_(False).eval()
     templates = anchors.templates if prompt_layer(tuned.model) is None else PROMPTED
-    classifier = AnchorClassifier(tuned, Anchors(anchors.task, (), templates))
+    classifier = AnchorClassifier(tuned, Anchors(names, (), templates))
     classifier.facts = TeacherFacts(
-        weak=weak.name_or_path,
-        revision=weak.revision,
-        fingerprint=weak.fingerprint,
-        class_names=list(anchors.task),
+        weak=model.name_or_path,
+        revision=model.revision,
+        fingerprint=model.fingerprint,
+        class_names=list(names),
         templates=list(templates),
         zero_shot_templates=list(anchors.templates),
         settings=settings,
+        taught_by=None if teacher is None else _taught_by(teacher, weak, lesson.seen),
+        learnt=_learnt(classifier, zero_shot, moves_images, lesson, options),
     )
     return classifier
 
@@ -215,19 +244,58 @@ def _note(tuned: DualEncoder, num_images: int, dataset: Dataset, settings: dict)
         }
 
 
-def _class_names(dataset: Dataset, label_column: str | None, given: Sequence[str] | None) -> list[str]:
-    if label_column is None:
+def _class_names(
+    dataset: Dataset, label_column: str | None, given: Sequence[str] | None, teacher: Teacher | None
+) -> list[str]:
+    if teacher is None and label_column is None:
         raise ValueError(f"tuning needs labels; pass label_column=, one of {', '.join(dataset.column_names)}.")
-    feature = dataset.features[label_column]
-    if given is not None:
-        return list(given)
-    if not isinstance(feature, ClassLabel):
-        raise ValueError(f"column {label_column!r} does not name its classes: pass class_names in label order.")
-    return list(feature.names)
+    known = getattr(teacher, "class_names", None) if given is None else given
+    feature = None if label_column is None else dataset.features[label_column]
+    if known is None and isinstance(feature, ClassLabel):
+        known = feature.names
+    if known is None:
+        where = "the teacher" if label_column is None else f"column {label_column!r}"
+        raise ValueError(f"{where} does not name its classes: pass class_names in label order.")
+    return list(known)
+
+
+def _fitting(teacher: Teacher | None, weak: DualEncoder | None, names: Sequence[str]) -> str | Mapping:
+    """An adapter of the kind that the teacher's tuning was: of words or of pictures."""
+    teacher = teacher[0] if isinstance(teacher, (list, tuple)) and teacher else teacher
+    tuned = None if teacher is None else as_classifier(teacher, names)
+    if tuned is None:  # stored logits do not say what was tuned
+        return "lora"
+    layer = prompt_layer(tuned.encoder.model)
+    if layer is not None and layer.active_name is not None:
+        learnt = adapter_settings(layer.active_config)
+        return {key: value for key, value in learnt.items() if not key.endswith("depth")}  # of the weak towers
+    if tuned.adapter_config is not None:
+        words = bool(tuned.adapter_config.provenance.get("own_class_vectors"))
+    else:
+        words = weak is not None and same_image_tower(weak, tuned.encoder)
+    return "coop" if words else "lora"
+
+
+@dataclass
+class _Lesson:
+    """What is learnt from, and what that is measured on.
+
+    Args:
+        examples (`Dataset`): N images; the first `seen` of them train.
+        table (`FeatureTable`): their embeddings (N, d) by the model as it is.
+        targets (`Tensor`): labels (N,) or probabilities (N, C).
+        held_out: images that do not train, with embeddings and labels; `None` where there are none.
+    """
+
+    examples: Dataset
+    table: FeatureTable
+    targets: Tensor
+    seen: int
+    held_out: tuple[Dataset, FeatureTable, Tensor] | None = None
 
 
 def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config: TuningConfig):
-    """Rows of the drawn examples, and their labels (N,)."""
+    """Rows of the drawn examples and their labels (N,), and the same of up to `MOST_HELD_OUT` left-over ones."""
     values = label_indices(dataset, label_column)
     rows = few_shot(values, config.shots, config.seed, len(names), allow_fewer=True)
     labels = torch.tensor([values[row] for row in rows], dtype=torch.long)
@@ -237,11 +305,116 @@ def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config:
         raise ValueError(f"{len(empty)} of {len(names)} classes have no image, first {empty[0]!r}: leave them out.")
     if min(counts) < config.shots:
         logger.warning("%d classes have fewer than %d images.", sum(n < config.shots for n in counts), config.shots)
-    return rows, labels
+    left = sorted(set(range(len(values))) - set(rows))
+    if left:
+        each = max(1, MOST_HELD_OUT // len(names))
+        drawn = few_shot([values[row] for row in left], each, config.seed, allow_fewer=True)
+        left = [left[i] for i in drawn][:: -(-len(drawn) // MOST_HELD_OUT)]
+    return rows, labels, left, torch.tensor([values[row] for row in left], dtype=torch.long)
+
+
+def _labelled(model: DualEncoder, dataset: Dataset, drawn: tuple, options: dict) -> _Lesson:
+    """A few labelled examples, measured on left-over ones."""
+    rows, labels, left, left_labels = drawn
+    examples, others = dataset.select(rows), dataset.select(left)
+    try:
+        table = embed_dataset(model, examples, **options)
+    except ValueError as error:
+        raise ValueError(f"{error} (Rows are counted among the {len(rows)} drawn examples.)") from error
+    lesson = _Lesson(examples, table, labels, len(rows))
+    try:
+        lesson.held_out = (others, embed_dataset(model, others, **options), left_labels) if left else None
+    except ValueError as error:  # they are not needed for tuning
+        logger.warning("what is learnt is not measured on the pictures that are left over: %s", error)
+    return lesson
+
+
+def _taught(
+    teacher: Teacher, weak: DualEncoder | None, model: DualEncoder, dataset: Dataset, anchors: Anchors, seed: int,
+    options: dict,
+) -> _Lesson:  # fmt: skip
+    """All images with the experts' probabilities, in an order that the seed decides: the last tenth is held out."""
+    if len(dataset) < 2:
+        raise ValueError("a teacher needs at least two images, one of which is held out: pass more.")
+    table = embed_dataset(model, dataset, **options)
+    experts = {"weak": weak, "templates": anchors.templates, "table": table}
+    targets = expert_logits(teacher, model, dataset, anchors.task, **experts, **options).softmax(1)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    seen = len(order) - min(MOST_HELD_OUT, max(1, len(order) // 10))
+    table, targets, examples = table.select(order), targets[order], dataset.select(order.tolist())
+    rest = range(seen, len(order))
+    return _Lesson(
+        examples, table, targets, seen, (examples.select(rest), table.select(rest), targets[seen:].argmax(1))
+    )
+
+
+def _held_out_loss(answers: Callable, targets: Tensor, seen: int, droppers: list[nn.Module], accelerator) -> float:
+    """Mean cross-entropy of what is held out; several processes share the work, and agree on the number."""
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    total, generator = torch.zeros((), device=targets.device), torch.Generator()
+    for module in droppers:
+        module.eval()
+    with torch.no_grad():
+        for rows in torch.arange(seen, len(targets)).split(64)[rank::world]:
+            z = answers(rows, generator)[0].logits
+            total += cross_entropy(z, targets[rows.to(targets.device)], reduction="sum")
+    for module in droppers:
+        module.train()
+    if world > 1:
+        total = accelerator.reduce(total, "sum")
+    return float(total) / (len(targets) - seen)
+
+
+@torch.no_grad()
+def _learnt(
+    classifier: AnchorClassifier, zero_shot: Tensor, moves_images: bool, lesson: _Lesson, options: dict
+) -> dict:
+    """What [`TeacherFacts`] notes of it; a warning where that is nothing. Without held-out images it is only known how
+    many predictions changed, on those that trained."""
+    images, before, labels = lesson.held_out or (lesson.examples, lesson.table, None)
+    after = embed_dataset(classifier.encoder, images, **options) if moves_images else before
+    device = classifier.encoder.device
+    first = torch.cat([(x.to(device) @ zero_shot.T).argmax(1).cpu() for x in before.batches(4096)])
+    last = torch.cat([classifier.classify(x.to(device)).argmax(1).cpu() for x in after.batches(4096)])
+
+    def percent(matches: Tensor) -> float:
+        return round(100 * matches.float().mean().item(), 2)
+
+    found = {"held_out": None, "changed": percent(first != last), "warning": None}
+    if labels is not None:
+        kind = "accuracy" if lesson.targets.ndim == 1 else "agreement"
+        scores = [percent(said == labels) for said in (last, first)]
+        found["held_out"] = {"num_images": len(labels), kind: scores[0], "zero_shot": scores[1]}
+    if found["changed"] < LEAST_CHANGED:
+        found["warning"] = f"nothing was learnt: only {found['changed']:.1f} % of the predictions changed"
+    elif labels is not None and scores[0] <= scores[1]:
+        found["warning"] = (
+            f"nothing was learnt: {kind} is {scores[0]:.1f} % on held-out images, {scores[1]:.1f} % before"
+        )
+    if found["warning"]:
+        found["warning"] += "; try more epochs or a higher learning rate, and look at the labels."
+        logger.warning(found["warning"])
+    return found
+
+
+def _taught_by(teacher: Teacher, weak: DualEncoder | None, num_images: int) -> dict:
+    """What [`TeacherFacts`] notes of a teacher."""
+    facts = getattr(teacher, "facts", None)
+    if weak is None and isinstance(teacher, AnchorClassifier) and teacher.adapter_config is not None:
+        weak = teacher.encoder
+    noted = {"name": facts.weak, "revision": facts.revision, "fingerprint": facts.fingerprint} if facts else None
+    if weak is not None:
+        noted = {"name": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
+    return {
+        "experts": "softmax(logits as given)" if isinstance(teacher, Tensor) else EXPERTS,
+        "weak": noted,
+        "settings": facts.settings if facts else None,
+        "num_images": num_images,
+    }
 
 
 def _with_adapter(weak: DualEncoder, names: Sequence[str], adapter: Mapping, config: TuningConfig) -> DualEncoder:
-    """A copy of the weak model with a fresh adapter, the only part of it that trains."""
+    """A copy of the model with a fresh adapter, the only part of it that trains."""
     found = _peft_config(weak, names, adapter, config.seed)
     model = copy.deepcopy(weak.model).eval().requires_grad_(False)
     with torch.random.fork_rng():

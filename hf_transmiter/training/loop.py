@@ -101,6 +101,7 @@ def fit(
     *,
     combine: Callable[[Tensor, Tensor], Tensor] | None = None,
     epoch_weights: Sequence[float] | None = None,
+    held_out: Callable[[], float] | None = None,
     about: Mapping | None = None,
     accelerator=None,
     checkpoint: str | os.PathLike | None = None,
@@ -118,16 +119,23 @@ def fit(
             parameter, over the whole batch; see [`project_gradient`].
         epoch_weights (`Sequence[float]`, *optional*): g_e (E,) that add up to 1. At the end the parameters become
             ``sum_e g_e theta_e`` with theta_e those after epoch e; see [`gaussian_epoch_weights`].
+        held_out (*optional*): a loss on other examples, the same number on every process, measured after each epoch.
+            Those parameters are kept that had the lowest, and training stops once that is half of all epochs ago: at a
+            high rate the loss may stand still for some, and fall with the rate.
         about (`Mapping`, *optional*): what else the run depends on; a checkpoint of another is refused.
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
             end; a run that finds one goes on from there.
 
     Raises:
-        ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights`, a number of
-            losses that does not go with `combine`, a loss that is not finite, or a checkpoint of another run.
+        ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights` or these beside
+            `held_out`, a number of losses that does not go with `combine`, a loss that is not finite, or a checkpoint
+            of another run.
     """
+    if held_out is not None and epoch_weights is not None:
+        raise ValueError("parameters are averaged over epochs, or those of the best epoch are kept: choose one.")
     run = _Run(parameters, step, num_examples, config, combine, epoch_weights, accelerator)
+    best = run.best = None if held_out is None else _Best(run.parameters, max(1, config.epochs // 2))
     state = _Checkpoint(checkpoint, run, about or {})
     first, losses = state.load(), []
     hidden = not progress or run.rank > 0 or None  # None: only a terminal or a notebook shows it
@@ -135,13 +143,32 @@ def fit(
         for epoch in range(first, config.epochs):
             losses.append(run.epoch(epoch, bar))
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
+            if best is not None and best.is_long_ago(epoch, held_out()):
+                break
             if run.rank == 0 and epoch + 1 < config.epochs:
                 state.save(epoch + 1)
-    for p, average in zip(run.parameters, run.averages, strict=False):
-        p.data.copy_(average)
+    for p, kept in zip(run.parameters, run.averages if best is None else best.parameters, strict=False):
+        p.data.copy_(kept)
     if run.rank == 0:
         state.remove()
     return losses
+
+
+class _Best:
+    """The parameters of the epoch with the lowest held-out loss so far; `state` is that loss and the epoch, (2,)."""
+
+    def __init__(self, parameters: list[nn.Parameter], patience: int):
+        self.learnt, self.parameters = parameters, [p.detach().clone() for p in parameters]
+        self.patience = patience
+        self.state = torch.tensor([math.inf, -1], dtype=torch.float64)
+
+    def is_long_ago(self, epoch: int, loss: float) -> bool:
+        """Takes note of an epoch; whether the best one is `patience` epochs ago."""
+        if loss < self.state[0]:
+            self.state.copy_(torch.tensor([loss, epoch], dtype=torch.float64))
+            for kept, p in zip(self.parameters, self.learnt, strict=True):
+                kept.copy_(p.detach())
+        return epoch - int(self.state[1]) >= self.patience
 
 
 class _Run:
@@ -233,7 +260,7 @@ def _seed(seed: int, epoch: int, number: int) -> int:
 
 
 class _Checkpoint:
-    """Parameters, optimizer state and averages over epochs in one safetensors file."""
+    """Parameters, optimizer state and averages over epochs, or the best epoch's parameters: one safetensors file."""
 
     def __init__(self, path, run: _Run, about: Mapping):
         self.path, self.run = Path(path) if path else None, run
@@ -269,8 +296,12 @@ class _Checkpoint:
         return int(metadata["epoch"])
 
     def _tensors(self) -> dict[str, Tensor]:
-        parameters = {f"parameter.{i}": p for i, p in enumerate(self.run.parameters)}
-        return parameters | {f"sum.{i}": average for i, average in enumerate(self.run.averages)}
+        tensors = {f"parameter.{i}": p for i, p in enumerate(self.run.parameters)}
+        tensors |= {f"sum.{i}": average for i, average in enumerate(self.run.averages)}
+        if self.run.best is not None:
+            tensors |= {f"best.{i}": kept for i, kept in enumerate(self.run.best.parameters)}
+            tensors["best"] = self.run.best.state
+        return tensors
 
     def remove(self) -> None:
         if self.path is not None:

@@ -47,7 +47,7 @@ def test_prompts_of_a_row(pets, model_dir, tmp_path, monkeypatch):
         run("evaluate", model_dir("clip"), *shared, *options)
     assert asked == [(pets,), ("a photo of a {}.",)]
     tuned, bare = tmp_path / "tuned", tmp_path / "bare"
-    run("tune", "--weak", model_dir("clip"), *shared, "--method", "lora", "--epochs", "1", "--output-dir", tuned)
+    run("tune", "--model", model_dir("clip"), *shared, "--method", "lora", "--epochs", "1", "--output-dir", tuned)
     assert json.loads((tuned / "teacher.json").read_text())["zero_shot_templates"] == [pets]
     shutil.copytree(tuned, bare)
     (bare / "teacher.json").unlink()  # a PEFT adapter from elsewhere

@@ -34,7 +34,7 @@ def chain(out):
         result = run(name, *args, *cache)
         said[name] = json.loads(result.stdout)
 
-    config = {"weak": "sandbox:weak", "dataset": "sandbox:print", "split": "validation"}
+    config = {"model": "sandbox:weak", "dataset": "sandbox:print", "split": "validation"}
     config.update({"epochs": 50, "batch-size": 72, "lr": 0.01, "shots": 6, "augment": "none"})
     (out / "tune.yaml").write_text(yaml.safe_dump(config))
     step("tune", "--config", out / "tune.yaml", "--epochs", "8", "--output-dir", out / "tuned")
@@ -79,14 +79,14 @@ def test_a_command_shows_few_options_and_names_those_of_experts(name):
 def test_settings_of_experts(out):
     file, folder = out / "experts.yaml", out / "experts"
     file.write_text("weight_decay: 0.5\npull: l1\nadapter: [n_ctx=2]\n")
-    tune = ("tune", "--weak", "sandbox:weak", *PRINT, "--method", "coop", "--shots", "1", "--epochs", "1")
+    tune = ("tune", "--model", "sandbox:weak", *PRINT, "--method", "coop", "--shots", "1", "--epochs", "1")
     given = ("--set", "pull=l2", "--set", "lr=1e-2", "--adapter", "init_phrase=a drawing", "--adapter", "n_ctx=8")
     run(*tune, "--config", file, *given, "--output-dir", folder, "--quiet")
     made = json.loads((folder / "teacher.json").read_text())["settings"]
     assert [made[key] for key in ("n_ctx", "lr", "weight_decay", "pull")] == [8, 0.01, 0.5, "l2"]
     assert made["init_phrase"] == "a drawing"
     assert yaml.safe_load((folder / "settings.yaml").read_text())["adapter"] == ["init_phrase=a drawing", "n_ctx=8"]
-    assert "--set has unknown options n_context; there are: weak," in error(*tune, "--set", "n_context=8")
+    assert "--set has unknown options n_context; there are: model," in error(*tune, "--set", "n_context=8")
     for option in ("--set", "--adapter"):
         said = error(*tune, option, "n_ctx", "--output-dir", out / "none")
         assert f"{option} takes key=value, got 'n_ctx'" in said
@@ -175,7 +175,7 @@ def test_an_adapter_from_stored_logits_needs_no_tuned_model(chain, out):
 def test_a_prompt_is_carried_by_text_alone(out):
     """CoOp has class vectors of its own: neither `extract` nor `transfer` sees a picture."""
     tuning = ("--method", "coop", "--shots", "2", "--epochs", "1")
-    run("tune", "--weak", "sandbox:weak", *PRINT, *tuning, "--output-dir", out / "coop", "--quiet")
+    run("tune", "--model", "sandbox:weak", *PRINT, *tuning, "--output-dir", out / "coop", "--quiet")
     args = ("--weak", "sandbox:weak", "--teacher", out / "coop", "--output-dir", out / "coop_adapter", "--json")
     assert json.loads(run("extract", *args).stdout)["provenance"]["own_class_vectors"] is True
     args = ("--strong", "sandbox:strong", "--output-dir", out / "coop_strong", "--json")
@@ -192,7 +192,7 @@ def test_options_of_the_adapter(out):
     settings = ("--method", "contcoop", "--epochs", "1", "--shots", "1", "--seed", "3", "--max-images", "400")
     options = ("--adapter", "class_embed=mean_token", "--adapter", "heads=2")
     folder = out / "options"
-    run("tune", "--weak", "sandbox:weak", *PRINT, *settings, *options, "--output-dir", folder, "--quiet")
+    run("tune", "--model", "sandbox:weak", *PRINT, *settings, *options, "--output-dir", folder, "--quiet")
     adapter = json.loads((folder / "adapter_config.json").read_text())
     assert (adapter["seed"], adapter["class_embed"], adapter["heads"]) == (3, "mean_token", 2)
 
@@ -219,23 +219,23 @@ def test_existing_output_stays(chain, out):
 
 def test_config_errors(out):
     file = out / "bad.yaml"
-    file.write_text("weak: sandbox:weak\nepoch: 3\n")
+    file.write_text("model: sandbox:weak\nepoch: 3\n")
     said = error("tune", "--config", file, "--dataset", "sandbox:print", "--output-dir", out / "none")
-    assert "unknown options epoch;" in said and "epochs" in said and "weak" in said
+    assert "unknown options epoch;" in said and "epochs" in said and "model" in said
     for text, words in (("[1, 2]", "not a list"), ("a: [", "not valid YAML")):
         file.write_text(text)
         assert words in error("tune", "--config", file, "--output-dir", out / "none")
     assert "cannot read the config" in error("tune", "--config", out / "missing.yaml", "--output-dir", out / "none")
-    file.write_text("weak: sandbox:weak\ndataset: sandbox:print\nepochs: many\n")
+    file.write_text("model: sandbox:weak\ndataset: sandbox:print\nepochs: many\n")
     assert "valid integer" in run("tune", "--config", file, "--output-dir", out / "none", code=2).stderr
 
 
 def test_errors_are_one_line(out, chain, tmp_path):
     tune = ("tune", "--output-dir", out / "none")
-    weak = ("--weak", "sandbox:weak")
-    assert "no model './nowhere'" in error(*tune, "--weak", "./nowhere", "--dataset", "sandbox:print")
-    assert "there are weak, strong" in error(*tune, "--weak", "sandbox:big", "--dataset", "sandbox:print")
-    assert "cannot load the model 'me/none'" in error(*tune, "--weak", "me/none", "--dataset", "sandbox:print")
+    weak = ("--model", "sandbox:weak")
+    assert "no model './nowhere'" in error(*tune, "--model", "./nowhere", "--dataset", "sandbox:print")
+    assert "there are weak, strong" in error(*tune, "--model", "sandbox:big", "--dataset", "sandbox:print")
+    assert "cannot load the model 'me/none'" in error(*tune, "--model", "me/none", "--dataset", "sandbox:print")
     assert "there are print, night" in error(*tune, *weak, "--dataset", "sandbox:mars")
     assert "no dataset './none'" in error(*tune, *weak, "--dataset", "./none")
     assert "me/none" in error(*tune, *weak, "--dataset", "me/none")

@@ -83,7 +83,7 @@ def test_commands(load, make_dataset, tmp_path):
 
     pictures = ("--dataset", tmp_path / "data", "--cache-dir", tmp_path / "features", "--json", "--quiet")
     steps = ("--shots", 8, "--epochs", 4, "--batch-size", 8, "--adapter", "r=2", "--lr", 0.005)
-    run("tune", "--weak", names[0], *pictures, *steps, "--output-dir", tmp_path / "tuned")
+    run("tune", "--model", names[0], *pictures, *steps, "--output-dir", tmp_path / "tuned")
     teacher = ("--weak", names[0], "--teacher", tmp_path / "tuned")
     run("extract", *teacher, *pictures, "--output-dir", tmp_path / "adapter")
     run("transfer", tmp_path / "adapter", "--strong", names[1], *pictures, "--output-dir", tmp_path / "strong")

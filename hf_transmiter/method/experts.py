@@ -1,0 +1,93 @@
+"""[`expert_logits`]: what the tuned weak model and the strong one say together about unlabelled images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..data.anchors import DEFAULT_TEMPLATES, Anchors
+from ..data.embeddings import FeatureTable, embed_dataset
+from ..encoders.dual_encoder import DualEncoder
+from .classifier import AnchorClassifier
+from .stored_logits import CalibrationPack
+from .teacher import Teacher, teacher_logits
+
+
+EXPERTS = "softmax(2 t + z - w)"
+"""The soft labels, for what is noted about a model that learnt from them."""
+
+
+def expert_logits(
+    teacher: Teacher,
+    strong: DualEncoder,
+    dataset,
+    class_names: Sequence[str],
+    *,
+    weak: DualEncoder | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    table: FeatureTable | None = None,
+    **embedding,
+) -> Tensor:
+    """Logits (N, C) of a product of experts, ``L = t + (z + t - w)``: the tuned weak model t, and emulated fine-tuning
+    (arXiv 2310.12962), which adds to the zero-shot strong model z what tuning changed on the weak one, zero-shot w.
+
+    Args:
+        teacher ([`Teacher`]): t. Of a [`CalibrationPack`] with `weak_logits` also w; logits (N, C) as a plain tensor
+            are taken for L as they are.
+        strong ([`DualEncoder`]): zero-shot, z.
+        dataset (`datasets.Dataset`): N images; their labels are not used.
+        weak ([`DualEncoder`], *optional*): zero-shot, w; not needed where stored logits hold it, or where the teacher
+            is an adapter on it.
+        templates (`Sequence[str]`, *optional*): prompts of both zero-shot models.
+        table (`FeatureTable`, *optional*): embeddings of the images by `strong`, where they are at hand.
+        **embedding: passed to `embed_dataset`.
+
+    Raises:
+        ValueError: a teacher that needs the weak model, which is not passed, or what [`teacher_logits`] raises.
+    """
+    names = tuple(class_names)
+    options = {"templates": templates, **embedding}
+    table = embed_dataset(strong, dataset, **embedding) if table is None else table
+    if isinstance(teacher, Tensor):
+        return teacher_logits(teacher, dataset, names, table=table)
+    tuned, zero_shot = tuned_and_weak_logits(teacher, weak, dataset, names, table=table, **options)
+    said = teacher_logits(_zero_shot(strong, names, templates), dataset, names, weak=strong, table=table, **options)
+    return 2 * tuned + said - zero_shot
+
+
+def tuned_and_weak_logits(
+    teacher: Teacher,
+    weak: DualEncoder | None,
+    dataset,
+    class_names: Sequence[str],
+    *,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    table: FeatureTable | None = None,
+    **embedding,
+) -> tuple[Tensor, Tensor]:
+    """t and w, each (N, C), see [`expert_logits`]. `table` (of any model) says which images stored logits must be of.
+
+    Raises:
+        ValueError: as [`expert_logits`].
+    """
+    names = tuple(class_names)
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = CalibrationPack.load(teacher)
+    if isinstance(teacher, CalibrationPack) and teacher.weak_logits is not None:
+        packs = (teacher, replace(teacher, logits=teacher.weak_logits))
+        return tuple(teacher_logits(pack, dataset, names, table=table) for pack in packs)
+    if weak is None and isinstance(teacher, AnchorClassifier) and teacher.adapter_config is not None:
+        weak = teacher.encoder
+    if weak is None:
+        raise ValueError("these labels need the weak model as it was before its tuning: pass weak=.")
+    options = {"templates": templates, "weak": weak, "table": embed_dataset(weak, dataset, **embedding), **embedding}
+    return tuple(
+        teacher_logits(one, dataset, names, **options) for one in (teacher, _zero_shot(weak, names, templates))
+    )
+
+
+def _zero_shot(model: DualEncoder, names: Sequence[str], templates: Sequence[str]) -> AnchorClassifier:
+    return AnchorClassifier(model, Anchors(tuple(names), (), tuple(templates)))
