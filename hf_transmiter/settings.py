@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 
-SOLVERS = ("discriminant", "ridge", "gradient")
+SOLVERS = ("image_map", "discriminant", "ridge", "gradient")
 AUGMENTATIONS = ("none", "shift", "crop")
 SCHEDULES = ("cosine", "epochs")
 LAMBDAS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -240,10 +240,13 @@ class ExtractionConfig(FitConfig):
     """Settings of [`extract`]. The fields of the gradient solver default to the published run.
 
     Args:
-        solver (`str`):
-            Either closed form, `"discriminant"` and `"ridge"`, takes the teacher's own class vectors where it has them
-            (prompt methods).
-        shrinkage (`float`): strong, because directions that are only reliable on the weak model do not carry over.
+        solver (`str`, *optional*):
+            `"image_map"` (an image side), `"discriminant"` or `"ridge"` (class vectors), all in closed form, or
+            `"gradient"` (published). When omitted: the teacher's own class vectors where it has them (prompts), the
+            ridge where its logits are linear in the embeddings (a head was tuned; told by the leave-one-out error),
+            else the image map (the image tower was tuned).
+        shrinkage (`float`):
+            Of the discriminant; strong, because directions that are only reliable on the weak model do not carry over.
         lambdas (`tuple[float, ...]`): chosen from by leave-one-out error.
         basis (`str`): `"fixed"` is 3-4 times faster.
 
@@ -253,7 +256,7 @@ class ExtractionConfig(FitConfig):
         ValueError: an unknown solver or basis, a number out of range, or a setting that the solver does not read.
     """
 
-    solver: str = setting("discriminant", "'discriminant', 'ridge' or 'gradient' (published).")
+    solver: str | None = setting(None, f"{', '.join(SOLVERS)} (published); by what was tuned if unset.")
     shrinkage: float = setting(30.0, "Of the discriminant's covariance, in mean variances.")
     lambdas: tuple[float, ...] = setting(LAMBDAS, "Penalties the ridge chooses from.")
     teacher_temperature: float = setting(0.5, "Divides the teacher's logits.")
@@ -263,15 +266,19 @@ class ExtractionConfig(FitConfig):
     width: int | None = setting(None, "D, rows of the basis; the number of anchors if unset.")
 
     def __post_init__(self):
-        check_choice("solver", self.solver, SOLVERS)
+        if self.solver is not None:
+            check_choice("solver", self.solver, SOLVERS)
         check_choice("basis", self.basis, ("learned", "fixed"))
         super().__post_init__()
-        closed = {"discriminant": "shrinkage", "ridge": "lambdas"}
+        closed = {"image_map": None, "discriminant": "shrinkage", "ridge": "lambdas", None: "lambdas"}
         if self.solver in closed:
             unread = {item.name for item in fields(self)} - {"solver", "seed", closed[self.solver]}
         else:
-            unread = set(closed.values())
-        check_read(self, f"solver {self.solver!r}", unread)
+            unread = {"shrinkage", "lambdas"}
+        check_read(self, f"solver {self.solver!r}" if self.solver else "an extraction with no solver chosen", unread)
+
+
+PARTS = ("both", "image", "text")
 
 
 @dataclass
@@ -280,33 +287,39 @@ class TransferConfig:
 
     Args:
         refit (`bool`, *optional*):
-            With images: fit the carried class vectors to the strong model's embeddings of them (class vectors only).
-            Done when omitted, unless some classes are not among the `seen_classes`: the tuned model's labels teach
-            nothing about those, and a refit takes accuracy from them.
+            With images: fit the adapter to the experts' labels on them (linear adapters only). Done when omitted with
+            50 images or more, since fewer only do harm.
+        parts (`str`, *optional*):
+            Of the refit: `"image"` (pictures look different), `"text"` (words mean something else) or `"both"`. When
+            omitted both, but the image side alone where a class is not among the `seen_classes` or hardly among the
+            images: a text side would not know it.
+        even (`bool`, *optional*):
+            Whether the images hold all classes about equally often. Judged by the labels when omitted.
         zero_shot_weight (`float`, *optional*):
-            0 keeps all that tuning taught, larger values protect classes that the tuning never saw. Chosen by
-            `seen_classes` when omitted: 0 without unseen classes, else 1/3.
+            Of carried class vectors: 0 keeps all that tuning taught, larger values protect classes that the tuning
+            never saw. Chosen by `seen_classes` when omitted: 0 without unseen classes, else 1/2.
         beta (`float`): β of a logit-space bridge built here (published, absolute); infinite for no basis change.
 
     Raises:
-        ValueError: a weight out of range, or a setting that this transfer does not read.
+        ValueError: unknown parts, a weight out of range, or a setting that this transfer does not read.
     """
 
-    refit: bool | None = setting(None, "Fit the carried class vectors to images; done if unset and all classes seen.")
+    refit: bool | None = setting(None, "Fit to the images' soft labels; done with 50 images or more if unset.")
+    parts: str | None = setting(None, f"Of the refit: {', '.join(PARTS)}; chosen if unset.")
+    even: bool | None = setting(None, "Whether the images hold the classes equally often; judged if unset.")
     zero_shot_weight: float | None = setting(
         None, "Share of the strong model's own class vectors; by seen classes if unset."
     )
-    shrinkage: float = setting(1.0, "Of the refit's covariance, in mean variances.")
-    pseudo_count: float = setting(1.0, "Images at the grand mean added to every class.")
-    carried_images: float = setting(4.0, "Images per class that the carried vectors count as in the refit.")
     beta: float = setting(BETA, "Pull of a logit-space bridge towards the identity.")
     beta_per_image: float | None = setting(None, "Beta = this times the number of images.")
 
     def __post_init__(self):
         if self.zero_shot_weight is not None and not 0 <= self.zero_shot_weight <= 1:
             raise ValueError(f"zero_shot_weight must lie between 0 and 1, got {self.zero_shot_weight}.")
+        if self.parts is not None:
+            check_choice("parts", self.parts, PARTS)
         if self.refit is False:
-            check_read(self, "a transfer without a refit", ("shrinkage", "pseudo_count", "carried_images"))
+            check_read(self, "a transfer without a refit", ("parts", "even"))
         if self.beta_per_image is not None:
             check_read(self, "a bridge with beta_per_image", ("beta",))
 

@@ -106,6 +106,7 @@ class Bridge:
         anchors: Anchors | None = None,
         beta: float = BETA,
         beta_per_image: float | None = None,
+        names: Anchors | None = None,
         **embedding,
     ) -> Bridge:
         """A bridge from unlabelled images, or from text alone when there are none.
@@ -121,6 +122,8 @@ class Bridge:
             beta (`float`, *optional*, defaults to 500.0):
                 Pull towards the identity in logit space, absolute; infinite gives the identity.
             beta_per_image (`float`, *optional*): β = this times N instead, since X grows with N.
+            names (`Anchors`, *optional*):
+                Embedding space: names of the task that join the other pairs, see [`CrossMoment.solve`].
             **embedding: passed to `embed_dataset` (`accelerator`, `progress`, `cache_dir`, ...).
 
         Raises:
@@ -144,6 +147,7 @@ class Bridge:
             beta=beta if beta_per_image is None else beta_per_image * moment.n,
             anchors=anchors if space == "logit" or dataset is None else None,
             held_out=held_out,
+            names=None if names is None or len(names) < 2 else sum_dataset(weak, strong, None, space, names)[0],
         )
         if dataset is None and made.held_out is not None and made.held_out < LITTLE:
             logger.warning(
@@ -166,6 +170,7 @@ class Bridge:
         beta: float = BETA,
         anchors: Anchors | None = None,
         held_out: CrossMoment | None = None,
+        names: CrossMoment | None = None,
     ) -> Bridge:
         """The bridge of a finished moment.
 
@@ -177,8 +182,9 @@ class Bridge:
             held_out (`CrossMoment`, *optional*):
                 Of some of the same pairs. They are in the bridge like the others; one from the others alone is
                 aligned on them, for the attribute `held_out`.
+            names (`CrossMoment`, *optional*): of text rows that join, see [`CrossMoment.solve`].
         """
-        matrix, fit = moment.solve(space, beta)
+        matrix, fit = moment.solve(space, beta, names)
         scale, scale_back, means = 1.0, 1.0, (torch.zeros_like(fit.x), torch.zeros_like(fit.y))
         if space == "embedding":
             overlap, means, beta = float((matrix * fit.xy).sum()), (fit.x, fit.y), 0.0
@@ -186,7 +192,7 @@ class Bridge:
             scale_back = overlap / max(float((fit.xx @ matrix * matrix).sum()), 1e-12)
         kept = None
         if held_out is not None and held_out.n >= MIN_HELD_OUT:
-            kept = held_out.in_space(space).alignment((moment - held_out).solve(space, beta)[0])
+            kept = held_out.in_space(space).alignment((moment - held_out).solve(space, beta, names)[0])
         beta = min(beta, 1e300)  # as far as files go, and for this β the map is the same
         return cls(
             space,
@@ -342,6 +348,23 @@ class Bridge:
         full = self.mean_strong + (tuned - self.mean_weak) @ carry.T
         delta = strong_text + change @ carry.T
         return {"full": normalize(full, dim=-1), "delta": normalize(delta, dim=-1)}
+
+    def carry_image_side(self, image_map: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """An image side that reads embeddings, A (d_weak, d_weak) and b (d_weak), on the strong model: ``Q A Qᵀ`` and
+        ``Q b``. The strong embedding is turned to where the weak one would be, changed there, and the change is turned
+        back; no mean of images is needed, which text would not know.
+
+        Raises:
+            ValueError: a logit-space bridge, or an image side that reads the vision tower, too.
+        """
+        if self.space == "logit":
+            raise ValueError("an image side lives in embedding space: build the bridge with space='embedding'.")
+        if image_map.shape[1] != self.matrix.shape[1]:
+            raise ValueError(
+                "the adapter reads the vision tower, whose features no bridge carries: pass unlabelled images."
+            )
+        q = self.matrix.double()
+        return (q @ image_map.double() @ q.T).float(), (q @ shift.double()).float()
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Writes one safetensors file, atomically.

@@ -120,7 +120,7 @@ class AnchorClassifier(nn.Module):
     @property
     def open_vocabulary(self) -> bool:
         """Whether it can be asked for any names: zero-shot, or by an adapter with an image side."""
-        return self.transmiter is None or self.transmiter.has_image_side
+        return self.transmiter is None or (self.transmiter.has_image_side and self.adapter_config.open_names)
 
     def set_classes(self, class_names: Sequence[str]) -> AnchorClassifier:
         """From now on the answers are about `class_names`; returns the classifier itself.

@@ -1,8 +1,7 @@
 """[`extract`]: what a fine-tuning changed, as an adapter of the weak model. No labels.
 
-Three solvers: the published one by gradients (arXiv 2508.08604, section 3), and two in closed form that end in class
-vectors of the weak model: a linear discriminant of the teacher's soft labels, whose change of the zero-shot vectors
-carries over best, and a ridge regression of the teacher's logits, which stays truest to the teacher on the weak model.
+The published solver goes by gradients (arXiv 2508.08604, section 3). Those in closed form put the change where the
+tuning put it: a tuned image tower becomes an image side, a prompt or a head becomes class vectors.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 from torch.nn.utils.parametrizations import orthogonal
 
-from ..algebra import discriminant_head, ridge
+from ..algebra import check_finite, discriminant_head, ridge, total
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
@@ -27,8 +26,15 @@ from ..training.loop import fit
 from ..tuners import TransMiterConfig, TransMiterLayer
 from ..tuners.transmiter.layer import refine
 from .classifier import AnchorClassifier
+from .refit import fit_image_side
 from .stored_logits import CalibrationPack
 from .teacher import Teacher, teacher_class_vectors, teacher_logits
+
+
+IMAGE_PENALTY = 3.0  # of the ridge, in mean variances: directions that only the weak model has do not carry over
+LINEAR = (
+    0.98  # share of a change that is linear in x: 0.9999 and more of a tuned head, 0.3 to 0.7 of a tuned image tower
+)
 
 
 def extract(
@@ -49,8 +55,8 @@ def extract(
     """An adapter that turns the weak model's predictions into its fine-tuned version's, on the weak model, with the
     teacher's logits as its calibration pack.
 
-    What it is for is to be carried over. On the weak model itself the default solver stays short of the tuned model:
-    it keeps the directions that carry over and gives up others (`solver="ridge"` stays truest there).
+    What it is for is to be carried over. Of a tuned image tower it keeps the directions that carry over and gives up
+    others, so that on the weak model itself it stays short of the tuned one.
 
     Args:
         weak (`DualEncoder`): the pre-trained model the teacher was tuned from.
@@ -95,7 +101,9 @@ def extract(
         vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)
         prior = text[: len(class_names)].cpu()
         tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator)
-        adapter = TransMiterConfig.for_anchors(Anchors(class_names, (), anchors.templates), form="linear")
+        anchors, text = Anchors(class_names, (), anchors.templates), text[: len(class_names)]
+        sides = {"image_side": weak.embed_dim} if "image_map" in tensors else {"open_names": False}
+        adapter = TransMiterConfig.for_anchors(anchors, form="linear", **sides)
     else:
         if table is None:
             raise ValueError("the gradient solver needs unlabelled images: pass a dataset.")
@@ -119,23 +127,31 @@ def closed_form(
     config: ExtractionConfig,
     accelerator=None,
 ) -> tuple[dict[str, Tensor], dict]:
-    """Class vectors of the weak model that say what the teacher says: the adapter's tensors, and facts for its
-    provenance.
+    """A linear adapter of the weak model that says what the teacher says: its tensors, and facts for its provenance.
 
-    Discriminant: ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
+    Image map: `fit_image_side` to the teacher's soft labels, ridge penalty `IMAGE_PENALTY`. Discriminant:
+    ``T ∝ W / σ_W + T₀ / σ_{T₀}`` with W the linear discriminant of the teacher's soft labels (see
     [`discriminant_head`]), unit rows. Ridge: ``argmin_{T,b} Σ_i ‖x_i Tᵀ + b - t_i‖² + λ‖T - T₀‖²`` around the
     zero-shot vectors T₀ (delta form), ``t_i = x_i T₀ᵀ + centred(teacher_i / s - x_i T₀ᵀ)``: only differences between
-    classes count, so residuals are centred per image; λ by leave-one-out error. Both from streamed sums.
+    classes count, so residuals are centred per image; λ by leave-one-out error. All from streamed sums.
 
     Args:
         table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): T₀ (C, d).
-        vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are.
+        vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are but for an image map.
 
     Raises:
         ValueError: neither images nor vectors.
     """
-    scale, bias = float(weak.logit_scale), torch.zeros(len(text))
+    scale, bias, solver = float(weak.logit_scale), torch.zeros(len(text)), config.solver
+    if vectors is not None and solver != "image_map":
+        tensors = {"class_vectors": vectors.float().cpu(), "bias": bias}
+        return {"anchors": text, **tensors}, {"own_class_vectors": True}
+    if table is None:
+        raise ValueError(
+            "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "
+            "its logits are stored): pass unlabelled images as dataset."
+        )
 
     def labelled():
         return ((x, logits[rows]) for rows, x in table.share(accelerator))
@@ -146,21 +162,35 @@ def closed_form(
             change = said / scale - own
             yield x, own + change - change.mean(1, keepdim=True)
 
-    if vectors is not None:
-        vectors, facts = vectors.float().cpu(), {"own_class_vectors": True}
-    elif table is None:
-        raise ValueError(
-            "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "
-            "its logits are stored): pass unlabelled images as dataset."
-        )
-    elif config.solver == "ridge":
+    facts = {}
+    if solver in (None, "ridge"):
         solution = ridge(targets, text.T, config.lambdas, accelerator)
-        vectors, bias = solution.weight.T.contiguous(), solution.bias * scale
-        facts = {"lambda": solution.lam, "leave_one_out_error": solution.errors.get(solution.lam)}
-    else:
-        vectors, _, _ = discriminant_head(labelled, text, 1.0, config.shrinkage, accelerator=accelerator)
-        vectors, facts = normalize(vectors, dim=-1), {"shrinkage": config.shrinkage}
-    return {"anchors": text, "class_vectors": vectors, "bias": bias}, facts
+        error = solution.errors.get(solution.lam)
+        facts = {"lambda": solution.lam, "leave_one_out_error": error}
+        if solver is None:
+            facts["linear"] = 1 - error / _variance(targets, text, accelerator)
+        if solver == "ridge" or facts["linear"] > LINEAR:
+            tensors = {"class_vectors": solution.weight.T.contiguous(), "bias": solution.bias * scale}
+            # Linear in the embeddings: what was tuned is a head, and these are its class vectors.
+            facts |= {"solver": "ridge", "own_class_vectors": solver is None}
+            return {"anchors": text, **tensors}, facts
+    if solver == "discriminant":
+        vectors = normalize(discriminant_head(labelled, text, config.shrinkage, accelerator), dim=-1)
+        tensors = {"class_vectors": vectors, "bias": bias}
+        return {"anchors": text, **tensors}, {"shrinkage": config.shrinkage}
+    side = fit_image_side(table, logits.softmax(1), text, scale, IMAGE_PENALTY, accelerator)
+    tensors = {"image_map": check_finite(side.matrix, "the image map"), "image_shift": side.shift}
+    return {"anchors": text, **tensors}, {**facts, "solver": "image_map"}
+
+
+def _variance(targets, text: Tensor, accelerator) -> float:
+    """Mean square of what the teacher changed, per image and class, beside its mean over images."""
+    sums = torch.zeros(3, len(text), dtype=torch.float64)
+    for x, target in targets():
+        change = (target - x @ text.T).double()
+        sums += torch.stack([torch.full_like(change[0], len(change)), change.sum(0), change.square().sum(0)])
+    count, mean, square = total(sums, accelerator)
+    return float((square / count - (mean / count).square()).mean().clamp(min=1e-18))
 
 
 def gradient(

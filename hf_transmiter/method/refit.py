@@ -74,6 +74,7 @@ class _Problem:
     scale: float
     start: ImageSide
     even: bool
+    penalty: float
     accelerator: object
 
     def __post_init__(self):
@@ -109,7 +110,7 @@ class _Problem:
         """The map fitted to all images, or to those that are not held out with steps that suit the held-out ones."""
         sums = self.train_sums if held_out else self.sums
         scaled, mean, std = sums.standardised()
-        penalty = max(PENALTY, self.width / sums.n) * torch.eye(self.width, dtype=torch.float64)
+        penalty = max(self.penalty, self.width / sums.n) * torch.eye(self.width, dtype=torch.float64)
         factor = torch.linalg.cholesky(scaled.xx / sums.n + penalty)
         side, taken = self.start.widened(self.width), list(steps)
         side = ImageSide(side.matrix.double(), side.shift.double())
@@ -159,12 +160,27 @@ class _Problem:
         return known, bias
 
 
+def fit_image_side(
+    table: FeatureTable, labels: Tensor, texts: Tensor, scale: float, penalty: float, accelerator=None
+) -> ImageSide:
+    """The image side alone, from the identity, to soft labels q (N, C) as they are; arguments as of [`refit`].
+
+    Raises:
+        ValueError: fewer than two images, or a value that is not finite.
+    """
+    problem = _Problem(table, labels, texts, scale, ImageSide.identity(texts.shape[1]), True, penalty, accelerator)
+    _, steps = problem.image_side(held_out=True)
+    side, _ = problem.image_side(held_out=False, steps=steps)
+    return ImageSide(side.matrix.float(), side.shift.float())
+
+
 def refit(
     table: FeatureTable,
     label_logits: Tensor,
     texts: Tensor,
     scale: float,
     *,
+    zero_shot: Tensor | None = None,
     start: ImageSide | None = None,
     image: bool = True,
     text: bool = True,
@@ -178,6 +194,7 @@ def refit(
         label_logits (`Tensor`): L (N, C), see [`expert_logits`].
         texts (`Tensor`): T (C, d) unit class vectors that the image side is fitted to, the carried ones or zero-shot.
         scale (`float`): s of the strong model.
+        zero_shot (`Tensor`, *optional*): (C, d) the strong model's own class vectors, if those are others.
         start ([`ImageSide`], *optional*): where the image side starts, such as the carried one; the identity if omitted.
         image, text (`bool`, *optional*, default to `True`): which parts to fit.
         even (`bool`, *optional*):
@@ -190,7 +207,7 @@ def refit(
         The image side or `None`; class vectors and bias of the text side or `None`: (C, d + m) of ``[x' | f]`` beside
         an image side, (C, m) alone, both for logits of scale s and with the temperature that fits q on held-out
         images; and facts: `coverage`, `even`, `steps`, `held_out_kl` of q and the parts fitted to the other images,
-        `held_out_kl_before` of the start at its best temperature, `held_out_agreement` in percent.
+        `held_out_kl_zero_shot` at the best temperature, `held_out_agreement` in percent.
 
     Raises:
         ValueError: fewer than [`MIN_IMAGES`] images, labels of other images, or a value that is not finite.
@@ -206,7 +223,7 @@ def refit(
     text = not image or (text and even and (known or covered >= COVERED))
     labels = (even_labels(label_logits) if even else label_logits).softmax(1)
     start = start or ImageSide.identity(texts.shape[1])
-    problem = _Problem(table, labels, texts, scale, start, even, accelerator)
+    problem = _Problem(table, labels, texts, scale, start, even, PENALTY, accelerator)
     share = 0.0 if not text else 1.0 if not image else len(table) / (len(table) + HEAD_IMAGES * len(texts))
 
     def fitted(held_out: bool, steps: Sequence[float] = ()):
@@ -220,15 +237,13 @@ def refit(
     trial, joint, steps = fitted(held_out=True)
     said = answer(trial, joint, problem.held_rows) if text else problem.logits(trial, problem.held_rows)
     factor = fit_temperature(said, problem.held_said) if text else 1.0
-    before = problem.logits(start, problem.held_rows)
+    own = scale * problem.held_rows[:, : texts.shape[1]] @ (texts if zero_shot is None else zero_shot).T
     facts = {
         "coverage": covered,
         "even": even,
         "steps": steps,
         "held_out_kl": divergence(problem.held_said, factor * said),
-        "held_out_kl_before": divergence(
-            problem.held_said, fit_temperature(before, problem.held_said) * before.double()
-        ),
+        "held_out_kl_zero_shot": divergence(problem.held_said, fit_temperature(own, problem.held_said) * own),
         "held_out_agreement": 100 * float((said.argmax(1) == problem.held_said.argmax(1)).double().mean()),
     }
     side, joint, _ = fitted(held_out=False, steps=steps)

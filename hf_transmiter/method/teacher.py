@@ -90,7 +90,7 @@ def teacher_class_vectors(
         vectors = classifier.text_embeds
     else:
         tensors = classifier.transmiter.tensors("default")
-        if classifier.open_vocabulary or "class_vectors" not in tensors or tensors["bias"].any():
+        if "image_map" in tensors or "class_vectors" not in tensors or tensors["bias"].any():
             return None
         vectors = tensors["class_vectors"]
         if vectors.shape[1] != weak.embed_dim:  # they read more than the embeddings

@@ -1,20 +1,19 @@
 """[`transfer`]: an adapter of the weak model becomes one of the strong model. No labels, no gradients.
 
-What is at hand decides how: a bridge and no image; text alone; unlabelled images; unlabelled images with the stored
-teacher logits of an earlier extraction. Every closed form ends in C class vectors on the strong model.
+What is at hand decides how: a bridge and no image; text alone; a few unlabelled images; enough of them for a refit to
+what the tuned model and the strong one say together. Every closed form ends in a linear adapter of the strong model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..algebra import discriminant_head
 from ..data.anchors import Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
@@ -25,8 +24,9 @@ from ..settings import TransferConfig, check_read
 from ..tuners import TransMiterConfig
 from .bridge import Bridge
 from .classifier import AnchorClassifier, seen_columns
-from .stored_logits import CalibrationPack
-from .teacher import Teacher, teacher_logits
+from .experts import expert_logits
+from .refit import MIN_IMAGES, ImageSide, refit
+from .teacher import Teacher
 
 
 logger = logging.getLogger(__name__)
@@ -49,63 +49,101 @@ def transfer(
     **embedding,
 ) -> AnchorClassifier:
     """Carries an adapter over to a stronger model, in closed form; `adapter_config.provenance` of what comes out says
-    how it was made.
+    how it was made, which `parts` it has, why (`because`), and what is known of it without labels (see [`refit`]).
+
+    A change of pictures (an image side) ends as one, so that any names can be asked; a change of words (class vectors)
+    ends as class vectors. With enough images either is fitted to the labels ``q`` of [`expert_logits`], to which the
+    carried class vectors c are added where words changed, and gets a text side for the class names beside it.
 
     Args:
         adapter (`AnchorClassifier`): what [`extract`] returned, or `AnchorClassifier.from_pretrained(...)`.
         strong (`DualEncoder`): any dual encoder; family, width, tokenizer and image size may differ.
         dataset (`datasets.Dataset`, *optional*): unlabelled images of the task.
         bridge (`Bridge`, *optional*):
-            Between the adapter's model and `strong`. Without one it is built from `dataset`, or from text alone.
+            Between the adapter's model and `strong`. Without one it is built from `dataset`, or from text alone, and
+            from the class names.
         teacher (*optional*):
-            The tuned model's logits on `dataset`, see [`Teacher`]. Defaults to the adapter's calibration pack when
-            that belongs to these images; without either, the refit relies on the carried class vectors.
+            The tuned model, or its logits on `dataset`, see [`Teacher`]. Defaults to the adapter's calibration pack
+            when that belongs to these images, else the adapter stands in for it.
         seen_classes (`Sequence[str]`, *optional*): the names the tuning saw; all of them when omitted.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Raises:
-        ValueError: no adapter, a bridge of another pair or space, a published adapter without images or bridge,
-            unknown names in `seen_classes`, or a calibration pack of other class names.
+        ValueError: no adapter, a bridge of another pair or space, an adapter that needs images without any, unknown
+            names in `seen_classes`, too few images for a refit that was asked for, or a calibration pack of other
+            class names.
     """
     config, source = config or TransferConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
-    all_seen = len(set(seen_columns(source.class_names, seen_classes))) == len(source.class_names)
+    seen = seen_columns(source.class_names, seen_classes)
+    all_seen = len(set(seen)) == len(source.class_names)
     weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
     space = "logit" if source.form == "mlp" else "embedding"
     if bridge is None:
         if space == "logit" and dataset is None:
             raise ValueError("a published adapter needs unlabelled images or a logit-space bridge: pass one of them.")
-        beta = {"beta": config.beta, "beta_per_image": config.beta_per_image}
-        anchors = source.anchors if space == "logit" else None
-        bridge = Bridge.build(weak, strong, dataset, space=space, anchors=anchors, **beta, **options)
+        build = {"beta": config.beta, "beta_per_image": config.beta_per_image}
+        build |= {"anchors": source.anchors} if space == "logit" else {"names": source.anchors}
+        bridge = Bridge.build(weak, strong, dataset, space=space, **build, **options)
     else:
         check_read(config, "a transfer over a finished bridge", ("beta", "beta_per_image"))
         bridge.weak.check(weak, "weak")
         bridge.strong.check(strong, "strong")
     if config.refit and (dataset is None or space == "logit"):
-        raise ValueError("a refit is of class vectors, to unlabelled images: pass images, or leave refit out.")
+        raise ValueError("a refit is of a linear adapter, to unlabelled images: pass images, or leave refit out.")
     weight = config.zero_shot_weight
     if weight is None:
-        weight = 0.0 if all_seen else 1 / 3
-    upgraded, tensors = _carried(adapter, strong, bridge, weight)
-    upgraded.provenance.update(named_dataset(dataset, dataset_name))
-    wanted = all_seen if config.refit is None else config.refit
-    if source.form == "linear" and dataset is not None and wanted:
-        table = embed_dataset(strong, dataset, **options)
-        pack, own = _teacher_on(table, dataset, adapter, teacher, options), _has_own_vectors(source)
-        vectors, text = tensors["class_vectors"], tensors["anchors"]
-        tensors.update(refit(table, vectors, text, pack, strong, config, accelerator, ask_carried=own))
-        upgraded.provenance.update(refit_on=len(table), teacher_logits=pack is not None)
-    text = tensors["anchors"].to(strong.device)
-    return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, tensors)
+        weight = 0.0 if all_seen else 1 / 2
+    wanted = space == "embedding" and dataset is not None and config.refit is not False
+    if wanted and config.refit is None and len(dataset) < MIN_IMAGES:
+        wanted = False
+        logger.info("%d images are too few for a refit: the adapter is carried over as it is.", len(dataset))
+    carried, text = _carried(adapter, strong, bridge, weight, needed=not wanted)
+    words = "class_vectors" in carried
+    facts = {
+        "step": "transfer",
+        "strong": asdict(ModelId.of(strong)),
+        "bridge": without_paths({key: getattr(bridge, key) for key in _BRIDGE_FACTS}),
+        "extracted": source.provenance,
+        "versions": library_versions(),
+        **named_dataset(dataset, dataset_name),
+    }
+    if space == "embedding":
+        facts |= {"because": f"{_CHANGED[words]}, and is carried over as it is."}
+    if wanted:
+        table = embed_dataset(strong, dataset, tower=config.parts != "text", **options)
+        asked = {"weak": weak, "templates": source.templates, "table": table, **options}
+        teacher = _teacher_on(table, adapter) if teacher is None else teacher
+        labels = expert_logits(teacher, strong, dataset, source.class_names, **asked)
+        own = bool(source.provenance.get("own_class_vectors"))
+        fitted, known = _refitted(
+            table, labels, carried, text, seen, own, float(strong.logit_scale), config, accelerator
+        )
+        facts |= {"refit_on": len(table), **known}
+        carried = carried if fitted is None else fitted
+    if "class_vectors" in carried and space == "embedding":
+        facts["zero_shot_weight"] = weight
+    shape = {"form": source.form, "width": source.width, "mlp_ratio": source.mlp_ratio}
+    if space == "embedding":
+        sides = {"image_side": "image_map", "text_side": "class_vectors"}
+        shape = {side: carried[part].shape[1] if part in carried else None for side, part in sides.items()}
+        shape |= {"form": "linear", "open_names": source.open_names and not words}
+        facts["parts"] = "both" if all(shape[side] for side in sides) else "image" if shape["image_side"] else "text"
+    upgraded = TransMiterConfig.for_anchors(source.anchors, **shape, provenance=facts)
+    text = text.to(strong.device)
+    return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, {**carried, "anchors": text})
+
+
+_CHANGED = {True: "the tuning changed what words mean", False: "the tuning changed what pictures look like"}
 
 
 def _carried(
-    adapter: AnchorClassifier, strong: DualEncoder, bridge: Bridge, zero_shot_weight: float
-) -> tuple[TransMiterConfig, dict[str, Tensor]]:
-    """Configuration and tensors of the adapter over a bridge, without an image: what [`transfer`] starts from."""
+    adapter: AnchorClassifier, strong: DualEncoder, bridge: Bridge, zero_shot_weight: float, needed: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Tensors of the adapter over a bridge, without an image, and the anchors' texts on the strong model. Nothing, if
+    that is not `needed`, of an adapter that no bridge carries: it reads the vision tower."""
     weak, source, (_, tensors) = adapter.encoder, adapter.adapter_config, adapter.adapter_tensors()
     if bridge.space == "embedding" and bridge.matrix.shape != (strong.embed_dim, weak.embed_dim):
         raise ValueError(
@@ -113,37 +151,25 @@ def _carried(
             f"{weak.embed_dim}: take a bridge of this pair."
         )
     text = strong.embed_names(source.anchors.names, source.templates).cpu()
-    facts = {
-        "step": "transfer",
-        "strong": asdict(ModelId.of(strong)),
-        "bridge": without_paths({key: getattr(bridge, key) for key in _BRIDGE_FACTS}),
-        "extracted": source.provenance,
-        "versions": library_versions(),
-    }
     if source.form == "mlp":
         if bridge.space == "logit" and bridge.anchors is not None:
             bridge.anchors.check_same(source.anchors)
-        tensors = {**tensors, "basis": bridge.carry_basis(tensors["basis"].float()), "anchors": text}
-    else:
-        anchor_texts = None
-        if bridge.space == "logit":
-            names, templates = bridge.anchors.names, bridge.anchors.templates
-            anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
-        vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
-        carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
-        if not _has_own_vectors(source):
-            # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
-            carried = {"delta": carried["delta"]}
-        vectors = interpolate(carried, text, zero_shot_weight)
-        tensors = {"anchors": text, "class_vectors": vectors, "bias": torch.zeros(len(text))}
-        facts["zero_shot_weight"] = zero_shot_weight
-    shape = {"form": source.form, "width": source.width, "mlp_ratio": source.mlp_ratio}
-    return TransMiterConfig.for_anchors(source.anchors, **shape, provenance=facts), tensors
-
-
-def _has_own_vectors(source: TransMiterConfig) -> bool:
-    """Whether the teacher had class vectors of its own (a prompt), or a tuned image tower was distilled."""
-    return bool(source.provenance.get("own_class_vectors"))
+        return {**tensors, "basis": bridge.carry_basis(tensors["basis"].float())}, text
+    if source.reads > weak.embed_dim and not needed:
+        return {}, text
+    if "image_map" in tensors:
+        image_map, shift = bridge.carry_image_side(tensors["image_map"].float(), tensors["image_shift"].float())
+        return {"image_map": image_map, "image_shift": shift}, text
+    anchor_texts = None
+    if bridge.space == "logit":
+        names, templates = bridge.anchors.names, bridge.anchors.templates
+        anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
+    vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
+    carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
+    if not source.provenance.get("own_class_vectors"):
+        # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
+        carried = {"delta": carried["delta"]}
+    return {"class_vectors": interpolate(carried, text, zero_shot_weight), "bias": torch.zeros(len(text))}, text
 
 
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
@@ -156,75 +182,81 @@ def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) ->
     return normalize((1 - weight) * mean + weight * zero_shot, dim=-1)
 
 
-def refit(
+def _refitted(
     table: FeatureTable,
-    vectors: Tensor,
-    zero_shot: Tensor,
-    pack: CalibrationPack | None,
-    strong: DualEncoder,
+    labels: Tensor,
+    carried: dict[str, Tensor],
+    text: Tensor,
+    seen: Sequence[int],
+    own_class_vectors: bool,
+    scale: float,
     config: TransferConfig,
-    accelerator=None,
-    *,
-    ask_carried: bool = True,
-) -> dict[str, Tensor]:
-    """Class vectors (C, d) and bias (C,) fitted to unlabelled images around the carried ones, from two passes of
-    streamed sums.
-
-    Soft labels are a product of experts, ``q = softmax(c + t + (z + t - w))``: the carried vectors c on the strong
-    embeddings, the tuned model t, and emulated fine-tuning (z, w zero-shot strong and weak). A linear discriminant of
-    them is blended with the carried vectors ([`discriminant_head`]), which count as `carried_images` images per
-    class, and given the mean spread of one expert, so that probabilities stay meaningful.
-
-    Args:
-        table (`FeatureTable`): N image embeddings of the strong model.
-        vectors, zero_shot (`Tensor`): T (C, d), carried, unit rows, and the strong model's own.
-        pack (`CalibrationPack` or `None`): t and w on these images; without it q = softmax(c).
-        ask_carried (`bool`, *optional*, defaults to `True`):
-            Whether c is one of the experts. [`transfer`] leaves it out where an image tower was tuned: class vectors
-            hold only part of that, and where zero-shot is systematically wrong (neon) they repeat the error.
-    """
-    scale = float(strong.logit_scale)
-
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for rows, x in table.share(accelerator):
-            labels = scale * x @ vectors.T if ask_carried or pack is None else torch.zeros(len(x), len(vectors))
-            if pack is not None:
-                labels = labels + pack.logits[rows]
-                if pack.weak_logits is not None:
-                    labels = labels + scale * x @ zero_shot.T + pack.logits[rows] - pack.weak_logits[rows]
-            yield x, labels
-
-    ratio = config.carried_images * len(vectors) / len(table)
-    fitted, bias, spread = discriminant_head(
-        blocks, vectors, ratio, config.shrinkage, config.pseudo_count, accelerator
+    accelerator,
+) -> tuple[dict[str, Tensor] | None, dict]:
+    """Tensors of the refit of a carried adapter, `None` where it explains the labels no better than zero-shot, and
+    facts for its provenance."""
+    vectors, start, all_seen = carried.get("class_vectors"), None, len(set(seen)) == len(text)
+    if own_class_vectors and vectors is not None:
+        labels = labels + torch.cat([scale * x[:, : text.shape[1]] @ vectors.T for x in table.batches(4096)])
+    if "image_map" in carried:
+        start = ImageSide(carried["image_map"], carried["image_shift"])
+    parts = config.parts or ("both" if all_seen else "image")
+    if parts != "image" and not all_seen:
+        raise ValueError(
+            "a text side would not know the classes that are not among seen_classes: ask for parts='image'."
+        )
+    side, head, known = refit(
+        table,
+        labels[:, seen],
+        (text if vectors is None else vectors)[seen],
+        scale,
+        zero_shot=text[seen],
+        start=start,
+        image=parts != "text",
+        text=parts != "image",
+        even=config.even,
+        accelerator=accelerator,
     )
-    experts = 1 if pack is None else ask_carried + (1 if pack.weak_logits is None else 2)
-    return {"class_vectors": fitted * spread / experts / scale, "bias": bias * spread / experts}
+    why = _CHANGED[vectors is not None]
+    if known["held_out_kl"] >= known["held_out_kl_zero_shot"]:
+        because = (
+            f"{why}, and is carried over as it is: a refit explained the labels of held-out images no better than the "
+            f"strong model by itself (KL {known['held_out_kl']:.3f} and {known['held_out_kl_zero_shot']:.3f})."
+        )
+        logger.warning("%s", because)
+        return None, {**known, "because": because}
+    tensors = {}
+    if side is not None:
+        tensors |= {"image_map": side.matrix, "image_shift": side.shift}
+    if head is not None:
+        tensors |= {"class_vectors": head[0], "bias": head[1]}
+        fit = "a text side for the class names joins it" if side is not None else "class vectors say the same"
+    else:
+        fit = "not all classes were seen" if not all_seen else "not all classes are among the images"
+        fit = "the image side was asked for alone" if config.parts == "image" else f"{fit}, so that names stay open"
+        if vectors is not None:
+            tensors |= {"class_vectors": vectors, "bias": torch.zeros(len(vectors))}
+    because = (
+        f"{why}; {fit}. Held-out images: KL {known['held_out_kl']:.3f} to the labels, "
+        f"{known['held_out_kl_zero_shot']:.3f} zero-shot; {known['held_out_agreement']:.0f} % agreement."
+    )
+    return tensors, {**known, "because": because}
 
 
-def _teacher_on(
-    table: FeatureTable, dataset, adapter: AnchorClassifier, teacher: Teacher | None, options: dict
-) -> CalibrationPack | None:
-    """Tuned and weak logits on the images of `table`, `None` when they are not to be had."""
-    config = adapter.adapter_config
-    names, pack = tuple(config.class_names), adapter.calibration
-    if teacher is not None:
-        weak_table = embed_dataset(adapter.encoder, dataset, **options)
-        zero_shot = AnchorClassifier(adapter.encoder, Anchors(names, (), config.templates))
-        options = {"templates": config.templates, "weak": adapter.encoder, "table": weak_table, **options}
-        said, own = (teacher_logits(one, dataset, names, **options) for one in (teacher, zero_shot))
-        return CalibrationPack(said, names, weak_logits=own)
+def _teacher_on(table: FeatureTable, adapter: AnchorClassifier) -> Teacher:
+    """The adapter's calibration pack where that belongs to these images; else the adapter stands in for its teacher."""
+    pack = adapter.calibration
     if pack is None:
-        return None
-    if pack.class_names != names:
+        return adapter
+    if pack.class_names != tuple(adapter.adapter_config.class_names):
         raise ValueError("the calibration pack's class names are not the adapter's: attach the pack saved with it.")
     try:
         pack.check_images(len(table), table.dataset_fingerprint)
     except ValueError:
         logger.warning(
-            "the adapter's calibration pack belongs to other images (%s): the refit goes without the teacher's "
-            "logits; pass teacher= or the dataset of the extraction.",
+            "the adapter's calibration pack belongs to other images (%s): the adapter stands in for the tuned model; "
+            "pass teacher= or the dataset of the extraction.",
             pack.dataset or pack.dataset_fingerprint,
         )
-        return None
+        return adapter
     return pack

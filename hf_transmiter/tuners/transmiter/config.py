@@ -39,6 +39,9 @@ class TransMiterConfig(PeftConfig):
         text_side (`int`, *optional*):
             Width of the class vectors W (C, d), or d + m for those that read m columns of f, too. When omitted: d
             without an image side, else (as with 0) there is no text side.
+        open_names (`bool`, *optional*, defaults to `True`):
+            Whether an image side was made for the names' own texts, so that other names can be asked; not where it
+            goes with class vectors that say what words mean.
         width (`int`, *optional*): D, rows of the basis; D ≥ K. Defaults to K.
         mlp_ratio (`int`, *optional*, defaults to 4): hidden width of the MLP in units of D.
         train_basis (`bool`, *optional*, defaults to `False`):
@@ -62,6 +65,7 @@ class TransMiterConfig(PeftConfig):
     form: str = "mlp"
     image_side: int | None = None
     text_side: int | None = None
+    open_names: bool = True
     width: int | None = None
     mlp_ratio: int = 4
     train_basis: bool = False
