@@ -184,15 +184,17 @@ class Bridge:
                 aligned on them, for the attribute `held_out`.
             names (`CrossMoment`, *optional*): of text rows that join, see [`CrossMoment.solve`].
         """
-        matrix, fit = moment.solve(space, beta, names)
+        kept = None
+        if held_out is not None and held_out.n >= MIN_HELD_OUT:
+            kept = held_out.in_space(space).alignment((moment - held_out).solve(space, beta)[0])
+        # Names of any kind count for as much as they tell about names that they were not fitted to.
+        weights = (1.0, 0.3) if source == "images" else (max(kept or 0.0, 0.01), 1.0)
+        matrix, fit = moment.solve(space, beta, names, weights)
         scale, scale_back, means = 1.0, 1.0, (torch.zeros_like(fit.x), torch.zeros_like(fit.y))
         if space == "embedding":
             overlap, means, beta = float((matrix * fit.xy).sum()), (fit.x, fit.y), 0.0
             scale = overlap / max(float((matrix @ fit.yy * matrix).sum()), 1e-12)
             scale_back = overlap / max(float((fit.xx @ matrix * matrix).sum()), 1e-12)
-        kept = None
-        if held_out is not None and held_out.n >= MIN_HELD_OUT:
-            kept = held_out.in_space(space).alignment((moment - held_out).solve(space, beta, names)[0])
         beta = min(beta, 1e300)  # as far as files go, and for this β the map is the same
         return cls(
             space,

@@ -17,7 +17,6 @@ from ..encoders.dual_encoder import DualEncoder
 
 
 RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
-NAMES_WEIGHT = 0.3  # of text rows beside images, both of size 1
 HELD_OUT = 10  # every so many-th pair tells what a bridge from the others is worth
 
 
@@ -58,7 +57,9 @@ class CrossMoment(PairSums):
         """The moment that a map is judged by: in `"embedding"` space the [`centred`] one."""
         return self.centred() if space == "embedding" else self
 
-    def solve(self, space: str, beta: float = 0.0, names: CrossMoment | None = None) -> tuple[Tensor, CrossMoment]:
+    def solve(
+        self, space: str, beta: float = 0.0, names: CrossMoment | None = None, weights: tuple[float, float] = (1.0, 0.3)
+    ) -> tuple[Tensor, CrossMoment]:
         """The best orthogonal map, and the moment it is judged by.
 
         Args:
@@ -66,8 +67,8 @@ class CrossMoment(PairSums):
                 `"logit"`: ``polar(X + βI)``, orthogonal, and this moment. `"embedding"`: ``polar(X)`` of the centred
                 rows, zero on directions with less evidence than `RANK_TOLERANCE`, and the centred moment.
             names ([`CrossMoment`], *optional*):
-                Of text rows that join in embedding space, ``polar(X / ‖X‖ + 0.3 X_names / ‖X_names‖)``: with few
-                images they know more, and with many still something about where words lie.
+                Of the task's names, which join in embedding space: ``polar(u X / ‖X‖ + v X_names / ‖X_names‖)`` with
+                `weights` u and v. Where images are few they know more, and always something about where words lie.
             beta (`float`, *optional*, defaults to 0.0): β; infinite is the limit, the identity.
 
         Raises:
@@ -78,7 +79,8 @@ class CrossMoment(PairSums):
             moment = fit.xy
             if names is not None:
                 texts = names.centred().xy
-                moment = moment / moment.norm().clamp(min=1e-12) + NAMES_WEIGHT * texts / texts.norm().clamp(min=1e-12)
+                pairs = zip(weights, (moment, texts), strict=True)
+                moment = sum(weight * one / one.norm().clamp(min=1e-12) for weight, one in pairs)
             return polar(moment, RANK_TOLERANCE), fit
         if not beta >= 0:
             raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
