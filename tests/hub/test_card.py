@@ -259,14 +259,14 @@ def make_bridge(**changes) -> Bridge:
 
 
 def test_card_of_a_bridge(tmp_path):
-    make_bridge(held_out=0.7777).save(tmp_path / "b" / "bridge.safetensors")
+    make_bridge(held_out=0.7777, held_out_on="names").save(tmp_path / "b" / "bridge.safetensors")
     card = written(tmp_path / "b", name="me/b32-l14")
     assert card.data.base_model == STRONG["name"] and card.data.pipeline_tag is None
     assert "bridge" in card.data.tags and "peft" not in card.data.tags
     for words in (
         "from [me/weak](https://huggingface.co/me/weak) at `a1` to [openai/clip-vit-large-patch14]",
-        "**Alignment 0.812**",
-        "aligned by 0.778",
+        "**Alignment 0.812 on names**",
+        "On names that were held out, a bridge from the others is aligned by 0.778.",
         "text, 1,024 pairs",
         "| names | 2: cat, dog |",
         "what an adapter that crosses it is worth: not measured",
@@ -274,6 +274,14 @@ def test_card_of_a_bridge(tmp_path):
         "| composed | no |",
     ):
         assert words in card.text, words
+
+
+def test_a_card_says_what_an_alignment_is_of(tmp_path):
+    make_bridge(held_out=0.25, held_out_on="images").save(tmp_path / "bridge.safetensors")
+    assert "On images, none of which it was built from, it is aligned by 0.250." in written(tmp_path).text
+    made = make_bridge(held_out=0.25, held_out_on="images", alignment=None, through=("me/between",))
+    made.save(tmp_path / "composed" / "bridge.safetensors")
+    assert "**Alignment 0.250 on images**" in written(tmp_path / "composed").text
 
 
 def test_card_of_a_bridge_with_scores_keeps_them_off_the_leaderboards(tmp_path):
