@@ -78,9 +78,9 @@ class Evidence:
         if facts["kappa_strong"] < AT_CHANCE:
             return (
                 "the tuned model may know nothing of these pictures: it agrees with the zero-shot strong model hardly "
-                f"more than independent answers would (kappa {facts['kappa_strong']:.2f} of 1; with the zero-shot weak "
-                f"one {facts['kappa_weak']:.2f}). Check the labels it was tuned on and the order of its class names; "
-                "if it is the strong model that knows nothing of them, only labelled pictures can tell."
+                f"more than independent answers would (kappa {facts['kappa_strong']:.2f}; with the zero-shot weak one "
+                f"{facts['kappa_weak']:.2f}). Check the labels it was tuned on and the order of its class names; if "
+                "it is the strong model that knows nothing of them, only labelled pictures can tell."
             )
         return None
 

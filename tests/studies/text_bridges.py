@@ -6,7 +6,7 @@ Per task: a bridge from 12 to all names of a list, its held-out alignment on nam
 pictures, and the accuracy of the class vectors that cross it, against the zero-shot strong model (points). The tasks
 are the sandbox's, with names that its models know and names that they do not; with `--grid-dir` (see `verdicts.py`)
 photographs as they are and inverted; with `--embeddings` OpenAI's RN50 and ViT-B/32 on Caltech-101, from
-`caltech101_clip_features` and `clip_text_embeddings` in that folder (there without extraction: class vectors were tuned).
+`caltech101_clip_features` and `clip_text_embeddings` in that folder (class vectors were tuned: no extraction).
 """
 
 import argparse
