@@ -312,8 +312,7 @@ def _untested(found: Comparison, way: str, count: int) -> str:
     return (
         f"Take {way}, but test it first: without labels nobody can know whether it is better than the strong model "
         f"as it is. The tuning changed {facts['changed']:.1f} % of the weak model's predictions on these {count} "
-        f"images (agreement with the strong model's, as kappa: {facts['kappa_before']:.2f} before, "
-        f"{facts['kappa_strong']:.2f} after); {way} agrees with the tuned model on {facts['agreement']:.1f} % and "
+        f"images; {way} agrees with the tuned model on {facts['agreement']:.1f} % and "
         f"changes {facts['changes']:.1f} % of the strong model's predictions{known}. A gain of "
         f"{100 * VISIBLE_GAIN:.0f} points would be two standard errors on about {needed:,.0f} pictures, of which the "
         f"{needed * differ:,.0f} where the two differ need a label."
@@ -322,10 +321,8 @@ def _untested(found: Comparison, way: str, count: int) -> str:
 
 def _others(found: Comparison, evidence: Evidence) -> Iterator[str]:
     """What else the labels of the test images say: rows that scored higher by more than two standard errors."""
-    if found.labels is None:
-        return
     own = found.recommended
-    if own != STRONG and own not in found.rows:
+    if found.labels is None or own not in (STRONG, *found.rows):
         return
     logits = {name: row.logits for name, row in found.rows.items()} | {STRONG: evidence.strong}
 
@@ -344,7 +341,7 @@ def _others(found: Comparison, evidence: Evidence) -> Iterator[str]:
             f"{gain:+.1f} ± {error:.1f} points."
         )
     labelled = [name for name, row in found.rows.items() if LABELS in row.needs]
-    free = [name for name in found.rows if name not in (*labelled, UNTUNED)]
+    free = [name for name, row in found.rows.items() if name not in labelled and row.note != CONTROL]
     higher = ahead(free, own)
     if higher is not None:
         note = f"; it {found.notes[higher[0]]}" if higher[0] in found.notes else ""

@@ -317,8 +317,8 @@ class Bridge:
         What it is known from: `tests/studies/text_bridges.py`, on the sandbox (its own names, and names that its
         models do not know), Tiny ImageNet photographs as they are and inverted, and RN50 to ViT-B/32 on Caltech-101;
         prompts and LoRA, 12 to 1,000 names. The alignment **on images** decides: from 0.6 on all gained (+1 to +50
-        points), below 0.5 all photographs lost (0 to -23), and the sandbox lay between -10 and +19. That on names
-        can mislead (0.98 where it was 0.25 on images: the text towers were relatives); low, it warns well.
+        points); below 0.5 real pictures ended between -24 and +0.4, the sandbox's between -10 and +19. That on names
+        can mislead (0.97 where it was 0.24 on images: the text towers were relatives); low, it warns well.
 
         Args:
             own_class_vectors: whether prompts or class vectors were tuned, and not the image tower.

@@ -51,7 +51,9 @@ def test_a_folder_for_the_hub_and_a_file(out):
     assert (bridge.dataset, bridge.held_out) == (found["dataset"], found["held_out"])
     assert bridge.versions["torch"] == version("torch")
     said = run("bridge", *options, "--output", out / "street.safetensors").stdout
-    assert f"from 150 images pairs, alignment {bridge.alignment:.3f} (held out: {bridge.held_out:.3f} on images)" in said
+    assert (
+        f"from 150 images pairs, alignment {bridge.alignment:.3f} (held out: {bridge.held_out:.3f} on images)" in said
+    )
     assert torch.equal(Bridge.load(out / "street.safetensors").matrix, bridge.matrix)
     for output in ("street", "street.safetensors"):
         assert "--overwrite" in error("bridge", *options, "--output", out / output)

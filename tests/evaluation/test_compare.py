@@ -253,6 +253,7 @@ def answers(**right: int) -> Comparison:
         logits[row.replace("zero_shot", "zero-shot").replace("_", " ")] = torch.nn.functional.one_hot(said, 2).float()
     found = Comparison({}, labels, ("a", "b"))
     notes = {"EFT": NOTES[WEAK], "linear probe": NOTES[LABELS], "tuned strong": NOTES[LABELS]}
+    notes["untuned teacher"] = CONTROL
     for (row, z), count in zip(logits.items(), right.values(), strict=True):
         scores = {"accuracy": Score(row, "test", "accuracy", float(count))}
         found.rows[row] = Row(z, scores, METHODS[row].needs, notes.get(row))
@@ -295,7 +296,7 @@ def test_says_so_when_something_else_scored_higher():
     )
     said = answers(**base, refit=40, EFT=80).advice  # against doing nothing, where that is recommended
     assert said.startswith("Keep the strong model") and "EFT scored higher than zero-shot strong (80.0, +30.0" in said
-    # A control is no way to upgrade, and says whose the gain is.
+    # A control is no way to upgrade, however good; it says whose the gain is.
     said = answers(**base, refit=60, untuned_teacher=70).advice
     assert said.endswith(
         " An untuned teacher reaches 70.0, by self-training alone: the tuning's share is -10.0 ± 3.0 points."

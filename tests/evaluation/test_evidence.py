@@ -32,7 +32,7 @@ def test_the_facts():
     found = Evidence(says(0, 1, 2, 3), says(0, 1, 2, 2), says(0, 1, 1, 3))
     facts, of = found.facts, found.of(says(0, 1, 1, 1))
     assert facts["changed"] == 25 and facts["kappa_weak"] == pytest.approx((3 / 4 - 1 / 4) / (1 - 1 / 4))
-    assert set(facts) == {"changed", "kappa_weak", "kappa_strong", "kappa_before"}
+    assert set(facts) == {"changed", "kappa_weak", "kappa_strong"}
     assert of == {"agreement": 50, "changes": 25}
 
 
