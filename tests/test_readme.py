@@ -38,7 +38,7 @@ REPLACED = {
     "import attach, tune": "import TuningConfig, attach, tune",
     "--shots 16": "--shots 4 --epochs 2 --batch-size 8",
     "--unlabelled my_photos --labelled my_photos": "--methods refit --unlabelled my_photos",  # not the slow ones
-    "--min-gain 1": "--min-gain -100",  # of tiny models
+    "--min-gain 1": "--min-gain -100 --gate refit",  # of tiny models
 }
 NOT_RUN = {
     "python -m venv": "what CI does before it runs the tests; the demo has a test of its own",

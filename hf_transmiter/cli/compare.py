@@ -71,7 +71,7 @@ def compare(
     output_dir: Annotated[Path | None, "Folder for report.md, comparison.json, figures."] = None,
     overwrite: Annotated[bool, "Replace an existing report."] = False,
 ) -> Result:
-    """Every way to upgrade and every cheap alternative on one task, in one table, with a recommendation.
+    """Every way to upgrade and every cheap alternative on one task, in one table, the verdict first.
 
     Without labels the table has agreement with the tuned weak model, confidence and calibration instead of accuracy.
 
@@ -82,6 +82,8 @@ def compare(
     check_choice("retune", retune, RETUNE)
     if gate is not None and min_gain is None:
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
+    if gate is not None and ht.Variant.of(gate).method == ht.STRONG:
+        raise ValueError(f"{ht.STRONG} cannot gain over itself: pass the row of an upgrade as --gate.")
     rows = _rows(methods, min_gain, gate)
     test = data.load(dataset, TEST, data.split)
     if min_gain is not None and ht.guess_columns(test, **data.columns)[1] is None:
@@ -158,7 +160,10 @@ def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: i
 
 
 def _judge(result: Result, found: ht.Comparison, min_gain: float, gate: str) -> None:
-    """Notes in the result whether a row gains enough over the zero-shot strong model."""
+    """Notes in the result whether a row gains enough over the zero-shot strong model, which cannot itself."""
+    if gate == ht.STRONG:
+        result.failed = "--min-gain finds no gain: the strong model as it is is recommended; --gate names another row."
+        return
     missing = next((row for row in (gate, ht.STRONG) if row not in found.rows), None)
     if missing is not None:
         reason = found.skipped.get(missing, "it is not among --methods")

@@ -102,7 +102,7 @@ def run_demo(
 
     Returns:
         `dict`: `scores` (`list[Score]` over all tasks, `split` names the task), `recommended` (by task), `table`, and
-        `verdict`: per task what is recommended, why, and whether it beats the strong model as it is.
+        `verdict`: per task what to take, and by how much it beats the strong model as it is.
 
     Raises:
         ValueError: an unknown task.
@@ -142,21 +142,10 @@ def _run_task(domain: str, seeds: Sequence[int], folder: Path, progress: bool) -
     scores = aggregate([[replace(score, split=domain) for score in run.scores] for run, _ in runs])
     drawn = _figures(domain, found, by_seed, folder / "figures")
     title = f"Task: {domain} ({METHODS[domain]})"
-    table, verdict = markdown_table(scores, notes=found.notes), _verdict(found)
+    table, verdict = markdown_table(scores, notes=found.notes), found.advice
     section = Section(title, f"{verdict}\n\n{markdown_table(scores, baseline=STRONG, notes=found.notes)}", drawn)
     said = {"table": f"{title}\n\n{table}", "verdict": f"{title}. {verdict}", "recommended": found.recommended}
     return section, {"scores": scores, **said}
-
-
-def _verdict(found: Comparison) -> str:
-    """What is recommended and why, and whether it beats doing nothing."""
-    reached, without = found.value(found.recommended), found.value(STRONG)
-    beats = "beats" if reached > without else "does not beat"
-    return (
-        f"Recommended: {found.recommended}, since {found.reason} It answers {reached:.1f}% of the test pictures "
-        f"rightly, the strong model as it is {without:.1f}%: the upgrade {beats} doing nothing "
-        f"({reached - without:+.1f} points)."
-    )
 
 
 def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path, progress: bool) -> None:
@@ -167,11 +156,14 @@ def _save(task: Task, found: Comparison, teacher: AnchorClassifier, folder: Path
     adapter.save_pretrained(folder / "adapter")
     bridge = Bridge.build(task.weak, task.strong, sandbox.load_dataset(*GENERAL), progress=progress)
     bridge.save(folder / "bridge.safetensors")
+    upgraded = found.rows[found.recommended].classifier
+    if upgraded is None:  # the strong model is as good as it is
+        return
     named = {found.recommended: THIS}
     on = {"dataset": f"sandbox:{task.domain}", "num_images": len(found.labels)}
     rows = [replace(score, method=named.get(score.method, score.method), **on) for score in found.scores]
     write_scores(folder / "strong_adapter" / SCORES, rows)
-    found.rows[found.recommended].classifier.save_pretrained(folder / "strong_adapter")
+    upgraded.save_pretrained(folder / "strong_adapter")
 
 
 def _figures(domain: str, found: Comparison, by_seed: dict[str, list[float]], folder: Path) -> list[Path | None]:

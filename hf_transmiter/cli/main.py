@@ -55,7 +55,7 @@ def demo(
     options = {"domains": domains or None, "seeds": seeds or (0,), "progress": run.progress}
     output.write(lambda folder: found.update(ht.run_demo(folder, **options)), values, run)
     data = {**found, "output_dir": str(output_dir), "scores": [asdict(score) for score in found["scores"]]}
-    return Result(data, f"{found['table']}\n{found['verdict']}\n\nReport: {output_dir / 'report.md'}")
+    return Result(data, f"{found['verdict']}\n\n{found['table']}\nReport: {output_dir / 'report.md'}")
 
 
 _FIRST, _METHOD, _WORTH, _OTHERS = "To try", "To upgrade", "To see what it is worth", "To show others"

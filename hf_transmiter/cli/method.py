@@ -153,7 +153,7 @@ def bridge(
 ) -> Result:
     """The map between two models, once per pair: from any pictures, from text alone, or from other bridges.
 
-    A composed bridge is measured on the pictures of --dataset, if there are any.
+    A composed or inverted bridge is measured on the pictures of --dataset, if there are any.
 
     [bold]Example:[/bold] hf-transmiter bridge --weak openai/clip-vit-base-patch16 --strong openai/clip-vit-large-patch14 --output out/b16-l14
     """  # noqa: E501
@@ -162,7 +162,7 @@ def bridge(
     images = data.load(dataset, UNLABELLED, data.split)
     if compose or invert:
         made = _derived(compose or [], invert)
-        if compose and images is not None:
+        if images is not None:
             pair = [
                 ht.load_encoder(model.name, model.revision, **models.load(run)) for model in (made.weak, made.strong)
             ]
@@ -176,16 +176,15 @@ def bridge(
         made.dataset = None if images is None else f"{ht.public_name(dataset)} ({images.split})"
     if run.main_process:
         (made.save if output.suffix == ".safetensors" else made.save_pretrained)(output, overwrite=overwrite)
-    known = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "beta", "derived")
+    known = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "held_out_on", "beta", "derived")
     return Result({"output": str(output), **{key: getattr(made, key) for key in known}}, f"{_said(made)}: {output}")
 
 
 def _said(made: ht.Bridge) -> str:
     """Where a bridge comes from and what it is worth."""
-    kept = "not measured" if made.held_out is None else f"{made.held_out:.3f}"
     if made.derived:
-        return f"Bridge {made.derived}, alignment {kept}"
-    return f"Bridge from {made.num_pairs} {made.source} pairs, alignment {made.alignment:.3f} (held out: {kept})"
+        return f"Bridge {made.derived}, alignment {made.trust}"
+    return f"Bridge from {made.num_pairs} {made.source} pairs, alignment {made.alignment:.3f} (held out: {made.trust})"
 
 
 def _derived(compose: list[str], invert: str | None) -> ht.Bridge:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, normalize
 from ..algebra import check_finite
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import vocabulary_hash
-from ..method.attach import active_prompts, why_closed, with_prompts
+from ..method.attach import active_prompts, why_closed, with_adapter
 from ..settings import FitConfig
 from ..training.loop import fit
 from ..tuners import CoOpConfig
@@ -198,10 +198,10 @@ def carried_contexts(tuned: DualEncoder, strong: DualEncoder) -> list[DualEncode
         provenance={"step": "prompt transfer", "before": old.provenance},
         revision=strong.revision,
     )
-    written = with_prompts(strong, copy.deepcopy(config))
+    written = with_adapter(strong, copy.deepcopy(config))
     if not shared:
         return [written]
-    mapped = with_prompts(strong, config)
+    mapped = with_adapter(strong, config)
     new = prompt_layer(mapped.model)
     tables = [found.get_base_layer().weight for found in (layer, new)]
     rows = min(map(len, tables))  # some tables are padded

@@ -1,10 +1,10 @@
-"""[`compare`]: every way to upgrade and every cheap alternative on one task, in one table, with a recommendation."""
+"""[`compare`]: every way to upgrade and every cheap alternative on one task, in one table, the verdict first."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,8 @@ from ..method.stored_logits import CalibrationPack
 from ..method.teacher import Teacher
 from ..settings import ExtractionConfig
 from .evaluate import score_logits
-from .methods import IMAGES, LABELS, METHODS, NEEDS, STRONG, WEAK, Variant
+from .evidence import VISIBLE_GAIN, Evidence, paired_gain, recommend
+from .methods import FROM_TEXT, IMAGES, LABELS, METHODS, NEEDS, STRONG, UNTUNED, WEAK, Variant
 from .reliability import expected_calibration_error
 from .task import Impossible, Task
 
@@ -30,7 +31,9 @@ from .task import Impossible, Task
 logger = logging.getLogger(__name__)
 
 NOTES = {LABELS: "needs labelled images", WEAK: "needs the weak model and its tuned version for every prediction"}
+CONTROL = "is a control: its teacher learnt nothing"
 _WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
+_KEEP = "Keep the strong model as it is"
 _IF_LABELLED = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
 # What may go wrong with one method's data or settings; anything else is a fault of the program.
 _FORESEEN = (ValueError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError)
@@ -66,8 +69,10 @@ class Comparison:
         labels, class_names: of the test images.
         skipped: names of the rows that could not be had, and why.
         lost: those of them that another run may have: nothing was wrong with what they were made from.
-        recommended, reason: the way to upgrade to take, chosen without labels, and why.
-        verdict: what the labels of the test images say about that, see [`verdict`].
+        recommended: the row to take: what [`recommend`] says, or the strong model as it is where the labels of the
+            test images show no gain beyond one standard error.
+        advice: the verdict in words: what to take, by how much it was measured to be better, what is not known.
+        evidence: the numbers behind it, see [`Evidence`]; with labels also `gain` and its `standard_error`, in points.
     """
 
     rows: dict[str, Row]
@@ -76,8 +81,8 @@ class Comparison:
     skipped: dict[str, str] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
     recommended: str = ""
-    reason: str = ""
-    verdict: str = ""
+    advice: str = ""
+    evidence: dict[str, float] = field(default_factory=dict)
 
     @property
     def scores(self) -> list[Score]:
@@ -89,11 +94,6 @@ class Comparison:
         """By row, of those that have one."""
         return {name: row.note for name, row in self.rows.items() if row.note}
 
-    @property
-    def advice(self) -> str:
-        """Which way to take, why, and what speaks against it."""
-        return f"Recommended: {self.recommended}, since {self.reason} {self.verdict}".strip()
-
     def to_dict(self) -> dict:
         """For JSON: the advice, then every row with its scores (percent), what it costs and what it needs."""
         rows, split = [], None
@@ -103,7 +103,7 @@ class Comparison:
             cost = {"seconds": first.seconds, "peak_mb": first.peak_mb, "bytes": row.size}
             needs, split = [need for need in NEEDS if need in row.needs], first.split
             rows.append({"name": name, "scores": values, **cost, "needs": needs, "note": row.note})
-        said = {key: getattr(self, key) for key in ("recommended", "reason", "verdict")}
+        said = {key: getattr(self, key) for key in ("recommended", "advice", "evidence")}
         return {**said, "split": split, "rows": rows, "skipped": self.skipped}
 
     def value(self, row: str, metric: str = "accuracy") -> float:
@@ -112,40 +112,6 @@ class Comparison:
             return self.rows[row].scores[metric].value
         except KeyError:
             raise KeyError(f"no score {metric!r} of {row!r}; rows: {list(self.rows)}.") from None
-
-
-def recommend(
-    *, own_class_vectors: bool, unlabelled: bool, general: bool, unseen: bool = False, bridge: bool = False
-) -> tuple[str, str]:
-    """The way to upgrade to take, from what is known without labels, and why (figures: README, "What to expect").
-
-    Args:
-        own_class_vectors: whether prompts or class vectors were tuned, and not the image tower.
-        unlabelled, general: whether there are unlabelled images of the task, or any images.
-        unseen: whether the tuning saw only some of the classes.
-        bridge: whether there is a finished bridge from images.
-    """
-    if unlabelled and unseen:
-        return "bridge from task images", (
-            "the tuning saw only some of the classes: the bridge carries the change to all of them, while a refit on "
-            "the tuned model's labels would take accuracy from the others."
-        )
-    if unlabelled:
-        tuned = "prompts or class vectors were" if own_class_vectors else "the image tower was"
-        return "refit", (
-            f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model, the strong "
-            "model's own knowledge and the carried class vectors, and costs nothing at run time."
-        )
-    if not own_class_vectors:
-        return STRONG, (
-            "there is no task image, and no class vectors that a bridge could carry: pass unlabelled task images."
-        )
-    method = "given bridge" if bridge else f"bridge from {'general images' if general else 'text'}"
-    source = "images" if bridge else "general images" if general else "text"
-    return method, (
-        f"there is no task image: a bridge from {source} carries the class vectors; a few hundred unlabelled task "
-        "images would allow the refit, which is better on every task measured."
-    )
 
 
 def compare(
@@ -239,16 +205,19 @@ def compare(
         for variant in bar:
             bar.set_description(f"Comparing: {variant.name}")
             _run(task, variant, found, split, base)
-    found.recommended, found.reason = recommend(
+    evidence = Evidence(task.tuned, task.zero_shot_weak, task.zero_shot_strong)
+    way, reason = recommend(
+        evidence if task.labels is None else None,
         own_class_vectors=task.own_class_vectors,
         unlabelled=unlabelled is not None,
         general=general is not None,
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
+        doubt=task.embedding_bridge("text").doubt(task.own_class_vectors) if FROM_TEXT in found.rows else None,
     )
-    found.verdict = verdict(found)
+    _advise(found, evidence, way, reason)
     if task.seen_in_test:
-        found.verdict += (
+        found.advice += (
             f" Beware: {task.seen_in_test} of the {len(task.labelled)} labelled images are test images too, so the "
             "rows that need labels are scored on what they learnt."
         )
@@ -285,6 +254,7 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
         needs = {*needs, IMAGES}
     alone = variant.method in _WEAK_ALONE
     note = None if alone else next((NOTES[need] for need in NOTES if need in needs), None)
+    note = CONTROL if variant.method == UNTUNED else note
     if task.labels is None:
         metrics = _agreement(answer.logits, task.tuned)
     else:
@@ -304,35 +274,82 @@ def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:
     }
 
 
-def verdict(found: Comparison) -> str:
-    """What the labels of the test images say about the recommendation; empty where nothing scored higher than what is
-    recommended, or there are no labels."""
-    if found.labels is None or found.recommended not in found.rows:
-        return ""
-    own, others = found.recommended, [row for row in found.rows if row != found.recommended]
-    said, best = [], found.value(own)
-    if STRONG in others and found.value(STRONG) >= best:
-        said.append(f"On these test images {_against(found, STRONG, own)}: no upgrade is needed.")
+def _advise(found: Comparison, evidence: Evidence, way: str, reason: str) -> None:
+    """The verdict, what may be worse than doing nothing first; `way` and `reason` are what [`recommend`] says."""
+    found.recommended, row = way, found.rows.get(way)
+    found.evidence = {**evidence.facts, **({} if row is None or way == STRONG else evidence.of(row.logits))}
+    if way == STRONG:
+        said = f"{_KEEP}: {reason}"
+    elif row is None:
+        missing = found.skipped.get(way, "it is not among the rows")
+        said = (
+            f"Whether {way} beats the strong model as it is was not measured: {missing}. It is the way since {reason}"
+        )
+    elif found.labels is None:
+        said = f"{_untested(found, way, len(evidence.strong))} Why {way}: {reason}"
+    else:
+        gain, error = paired_gain(row.logits, evidence.strong, found.labels)
+        found.evidence |= {"gain": gain, "standard_error": error}
+        keep = gain <= error + 1e-6  # one picture more is no evidence
+        found.recommended = STRONG if keep else way
+        before, chance = found.value(way) - gain, ", which may be chance" if gain <= 2 * error else ""
+        scored = (
+            f"{way} scores {found.value(way):.1f} against {before:.1f}, {gain:+.1f} ± {error:.1f} points on these "
+            f"{len(found.labels)} labelled test images"
+        )
+        said = f"{_KEEP}: {scored}." if keep else f"Take {way}: {scored}{chance}. Why {way}: {reason}"
+    found.advice = " ".join([said, *_others(found, evidence)])
+
+
+def _untested(found: Comparison, way: str, count: int) -> str:
+    """What is known of an upgrade without labels, and how many would tell."""
+    facts, kl = found.evidence, None
+    if found.rows[way].classifier is not None and found.rows[way].classifier.adapter_config is not None:
+        kl = found.rows[way].classifier.adapter_config.provenance.get("held_out_kl")
+    known = "" if kl is None else f", and its held-out KL to the experts' labels is {kl:.3f}"
+    differ = facts["changes"] / 100
+    needed = 4 * differ / VISIBLE_GAIN**2
+    return (
+        f"Take {way}, but test it first: without labels nobody can know whether it is better than the strong model "
+        f"as it is. The tuning changed {facts['changed']:.1f} % of the weak model's predictions on these {count} "
+        f"images; {way} agrees with the tuned model on {facts['agreement']:.1f} % and "
+        f"changes {facts['changes']:.1f} % of the strong model's predictions{known}. A gain of "
+        f"{100 * VISIBLE_GAIN:.0f} points would be two standard errors on about {needed:,.0f} pictures, of which the "
+        f"{needed * differ:,.0f} where the two differ need a label."
+    )
+
+
+def _others(found: Comparison, evidence: Evidence) -> Iterator[str]:
+    """What else the labels of the test images say: rows that scored higher by more than two standard errors."""
+    own = found.recommended
+    if found.labels is None or own not in (STRONG, *found.rows):
+        return
+    logits = {name: row.logits for name, row in found.rows.items()} | {STRONG: evidence.strong}
+
+    def ahead(rows: Collection[str], rival: str) -> tuple[str, str] | None:
+        """The best of the rows, and by how much it is ahead of the rival; `None` where that may be chance."""
+        best = max(rows, key=found.value, default=rival)
+        gain, error = paired_gain(logits[best], logits[rival], found.labels)
+        if gain <= 2 * error:
+            return None
+        return best, f"{best} scored higher than {rival} ({found.value(best):.1f}, {gain:+.1f} ± {error:.1f} points)"
+
+    if own != STRONG and UNTUNED in logits:
+        gain, error = paired_gain(logits[own], logits[UNTUNED], found.labels)
+        yield (
+            f"An untuned teacher reaches {found.value(UNTUNED):.1f}, by self-training alone: the tuning's share is "
+            f"{gain:+.1f} ± {error:.1f} points."
+        )
     labelled = [name for name, row in found.rows.items() if LABELS in row.needs]
-    top = max((row for row in others if row != STRONG and row not in labelled), key=found.value, default=None)
-    if top is not None and found.value(top) > best:
-        note = f"; it {found.notes[top]}" if top in found.notes else ""
-        said.append(f"On these test images {_against(found, top, own)}{note}.")
-    with_labels = max(labelled, key=found.value, default=None)
-    rival = max((row for row in found.rows if row not in labelled), key=found.value)
-    if with_labels is not None and found.value(with_labels) > found.value(rival):
-        advice = _IF_LABELLED.get(with_labels, "take that")
-        said.append(f"With labels, {_against(found, with_labels, rival)}: where there are labels, {advice}.")
-    return " ".join(said)
-
-
-def _against(found: Comparison, better: str, worse: str) -> str:
-    """Which is ahead, by how much, and whether that could be chance (McNemar's test at two standard errors)."""
-    right = [found.rows[row].logits.argmax(1) == found.labels for row in (better, worse)]
-    ahead, behind = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    chance = ", which may be chance" if (ahead - behind) ** 2 <= 4 * (ahead + behind) else ""
-    verb = "equalled" if ahead == behind else "scored higher than"
-    return f"{better} {verb} {worse} ({found.value(better):.1f} against {found.value(worse):.1f}{chance})"
+    free = [name for name, row in found.rows.items() if name not in labelled and row.note != CONTROL]
+    higher = ahead(free, own)
+    if higher is not None:
+        note = f"; it {found.notes[higher[0]]}" if higher[0] in found.notes else ""
+        yield f"On these images {higher[1]}{note}."
+    with_labels = ahead(labelled, own if higher is None else higher[0])
+    if with_labels is not None:
+        todo = _IF_LABELLED.get(with_labels[0], "take that")
+        yield f"With labels, {with_labels[1]}: where there are labels, {todo}."
 
 
 def _names_of(test, teacher: Teacher, embedding: dict) -> Sequence[str]:

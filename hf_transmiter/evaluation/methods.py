@@ -28,6 +28,8 @@ from .task import Answer, Impossible, Task, stored_bytes
 
 
 STRONG = "zero-shot strong"
+UNTUNED = "untuned teacher"
+FROM_TEXT = "bridge from text"
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,16 @@ def _reattached(task: Task, variant: Variant) -> AnchorClassifier:
     return task.prompting(attach.reattach_prompt(task.prompted, task.strong))
 
 
+def _copied(task: Task, variant: Variant) -> AnchorClassifier:
+    if task.tuned_model is None:
+        raise Impossible("the tuned model has no layers of LoRA or the like")
+    try:
+        copied = attach.copy_adapter(task.tuned_model, task.strong)
+    except ValueError as error:
+        raise Impossible(str(error)) from error
+    return AnchorClassifier(copied, Anchors(task.names, (), task.templates))
+
+
 def _prompt_transfer(task: Task, variant: Variant) -> AnchorClassifier:
     x = task.table(task.strong, "unlabelled").embeds
     reason = baselines.why_no_prompt_transfer(task.prompted, task.strong)
@@ -253,8 +265,9 @@ def _published(task: Task, variant: Variant) -> AnchorClassifier:
     return _transfer(task, variant, adapter, images)
 
 
-def _class_vectors(task: Task, variant: Variant) -> AnchorClassifier:
-    return task.extract(ExtractionConfig(solver=variant.own.solver, **variant.of_step(ExtractionConfig)))
+def _class_vectors(task: Task, variant: Variant, untuned: bool = False) -> AnchorClassifier:
+    config = ExtractionConfig(solver=variant.own.solver, **variant.of_step(ExtractionConfig))
+    return task.extract(config, untuned=untuned)
 
 
 def _bridged(over: str) -> Callable[[Task, Variant], AnchorClassifier]:
@@ -266,9 +279,9 @@ def _bridged(over: str) -> Callable[[Task, Variant], AnchorClassifier]:
     return run
 
 
-def _refit(task: Task, variant: Variant) -> AnchorClassifier:
+def _refit(task: Task, variant: Variant, untuned: bool = False) -> AnchorClassifier:
     images = task.need("unlabelled")
-    return _transfer(task, variant, _class_vectors(task, variant), images, refit=True)
+    return _transfer(task, variant, _class_vectors(task, variant, untuned), images, refit=True)
 
 
 # TransMiter+
@@ -326,16 +339,19 @@ METHODS: dict[str, Method] = {
     "EFT": Method(_emulated, (WEAK,)),
     "logit ensemble": Method(_ensemble, (WEAK,)),
     "re-attached prompt": Method(_reattached),
+    "copied LoRA": Method(_copied),
     "prompt transfer": Method(_prompt_transfer, (IMAGES, BACKPROP)),
     "distilled head": Method(lambda task, _: _head(task, "unlabelled", task.teacher_soft), (IMAGES, BACKPROP)),
     "linear probe": Method(_linear_probe, (LABELS, BACKPROP)),
     "TransMiter": Method(_published, (IMAGES, BACKPROP), _GRADIENT),  # as published
     # Class vectors in closed form.
-    "bridge from text": Method(_bridged("text"), (), _VECTORS),
+    FROM_TEXT: Method(_bridged("text"), (), _VECTORS),
     "bridge from general images": Method(_bridged("general"), (), _VECTORS),
     "given bridge": Method(_bridged("bridge"), (), _VECTORS),
     "bridge from task images": Method(_bridged("unlabelled"), (IMAGES,), _VECTORS),
     "refit": Method(_refit, (IMAGES,), _REFIT),
+    # A control: what the refit gains from images alone, with the zero-shot weak model in the tuned one's place.
+    UNTUNED: Method(lambda task, variant: _refit(task, variant, untuned=True), (IMAGES,), _REFIT),
     # A few labelled steps on an adapter (TransMiter+).
     "label tuning": Method(
         _label_tuned,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -197,17 +197,30 @@ class Task:
         return self.strong.logits(self.table(self.strong, "test").embeds, self.text[self.strong])
 
     @cached_property
+    def tuned_model(self) -> DualEncoder | None:
+        """The model with tuned prompts or layers; `None` where several were tuned, class vectors, or it is not at
+        hand."""
+        several = isinstance(self.teacher, (list, tuple))
+        classifier = None if several else as_classifier(self.teacher, self.names, self.templates)
+        return None if classifier is None or classifier.adapter_config else classifier.encoder
+
+    @property
     def prompted(self) -> DualEncoder:
         """The tuned model.
 
         Raises:
             Impossible: what was tuned is no prompt.
         """
-        several = isinstance(self.teacher, (list, tuple))
-        classifier = None if several else as_classifier(self.teacher, self.names, self.templates)
-        if classifier is None or classifier.adapter_config or prompt_layer(classifier.encoder.model) is None:
+        if self.tuned_model is None or prompt_layer(self.tuned_model.model) is None:
             raise Impossible("no prompt was tuned")
-        return classifier.encoder
+        return self.tuned_model
+
+    @property
+    def untuned(self) -> Teacher:
+        """The zero-shot weak model as a teacher of the tuned model's kind: with class vectors, or by what it says."""
+        if self.own_class_vectors:
+            return AnchorClassifier(self.weak, Anchors(self.names, (), self.templates))
+        return self.weak.logits(self.table(self.weak, "unlabelled").embeds, self.text[self.weak])
 
     def prompting(self, prompted: DualEncoder) -> AnchorClassifier:
         """The strong model with prompts in it."""
@@ -235,8 +248,10 @@ class Task:
 
         return self.once(f"anchors {strategy} {count}", chosen)
 
-    def extract(self, config: ExtractionConfig, anchors: Anchors | None = None) -> AnchorClassifier:
-        """The weak model's adapter; not to be changed, other methods use it.
+    def extract(
+        self, config: ExtractionConfig, anchors: Anchors | None = None, *, untuned: bool = False
+    ) -> AnchorClassifier:
+        """The weak model's adapter, or one of its zero-shot answers; not to be changed, other methods use it.
 
         Raises:
             Impossible: there are neither class vectors nor images to extract some from.
@@ -248,18 +263,26 @@ class Task:
 
         def make() -> AnchorClassifier:
             options = {"anchors": anchors, "templates": self.templates, "config": config, **self.options}
-            return extract(self.weak, self.teacher, self.unlabelled, class_names=self.names, **options)
+            teacher = self.untuned if untuned else self.teacher
+            return extract(self.weak, teacher, self.unlabelled, class_names=self.names, **options)
 
-        return self.once(f"adapter {json.dumps(asdict(config))} {anchors and anchors.fingerprint}", make)
+        key = f"adapter {json.dumps(asdict(config))} {anchors and anchors.fingerprint} {untuned}"
+        return self.once(key, make)
 
     def embedding_bridge(self, source: str) -> Bridge:
         """From `"text"`, one of the sets of images, or the given one (`"bridge"`)."""
-        if source == "bridge":
-            return self.need("bridge")
-        images, names = None if source == "text" else self.need(source), None
-        if self.vocabulary is not None and images is None:
+        given, names = None if source == "text" else self.need(source), None
+        if self.vocabulary is not None and given is None:
             names = Anchors((), tuple(load_vocabulary(self.vocabulary)), self.templates)
-        make = lambda: Bridge.build(self.weak, self.strong, images, anchors=names, **self.options)  # noqa: E731
+
+        def make() -> Bridge:
+            pair = self.weak, self.strong
+            made = given if source == "bridge" else Bridge.build(*pair, given, anchors=names, **self.options)
+            if made.source == "text" and made.space == "embedding":  # images tell more, and there are some
+                made = replace(made)
+                made.measure(*pair, self.test if self.unlabelled is None else self.unlabelled, **self.options)
+            return made
+
         return self.once(f"bridge {source}", make)
 
     def tune_strong(self, own: Mapping) -> AnchorClassifier:

@@ -244,17 +244,40 @@ class Card:
             )
         return found
 
-    def warnings(self) -> list[str]:
-        """Where a plain model was measured to be better."""
+    def against_plain(self) -> list[tuple[Score, Score]]:
+        """Own accuracies, each with one of a plain model on the same images."""
         plain = [score for score in self.scores if score.method.startswith("zero-shot")]
         return [
-            f"This model is worse than {other.method} on {own.split}: {own.metric} {own.value:.1f} % against "
-            f"{other.value:.1f} %."
+            (own, other)
             for own, other in itertools.product(self.own, plain)
             if (own.dataset, own.split, own.metric) == (other.dataset, other.split, other.metric)
             and own.metric in _ACCURACIES
-            and round(own.value, 1) < round(other.value, 1)
         ]
+
+    def warnings(self) -> list[str]:
+        """Where a plain model was measured to be better, or as good over all classes."""
+        found = []
+        for own, other in self.against_plain():
+            gain = round(own.value, 1) - round(other.value, 1)
+            if gain < 0 or (gain == 0 and own.metric == "accuracy"):
+                how = "worse" if gain < 0 else "no better"
+                values = f"{own.metric} {own.value:.1f} % against {other.value:.1f} %"
+                found.append(f"This model is {how} than {other.method} on {own.split}: {values}.")
+        return found
+
+    def gain(self) -> str:
+        """What an upgraded adapter is worth, as far as it was measured: a gain is told only with its scores."""
+        pairs = [
+            pair for pair in self.against_plain() if pair[0].metric == "accuracy" and "weak" not in pair[1].method
+        ]
+        if not pairs:
+            return "Whether it is better than its base model as it is was not measured."
+        told = (
+            f"{own.value:.1f} % on {own.split}, against {other.value:.1f} % of its base model as it is "
+            f"({own.value - other.value:+.1f} points)"
+            for own, other in pairs
+        )
+        return f"It scores {'; '.join(told)}."
 
     def tables(self) -> Iterator[dict]:
         """The scores, one table per data set, and what it was measured on."""

@@ -221,6 +221,7 @@ _BRIDGE = _record(
         "source": _one_of("images", "text"),
         **dict.fromkeys(("scale", "beta"), _NUMBER),
         **dict.fromkeys(("scale_back", "alignment", "held_out"), _or_null(_NUMBER)),
+        "held_out_on": _or_null(_one_of("images", "names")),
         "num_pairs": _whole(0, 9 * 10**15, "a whole number of at least 0"),
         **dict.fromkeys(("strong", "weak"), _MODEL_ID),
         "anchors": _or_null(_object("anchors (an object)")),
@@ -228,7 +229,7 @@ _BRIDGE = _record(
         "through": _NAMES,
         "versions": _VERSIONS,
     },
-    optional=("scale_back", "held_out", "dataset", "through", "versions"),
+    optional=("scale_back", "held_out", "held_out_on", "dataset", "through", "versions"),
 )
 _SCORE = _record(
     "an object",

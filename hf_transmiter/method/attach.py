@@ -1,4 +1,4 @@
-"""[`attach`]: a saved prompt adapter on another base model, as it is.
+"""[`attach`]: a saved prompt adapter on another base model, as it is; [`copy_adapter`]: layers of LoRA and the like.
 
 What depends on classes (token ids, embeddings of the names, class vectors) is never saved with a prompt: the model it
 is attached to makes it anew, with its own tokenizer, token table and logit scale.
@@ -10,6 +10,7 @@ import copy
 import os
 from dataclasses import replace
 
+import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import CONFIG, WEIGHTS
 from ..hub.checks import check_tensors
 from ..hub.repo import fetch, read_json
+from ..tuners import TransMiterConfig
 from ..tuners.injection import inject
 from ..tuners.prompts import PromptConfig, PromptLayer, prompt_layer, set_classes
 from ..tuners.prompts.model import TOKEN_TABLES, base_facts, misfit
@@ -66,7 +68,7 @@ def attach(adapter: str | os.PathLike, encoder: DualEncoder) -> DualEncoder:
     # Compared above, by the encoder's own tokenizer; PEFT would compare with the one beside the model.
     config.base, config.revision = {**facts, "vocabulary": None}, encoder.revision
     try:
-        attached = with_prompts(encoder, config)
+        attached = with_adapter(encoder, config)
     except ValueError as error:  # too few layers, no room for the context, or another adapter
         raise Incompatible(source, str(error).rstrip(".")) from error
     model = attached.model
@@ -117,10 +119,41 @@ def reattach_prompt(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
     if reason is not None:
         raise ValueError(f"the prompts cannot be re-attached: {reason}.")
     layer = active_prompts(tuned)
-    attached = with_prompts(strong, copy.deepcopy(layer.active_config))
+    attached = with_adapter(strong, copy.deepcopy(layer.active_config))
     state = get_peft_model_state_dict(tuned.model, adapter_name=layer.active_name)
     set_peft_model_state_dict(attached.model, state)
     return attached
+
+
+def copy_adapter(tuned: DualEncoder, strong: DualEncoder) -> DualEncoder:
+    """A copy of the strong model with the tuned model's layers in it, unchanged: no image, no training.
+
+    What is tried first between models of one architecture: ``W_strong + ΔW`` in place of ``W_weak + ΔW`` in every
+    layer that LoRA, or another PEFT method that changes layers, was put on.
+
+    Raises:
+        ValueError: what was tuned are no such layers, a strong model that has adapters already, or one whose layers
+            have other names or shapes.
+    """
+    name, config = next(iter((getattr(tuned.model, "peft_config", None) or {}).items()), (None, None))
+    if config is None or isinstance(config, (PromptConfig, TransMiterConfig)):
+        raise ValueError("the tuned model has no layers of LoRA or the like")
+    if getattr(strong.model, "peft_config", None):
+        raise ValueError("the strong model has adapters already: unload them first")
+    try:
+        with torch.random.fork_rng():  # of the weights that are replaced here
+            copied = with_adapter(strong, copy.deepcopy(config))
+    except ValueError as error:
+        raise ValueError("the strong model has none of the tuned model's layers") from error
+    state, own = (
+        get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        for model, adapter in ((tuned.model, name), (copied.model, "default"))
+    )
+    shapes = [{key: tuple(tensor.shape) for key, tensor in part.items()} for part in (state, own)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the tuned layers have other names or shapes in the strong model")
+    set_peft_model_state_dict(copied.model, state)
+    return copied
 
 
 def why_closed(strong: DualEncoder) -> str | None:
@@ -138,7 +171,7 @@ def active_prompts(tuned: DualEncoder) -> PromptLayer | None:
     return None if layer is None or layer.active_name is None else layer
 
 
-def with_prompts(strong: DualEncoder, config: PeftConfig) -> DualEncoder:
+def with_adapter(strong: DualEncoder, config: PeftConfig) -> DualEncoder:
     """A frozen copy of the strong model with a fresh adapter."""
     model = copy.deepcopy(strong.model).eval()
     inject(model, config)

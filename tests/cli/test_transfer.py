@@ -45,13 +45,15 @@ def test_a_folder_for_the_hub_and_a_file(out):
     options = ("--weak", WEAK, "--strong", STRONG, *STREET, "--cache-dir", out / "features")
     found = facts("bridge", *options, "--output", out / "street")
     assert (found["dataset"], found["num_pairs"]) == ("sandbox:street (unlabelled)", 150)
-    assert 0 < found["held_out"] < found["alignment"] < 1
+    assert 0 < found["held_out"] < found["alignment"] < 1 and found["held_out_on"] == "images"
     assert sorted(path.name for path in (out / "street").iterdir()) == ["README.md", "bridge.safetensors"]
     bridge = Bridge.from_pretrained(out / "street")
     assert (bridge.dataset, bridge.held_out) == (found["dataset"], found["held_out"])
     assert bridge.versions["torch"] == version("torch")
     said = run("bridge", *options, "--output", out / "street.safetensors").stdout
-    assert f"from 150 images pairs, alignment {bridge.alignment:.3f} (held out: {bridge.held_out:.3f})" in said
+    assert (
+        f"from 150 images pairs, alignment {bridge.alignment:.3f} (held out: {bridge.held_out:.3f} on images)" in said
+    )
     assert torch.equal(Bridge.load(out / "street.safetensors").matrix, bridge.matrix)
     for output in ("street", "street.safetensors"):
         assert "--overwrite" in error("bridge", *options, "--output", out / output)

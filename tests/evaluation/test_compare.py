@@ -14,7 +14,8 @@ from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import FeatureTable
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.baselines import prompt_transfer
-from hf_transmiter.evaluation.compare import NOTES, Comparison, Row, compare, recommend, verdict
+from hf_transmiter.evaluation.compare import CONTROL, NOTES, Comparison, Row, _advise, compare
+from hf_transmiter.evaluation.evidence import Evidence, recommend
 from hf_transmiter.evaluation.methods import BACKPROP, IMAGES, LABELS, METHODS, WEAK, Variant
 from hf_transmiter.evaluation.reliability import expected_calibration_error
 from hf_transmiter.evaluation.report import comparison_table
@@ -62,7 +63,7 @@ def found(model_dir, make_dataset):
 def test_every_method_has_every_metric(found):
     result = found[0]
     assert {score.metric for score in result.scores} == {"accuracy", "base", "novel", "hm", "joint", "ece"}
-    assert len(result.scores) == 6 * len(result.rows) and len(result.rows) == 14
+    assert len(result.scores) == 6 * len(result.rows) and len(result.rows) == 15
     assert [score.method for score in result.scores[::6]] == list(result.rows)
     assert all(row.size is not None for row in result.rows.values()) and result.labels.tolist() == [0, 1, 2] * 10
     assert all(torch.isfinite(row.logits).all() and row.logits.shape == (30, 3) for row in result.rows.values())
@@ -76,6 +77,7 @@ def test_every_method_has_every_metric(found):
 def test_what_is_not_possible_says_why(found):
     assert found[0].skipped == {
         "re-attached prompt": "no prompt was tuned",
+        "copied LoRA": "the tuned model has no layers of LoRA or the like",
         "prompt transfer": "no prompt was tuned",
         "given bridge": "it needs a finished bridge: pass `bridge`",
     }
@@ -121,11 +123,12 @@ def test_notes_name_what_a_method_needs(found):
         "label tuning",
         "tuned strong",
     }
+    assert {m for m, note in result.notes.items() if note == CONTROL} == {"untuned teacher"}
 
 
 def test_what_is_written_begins_with_the_advice(found):
     said = found[0].to_dict()
-    assert list(said) == ["recommended", "reason", "verdict", "split", "rows", "skipped"]
+    assert list(said) == ["recommended", "advice", "evidence", "split", "rows", "skipped"]
     assert json.loads(json.dumps(said, allow_nan=False)) == said
     rows = {row["name"]: row for row in said["rows"]}
     assert list(rows) == list(found[0].rows) and said["skipped"] == found[0].skipped
@@ -133,14 +136,19 @@ def test_what_is_written_begins_with_the_advice(found):
     assert rows["refit"]["scores"]["hm"] == found[0].value("refit", "hm") and rows["refit"]["note"] is None
     assert rows["EFT"]["note"] == NOTES[WEAK] and rows["tuned strong"]["seconds"] is None
     assert rows["refit"]["bytes"] == found[0].rows["refit"].size and rows["refit"]["seconds"] > 0
-    advice = found[0].advice
-    assert advice.startswith("Recommended: bridge from task images, since ") and advice.endswith(found[0].verdict)
+    evidence, way = found[0].evidence, "bridge from task images"  # the tuning saw some of the classes
+    gain = found[0].value(way) - found[0].value("zero-shot strong")
+    assert evidence["gain"] == pytest.approx(gain) and evidence["standard_error"] > 0
+    before = found[0].value("zero-shot strong")
+    kept = gain <= evidence["standard_error"]
+    assert found[0].recommended == ("zero-shot strong" if kept else way)
+    said = f"{way} scores {before + gain:.1f} against {before:.1f}, {gain:+.1f} ± "
+    start = "Keep the strong model as it is: " if kept else f"Take {way}: "
+    assert found[0].advice.startswith(start + said)
 
 
-def test_the_recommended_method_was_run_and_can_be_saved(found, tmp_path):
-    result = found[0]
-    assert result.recommended == "bridge from task images" and result.reason
-    result.rows[result.recommended].classifier.save_pretrained(tmp_path)
+def test_the_method_was_run_and_can_be_saved(found, tmp_path):
+    found[0].rows["bridge from task images"].classifier.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
@@ -155,7 +163,7 @@ def test_what_is_not_at_hand_is_left_out(found):
         "logit ensemble",
         "bridge from text",
     ]
-    assert result.recommended == "bridge from text"
+    assert "bridge from text scores" in result.advice
     assert "pass `unlabelled`" in result.skipped["refit"] and "pass `labelled`" in result.skipped["tuned strong"]
     with pytest.raises(KeyError, match="no score 'accuracy' of 'refit'"):
         result.value("refit")
@@ -211,7 +219,9 @@ def test_prompt_transfer_is_a_row_where_it_is_possible(compared, model_dir, tmp_
     expected = strong.logits(strong.embed_images(test["image"]), moved.embed_names(NAMES, ("{}.",)))
     assert torch.allclose(result.rows["prompt transfer"].logits, expected, atol=1e-2)
     assert "re-attached prompt" not in result.rows  # the widths differ
-    assert result.recommended == "refit"
+    assert result.recommended == "refit" and result.advice.startswith(
+        "Whether refit beats the strong model as it is was not measured: it is not among the rows."
+    )
     # Other prompts, and the same prompt on an equal width, have the other row.
     result = compared(ContCoOpConfig(), model_dir("clip", seed=1), **options)[0]
     assert "prompt transfer" not in result.rows and "re-attached prompt" in result.rows
@@ -222,56 +232,79 @@ def test_prompt_transfer_is_a_row_where_it_is_possible(compared, model_dir, tmp_
 
 
 def test_recommendation_follows_the_data():
-    assert recommend(own_class_vectors=True, unlabelled=True, general=True)[0] == "refit"
-    unseen = recommend(own_class_vectors=True, unlabelled=True, general=True, unseen=True)
-    assert unseen[0] == "bridge from task images"
-    assert recommend(own_class_vectors=True, unlabelled=False, general=True)[0] == "bridge from general images"
-    assert recommend(own_class_vectors=True, unlabelled=False, general=False)[0] == "bridge from text"
-    assert recommend(own_class_vectors=False, unlabelled=False, general=True)[0] == "zero-shot strong"
+    def way(own, unlabelled, general, **more):
+        return recommend(None, own_class_vectors=own, unlabelled=unlabelled, general=general, **more)[0]
+
+    assert way(True, True, True) == way(False, True, False) == "refit"
+    assert way(True, True, True, unseen=True) == "bridge from task images"
+    assert (
+        way(True, False, True) == "bridge from general images"
+        and way(True, False, True, bridge=True) == "given bridge"
+    )
+    assert way(True, False, False) == way(True, False, False, doubt="few") == "bridge from text"  # labels will tell
+    assert way(False, False, True) == "zero-shot strong"
 
 
 def answers(**right: int) -> Comparison:
-    """A comparison on 100 images, each row right on that many of them; `refit` is recommended."""
+    """A comparison on 100 images, each row right on the first so many of them; `refit` is recommended."""
     labels, logits = torch.arange(100) % 2, {}
     for row, count in right.items():
         said = torch.where(torch.arange(100) < count, labels, 1 - labels)
         logits[row.replace("zero_shot", "zero-shot").replace("_", " ")] = torch.nn.functional.one_hot(said, 2).float()
-    found = Comparison({}, labels, ("a", "b"), recommended="refit")
+    found = Comparison({}, labels, ("a", "b"))
     notes = {"EFT": NOTES[WEAK], "linear probe": NOTES[LABELS], "tuned strong": NOTES[LABELS]}
+    notes["untuned teacher"] = CONTROL
     for (row, z), count in zip(logits.items(), right.values(), strict=True):
         scores = {"accuracy": Score(row, "test", "accuracy", float(count))}
         found.rows[row] = Row(z, scores, METHODS[row].needs, notes.get(row))
+    strong = logits.get("zero-shot strong", torch.nn.functional.one_hot(1 - labels, 2).float())
+    _advise(found, Evidence(strong, strong, strong), "refit", "it is.")
     return found
 
 
+def test_the_verdict_is_measured_against_doing_nothing():
+    found = answers(zero_shot_strong=60, refit=80)
+    assert found.recommended == "refit" and found.evidence["standard_error"] == pytest.approx(
+        4.02, abs=0.01
+    )  # √(0.2 - 0.2²) / √99
+    assert found.advice == (
+        "Take refit: refit scores 80.0 against 60.0, +20.0 ± 4.0 points on these 100 labelled test images. Why refit: "
+        "it is."
+    )
+    assert ", which may be chance. Why refit" in answers(zero_shot_strong=60, refit=63).advice  # 3 ± 1.7
+    for count, said in ((61, "+1.0 ± 1.0"), (60, "+0.0 ± 0.0"), (30, "-30.0 ± 4.6")):
+        found = answers(zero_shot_strong=60, refit=count)
+        assert found.recommended == "zero-shot strong"
+        assert found.advice == (
+            f"Keep the strong model as it is: refit scores {count}.0 against 60.0, {said} points on these 100 "
+            "labelled test images."
+        )
+
+
 def test_says_so_when_something_else_scored_higher():
-    lower = {"EFT": 50, "linear_probe": 55}
-    assert verdict(answers(refit=60, **lower)) == ""
-    said = verdict(answers(refit=60, EFT=80))
-    assert said == f"On these test images EFT scored higher than refit (80.0 against 60.0); it {NOTES[WEAK]}."
-    # The labels' turn: against the best that needs none.
-    said = verdict(answers(refit=60, EFT=70, linear_probe=65, tuned_strong=90))
+    base = {"zero_shot_strong": 50}
+    assert "higher" not in answers(**base, refit=60, EFT=63, linear_probe=62).advice  # which may be chance
+    said = answers(**base, refit=60, EFT=80).advice
     assert said.endswith(
-        " With labels, tuned strong scored higher than EFT (90.0 against 70.0): where there are labels, re-tune the "
-        "strong model."
+        f" On these images EFT scored higher than refit (80.0, +20.0 ± 4.0 points); it {NOTES[WEAK]}."
     )
-    said = verdict(answers(refit=60, linear_probe=63))
-    assert said == (
-        "With labels, linear probe scored higher than refit (63.0 against 60.0, which may be chance): where there "
-        "are labels, a linear probe on it will do."
+    # The labels' turn: against the best that needs none.
+    said = answers(**base, refit=60, EFT=70, linear_probe=65, tuned_strong=90).advice
+    assert said.endswith(
+        " With labels, tuned strong scored higher than EFT (90.0, +20.0 ± 4.0 points): where there are labels, "
+        "re-tune the strong model."
     )
-
-
-def test_says_so_when_there_is_nothing_to_gain():
-    found = answers(refit=60, zero_shot_strong=90)
-    said = "On these test images zero-shot strong scored higher than refit (90.0 against 60.0): no upgrade is needed."
-    assert verdict(found) == said
-    found.rows["zero-shot strong"] = found.rows["refit"]
-    assert "zero-shot strong equalled refit (60.0 against 60.0, which may be chance): no upgrade" in verdict(found)
-    found.labels = None
-    assert verdict(found) == ""
-    found = answers(EFT=50)  # what is recommended was not run
-    assert verdict(found) == ""
+    said = answers(**base, refit=40, EFT=80).advice  # against doing nothing, where that is recommended
+    assert said.startswith("Keep the strong model") and "EFT scored higher than zero-shot strong (80.0, +30.0" in said
+    # A control is no way to upgrade, however good; it says whose the gain is.
+    said = answers(**base, refit=60, untuned_teacher=70).advice
+    assert said.endswith(
+        " An untuned teacher reaches 70.0, by self-training alone: the tuning's share is -10.0 ± 3.0 points."
+    )
+    # Without the row of doing nothing its answers are there all the same; and what was not run is not praised.
+    assert answers(refit=60).advice.startswith("Take refit: refit scores 60.0 against 0.0")
+    found = answers(EFT=50)
+    assert found.recommended == "refit" and "was not measured: it is not among the rows." in found.advice
 
 
 def test_images_without_labels(found):
@@ -290,7 +323,8 @@ def test_images_without_labels(found):
         assert result.value(row, "confidence") == pytest.approx(100 * z.softmax(1).max(1).values.mean().item())
         assert result.value(row, "calibration gap") == pytest.approx(expected_calibration_error(z, said))
     assert result.value("tuned weak", "agreement") == 100
-    assert result.recommended == "bridge from text" and not result.verdict
+    # What it says when nothing that it recommends was run, and when it was.
+    assert result.advice.startswith("Whether bridge from text beats") or result.recommended == "zero-shot strong"
     given = compare(weak, strong, teacher, bare, class_names=NAMES[::-1], variants=["EFT"], progress=False)
     assert torch.allclose(given.rows["EFT"].logits, result.rows["EFT"].logits.flip(1), atol=1e-5)
     with pytest.raises(ValueError, match="pass class_names"):  # a bare model knows no names
@@ -299,7 +333,7 @@ def test_images_without_labels(found):
 
 def test_labelled_images_that_are_test_images_are_counted(found):
     result, weak, strong, teacher, sets = found
-    assert "Beware" not in result.verdict
+    assert "Beware" not in result.advice
     three = sets["test"].select([4, 0, 8])  # in other batches than the test images
     rows = {"variants": ["zero-shot strong"], "progress": False}
     seen = compare(weak, strong, teacher, sets["test"], labelled=three, **rows)

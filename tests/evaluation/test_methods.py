@@ -222,6 +222,39 @@ def test_refits(task, models, sets, solver):
         same(logits(task, "refit", solver=solver, **own, **settings), moved.classify(x))
 
 
+def test_an_untuned_teacher_is_the_zero_shot_weak_model(task, models, sets):
+    """The refit with a teacher that learnt nothing, of the tuned one's kind."""
+    weak, strong, _ = models
+    x, quiet = task.table(strong, "test").embeds, {"progress": False}
+    for own in (False, True):
+        given, zero_shot = replace(task), AnchorClassifier(weak, Anchors(NAMES))
+        given.own_class_vectors = own
+        with torch.no_grad():
+            said = zero_shot.classify(task.table(weak, "unlabelled").embeds)
+        adapter = extract(weak, zero_shot if own else said, sets["unlabelled"], class_names=NAMES, **quiet)
+        options = {"config": TransferConfig(refit=True), "seen_classes": ("cat", "car"), **quiet}
+        moved = transfer(adapter, strong, sets["unlabelled"], **options)
+        with torch.no_grad():
+            same(logits(given, "untuned teacher"), moved.classify(x))
+        assert (logits(given, "untuned teacher") - logits(task, "refit")).abs().max() > 1e-3
+
+
+def test_lora_is_copied_where_the_layers_are_the_same(task, models, sets):
+    weak, strong, _ = models
+    tuned = tune(weak, sets["labelled"], config=TuningConfig(shots=4, **{**QUICK, "lr": 0.5}), **{"progress": False})
+    teacher = AnchorClassifier(tuned.encoder, Anchors(NAMES))
+    given = replace(task, teacher=teacher)
+    answer = given.answer(made(given, "copied LoRA"))
+    assert answer.size == stored_bytes(tuned) and (answer.logits - task.zero_shot_strong).abs().max() > 1e-2
+    for needs in ("copied LoRA", "re-attached prompt"):
+        assert not METHODS[needs].needs
+    with pytest.raises(Impossible, match="the tuned model has no layers of LoRA or the like"):
+        made(task, "copied LoRA")
+    several = replace(task, teacher=[teacher, teacher])
+    with pytest.raises(Impossible, match="the tuned model has no layers"):
+        made(several, "copied LoRA")
+
+
 def test_labels_are_matched_by_name(task, models, sets):
     """`label_tune` takes labels by position, and the labelled images have positions of their own."""
     few = sets["labelled"].cast_column("label", ClassLabel(names=["car", "cat", "dog"]))

@@ -237,8 +237,25 @@ def test_where_a_plain_model_is_better_that_is_said_first(folder):
         "> This model is worse than zero-shot | `x` on te|st: accuracy 71.3 % against 71.4 %.",
     ]
     assert "|" not in first and "`" not in first
+    as_good = [replace(score, value=75.0) for score in scores if score.metric == "accuracy"]
+    write_scores(folder / "scores.json", as_good)
+    first = written(folder).text.split("\n\n")[1]
+    assert "> This model is no better than zero-shot strong on te" in first
     write_scores(folder / "scores.json", SCORES)
     assert "WARNING" not in written(folder).text
+
+
+def test_a_gain_is_told_only_where_it_was_measured(folder):
+    """Of an upgraded adapter: what it is, and no word of "better" without scores of the model as it is."""
+    (folder / "scores.json").unlink(missing_ok=True)
+    assert "Whether it is better than its base model as it is was not measured." in written(folder).text
+    own = Score("this model", "test", "accuracy", 71.26, dataset="mteb/dtd")
+    write_scores(folder / "scores.json", [own, replace(own, method="tuned weak", value=60.0)])
+    assert "was not measured." in written(folder).text
+    for value, gain in ((65.0, "+6.3"), (75.0, "-3.7")):
+        write_scores(folder / "scores.json", [own, replace(own, method="zero-shot strong", value=value)])
+        told = f"It scores 71.3 % on test, against {value:.1f} % of its base model as it is ({gain} points)."
+        assert told in written(folder).text
 
 
 def test_versions_are_those_of_the_libraries():
@@ -259,14 +276,14 @@ def make_bridge(**changes) -> Bridge:
 
 
 def test_card_of_a_bridge(tmp_path):
-    make_bridge(held_out=0.7777).save(tmp_path / "b" / "bridge.safetensors")
+    make_bridge(held_out=0.7777, held_out_on="names").save(tmp_path / "b" / "bridge.safetensors")
     card = written(tmp_path / "b", name="me/b32-l14")
     assert card.data.base_model == STRONG["name"] and card.data.pipeline_tag is None
     assert "bridge" in card.data.tags and "peft" not in card.data.tags
     for words in (
         "from [me/weak](https://huggingface.co/me/weak) at `a1` to [openai/clip-vit-large-patch14]",
-        "**Alignment 0.812**",
-        "aligned by 0.778",
+        "**Alignment 0.812 on names**",
+        "On names that were held out, a bridge from the others is aligned by 0.778.",
         "text, 1,024 pairs",
         "| names | 2: cat, dog |",
         "what an adapter that crosses it is worth: not measured",
@@ -274,6 +291,14 @@ def test_card_of_a_bridge(tmp_path):
         "| composed | no |",
     ):
         assert words in card.text, words
+
+
+def test_a_card_says_what_an_alignment_is_of(tmp_path):
+    make_bridge(held_out=0.25, held_out_on="images").save(tmp_path / "bridge.safetensors")
+    assert "On images, none of which it was built from, it is aligned by 0.250." in written(tmp_path).text
+    made = make_bridge(held_out=0.25, held_out_on="images", alignment=None, through=("me/between",))
+    made.save(tmp_path / "composed" / "bridge.safetensors")
+    assert "**Alignment 0.250 on images**" in written(tmp_path / "composed").text
 
 
 def test_card_of_a_bridge_with_scores_keeps_them_off_the_leaderboards(tmp_path):

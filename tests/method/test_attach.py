@@ -8,13 +8,13 @@ import shutil
 import pytest
 import tiny_models
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
-from hf_transmiter.method.attach import Incompatible, attach
+from hf_transmiter.method.attach import Incompatible, attach, copy_adapter
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.tuners import (
     CoCoOpConfig,
@@ -268,3 +268,77 @@ def test_shapes_are_compared_before_anything_is_read(encoder, saved, tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(Incompatible, match="adapter_model.safetensors is damaged"):
         attach(folder, encoder)
+
+
+# Layers of LoRA, copied as they are
+
+
+def with_layers(encoder: DualEncoder, config) -> DualEncoder:
+    """A copy with an adapter whose weights are drawn."""
+    model = copy.deepcopy(encoder.model)
+    inject(model, config)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if ".default" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape)
+    return DualEncoder(model.eval().requires_grad_(False), encoder.processor)
+
+
+def sandboxed(name: str) -> DualEncoder:
+    return DualEncoder.from_pretrained(f"sandbox:{name}")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj", "fc2"]),
+        LoraConfig(r=4, target_modules=r"vision_model.*\.v_proj", use_dora=True),
+        LoHaConfig(r=2, target_modules=["q_proj"]),
+    ],
+    ids=["lora", "dora", "loha"],
+)
+def test_layers_are_copied_onto_other_weights_of_the_same_shape(config):
+    """``W_strong + ΔW``, ΔW that of the tuned model; nothing else changes."""
+    weak, strong = sandboxed("weak"), sandboxed("weak")
+    for parameter in strong.model.parameters():
+        parameter.data *= 1.1
+    before, state = copy.deepcopy(strong.model.state_dict()), torch.get_rng_state()
+    tuned = with_layers(weak, config)
+    torch.set_rng_state(state)
+    copied = copy_adapter(tuned, strong)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in strong.model.state_dict().items())
+    own, theirs = (dict(model.model.named_parameters()) for model in (copied, tuned))
+    learnt = [name for name in own if ".default" in name]
+    assert learnt and all(torch.equal(own[name], theirs[name]) for name in learnt)
+    base = {name: value for name, value in own.items() if name not in learnt}
+    assert all(torch.allclose(value, 1.1 * theirs[name]) for name, value in base.items())
+    pixels = torch.rand(2, 3, weak.image_size, weak.image_size)
+    assert (copied.embed_pixels(pixels) - strong.embed_pixels(pixels)).abs().max() > 1e-2
+    on_itself = copy_adapter(tuned, sandboxed("weak"))
+    torch.testing.assert_close(on_itself.embed_pixels(pixels), tuned.embed_pixels(pixels))
+
+
+def test_layers_of_one_tower_need_that_tower_alone():
+    """The text towers of these two are of one shape, the image towers are not."""
+    weak, upgraded = sandboxed("weak"), sandboxed("weak-upgraded")
+    text = with_layers(weak, LoraConfig(r=4, target_modules=r"text_model.*\.q_proj"))
+    copied = copy_adapter(text, upgraded)
+    assert (copied.embed_names(["red disc"]) - upgraded.embed_names(["red disc"])).abs().max() > 1e-2
+    images = with_layers(weak, LoraConfig(r=4, target_modules=r"vision_model.*\.q_proj"))
+    for other in (upgraded, sandboxed("strong")):
+        with pytest.raises(ValueError, match="the tuned layers have other names or shapes in the strong model"):
+            copy_adapter(images, other)
+
+
+def test_layers_that_are_not_there_are_not_copied(tmp_path):
+    weak = sandboxed("weak")
+    deeper = DualEncoder.from_pretrained(tiny_models.save("siglip", tmp_path, 1))
+    tuned = with_layers(weak, LoraConfig(r=4, target_modules=["visual_projection"]))
+    with pytest.raises(ValueError, match="the strong model has none of the tuned model's layers"):
+        copy_adapter(tuned, deeper)
+    with pytest.raises(ValueError, match="has adapters already"):
+        copy_adapter(tuned, tuned)
+    for model in (weak, with_layers(weak, CoOpConfig(n_ctx=2))):
+        with pytest.raises(ValueError, match="the tuned model has no layers of LoRA or the like"):
+            copy_adapter(model, weak)

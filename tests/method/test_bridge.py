@@ -286,13 +286,24 @@ def test_build_refuses(pair):
 def test_a_bridge_from_text_that_is_worth_little(caplog):
     """Words that the models do not know: a warning with the remedy, which helps."""
     weak, strong = (DualEncoder.from_pretrained(f"sandbox:{name}") for name in ("weak", "strong"))
-    bridge = Bridge.build(weak, strong)
-    assert bridge.held_out < 0.5
+    bridge, images = Bridge.build(weak, strong), sandbox.load_dataset("print", "test").select(range(300))
+    assert bridge.held_out < 0.5 and bridge.held_out_on == "names"
     (said,) = [record.getMessage() for record in caplog.records if record.name == "hf_transmiter.method.bridge"]
-    assert f"alignment {bridge.held_out:.2f}" in said and "pass anchors (--anchors)" in said
+    assert said == bridge.doubt(own_class_vectors=True) and "pass unlabelled pictures (--dataset), or anchors" in said
+    assert f"its alignment is only {bridge.held_out:.2f} of at most 1 on names that it was not built from" in said
     caplog.clear()
-    assert Bridge.build(weak, strong, anchors=Anchors((), tuple(sandbox.vocabulary()))).held_out > 0.8
-    assert not caplog.records
+    words = sandbox.vocabulary()
+    known = Bridge.build(weak, strong, anchors=Anchors((), tuple(words)))
+    assert known.held_out > 0.8 and known.doubt(True) is None and not caplog.records
+    # An image tower's change does not show in names, unless images speak for the bridge; and few names tell little.
+    assert "the image tower was tuned" in known.doubt(False)
+    assert known.measure(weak, strong, images, progress=False) > 0.55 and known.doubt(False) is None
+    assert bridge.measure(weak, strong, images, progress=False) < 0.3
+    assert f"on images its alignment is only {bridge.held_out:.2f}" in bridge.doubt(True)
+    assert "built from 150 names, fewer than 200" in Bridge.build(
+        weak, strong, anchors=Anchors((), tuple(words[:150]))
+    ).doubt(True)
+    assert Bridge.build(weak, strong, images, progress=False).doubt(False) is None
 
 
 def test_of_another_model(pair):
@@ -314,6 +325,9 @@ def test_widths_and_families_may_differ(tmp_path, model_dir):
 
 def test_one_line_says_what_it_is():
     made = bridge_of(rows(20, 4), rows(20, 3, 1), "embedding", source="images")
-    assert repr(made) == "Bridge('weak' to 'strong', embedding space, 20 pairs of images, not measured)"
-    made.held_out = 0.5
-    assert repr(made).endswith("20 pairs of images, held-out alignment 0.500)")
+    assert (
+        repr(made)
+        == "Bridge('weak' to 'strong', embedding space, 20 pairs of images, held-out alignment not measured)"
+    )
+    made.held_out, made.held_out_on = 0.5, "images"
+    assert repr(made).endswith("20 pairs of images, held-out alignment 0.500 on images)")

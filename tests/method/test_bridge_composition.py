@@ -230,7 +230,7 @@ def test_the_held_out_alignment_computed_directly():
     fitted = between(weak[others], strong[others], (WEAK, STRONG))
     mapped, actual = ((x[held] - x[held].mean(0)) for x in (weak @ fitted.matrix.double().T, strong))
     assert bridge.held_out == pytest.approx(float((mapped * actual).sum() / (mapped.norm() * actual.norm())), rel=1e-5)
-    assert_equal(dataclasses.replace(bridge, held_out=None), between(weak, strong, (WEAK, STRONG)))
+    assert_equal(dataclasses.replace(bridge, held_out=None, held_out_on=None), between(weak, strong, (WEAK, STRONG)))
     few = between(weak, strong, (WEAK, STRONG), held_out=moment_of(strong[:9], weak[:9]))
     assert few.held_out is None  # nine pairs tell little
 
@@ -261,6 +261,9 @@ def test_measured_on_other_images(model_dir, make_dataset, tmp_path):
     names = anchors(12)
     text = Bridge.build(*models[:2], anchors=names)
     assert text.measure(*models[:2], anchors=names) == pytest.approx(text.alignment, abs=1e-5)
+    assert text.held_out_on in (None, "names")
+    found = text.measure(*models[:2], seen, **options)  # of images: that is the number to trust
+    assert (text.held_out, text.held_out_on) == (found, "images") and f"{found:.3f} on images" in repr(text)
     assert text.measure(*models[:2]) != pytest.approx(text.alignment, abs=1e-3)
     logit = Bridge.build(*models[:2], seen, space="logit", anchors=names, **options)
     assert logit.measure(*models[:2], seen, **options) == pytest.approx(logit.alignment, abs=1e-5)
