@@ -187,7 +187,7 @@ class AnchorClassifier(nn.Module):
             images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
             class_names (`Sequence[str]`, *optional*): asked this once, see [`set_classes`].
         """
-        if class_names is not None:
+        if class_names:
             asked = AnchorClassifier(self.encoder, self.anchors)
             asked.transmiter = self.transmiter
             return asked.set_classes(class_names).predict(images, top_k, batch_size)
