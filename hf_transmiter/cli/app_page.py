@@ -130,15 +130,16 @@ def build_app(models: Mapping[str, AnchorClassifier], examples: Dataset | None =
     """
     gr = _gradio()
 
-    def answer(file: dict | None) -> dict:
+    def answer(file: dict | None, asked: str | None = None) -> dict:
         if file is None:
             return dict.fromkeys(shown.values())
+        options = {"top_k": TOP_K, "class_names": [part.strip() for part in (asked or "").split(",") if part.strip()]}
         try:
             picture = open_picture(file["path"])
+            found = {name: model.predict(picture, **options)[0] for name, model in models.items()}
         except ValueError as error:
             gr.Warning(str(error))
             return dict.fromkeys(shown.values())
-        found = {name: model.predict(picture, top_k=TOP_K)[0] for name, model in models.items()}
         return {shown[name]: {row["label"]: row["score"] for row in rows} for name, rows in found.items()}
 
     # Visitors' pictures are removed after an hour.
@@ -150,6 +151,10 @@ def build_app(models: Mapping[str, AnchorClassifier], examples: Dataset | None =
                 picture = gr.Image(
                     label="Picture", type="filepath", format="png", sources=["upload", "clipboard"], height=320
                 )
+                asked = []
+                if all(model.open_vocabulary for model in models.values()):
+                    names = {"label": "Class names", "placeholder": "any others, with commas between them"}
+                    asked = [gr.Textbox(**names, max_length=1000)]
                 if examples is not None:
                     label = gr.Textbox(label="Its label", interactive=False)
             with gr.Column(scale=2, min_width=300), gr.Row():
@@ -163,7 +168,10 @@ def build_app(models: Mapping[str, AnchorClassifier], examples: Dataset | None =
             )
             picture.input(lambda: "", None, label, api_visibility="private")  # nobody knows a visitor's
         # Not preprocessed by gradio, which would fail on what is no picture before a message can be shown.
-        picture.change(answer, picture, list(shown.values()), preprocess=False, api_name="answers")
+        given, outputs = [picture, *asked], list(shown.values())
+        picture.change(answer, given, outputs, preprocess=False, api_name="answers")
+        for box in asked:
+            box.submit(answer, given, outputs, preprocess=False, api_visibility="private")
     return page
 
 

@@ -137,6 +137,16 @@ class Card:
         """The first of this kind."""
         return next((step for step in self.steps if step.kind == kind), None)
 
+    @property
+    def has_image_side(self) -> bool:
+        """Whether it changes how pictures are seen, so that it can be asked for any names."""
+        return self.facts.get("form") == "linear" and bool(self.facts.known("image_side"))
+
+    @property
+    def has_text_side(self) -> bool:
+        """Whether its class names have vectors of their own."""
+        return self.facts.get("form") == "linear" and bool(self.facts.known("text_side") or not self.has_image_side)
+
     # ---- of bridges
 
     @property

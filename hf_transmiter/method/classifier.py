@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import CommitInfo
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..data.anchors import Anchors
@@ -152,7 +153,9 @@ class AnchorClassifier(nn.Module):
         adapter is attached, and `image_embeds` (B, d), unit rows, changed by an image side."""
         rows = self.encoder.embed_pixels(pixel_values, self.reads_tower)
         if self.transmiter is not None:
-            return CLIPOutput(logits_per_image=self.classify(rows), image_embeds=self.transmiter.adapt(rows))
+            # Unit rows once more, as the layer does on the model itself: the same logits to the bit.
+            logits = self.classify(normalize(rows, dim=-1) if self.transmiter.is_head else rows)
+            return CLIPOutput(logits_per_image=logits, image_embeds=self.transmiter.adapt(rows))
         return CLIPOutput(logits_per_image=self._anchor_logits(rows, len(self.anchors)), image_embeds=rows)
 
     def classify(self, rows: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class AnchorClassifier(nn.Module):
             images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
             class_names (`Sequence[str]`, *optional*): asked this once, see [`set_classes`].
         """
-        if class_names is not None:
+        if class_names:
             asked = AnchorClassifier(self.encoder, self.anchors)
             asked.transmiter = self.transmiter
             return asked.set_classes(class_names).predict(images, top_k, batch_size)

@@ -11,9 +11,11 @@ from PIL import Image
 from reading import expected, shown, upload, wait_for
 
 from hf_transmiter.cli.app_page import build_app, load_models
+from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.saved import load_classifier
 from hf_transmiter.sandbox import load_dataset
+from hf_transmiter.tuners import TransMiterConfig
 
 
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
@@ -163,3 +165,12 @@ def test_examples_outlive_the_removal_of_visitors_pictures(classifiers):
     files = [Path(sample[0]["path"]) for sample in examples.samples]
     delete_files_created_by_app(page, age=0)
     assert len(files) == 2 and all(file.is_file() for file in files)
+
+
+def test_a_box_for_other_names_where_any_can_be_asked(classifiers):
+    weak, names = classifiers["weak"], ["red disc", "blue ring"]
+    config = TransMiterConfig(class_names=names, form="linear", image_side=weak.encoder.embed_dim)
+    opened = AnchorClassifier(weak.encoder, Anchors(tuple(names))).add_adapter(config)
+    for upgraded, boxes in ((opened, 1), (classifiers["upgraded"], 0)):
+        page = build_app({"weak": weak, "upgraded": upgraded})
+        assert [block.get_block_name() for block in page.blocks.values()].count("textbox") == boxes

@@ -171,6 +171,22 @@ def test_the_text_of_an_adapter(folder):
     assert "/home/me" not in text
 
 
+def test_which_names_can_be_asked(folder):
+    """An image side takes any, class vectors their own."""
+    for sides, opened, said in (
+        ({}, False, "| form | one vector per class: nothing is added"),
+        ({"image_side": None, "text_side": 4}, False, "| form | one vector per class: nothing is added"),
+        ({"image_side": 4}, True, "| form | a linear map of image embeddings: next to nothing is added"),
+        ({"image_side": 8, "text_side": 4}, True, "map of image embeddings and one vector per class: next to"),
+        ({"form": "mlp"}, False, "| form | as published: an MLP"),
+    ):
+        text = written(write_adapter(folder, **sides)).text
+        assert said in text and ("The class names are fixed." in text) is not opened
+        assert ('model.predict("photo.jpg", class_names=["a name", "another name"])' in text) is opened
+        assert ("Any class names can be asked." in text) is opened
+        assert ("Those that it was made for have vectors" in text) is (opened and "text_side" in sides)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

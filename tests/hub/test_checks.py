@@ -162,6 +162,8 @@ CONFIG = {
         ({"class_names": ["cat", "x" * 1001]}, r"class_names\[1\] must be a name of 1 to 1,000 characters"),
         ({"templates": ["a {} and a {}"]}, r"templates\[0\] must be a template .* with one {}"),
         ({"form": "lora"}, 'form must be "mlp" or "linear", found \'lora\''),
+        ({"image_side": -1}, "image_side must be a whole number of 0 to 1,000,000, or null, found -1"),
+        ({"text_side": "d"}, "text_side must be a whole number of 0 to 1,000,000, or null, found 'd'"),
         ({"width": 10**9}, "width must be a whole number of 1 to 1,000,000, or null, found 1000000000"),
         ({"width": 8.0}, "width must be a whole number"),
         ({"width": True}, "width must be a whole number"),
@@ -254,9 +256,10 @@ def saved(model_dir, tmp_path_factory):
 
     def get(form: str) -> Path:
         if form not in folders:
-            options = {"width": 6, "mlp_ratio": 2} if form == "mlp" else {}
+            options = {"mlp": {"width": 6, "mlp_ratio": 2}, "both sides": {"image_side": 48, "text_side": 64}}
+            options = {"form": form if form in FORMS else "linear", **options.get(form, {})}
             classifier = AnchorClassifier(encoder, ANCHORS)
-            classifier.add_adapter(TransMiterConfig.for_anchors(ANCHORS, form=form, **options))
+            classifier.add_adapter(TransMiterConfig.for_anchors(ANCHORS, **options))
             folders[form] = tmp_path_factory.mktemp(form)
             classifier.save_pretrained(folders[form])
         return folders[form]
@@ -264,7 +267,7 @@ def saved(model_dir, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "both sides"])
 def test_shapes_of_an_adapter_are_those_that_are_saved(saved, form):
     config = load_json(saved(form) / "adapter_config.json", "adapter_config")
     weights = saved(form) / "adapter_model.safetensors"
@@ -275,7 +278,9 @@ def test_shapes_of_an_adapter_are_those_that_are_saved(saved, form):
         {"class_names": ["cat"]},
         {"auxiliary_names": []},
         {"embed_dim": 4},
-        {"form": FORMS[form == FORMS[0]]},
+        {"form": "linear" if form == "mlp" else "mlp"},
+        {"image_side": 17, "form": "linear"},
+        {"text_side": 2, "form": "linear"},
     ):
         with pytest.raises(ValueError, match="load the weights that were saved with this configuration"):
             check_adapter_tensors(weights, config | change)

@@ -79,14 +79,16 @@ def hooks(model):
 
 
 @KINDS
-@pytest.mark.parametrize("form", ["mlp", "linear"])
+@pytest.mark.parametrize("form", ["mlp", "linear", "image side"])
 def test_transmiter_is_a_peft_method_here_too(kind, form, load, pictures, tmp_path):
     encoder = load(kind)
     pixels = encoder.preprocess(pictures(4))
     zero_shot = encoder.logits(encoder.embed_pixels(pixels), encoder.embed_names(NAMES))
     before, count = copy.deepcopy(encoder.model.state_dict()), hooks(encoder.model)
-    model = get_peft_model(encoder.model, TransMiterConfig(class_names=NAMES, auxiliary_names=["tree"], form=form)
-                           if form == "mlp" else TransMiterConfig(class_names=NAMES, form=form))  # fmt: skip
+    settings = {"mlp": {"auxiliary_names": ["tree"]}, "image side": {"image_side": encoder.embed_dim}}.get(form, {})
+    kind_of = "mlp" if form == "mlp" else "linear"
+    model = get_peft_model(encoder.model, TransMiterConfig(class_names=NAMES, form=kind_of, **settings))
+    assert encoder.tower_dim == 0
     same(model(pixel_values=pixels).logits_per_image, zero_shot, atol=1e-4)  # starts as the identity
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("transmiter" in name for name in trainable)

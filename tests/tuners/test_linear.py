@@ -89,7 +89,7 @@ def test_every_family(family, encoders, make_images):
         model.get_base_model().transmiter.set_tensors("default", tensors)
         with torch.no_grad():
             on_model = model(**inputs)
-            assert torch.equal(on_model.logits_per_image, output.logits_per_image)
+            same(on_model.logits_per_image, expected)
             same(on_model.image_embeds, embeds)
             same(feature_rows(model.get_image_features(**inputs)), embeds)
             asked = model(**inputs, **words)
@@ -248,6 +248,16 @@ def test_beside_a_lora_in_the_projection(encoder, make_images):
     set_adapter(encoder.model, ["own", "lora"])
     with torch.no_grad():
         same(encoder.model(pixel_values=pixels).logits_per_image, expected)
+
+
+def test_a_lora_in_the_projection_that_comes_later(encoder, make_images):
+    pixels = encoder.preprocess(make_images(2))
+    inject_adapter_in_model(linear(image_side=16), encoder.model, "own")
+    lora = LoraConfig(target_modules=["visual_projection"], init_lora_weights=False)
+    inject_adapter_in_model(lora, encoder.model, "lora")
+    set_adapter(encoder.model, ["own", "lora"])
+    with pytest.raises(ValueError, match=r"was replaced \(by a LoRA\?\) .* attach the TransMiter adapter last"):
+        encoder.model(pixel_values=pixels, **encoder.tokenize(["a cat."]))
 
 
 def test_saved_and_loaded(encoder, make_images, tmp_path):

@@ -124,6 +124,11 @@ class TransMiterLayer(AdapterLayer):
         """Whether the answering adapter changes image embeddings, so that it can be asked for any names."""
         return not self.disable_adapters and self.active_name in self.transmiter_image_map
 
+    @property
+    def is_head(self) -> bool:
+        """Whether the model's own image embeddings are all it needs, and stay as they are."""
+        return not (self.has_image_side or self.reads_tower)
+
     def embedding_parts(self) -> list[nn.Parameter]:
         """Weights that change the model's own image embeddings, for its fingerprint."""
         names = ("image_map", "image_shift") if self.has_image_side else ()
@@ -187,14 +192,18 @@ class TransMiterLayer(AdapterLayer):
         if self.reads_tower:
             output[1].transmiter_tokens = token_rows(output[0])
 
-    def adapt_projected(self, projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def adapt_projected(self, projection: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """After the projection: p to ``p + ‖p‖ (A f + b)``, whose unit rows are x'."""
+        if self.is_head:
+            return None
         adapted = self._adapted(output, getattr(args[0], "transmiter_tokens", None))
         args[0].transmiter_rows = adapted.transmiter_rows  # some families keep this one in their output, some that one
         return adapted
 
     def adapt_pooled(self, tower: nn.Module, args: tuple, output):
         """After the vision tower of a family that has no projection: [`adapt_projected`] of its pooled vector."""
+        if self.is_head:
+            return None
         if torch.is_tensor(output):
             return self._adapted(output, None)
         output["pooler_output"] = self._adapted(output[1], token_rows(output[0]) if self.reads_tower else None)
@@ -211,6 +220,13 @@ class TransMiterLayer(AdapterLayer):
 
     def fill_text(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the root's forward: images without texts get the smallest valid text, which `answer` discards."""
+        projection = getattr(root, "visual_projection", None)
+        hooked = projection is None or self.adapt_projected in projection._forward_hooks.values()
+        if not (hooked or self.is_head):
+            raise ValueError(
+                "the model's visual_projection was replaced (by a LoRA?) after the TransMiter adapter came, which can "
+                "no longer change its embeddings: attach the TransMiter adapter last."
+            )
         if args or kwargs.get("input_ids") is not None or kwargs.get("pixel_values") is None or not self.active_name:
             return None
         if self.dummy_text is None:
@@ -229,7 +245,10 @@ class TransMiterLayer(AdapterLayer):
             anchors = self.configs[name].anchors
             self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))
         scale, bias = logit_scale_and_bias(root)
-        rows = output["vision_model_output"].pooler_output.transmiter_rows
+        if self.is_head:
+            rows = nn.functional.normalize(output["image_embeds"].float(), dim=-1)
+        else:
+            rows = output["vision_model_output"].pooler_output.transmiter_rows
         logits = self(rows, scale, bias).to(output["image_embeds"].dtype)
         output["logits_per_image"] = logits
         if output.get("text_embeds") is not None:

@@ -70,7 +70,7 @@ class TransMiterModel(Tuner):
     The layer becomes the root's child `transmiter`; nothing is replaced. A hook before the root's forward lets
     `model(pixel_values=...)` go without texts, one after it writes the adapted logits. Hooks behind the vision tower
     and its projection let an image side change the image embeddings, those of `get_image_features` and of calls with
-    texts included. (A LoRA in that projection must be there first: PEFT wraps the module that the hook is on.)
+    texts included; a LoRA in that projection must be there first, since PEFT replaces the module with the hook.
 
     Raises:
         ValueError: the model is not a dual encoder, the adapter was made for another embedding width, or its name
