@@ -210,7 +210,7 @@ def test_the_strong_model_learns_from_the_tuned_one(chain, out):
     assert "(coop) on 36 classes" in said and "Agreement with the teacher" in said
     bare = (*taught[:3], "--teacher", "sandbox:weak-upgraded", *taught[5:], *few, out / "none")
     assert "does not say which model it was tuned from: name it with --weak" in error(*bare)
-    assert "--shots" not in error(*taught, "--shots", "4", *few, out / "none")
+    assert "leave shots out" in error(*taught, "--shots", "4", *few, out / "none")
     alone = ("tune", "--model", "sandbox:strong", "--weak", "sandbox:weak", *PRINT, *few, out / "none")
     assert "pass --teacher, or name the model --model" in error(*alone)
 
