@@ -106,7 +106,8 @@ class TuningConfig(FitConfig):
     ContCoOp's abstract (arXiv 2412.20895) names none of these: rate and schedule are CoOp's, the pull was chosen on
     the sandbox ("Defaults of tuning" in `tests/studies/RESULTS.md`). All but `lora` and the last three leave the image
     tower as it is, so pictures are embedded once. Where pictures changed, tune the image tower; where the model does
-    not know the *words*, a prompt.
+    not know the *words*, a prompt. With a teacher in place of labels each has 10 epochs, and `lora` and `contcoop` no
+    pull ("Label-free re-tuning" there).
 
     Args:
         epochs, batch_size, lr, weight_decay, warmup, schedule, optimizer (*optional*):

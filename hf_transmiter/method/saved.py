@@ -68,7 +68,9 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
     tuned = DualEncoder(model.eval(), weak.processor, weak.name_or_path, weak.revision)
     if facts is None:
         return tuned
-    return AnchorClassifier(tuned, Anchors(tuple(facts.class_names), (), tuple(facts.templates)))
+    classifier = AnchorClassifier(tuned, Anchors(tuple(facts.class_names), (), tuple(facts.templates)))
+    classifier.facts = facts
+    return classifier
 
 
 def load_teacher_and_weak(

@@ -1,4 +1,4 @@
-"""What is minimised when a dual encoder is tuned on labelled images: cross-entropy, and a pull back to zero-shot."""
+"""What is minimised in tuning: cross-entropy to labels, hard or soft, and a pull back to zero-shot."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ PULLS = {"kl": kl, "cosine": cosine, "l2": l2, "l1": l1, "promptsrc": promptsrc}
 
 
 def losses(tuned: Answers, frozen: Answers, labels: Tensor, pull: str) -> tuple[Tensor, Tensor]:
-    """Cross-entropy ``CE(z, y)``, mean over images, and the pull (a key of `PULLS`) back to the frozen model's answers
-    on the same images.
+    """Cross-entropy ``CE(z, y)``, mean over images, of labels (B,) or probabilities (B, C), and the pull (a key of
+    `PULLS`) back to the frozen model's answers on the same images.
 
     Raises:
         ValueError: a pull between class vectors where every image has its own.

@@ -129,6 +129,8 @@ def test_saved_settings_repeat_a_run(chain, out):
 
 def test_what_the_chain_says_and_leaves(chain, out):
     assert chain["tune"]["num_classes"] == 36
+    learnt = chain["tune"]["learnt"]
+    assert learnt["held_out"]["accuracy"] > learnt["held_out"]["zero_shot"] + 10 and learnt["warning"] is None
     facts = chain["extract"]["provenance"]
     assert (facts["solver"], facts["num_images"]) == ("discriminant", 500)
     assert chain["bridge"]["source"] == "images" and chain["bridge"]["num_pairs"] == 500
@@ -186,6 +188,31 @@ def test_a_prompt_is_carried_by_text_alone(out):
     test = ("--dataset", "sandbox:print", "--split", "validation", "--cache-dir", out / "features", "--json")
     scores = [json.loads(run("evaluate", out / name, *test).stdout)["scores"] for name in ("coop", "coop_peft")]
     assert [score["value"] for score in scores[0]] == [score["value"] for score in scores[1]]
+
+
+def test_the_strong_model_learns_from_the_tuned_one(chain, out):
+    """Without labels; what was tuned from is noted beside the teacher."""
+    taught = ("tune", "--model", "sandbox:strong", "--teacher", out / "tuned", *PRINT, "--cache-dir", out / "features")
+    tuning = ("--epochs", "2", "--lr", "0.01", "--augment", "none", "--output-dir", out / "retuned")
+    found = json.loads(run(*taught, *tuning, "--json").stdout)
+    assert found["method"] == "lora" and found["learnt"]["held_out"]["num_images"] == 50
+    noted = json.loads((out / "retuned" / "teacher.json").read_text())
+    assert noted["weak"] == "sandbox:strong" and noted["taught_by"]["weak"]["name"] == "sandbox:weak"
+    assert noted["taught_by"]["settings"]["shots"] == 6
+    test, scores = (*PRINT, "--cache-dir", out / "features", "--json"), []
+    for name in ("sandbox:strong", out / "retuned"):
+        scores.append(json.loads(run("evaluate", name, *test).stdout)["scores"][0]["value"])
+    assert scores[1] > scores[0] + 5
+    # Stored logits need no weak model, a bare one must be named.
+    pack = out / "adapter" / "calibration.safetensors"
+    few = ("--method", "coop", "--epochs", "1", "--output-dir")
+    said = run(*taught[:3], "--teacher", pack, *taught[5:], *few, out / "from_pack").stdout
+    assert "(coop) on 36 classes" in said and "Agreement with the teacher" in said
+    bare = (*taught[:3], "--teacher", "sandbox:weak-upgraded", *taught[5:], *few, out / "none")
+    assert "does not say which model it was tuned from: name it with --weak" in error(*bare)
+    assert "leave shots out" in error(*taught, "--shots", "4", *few, out / "none")
+    alone = ("tune", "--model", "sandbox:strong", "--weak", "sandbox:weak", *PRINT, *few, out / "none")
+    assert "pass --teacher, or name the model --model" in error(*alone)
 
 
 def test_options_of_the_adapter(out):

@@ -1,12 +1,14 @@
 """Label-free re-tuning: what a strong model learns from the experts' labels, and the settings it was given.
 
     python tests/studies/retuned.py [--tasks neon night print jargon] [--seeds 1 2 3] [--cells FOLDER]
-    python tests/studies/retuned.py --choose [--settings default "epochs=20"]
+    python tests/studies/retuned.py --choose [--settings '{}' '{epochs: 20}']
 
 The weak model is tuned with 16 shots per class, its image tower by LoRA (on jargon a CoOp prompt); the strong one
 learns from it on 1,500 unlabelled pictures. Prints accuracy on the test split, mean ± std over seeds, and CPU seconds
-of the re-tuning; finished cells (task, seed) are kept in `--cells` and not computed again. With `--choose`, settings side by side, on seed 0 and the validation split: fields of `TuningConfig`, and
-beside them `sharpen` (the experts' logits times that) and `rounds` (the re-tuned model takes the place of zero-shot).
+of the re-tuning; finished cells (task, seed) are kept in `--cells` and not computed again.
+
+With `--choose`, settings side by side, on seed 0 and the validation split: fields of `TuningConfig`, and beside them
+`sharpen` (the experts' logits times that) and `rounds` (in the second one the re-tuned model stands in for z).
 """
 
 import argparse

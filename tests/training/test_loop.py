@@ -168,6 +168,36 @@ def test_the_average_is_that_of_the_epochs():
     assert torch.equal(run(replace(CONFIG, epochs=1), epoch_weights=[1.0])[0], run(replace(CONFIG, epochs=1))[0])
 
 
+def test_the_best_epoch_is_kept(tmp_path):
+    """By a held-out loss; training stops when half of all epochs brought nothing better, resumed or not."""
+    config, losses = replace(CONFIG, epochs=6), (3.0, 1.0, 2.0, 2.0, 1.5, 1.0)
+    after, seen = epoch_by_epoch(config), []
+
+    def held_out():
+        seen.append(1)
+        return losses[len(seen) - 1]
+
+    found, training = run(config, held_out=held_out)
+    assert torch.equal(found, after[1]) and len(training) == len(seen) == 5
+
+    def interrupted():
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return held_out()
+
+    path = tmp_path / "run.safetensors"
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, held_out=interrupted, checkpoint=path)
+    assert torch.equal(run(config, held_out=held_out, checkpoint=path)[0], after[1])
+    assert len(seen) == 5 and not path.exists()
+    seen.clear()
+    losses = (6, 5, 4, 3, 2, 1)
+    assert torch.equal(run(config, held_out=held_out)[0], after[5])
+    with pytest.raises(ValueError, match="those of the best epoch are kept: choose one"):
+        run(held_out=held_out, epoch_weights=[0.25] * 4)
+
+
 def test_half_precision_is_averaged_in_single():
     """A hundred epochs of a parameter that stays: sums in bfloat16 would lose it."""
     parameter = nn.Parameter(torch.tensor([1.0, -3.0], dtype=torch.bfloat16))

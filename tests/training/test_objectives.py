@@ -54,6 +54,9 @@ def test_losses():
     wrong = (-math.log(0.75) + math.log1p(math.exp(-2.0))) / 2
     fit, pull = losses(TUNED, FROZEN, torch.tensor([0, 1]), "kl")
     assert fit.item() == pytest.approx(wrong, rel=1e-5) and pull.item() == pytest.approx(KL, rel=1e-5)
+    # Probabilities that are certain are labels.
+    certain = torch.nn.functional.one_hot(torch.tensor([0, 1]), TUNED.logits.shape[1]).float()
+    assert torch.allclose(losses(TUNED, FROZEN, certain, "kl")[0], fit)
 
 
 def test_pulls_between_class_vectors_that_are_not_there():
