@@ -34,6 +34,7 @@ from ..tuners.injection import inject
 from ..tuners.prompts import PromptConfig, layers, phrase_token_ids, prompt_layer
 from .classifier import AnchorClassifier
 from .lessons import draw_few_shot, held_out_loss, labelled_lesson, taught_by, taught_lesson, what_was_learnt
+from .stored_logits import CalibrationPack
 from .teacher import Teacher, as_classifier, same_image_tower
 
 
@@ -114,6 +115,8 @@ def tune(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = CalibrationPack.load(teacher)
     columns = guess_columns(dataset, image_column, label_column)
     names = tuple(_class_names(dataset, columns[1], class_names, teacher))
     adapter = adapter_settings(_fitting(teacher, weak, names) if adapter is None else adapter)
@@ -135,10 +138,8 @@ def tune(
     else:
         lesson = taught_lesson(teacher, weak, model, dataset, anchors, config.seed, options)
     embeds, zero_shot = lesson.table.embeds.to(model.device), _zero_shot(model, anchors, method, config)
-    targets, pixels = (
-        lesson.targets.to(model.device),
-        functools.cache(functools.partial(Pixels, tuned, lesson.examples, columns[0])),
-    )
+    targets = lesson.targets.to(model.device)
+    pixels = functools.cache(functools.partial(Pixels, tuned, lesson.examples, columns[0]))
     source = trained_images if moves_images else frozen_images
 
     def forward(config: TuningConfig):

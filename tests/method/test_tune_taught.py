@@ -158,6 +158,8 @@ def test_the_adapter_follows_from_what_was_tuned(encoder, strong, make_dataset, 
     assert method(extract(encoder, tuned_weak(encoder, data, options), data, **options))[0] == "lora"
     assert method(torch.randn(12, 3))[0] == "lora"
     assert method([tuned, tuned], weak=encoder)[0] == "coop"
+    CalibrationPack(torch.randn(12, 3), NAMES, weak_logits=torch.randn(12, 3)).save(tmp_path / "pack.safetensors")
+    assert method(tmp_path / "pack.safetensors")[0] == "lora"
 
 
 def test_bad_input(encoder, strong, make_dataset, options):
