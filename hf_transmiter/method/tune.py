@@ -11,19 +11,17 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields, replace
 
 import torch
 from datasets import ClassLabel, Dataset
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PromptLearningConfig
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
-from ..data.images import guess_columns, label_indices
-from ..data.splits import few_shot
+from ..data.images import guess_columns
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import did_you_mean
@@ -35,15 +33,14 @@ from ..tuners import CoOpConfig, TransMiterConfig
 from ..tuners.injection import inject
 from ..tuners.prompts import PromptConfig, layers, phrase_token_ids, prompt_layer
 from .classifier import AnchorClassifier
-from .experts import EXPERTS, expert_logits
+from .lessons import draw_few_shot, held_out_loss, labelled_lesson, taught_by, taught_lesson, what_was_learnt
+from .stored_logits import CalibrationPack
 from .teacher import Teacher, as_classifier, same_image_tower
 
 
 logger = logging.getLogger(__name__)
 
 DEPTH = 9  # published, of prompts in several layers
-MOST_HELD_OUT = 1000  # images that what was learnt is measured on
-LEAST_CHANGED = 1.0  # percent of the predictions
 
 
 def tune(
@@ -118,6 +115,8 @@ def tune(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = CalibrationPack.load(teacher)
     columns = guess_columns(dataset, image_column, label_column)
     names = tuple(_class_names(dataset, columns[1], class_names, teacher))
     adapter = adapter_settings(_fitting(teacher, weak, names) if adapter is None else adapter)
@@ -127,7 +126,7 @@ def tune(
     anchors = Anchors(names, (), tuple(templates))
     embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
     options = {"image_column": columns[0], "label_column": columns[1], **embedding}
-    rows = None if teacher is not None else _few_shot(dataset, columns[1], names, config)
+    drawn = None if teacher is not None else draw_few_shot(dataset, columns[1], names, config)
     tuned = _with_adapter(model, names, adapter, config)
     moves_images = _moves_images(tuned)
     if moves_images and config.views:
@@ -135,14 +134,12 @@ def tune(
     if not moves_images and prompt_layer(tuned.model) is None and given.augment is None:
         config = replace(config, augment="none")  # text alone is tuned
     if teacher is None:
-        lesson = _labelled(model, dataset, rows, options)
+        lesson = labelled_lesson(model, dataset, drawn, options)
     else:
-        lesson = _taught(teacher, weak, model, dataset, anchors, config.seed, options)
+        lesson = taught_lesson(teacher, weak, model, dataset, anchors, config.seed, options)
     embeds, zero_shot = lesson.table.embeds.to(model.device), _zero_shot(model, anchors, method, config)
-    targets, pixels = (
-        lesson.targets.to(model.device),
-        functools.cache(functools.partial(Pixels, tuned, lesson.examples, columns[0])),
-    )
+    targets = lesson.targets.to(model.device)
+    pixels = functools.cache(functools.partial(Pixels, tuned, lesson.examples, columns[0]))
     source = trained_images if moves_images else frozen_images
 
     def forward(config: TuningConfig):
@@ -166,7 +163,7 @@ def tune(
     held_out = None
     if teacher is not None and weights is None:
         plain = forward(replace(config, augment="none", views=0))
-        held_out = functools.partial(_held_out_loss, plain, targets, lesson.seen, droppers, accelerator)
+        held_out = functools.partial(held_out_loss, plain, targets, lesson.seen, droppers, accelerator)
     found = fit(
         list(tuned.model.parameters()),
         step,
@@ -195,8 +192,8 @@ def tune(
         templates=list(templates),
         zero_shot_templates=list(anchors.templates),
         settings=settings,
-        taught_by=None if teacher is None else _taught_by(teacher, weak, lesson.seen),
-        learnt=_learnt(classifier, zero_shot, moves_images, lesson, options),
+        taught_by=None if teacher is None else taught_by(teacher, weak, lesson.seen),
+        learnt=what_was_learnt(classifier, zero_shot, moves_images, lesson, options),
     )
     return classifier
 
@@ -274,143 +271,6 @@ def _fitting(teacher: Teacher | None, weak: DualEncoder | None, names: Sequence[
     else:
         words = weak is not None and same_image_tower(weak, tuned.encoder)
     return "coop" if words else "lora"
-
-
-@dataclass
-class _Lesson:
-    """What is learnt from, and what that is measured on.
-
-    Args:
-        examples (`Dataset`): N images; the first `seen` of them train.
-        table (`FeatureTable`): their embeddings (N, d) by the model as it is.
-        targets (`Tensor`): labels (N,) or probabilities (N, C).
-        held_out: images that do not train, with embeddings and labels; `None` where there are none.
-    """
-
-    examples: Dataset
-    table: FeatureTable
-    targets: Tensor
-    seen: int
-    held_out: tuple[Dataset, FeatureTable, Tensor] | None = None
-
-
-def _few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config: TuningConfig):
-    """Rows of the drawn examples and their labels (N,), and the same of up to `MOST_HELD_OUT` left-over ones."""
-    values = label_indices(dataset, label_column)
-    rows = few_shot(values, config.shots, config.seed, len(names), allow_fewer=True)
-    labels = torch.tensor([values[row] for row in rows], dtype=torch.long)
-    counts = labels.bincount(minlength=len(names)).tolist()
-    empty = [name for name, count in zip(names, counts, strict=True) if not count]
-    if empty:
-        raise ValueError(f"{len(empty)} of {len(names)} classes have no image, first {empty[0]!r}: leave them out.")
-    if min(counts) < config.shots:
-        logger.warning("%d classes have fewer than %d images.", sum(n < config.shots for n in counts), config.shots)
-    left = sorted(set(range(len(values))) - set(rows))
-    if left:
-        each = max(1, MOST_HELD_OUT // len(names))
-        drawn = few_shot([values[row] for row in left], each, config.seed, allow_fewer=True)
-        left = [left[i] for i in drawn][:: -(-len(drawn) // MOST_HELD_OUT)]
-    return rows, labels, left, torch.tensor([values[row] for row in left], dtype=torch.long)
-
-
-def _labelled(model: DualEncoder, dataset: Dataset, drawn: tuple, options: dict) -> _Lesson:
-    """A few labelled examples, measured on left-over ones."""
-    rows, labels, left, left_labels = drawn
-    examples, others = dataset.select(rows), dataset.select(left)
-    try:
-        table = embed_dataset(model, examples, **options)
-    except ValueError as error:
-        raise ValueError(f"{error} (Rows are counted among the {len(rows)} drawn examples.)") from error
-    lesson = _Lesson(examples, table, labels, len(rows))
-    try:
-        lesson.held_out = (others, embed_dataset(model, others, **options), left_labels) if left else None
-    except ValueError as error:  # they are not needed for tuning
-        logger.warning("what is learnt is not measured on the pictures that are left over: %s", error)
-    return lesson
-
-
-def _taught(
-    teacher: Teacher, weak: DualEncoder | None, model: DualEncoder, dataset: Dataset, anchors: Anchors, seed: int,
-    options: dict,
-) -> _Lesson:  # fmt: skip
-    """All images with the experts' probabilities, in an order that the seed decides: the last tenth is held out."""
-    if len(dataset) < 2:
-        raise ValueError("a teacher needs at least two images, one of which is held out: pass more.")
-    table = embed_dataset(model, dataset, **options)
-    experts = {"weak": weak, "templates": anchors.templates, "table": table}
-    targets = expert_logits(teacher, model, dataset, anchors.task, **experts, **options).softmax(1)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    seen = len(order) - min(MOST_HELD_OUT, max(1, len(order) // 10))
-    table, targets, examples = table.select(order), targets[order], dataset.select(order.tolist())
-    rest = range(seen, len(order))
-    return _Lesson(
-        examples, table, targets, seen, (examples.select(rest), table.select(rest), targets[seen:].argmax(1))
-    )
-
-
-def _held_out_loss(answers: Callable, targets: Tensor, seen: int, droppers: list[nn.Module], accelerator) -> float:
-    """Mean cross-entropy of what is held out; several processes share the work, and agree on the number."""
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    total, generator = torch.zeros((), device=targets.device), torch.Generator()
-    for module in droppers:
-        module.eval()
-    with torch.no_grad():
-        for rows in torch.arange(seen, len(targets)).split(64)[rank::world]:
-            z = answers(rows, generator)[0].logits
-            total += cross_entropy(z, targets[rows.to(targets.device)], reduction="sum")
-    for module in droppers:
-        module.train()
-    if world > 1:
-        total = accelerator.reduce(total, "sum")
-    return float(total) / (len(targets) - seen)
-
-
-@torch.no_grad()
-def _learnt(
-    classifier: AnchorClassifier, zero_shot: Tensor, moves_images: bool, lesson: _Lesson, options: dict
-) -> dict:
-    """What [`TeacherFacts`] notes of it; a warning where that is nothing. Without held-out images it is only known how
-    many predictions changed, on those that trained."""
-    images, before, labels = lesson.held_out or (lesson.examples, lesson.table, None)
-    after = embed_dataset(classifier.encoder, images, **options) if moves_images else before
-    device = classifier.encoder.device
-    first = torch.cat([(x.to(device) @ zero_shot.T).argmax(1).cpu() for x in before.batches(4096)])
-    last = torch.cat([classifier.classify(x.to(device)).argmax(1).cpu() for x in after.batches(4096)])
-
-    def percent(matches: Tensor) -> float:
-        return round(100 * matches.float().mean().item(), 2)
-
-    found = {"held_out": None, "changed": percent(first != last), "warning": None}
-    if labels is not None:
-        kind = "accuracy" if lesson.targets.ndim == 1 else "agreement"
-        scores = [percent(said == labels) for said in (last, first)]
-        found["held_out"] = {"num_images": len(labels), kind: scores[0], "zero_shot": scores[1]}
-    if found["changed"] < LEAST_CHANGED:
-        found["warning"] = f"nothing was learnt: only {found['changed']:.1f} % of the predictions changed"
-    elif labels is not None and scores[0] <= scores[1]:
-        found["warning"] = (
-            f"nothing was learnt: {kind} is {scores[0]:.1f} % on held-out images, {scores[1]:.1f} % before"
-        )
-    if found["warning"]:
-        found["warning"] += "; try more epochs or a higher learning rate, and look at the labels."
-        logger.warning(found["warning"])
-    return found
-
-
-def _taught_by(teacher: Teacher, weak: DualEncoder | None, num_images: int) -> dict:
-    """What [`TeacherFacts`] notes of a teacher."""
-    facts = getattr(teacher, "facts", None)
-    if weak is None and isinstance(teacher, AnchorClassifier) and teacher.adapter_config is not None:
-        weak = teacher.encoder
-    noted = {"name": facts.weak, "revision": facts.revision, "fingerprint": facts.fingerprint} if facts else None
-    if weak is not None:
-        noted = {"name": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
-    return {
-        "experts": "softmax(logits as given)" if isinstance(teacher, Tensor) else EXPERTS,
-        "weak": noted,
-        "settings": facts.settings if facts else None,
-        "num_images": num_images,
-    }
 
 
 def _with_adapter(weak: DualEncoder, names: Sequence[str], adapter: Mapping, config: TuningConfig) -> DualEncoder:

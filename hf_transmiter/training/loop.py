@@ -120,8 +120,8 @@ def fit(
         epoch_weights (`Sequence[float]`, *optional*): g_e (E,) that add up to 1. At the end the parameters become
             ``sum_e g_e theta_e`` with theta_e those after epoch e; see [`gaussian_epoch_weights`].
         held_out (*optional*): a loss on other examples, the same number on every process, measured after each epoch.
-            Those parameters are kept that had the lowest, and training stops once that is half of all epochs ago: at a
-            high rate the loss may stand still for some, and fall with the rate.
+            Those parameters are kept that had the lowest. Training goes on to its end: at a high rate that loss may
+            rise for epochs, and fall with the rate.
         about (`Mapping`, *optional*): what else the run depends on; a checkpoint of another is refused.
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
@@ -135,7 +135,7 @@ def fit(
     if held_out is not None and epoch_weights is not None:
         raise ValueError("parameters are averaged over epochs, or those of the best epoch are kept: choose one.")
     run = _Run(parameters, step, num_examples, config, combine, epoch_weights, accelerator)
-    best = run.best = None if held_out is None else _Best(run.parameters, max(1, config.epochs // 2))
+    best = run.best = None if held_out is None else _Best(run.parameters)
     state = _Checkpoint(checkpoint, run, about or {})
     first, losses = state.load(), []
     hidden = not progress or run.rank > 0 or None  # None: only a terminal or a notebook shows it
@@ -143,8 +143,8 @@ def fit(
         for epoch in range(first, config.epochs):
             losses.append(run.epoch(epoch, bar))
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            if best is not None and best.is_long_ago(epoch, held_out()):
-                break
+            if best is not None:
+                best.compare(held_out())
             if run.rank == 0 and epoch + 1 < config.epochs:
                 state.save(epoch + 1)
     for p, kept in zip(run.parameters, run.averages if best is None else best.parameters, strict=False):
@@ -155,20 +155,18 @@ def fit(
 
 
 class _Best:
-    """The parameters of the epoch with the lowest held-out loss so far; `state` is that loss and the epoch, (2,)."""
+    """The parameters with the lowest held-out loss so far, and that loss, (1,)."""
 
-    def __init__(self, parameters: list[nn.Parameter], patience: int):
+    def __init__(self, parameters: list[nn.Parameter]):
         self.learnt, self.parameters = parameters, [p.detach().clone() for p in parameters]
-        self.patience = patience
-        self.state = torch.tensor([math.inf, -1], dtype=torch.float64)
+        self.loss = torch.tensor([math.inf], dtype=torch.float64)
 
-    def is_long_ago(self, epoch: int, loss: float) -> bool:
-        """Takes note of an epoch; whether the best one is `patience` epochs ago."""
-        if loss < self.state[0]:
-            self.state.copy_(torch.tensor([loss, epoch], dtype=torch.float64))
+    def compare(self, loss: float) -> None:
+        """Keeps the parameters as they are now, if they are better."""
+        if loss < self.loss:
+            self.loss.fill_(loss)
             for kept, p in zip(self.parameters, self.learnt, strict=True):
                 kept.copy_(p.detach())
-        return epoch - int(self.state[1]) >= self.patience
 
 
 class _Run:
@@ -300,7 +298,7 @@ class _Checkpoint:
         tensors |= {f"sum.{i}": average for i, average in enumerate(self.run.averages)}
         if self.run.best is not None:
             tensors |= {f"best.{i}": kept for i, kept in enumerate(self.run.best.parameters)}
-            tensors["best"] = self.run.best.state
+            tensors["best"] = self.run.best.loss
         return tensors
 
     def remove(self) -> None:

@@ -67,7 +67,7 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
     adapter = extract(weak, tuned, unlabelled, progress=progress)
     source = f"{SANDBOX}{DOMAIN}"
     tuned.model.peft_config["default"].provenance.update(dataset=source, versions=library_versions())
-    teacher = {"method": METHOD, "shots": config.shots, "seed": config.seed, "dataset": source}
+    teacher = {"method": METHOD, "shots": tuned.facts.settings["shots"], "seed": config.seed, "dataset": source}
     # What only the one who runs a step knows.
     adapter.adapter_config.provenance.update(teacher=teacher, dataset=source)
     adapter.calibration.dataset = f"{source} (unlabelled)"

@@ -14,6 +14,7 @@ from hf_transmiter.cli.demo import SANDBOX_TUNING
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.hub.adapter_files import TeacherFacts
+from hf_transmiter.method import lessons
 from hf_transmiter.method import tune as tuning
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.experts import expert_logits, tuned_and_weak_logits
@@ -157,6 +158,8 @@ def test_the_adapter_follows_from_what_was_tuned(encoder, strong, make_dataset, 
     assert method(extract(encoder, tuned_weak(encoder, data, options), data, **options))[0] == "lora"
     assert method(torch.randn(12, 3))[0] == "lora"
     assert method([tuned, tuned], weak=encoder)[0] == "coop"
+    CalibrationPack(torch.randn(12, 3), NAMES, weak_logits=torch.randn(12, 3)).save(tmp_path / "pack.safetensors")
+    assert method(tmp_path / "pack.safetensors")[0] == "lora"
 
 
 def test_bad_input(encoder, strong, make_dataset, options):
@@ -178,28 +181,28 @@ def test_bad_input(encoder, strong, make_dataset, options):
 
 @pytest.mark.parametrize("method", ["lora", "coop"])
 def test_an_interrupted_run_resumes(strong, make_dataset, options, tmp_path, monkeypatch, method):
-    """And keeps the best epoch, here one before the interruption; it stops three epochs after that."""
+    """And keeps the best epoch, here one before the interruption."""
     data, config, calls = make_dataset(20), TuningConfig(**{**QUICK, "epochs": 6}), []
     how = {"teacher": 3 * torch.randn(20, 3), "config": config, **options}
 
-    def run(stop_at=None, losses=(2.0, 1.0, 1.6, 1.5, 1.4), **kwargs):
+    def run(stop_at=None, losses=(2.0, 1.0, 1.6, 1.5, 1.4, 1.3), **kwargs):
         def measured(*args):
             calls.append(args)
             if len(calls) == stop_at:
                 raise KeyboardInterrupt
             return losses[len(calls) - 1]
 
-        monkeypatch.setattr(tuning, "_held_out_loss", measured)
+        monkeypatch.setattr(tuning, "held_out_loss", measured)
         return tune(strong, data, method, **how, **kwargs)
 
     expected, path = run(), tmp_path / "run.safetensors"
-    assert len(calls) == 5
+    assert len(calls) == 6
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         run(4, checkpoint=path)
     calls.pop()
     resumed = run(checkpoint=path)
-    assert len(calls) == 5 and not path.exists()
+    assert len(calls) == 6 and not path.exists()
     assert torch.equal(weights(resumed), weights(expected))
     calls.clear()
     assert not torch.equal(weights(run(losses=(6, 5, 4, 3, 2, 1))), weights(expected))
@@ -246,7 +249,7 @@ def test_what_was_learnt_from_labels(encoder, make_dataset, options, caplog):
         assert learnt["held_out"]["accuracy"] > learnt["held_out"]["zero_shot"]
         z, labels = teacher_logits(tuned, data, NAMES, **options), torch.tensor(data["label"])
         before = teacher_logits(zero_shot(encoder), data, NAMES, **options)
-        drawn = tuning._few_shot(data, "label", NAMES, config)[0]
+        drawn = lessons.draw_few_shot(data, "label", NAMES, config)[0]
         rest = sorted(set(range(60)) - set(drawn))
         right = 100 * (z.argmax(1) == labels)[rest].float().mean().item()
         changed = 100 * (z.argmax(1) != before.argmax(1))[rest].float().mean().item()
@@ -266,13 +269,13 @@ def test_what_was_learnt_from_labels(encoder, make_dataset, options, caplog):
 
 def test_labels_that_teach_nothing(encoder, make_dataset, options, caplog, monkeypatch):
     """Predictions change, and are no better for it."""
-    few_shot = tuning._few_shot
+    few_shot = lessons.draw_few_shot
 
     def wrong(*args):
         rows, labels, left, left_labels = few_shot(*args)
         return rows, torch.zeros_like(labels), left, torch.ones_like(left_labels)
 
-    monkeypatch.setattr(tuning, "_few_shot", wrong)
+    monkeypatch.setattr(tuning, "draw_few_shot", wrong)
     config = TuningConfig(**{**QUICK, "shots": 10, "epochs": 12, "keep_near": 0.0})
     learnt = tune(encoder, make_dataset(60), "coop", config=config, **options).facts.learnt
     assert learnt["changed"] > 10 and learnt["held_out"]["accuracy"] == 0
@@ -281,24 +284,24 @@ def test_labels_that_teach_nothing(encoder, make_dataset, options, caplog, monke
 
 
 def test_pictures_that_are_left_over_need_not_be_readable(encoder, make_dataset, options, caplog, monkeypatch):
-    embed, config = tuning.embed_dataset, TuningConfig(**{**QUICK, "shots": 2})
+    embed, config = lessons.embed_dataset, TuningConfig(**{**QUICK, "shots": 2})
 
     def fails(encoder, images, **kwargs):
         if len(images) == 24:
             raise ValueError("the image in row 3 cannot be read")
         return embed(encoder, images, **kwargs)
 
-    monkeypatch.setattr(tuning, "embed_dataset", fails)
+    monkeypatch.setattr(lessons, "embed_dataset", fails)
     assert tune(encoder, make_dataset(30), "coop", config=config, **options).facts.learnt["held_out"] is None
     assert "not measured on the pictures that are left over: the image in row 3" in caplog.text
 
 
 def test_at_most_a_thousand_are_held_out_evenly(make_dataset, monkeypatch):
-    monkeypatch.setattr(tuning, "MOST_HELD_OUT", 12)
-    _, _, left, labels = tuning._few_shot(make_dataset(90), "label", NAMES, TuningConfig(shots=2).of("lora"))
+    monkeypatch.setattr(lessons, "MOST_HELD_OUT", 12)
+    _, _, left, labels = lessons.draw_few_shot(make_dataset(90), "label", NAMES, TuningConfig(shots=2).of("lora"))
     assert len(set(left)) == 12 and labels.bincount().tolist() == [4, 4, 4]
-    monkeypatch.setattr(tuning, "MOST_HELD_OUT", 2)
-    assert len(tuning._few_shot(make_dataset(90), "label", NAMES, TuningConfig(shots=2).of("lora"))[2]) == 2
+    monkeypatch.setattr(lessons, "MOST_HELD_OUT", 2)
+    assert len(lessons.draw_few_shot(make_dataset(90), "label", NAMES, TuningConfig(shots=2).of("lora"))[2]) == 2
 
 
 def test_sandbox(options):

@@ -169,7 +169,7 @@ def test_the_average_is_that_of_the_epochs():
 
 
 def test_the_best_epoch_is_kept(tmp_path):
-    """By a held-out loss; training stops when half of all epochs brought nothing better, resumed or not."""
+    """By a held-out loss, in a resumed run, too."""
     config, losses = replace(CONFIG, epochs=6), (3.0, 1.0, 2.0, 2.0, 1.5, 1.0)
     after, seen = epoch_by_epoch(config), []
 
@@ -178,7 +178,7 @@ def test_the_best_epoch_is_kept(tmp_path):
         return losses[len(seen) - 1]
 
     found, training = run(config, held_out=held_out)
-    assert torch.equal(found, after[1]) and len(training) == len(seen) == 5
+    assert torch.equal(found, after[1]) and len(training) == len(seen) == 6
 
     def interrupted():
         if len(seen) == 3:
@@ -190,7 +190,7 @@ def test_the_best_epoch_is_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(config, held_out=interrupted, checkpoint=path)
     assert torch.equal(run(config, held_out=held_out, checkpoint=path)[0], after[1])
-    assert len(seen) == 5 and not path.exists()
+    assert len(seen) == 6 and not path.exists()
     seen.clear()
     losses = (6, 5, 4, 3, 2, 1)
     assert torch.equal(run(config, held_out=held_out)[0], after[5])
