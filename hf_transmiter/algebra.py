@@ -213,13 +213,15 @@ def ridge(
     return RidgeSolution((prior + delta).float(), (mean_y - mean_x @ delta).float(), float(lam), errors)
 
 
-def discriminant(sums: PairSums, shrinkage: float | None = None) -> tuple[Tensor, Tensor]:
+def discriminant(
+    sums: PairSums, shrinkage: float | None = None, pseudo_count: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis with soft labels and one shared covariance, in closed form.
 
     ``w_c = Σ⁻¹ (μ_c - μ)`` and ``b_c = -½ (μ_c + μ)ᵀ w_c``, the logits of Gaussian classes with means μ_c and
     covariance Σ, up to a constant per image. Σ is the within-class covariance plus `shrinkage` times its mean
-    variance; class means are shrunk to the grand mean μ by one image, so that a class that (almost) no image belongs
-    to gets (almost) no weight instead of a wild one.
+    variance; class means are shrunk to the grand mean μ by `pseudo_count` images, so that a class that (almost) no
+    image belongs to gets (almost) no weight instead of a wild one.
 
     Args:
         sums (`PairSums`): of N embeddings x (d) and soft labels y (C) that sum to one.
@@ -237,7 +239,7 @@ def discriminant(sums: PairSums, shrinkage: float | None = None) -> tuple[Tensor
     if shrinkage is None:
         shrinkage = min(max(d / (sums.n - 1), 0.3), 1.0)
     covariance = within + shrinkage * within.trace() / d * torch.eye(d, dtype=torch.float64)
-    offset = (weighted - mass[:, None] * mean) / (mass + 1)[:, None]
+    offset = (weighted - mass[:, None] * mean) / (mass + pseudo_count)[:, None]
     weight = torch.linalg.solve(covariance, offset.T).T
     bias = -((offset / 2 + mean) * weight).sum(1)
     return weight.float(), bias.float()

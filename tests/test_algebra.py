@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from hf_transmiter.algebra import (
     PairSums,
     check_finite,
+    coverage,
     discriminant,
     discriminant_head,
+    divergence,
+    even_labels,
+    fit_temperature,
     polar,
     ridge,
+    spread,
     standardise,
 )
 from hf_transmiter.method.moments import CrossMoment
@@ -292,6 +297,62 @@ def test_discriminant_follows_rotations_and_permutations():
         torch.testing.assert_close(shifted, bias[list(order)], atol=1e-6, rtol=1e-5)
 
 
+def test_shrinkage_by_the_number_of_images():
+    """d / (N - 1) between 0.3 and 1."""
+    for count, shrinkage in ((30, 0.3), (11, 0.5), (4, 1.0)):
+        x, q = rows(count, 5), rows(count, 3, 1).softmax(1)
+        for left, right in zip(discriminant(sums_of(x, q)), discriminant(sums_of(x, q), shrinkage), strict=True):
+            assert torch.equal(left, right)
+
+
+@given(seeds)
+def test_standardised_sums_are_those_of_standardised_rows(seed):
+    x, y = rows(20, 4, seed) * torch.tensor([1.0, 0.1, 10.0, 0.0]) + 3, rows(20, 2, seed + 1)
+    scaled, mean, std = sums_of(x, y).standardised()
+    torch.testing.assert_close(mean, x.mean(0))
+    assert std[3] == 1  # it never varies
+    expected = sums_of((x - mean) / std, y)
+    for name in ("x", "y", "xx", "xy"):
+        torch.testing.assert_close(getattr(scaled, name), getattr(expected, name), atol=1e-6, rtol=1e-6)
+    whole, part = sums_of(x, y), sums_of(x[:5], y[:5])
+    torch.testing.assert_close((whole - part).xy, sums_of(x[5:], y[5:]).xy)
+
+
+# Soft labels
+
+
+def test_even_labels_take_back_the_pull_of_a_class():
+    """Of labels with a constant added to one class, as of a model that answers it too often."""
+    truth = torch.arange(4).repeat(50)
+    fair = 3 * torch.nn.functional.one_hot(truth, 4).double() + rows(200, 4)
+    pulled = fair + torch.tensor([2.0, 0.0, 0.0, 0.0])
+    hits = [float((z.argmax(1) == truth).double().mean()) for z in (fair, pulled, even_labels(pulled))]
+    assert hits[1] < hits[0] - 0.1 and hits[2] > hits[0] - 0.03, hits
+    change = even_labels(pulled) - pulled
+    torch.testing.assert_close(change, change[:1].expand(200, 4))  # the same for every image
+    assert change[0].argmin() == 0
+
+
+@given(seeds)
+def test_coverage(seed):
+    even, quarter = torch.eye(20).repeat(30, 1), torch.eye(20)[:5].repeat(120, 1)
+    assert coverage(even) == pytest.approx(1, abs=1e-6) and coverage(quarter) == pytest.approx(0.25, abs=1e-6)
+    drawn = torch.randint(20, (12,), generator=torch.Generator().manual_seed(seed))
+    assert 0.5 < coverage(torch.eye(20)[drawn]) < 1.4  # twelve images cannot hold more classes
+
+
+@given(seeds, st.floats(0.05, 20))
+def test_temperature_is_found(seed, factor):
+    logits = rows(40, 5, seed)
+    q = (factor * logits).softmax(1)
+    assert fit_temperature(logits, q) == pytest.approx(factor, rel=1e-4)
+    assert divergence(q, factor * logits) == pytest.approx(0, abs=1e-9)
+    noisy = (factor * logits + rows(40, 5, seed + 1)).softmax(1)
+    best = fit_temperature(logits, noisy)
+    for other in (0.9 * best, 1.1 * best):
+        assert divergence(noisy, best * logits) <= divergence(noisy, other * logits)
+
+
 def test_shrinkage_pulls_towards_differences_of_means():
     x, labels = classes()
     q = torch.nn.functional.one_hot(labels, 3).double()
@@ -301,29 +362,21 @@ def test_shrinkage_pulls_towards_differences_of_means():
     assert cosine.min() > 0.99999
 
 
-def over_classes(logits):
-    return logits - logits.mean(1, keepdim=True)
-
-
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("rho", [0.0, 0.3, 2.0])
-def test_discriminant_head_is_two_heads_of_equal_spread(rho, sign):
+def test_discriminant_head_is_two_heads_of_equal_spread(sign):
     x, labels = (t.float() for t in classes())
     said = 4 * torch.nn.functional.one_hot(labels.long(), 3).float() + rows(30, 3, 9).float()
-    weight, bias = discriminant(sums_of(x, said.softmax(1)), 2.0, 1.0)
+    weight, bias = discriminant(sums_of(x, said.softmax(1)), 2.0)
     prior = sign * weight + 0.3 * rows(3, 5, 8).float()  # of one mind with the discriminant, or against it
-    vectors, offset, spread = discriminant_head(lambda: row_blocks((x, said), 7), prior, rho, 2.0)
-    fitted, known = over_classes(x @ weight.T + bias), over_classes(x @ prior.T)
-    together = fitted / fitted.square().mean().sqrt() + rho * known / known.square().mean().sqrt()
-    found = over_classes(x @ vectors.T + offset)
-    torch.testing.assert_close(found, together / together.square().mean().sqrt(), atol=1e-4, rtol=1e-4)
-    assert spread == pytest.approx(float(over_classes(said).square().mean().sqrt()), rel=1e-5)
+    vectors = discriminant_head(lambda: row_blocks((x, said), 7), prior, 2.0)
+    expected = weight / spread(x @ weight.T + bias) + prior / spread(x @ prior.T)
+    torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_discriminant_head_refuses():
     x, said = rows(4, 2).float(), rows(4, 3).float()
     with pytest.raises(ValueError, match="at least two images, got 1"):
-        discriminant_head(lambda: [(x[:1], said[:1])], torch.zeros(3, 2), 1.0, 1.0)
+        discriminant_head(lambda: [(x[:1], said[:1])], torch.zeros(3, 2), 1.0)
     for blocks, message in (([(x / 0, said)], "the embeddings hold NaN"), ([(x, said / 0)], "the label logits hold")):
         with pytest.raises(ValueError, match=message):
-            discriminant_head(lambda blocks=blocks: blocks, torch.zeros(3, 2), 1.0, 1.0)
+            discriminant_head(lambda blocks=blocks: blocks, torch.zeros(3, 2), 1.0)

@@ -84,7 +84,7 @@ def test_a_class_vector_teacher_is_taken_as_it_is(weak, table):
     torch.testing.assert_close(adapter.classify(table.embeds), expected, atol=1e-4, rtol=1e-5)
     assert adapter.encoder is weak and adapter.class_names == NAMES and adapter.calibration is None
     facts = adapter.adapter_config.provenance
-    assert (facts["step"], facts["solver"], facts["num_images"]) == ("extract", "discriminant", 0)
+    assert (facts["step"], facts["solver"], facts["num_images"]) == ("extract", None, 0)
     assert facts["own_class_vectors"]
     assert facts["weak"] == {"name": weak.name_or_path, "revision": None, "fingerprint": weak.fingerprint}
     bare = extract(weak, prompts.model, class_names=NAMES)
@@ -126,7 +126,7 @@ def test_the_discriminant_learns_the_teacher(weak, dataset, table, cache):
     teacher = 8 * torch.nn.functional.one_hot(said, 3).float()
     agreement = [float((zero_shot.argmax(1) == said).float().mean())]
     for shrinkage in (30.0, 1.0):
-        config = ExtractionConfig(shrinkage=shrinkage)
+        config = ExtractionConfig(solver="discriminant", shrinkage=shrinkage)
         adapter = extract(weak, teacher, dataset, config=config, **cache)
         tensors = adapter.transmiter.tensors("default")
         torch.testing.assert_close(tensors["class_vectors"].norm(dim=1), torch.ones(3))

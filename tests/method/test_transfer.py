@@ -61,8 +61,10 @@ def adapters(weak, dataset, cache):
     table = embed_dataset(weak, dataset, **cache)
     teacher = weak.logits(table.embeds, weak.embed_names(NAMES)) + 4 * torch.nn.functional.one_hot(table.labels, 3)
     gradient = ExtractionConfig(solver="gradient", epochs=5, batch_size=16, lr=5e-3)
+    distilled = ExtractionConfig(solver="discriminant")
     return {
-        "linear": extract(weak, teacher, dataset, **cache),
+        "image": extract(weak, teacher, dataset, **cache),
+        "words": extract(weak, teacher, dataset, config=distilled, **cache),
         "mlp": extract(weak, teacher, dataset, anchors=ANCHORS, config=gradient, **cache),
     }
 
@@ -85,7 +87,7 @@ def own_vectors(weak, seed=0):
 
 
 def test_class_vectors_from_a_model_to_itself_stay(weak, adapters, dataset, cache):
-    for adapter in (own_vectors(weak), adapters["linear"]):
+    for adapter in (own_vectors(weak), adapters["words"]):
         bridge = Bridge.build(weak, weak, dataset, **cache)
         q = bridge.matrix.double()
         torch.testing.assert_close(q @ q, q, atol=1e-5, rtol=0)  # a projection on what the images span
@@ -118,7 +120,7 @@ def test_a_published_adapter_from_a_model_to_itself_stays(weak, adapters, datase
 def test_with_a_bridge_file_and_no_image(weak, strong, adapters, cache, tmp_path):
     Bridge.build(weak, strong, anchors=WORDS).save(tmp_path / "bridge.safetensors")
     bridge = Bridge.load(tmp_path / "bridge.safetensors")
-    adapter = adapters["linear"]
+    adapter = adapters["words"]
     moved = transfer(adapter, strong, bridge=bridge)
     text = [model.embed_names(NAMES) for model in (weak, strong)]
     carried = bridge.carry_class_vectors(tensors(adapter)["class_vectors"], *text)
@@ -143,10 +145,10 @@ def test_with_a_published_bridge_file(weak, strong, adapters, dataset, cache, tm
         assert torch.equal(tensors(by_file)[key], tensors(adapters["mlp"])[key])
     torch.testing.assert_close(tensors(by_file)["anchors"], strong.embed_names(ANCHORS.names))
     # The same bridge carries class vectors, by its anchors.
-    moved = transfer(adapters["linear"], strong, bridge=bridge)
+    moved = transfer(adapters["words"], strong, bridge=bridge)
     texts = [model.embed_names(ANCHORS.names) for model in (weak, strong)]
     text = [t[:3] for t in texts]
-    carried = bridge.carry_class_vectors(tensors(adapters["linear"])["class_vectors"], *text, texts)
+    carried = bridge.carry_class_vectors(tensors(adapters["words"])["class_vectors"], *text, texts)
     torch.testing.assert_close(tensors(moved)["class_vectors"], carried["delta"], atol=1e-4, rtol=0)
 
 
@@ -176,7 +178,7 @@ def test_own_class_vectors_travel_whole(weak, strong, dataset, cache):
 
 def test_refit_with_the_calibration_pack(weak, strong, adapters, dataset, cache):
     """It runs the strong model on the images, and neither the tuned nor, with a bridge, the weak one."""
-    adapter, bridge = adapters["linear"], Bridge.build(weak, strong, dataset, **cache)
+    adapter, bridge = adapters["words"], Bridge.build(weak, strong, dataset, **cache)
     plain = transfer(adapter, strong, dataset, bridge=bridge, config=CARRY, **cache)
     fitted = transfer(adapter, strong, dataset, bridge=bridge, **cache)
     facts = fitted.adapter_config.provenance
@@ -207,7 +209,7 @@ def test_the_refit_has_the_spread_of_its_teacher(strong, dataset, cache):
 
 
 def test_what_the_images_are(strong, adapters, dataset, cache, tmp_path):
-    adapter = adapters["linear"]
+    adapter = adapters["words"]
     named = transfer(adapter, strong, dataset, dataset_name="me/pets", **cache)
     assert named.adapter_config.provenance["dataset"] == "me/pets"
     assert "dataset" not in transfer(adapter, strong, dataset, **cache).adapter_config.provenance
@@ -221,11 +223,11 @@ def test_other_images_than_the_packs(weak, strong, adapters, make_dataset, cache
     for other in (make_dataset(60, seed=5), make_dataset(33)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "hf_transmiter"):
-            moved = transfer(adapters["linear"], strong, other, **cache)
+            moved = transfer(adapters["words"], strong, other, **cache)
         assert "calibration pack belongs to other images" in caplog.text and "pass teacher= or" in caplog.text
         assert moved.adapter_config.provenance["teacher_logits"] is False
         assert moved.adapter_config.provenance["refit_on"] == len(other)
-    bare = copy.copy(adapters["linear"])
+    bare = copy.copy(adapters["words"])
     bare.calibration = None
     caplog.clear()
     again = transfer(bare, strong, other, **cache)
@@ -234,7 +236,7 @@ def test_other_images_than_the_packs(weak, strong, adapters, make_dataset, cache
         assert torch.equal(tensor, tensors(moved)[key])
 
 
-@pytest.mark.parametrize("form", ["linear", "mlp"])
+@pytest.mark.parametrize("form", ["image", "words", "mlp"])
 @pytest.mark.parametrize("family", ["siglip", "align", "vision-text-dual-encoder"])
 def test_across_families(model_dir, adapters, dataset, cache, family, form, tmp_path):
     other = DualEncoder.from_pretrained(model_dir(family))
@@ -301,7 +303,7 @@ def test_interpolate():
 
 
 def test_refused(weak, strong, model_dir, adapters, make_dataset, dataset, cache):
-    adapter = adapters["linear"]
+    adapter = adapters["words"]
     with pytest.raises(ValueError, match="no adapter to transfer: pass what extract returned, or load a saved one"):
         transfer(AnchorClassifier(weak, ANCHORS), strong)
     bridge = Bridge.build(weak, strong, anchors=WORDS)
@@ -359,7 +361,7 @@ def _in_two_processes(path, *arguments):
 
 
 def test_two_processes_find_what_one_does(weak, strong, adapters, dataset, cache, tmp_path):
-    adapters["linear"].save_pretrained(tmp_path / "adapter")
+    adapters["words"].save_pretrained(tmp_path / "adapter")
     arguments = (weak.name_or_path, strong.name_or_path, tmp_path / "adapter", dataset)
     expected = _transfer(*arguments, cache["cache_dir"])
     AcceleratorState._reset_state(reset_partial_state=True)
