@@ -134,7 +134,7 @@ class TransMiterLayer(AdapterLayer):
         names = ("image_map", "image_shift") if self.has_image_side else ()
         return [self.part(part, self.active_name) for part in names]
 
-    def change(self, rows: Tensor) -> Tensor:
+    def _change(self, rows: Tensor) -> Tensor:
         """``A f + b`` (B, d) for rows ``f`` (B, d or d + 2D); the adapter must have an image side.
 
         Raises:
@@ -148,7 +148,7 @@ class TransMiterLayer(AdapterLayer):
         """Rows ``f`` (B, d or d + 2D), whose first d columns are ``x``, to ``x' = normalise(x + A f + b)`` (B, d);
         without an image side to ``x``."""
         x = rows[:, : self.configs[self.active_name].embed_dim]
-        return nn.functional.normalize(x + self.change(rows), dim=-1) if self.has_image_side else x
+        return nn.functional.normalize(x + self._change(rows), dim=-1) if self.has_image_side else x
 
     def _check(self, rows: Tensor) -> None:
         reads = self.configs[self.active_name].reads
@@ -214,7 +214,7 @@ class TransMiterLayer(AdapterLayer):
         rows = rows if tokens is None else torch.cat([rows, tokens], dim=-1)
         if self.has_image_side:
             length = pooled.float().norm(dim=-1, keepdim=True)
-            pooled = pooled + (length * self.change(rows)).to(pooled.dtype)
+            pooled = pooled + (length * self._change(rows)).to(pooled.dtype)
         pooled.transmiter_rows = rows
         return pooled
 
