@@ -213,9 +213,7 @@ def ridge(
     return RidgeSolution((prior + delta).float(), (mean_y - mean_x @ delta).float(), float(lam), errors)
 
 
-def discriminant(
-    sums: PairSums, shrinkage: float | None = None, pseudo_count: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def discriminant(sums: PairSums, shrinkage: float | None = None, pseudo_count: float = 1.0) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis with soft labels and one shared covariance, in closed form.
 
     ``w_c = Σ⁻¹ (μ_c - μ)`` and ``b_c = -½ (μ_c + μ)ᵀ w_c``, the logits of Gaussian classes with means μ_c and

@@ -58,7 +58,11 @@ class CrossMoment(PairSums):
         return self.centred() if space == "embedding" else self
 
     def solve(
-        self, space: str, beta: float = 0.0, names: CrossMoment | None = None, weights: tuple[float, float] = (1.0, 0.3)
+        self,
+        space: str,
+        beta: float = 0.0,
+        names: CrossMoment | None = None,
+        weights: tuple[float, float] = (1.0, 0.3),
     ) -> tuple[Tensor, CrossMoment]:
         """The best orthogonal map, and the moment it is judged by.
 

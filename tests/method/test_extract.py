@@ -27,6 +27,7 @@ from hf_transmiter.tuners import CoOpConfig, TransMiterConfig
 NAMES = ("cat", "dog", "car")
 ANCHORS = Anchors(NAMES, ("tree", "ship", "big tree", "red dog", "old car"))
 RIDGE = ExtractionConfig(solver="ridge")
+MAP, DISCRIMINANT = (ExtractionConfig(solver=solver) for solver in ("image_map", "discriminant"))
 GRADIENT = ExtractionConfig(solver="gradient", epochs=15, batch_size=8, lr=5e-3)
 
 
@@ -135,6 +136,38 @@ def test_the_discriminant_learns_the_teacher(weak, dataset, table, cache):
     assert agreement[0] < agreement[1] <= agreement[2], agreement
 
 
+def test_a_tuned_image_tower_becomes_an_image_side(weak, dataset, table, cache):
+    """Of a teacher that turns pictures: closer to it than zero-shot, for any names, the texts as they were."""
+    turned = torch.nn.functional.normalize(
+        table.embeds + 0.5 * torch.randn(16, generator=torch.Generator().manual_seed(1)), dim=1
+    )
+    turned = turned * (1 + table.embeds[:, :1].sign())  # not linear in the embeddings
+    teacher = weak.logits(torch.nn.functional.normalize(turned + table.embeds, dim=1), weak.embed_names(NAMES))
+    adapter = extract(weak, teacher, dataset, **cache)
+    facts, tensors = adapter.adapter_config.provenance, adapter.transmiter.tensors("default")
+    assert facts["solver"] == "image_map" and facts["linear"] < 0.98
+    assert set(tensors) == {"anchors", "image_map", "image_shift"} and adapter.open_vocabulary
+    zero_shot = weak.logits(table.embeds, weak.embed_names(NAMES))
+    assert divergence(adapter.classify(table.embeds), teacher) < 0.8 * divergence(zero_shot, teacher)
+    x = torch.nn.functional.normalize(
+        table.embeds + table.embeds @ tensors["image_map"].T + tensors["image_shift"], dim=1
+    )
+    expected = weak.logits(x, weak.embed_names(("tree", "ship")))
+    asked = adapter.set_classes(("tree", "ship")).classify(table.embeds)
+    torch.testing.assert_close(asked, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tuned_head_is_told_from_its_logits(weak, dataset, linear, cache):
+    """Logits that are linear in the embeddings are those of class vectors, in half precision, too."""
+    for teacher in (linear, linear.half().float()):
+        adapter = extract(weak, teacher, dataset, **cache)
+        facts = adapter.adapter_config.provenance
+        assert facts["solver"] == "ridge" and facts["own_class_vectors"] and facts["linear"] > 0.98
+        assert not adapter.open_vocabulary
+    forced = extract(weak, linear, dataset, config=MAP, **cache)
+    assert forced.adapter_config.provenance["solver"] == "image_map" and forced.open_vocabulary
+
+
 @pytest.mark.parametrize("solver", ["discriminant", "ridge"])
 def test_constants_per_image_do_not_matter(weak, dataset, linear, cache, solver):
     shifted, config = linear + 10 * torch.randn(40, 1), ExtractionConfig(solver=solver)
@@ -239,7 +272,7 @@ def test_interrupted_and_resumed(weak, dataset, linear, cache, tmp_path, monkeyp
 
 
 def test_save_and_load(weak, dataset, table, linear, cache, tmp_path):
-    for config in (ExtractionConfig(), RIDGE, replace(GRADIENT, epochs=1)):
+    for config in (MAP, DISCRIMINANT, RIDGE, replace(GRADIENT, epochs=1)):
         adapter = extract(weak, linear, dataset, anchors=ANCHORS, config=config, **cache)
         folder = tmp_path / config.solver
         adapter.save_pretrained(folder)
@@ -329,7 +362,9 @@ def test_bad_settings():
         ExtractionConfig(basis="free")
     for unread, said in (
         ({"solver": "ridge", "lr": 0.1, "shrinkage": 3.0}, "solver 'ridge' does not read lr, shrinkage: leave"),
-        ({"lambdas": (1.0,), "basis": "fixed"}, "solver 'discriminant' does not read lambdas, basis: leave"),
+        ({"shrinkage": 1.0, "basis": "fixed"}, "no solver chosen does not read shrinkage, basis: leave"),
+        ({"solver": "discriminant", "lambdas": (1.0,)}, "solver 'discriminant' does not read lambdas: leave"),
+        ({"solver": "image_map", "lambdas": (1.0,), "lr": 0.1}, "solver 'image_map' does not read lr, lambdas: leave"),
         ({"solver": "gradient", "shrinkage": 3.0}, "solver 'gradient' does not read shrinkage: leave"),
         ({"solver": "gradient", "epochs": 0}, "epochs must be at least 1, got 0"),
         ({"solver": "gradient", "batch_size": -1}, "batch_size must be at least 1, got -1"),
@@ -349,7 +384,7 @@ def _all_steps(folder, dataset, linear, cache, accelerator=None):
     weak = DualEncoder.from_pretrained(folder)
     options = {"cache_dir": cache, "progress": False, "accelerator": accelerator}
     results = {}
-    for config in (ExtractionConfig(), RIDGE, SHARED):
+    for config in (MAP, DISCRIMINANT, RIDGE, SHARED):
         adapter = extract(weak, linear, dataset, anchors=ANCHORS, config=config, **options)
         for key, tensor in adapter.transmiter.tensors("default").items():
             results[f"{config.solver}.{key}"] = tensor.contiguous()

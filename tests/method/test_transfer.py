@@ -21,7 +21,7 @@ from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.extract import extract
 from hf_transmiter.method.stored_logits import CalibrationPack
-from hf_transmiter.method.transfer import interpolate, refit, transfer
+from hf_transmiter.method.transfer import interpolate, transfer
 from hf_transmiter.settings import ExtractionConfig, TransferConfig
 from hf_transmiter.tuners import TransMiterConfig
 
@@ -162,8 +162,24 @@ def test_from_text_alone(weak, strong, monkeypatch):
     monkeypatch.setattr(Anchors, "universal", lambda: WORDS)  # 1,024 names take long
     moved = transfer(own_vectors(weak), strong)
     assert moved.adapter_config.provenance["bridge"]["source"] == "text"
-    expected = transfer(own_vectors(weak), strong, bridge=Bridge.build(weak, strong, anchors=WORDS))
+    built = Bridge.build(weak, strong, anchors=WORDS, names=Anchors(NAMES))
+    expected = transfer(own_vectors(weak), strong, bridge=built)
     torch.testing.assert_close(tensors(moved)["class_vectors"], tensors(expected)["class_vectors"])
+
+
+def test_an_image_side_over_a_bridge(weak, strong, adapters):
+    """Q A Qᵀ and Q b: the strong embedding is changed as the weak one that it is turned into would be."""
+    bridge, adapter = Bridge.build(weak, strong, anchors=WORDS), adapters["image"]
+    moved = transfer(adapter, strong, bridge=bridge)
+    given, q = tensors(adapter), bridge.matrix
+    torch.testing.assert_close(tensors(moved)["image_map"], q @ given["image_map"] @ q.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tensors(moved)["image_shift"], q @ given["image_shift"], atol=1e-5, rtol=1e-4)
+    assert set(tensors(moved)) == {"anchors", "image_map", "image_shift"} and moved.open_vocabulary
+    facts = moved.adapter_config.provenance
+    assert facts["parts"] == "image" and "what pictures look like, and is carried over as it is" in facts["because"]
+    with pytest.raises(ValueError, match="an image side lives in embedding space: build the bridge with space="):
+        bridge_of_logits = replace(bridge, space="logit", matrix=torch.eye(3))
+        transfer(adapter, strong, bridge=bridge_of_logits)
 
 
 def test_own_class_vectors_travel_whole(weak, strong, dataset, cache):
@@ -176,36 +192,72 @@ def test_own_class_vectors_travel_whole(weak, strong, dataset, cache):
     torch.testing.assert_close(tensors(moved)["class_vectors"], expected, atol=1e-5, rtol=0)
 
 
-def test_refit_with_the_calibration_pack(weak, strong, adapters, dataset, cache):
+@pytest.mark.parametrize("kind", ["image", "words"])
+def test_refit_with_the_calibration_pack(weak, strong, adapters, dataset, cache, kind):
     """It runs the strong model on the images, and neither the tuned nor, with a bridge, the weak one."""
-    adapter, bridge = adapters["words"], Bridge.build(weak, strong, dataset, **cache)
+    adapter, bridge = adapters[kind], Bridge.build(weak, strong, dataset, **cache)
     plain = transfer(adapter, strong, dataset, bridge=bridge, config=CARRY, **cache)
     fitted = transfer(adapter, strong, dataset, bridge=bridge, **cache)
     facts = fitted.adapter_config.provenance
-    assert facts["refit_on"] == 60 and facts["teacher_logits"] is True
-    table = embed_dataset(strong, dataset, **cache)
-    accuracy = [float((c.classify(table.embeds).argmax(1) == table.labels).float().mean()) for c in (plain, fitted)]
+    assert (
+        facts["refit_on"] == 60 and facts["parts"] == "both" and "a text side for the class names" in facts["because"]
+    )
+    assert facts["held_out_kl"] < facts["held_out_kl_zero_shot"] and 0 <= facts["held_out_agreement"] <= 100
+    assert fitted.reads_tower and fitted.open_vocabulary == (kind == "image")
+    tables = [embed_dataset(strong, dataset, tower=each.reads_tower, **cache) for each in (plain, fitted)]
+    accuracy = [
+        float((c.classify(t.embeds).argmax(1) == t.labels).float().mean())
+        for c, t in zip((plain, fitted), tables, strict=True)
+    ]
     assert accuracy[1] > accuracy[0] and accuracy[1] > 0.9
-    said = adapter.calibration.logits
-    told = transfer(adapter, strong, dataset, bridge=bridge, teacher=said, **cache)
+    told = transfer(adapter, strong, dataset, bridge=bridge, teacher=adapter.calibration, **cache)
     for key, tensor in tensors(fitted).items():
         torch.testing.assert_close(tensors(told)[key], tensor, atol=1e-3, rtol=1e-3)
-    carried = tensors(plain)["class_vectors"]
-    without = refit(table, carried, strong.embed_names(NAMES), None, strong, TransferConfig())
-    assert not torch.allclose(without["class_vectors"], tensors(fitted)["class_vectors"], atol=1e-3)
 
 
-def test_the_refit_has_the_spread_of_its_teacher(strong, dataset, cache):
-    table = embed_dataset(strong, dataset, **cache)
-    text = strong.embed_names(NAMES)
-    zero_shot = strong.logits(table.embeds, text)
-    pack = CalibrationPack(zero_shot, NAMES, weak_logits=zero_shot)  # nothing was tuned: all experts agree
-    found = refit(table, text, text, pack, strong, TransferConfig(carried_images=1e6))
-    torch.testing.assert_close(found["class_vectors"], text, atol=1e-3, rtol=1e-3)
-    found = refit(table, text, text, pack, strong, TransferConfig())
-    logits = strong.logit_scale * table.embeds @ found["class_vectors"].T + found["bias"]
-    spread = [float((z - z.mean(1, keepdim=True)).std()) for z in (logits, zero_shot)]
-    assert spread[0] == pytest.approx(spread[1], rel=0.02)
+@pytest.mark.parametrize("kind", ["image", "words"])
+def test_parts_can_be_asked_for(strong, adapters, dataset, cache, kind):
+    for parts, found in (("image", {"image_map", "image_shift"}), ("text", {"class_vectors", "bias"})):
+        moved = transfer(adapters[kind], strong, dataset, config=TransferConfig(parts=parts), **cache)
+        words = {"class_vectors", "bias"} if kind == "words" else set()  # the image side was fitted to these
+        assert set(tensors(moved)) == {"anchors", *found, *words}
+        assert moved.adapter_config.provenance["parts"] == ("both" if words and parts == "image" else parts)
+        if parts == "text":
+            assert tensors(moved)["class_vectors"].shape == (3, 24) and not moved.open_vocabulary
+    with pytest.raises(ValueError, match="parts must be one of both, image, text, got 'all'"):
+        TransferConfig(parts="all")
+    with pytest.raises(ValueError, match="a transfer without a refit does not read parts, even: leave"):
+        TransferConfig(refit=False, parts="image", even=True)
+
+
+def test_unseen_classes_get_the_image_side_alone(strong, adapters, dataset, cache):
+    moved = transfer(adapters["image"], strong, dataset, seen_classes=NAMES[:2], **cache)
+    facts = moved.adapter_config.provenance
+    assert facts["parts"] == "image" and "not all classes were seen, so that names stay open" in facts["because"]
+    with pytest.raises(ValueError, match="text side would not know the classes .* ask for parts='image'"):
+        config = TransferConfig(parts="both")
+        transfer(adapters["image"], strong, dataset, seen_classes=NAMES[:2], config=config, **cache)
+
+
+def test_few_images_are_no_reason_for_a_refit(strong, adapters, dataset, cache):
+    few = dataset.select(range(49))
+    moved = transfer(adapters["words"], strong, few, **cache)
+    assert "refit_on" not in moved.adapter_config.provenance and moved.adapter_config.provenance["parts"] == "text"
+    with pytest.raises(ValueError, match="a refit needs at least 50 images, got 49: pass more, or leave it out"):
+        transfer(adapters["words"], strong, few, config=TransferConfig(refit=True), **cache)
+
+
+def test_a_refit_that_tells_nothing_is_left_out(weak, strong, adapters, dataset, cache, caplog):
+    """Labels that have nothing to do with the images."""
+    bare = copy.copy(adapters["image"])
+    noise = 8 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING, "hf_transmiter"):
+        moved = transfer(bare, strong, dataset, teacher=CalibrationPack(noise, NAMES, weak_logits=noise / 9), **cache)
+    facts = moved.adapter_config.provenance
+    assert facts["held_out_kl"] >= facts["held_out_kl_zero_shot"] and "no better than the strong model" in caplog.text
+    plain = transfer(bare, strong, dataset, config=CARRY, **cache)
+    for key, tensor in tensors(plain).items():
+        torch.testing.assert_close(tensors(moved)[key], tensor)
 
 
 def test_what_the_images_are(strong, adapters, dataset, cache, tmp_path):
@@ -220,20 +272,21 @@ def test_what_the_images_are(strong, adapters, dataset, cache, tmp_path):
 
 
 def test_other_images_than_the_packs(weak, strong, adapters, make_dataset, cache, caplog):
-    for other in (make_dataset(60, seed=5), make_dataset(33)):
+    """The adapter stands in for its teacher."""
+    for other in (make_dataset(60, seed=5), make_dataset(52)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "hf_transmiter"):
             moved = transfer(adapters["words"], strong, other, **cache)
         assert "calibration pack belongs to other images" in caplog.text and "pass teacher= or" in caplog.text
-        assert moved.adapter_config.provenance["teacher_logits"] is False
         assert moved.adapter_config.provenance["refit_on"] == len(other)
     bare = copy.copy(adapters["words"])
     bare.calibration = None
     caplog.clear()
     again = transfer(bare, strong, other, **cache)
-    assert not caplog.text
+    assert "calibration" not in caplog.text
+    told = transfer(bare, strong, other, teacher=adapters["words"], **cache)
     for key, tensor in tensors(again).items():
-        assert torch.equal(tensor, tensors(moved)[key])
+        assert torch.equal(tensor, tensors(moved)[key]) and torch.equal(tensor, tensors(told)[key])
 
 
 @pytest.mark.parametrize("form", ["image", "words", "mlp"])
@@ -241,7 +294,7 @@ def test_other_images_than_the_packs(weak, strong, adapters, make_dataset, cache
 def test_across_families(model_dir, adapters, dataset, cache, family, form, tmp_path):
     other = DualEncoder.from_pretrained(model_dir(family))
     moved = transfer(adapters[form], other, dataset, **cache)
-    x = embed_dataset(other, dataset, **cache).embeds
+    x = embed_dataset(other, dataset, tower=moved.reads_tower, **cache).embeds
     logits = moved.classify(x)
     assert logits.shape == (60, 3) and torch.isfinite(logits).all()
     pixels = other.preprocess(dataset[:4]["image"])
@@ -268,7 +321,7 @@ def test_unseen_classes_keep_a_share_of_zero_shot(weak, strong):
     text = strong.embed_names(NAMES)
     for seen, config, weight in (
         (NAMES, None, 0.0),
-        (("cat",), None, 1 / 3),
+        (("cat",), None, 1 / 2),
         (("cat",), TransferConfig(zero_shot_weight=0.25), 0.25),
         (None, TransferConfig(zero_shot_weight=1.0), 1.0),
     ):
@@ -280,15 +333,13 @@ def test_unseen_classes_keep_a_share_of_zero_shot(weak, strong):
         transfer(adapter, strong, bridge=bridge, seen_classes=["cat", "tree"])
     with pytest.raises(ValueError, match="zero_shot_weight must lie between 0 and 1, got 1.5"):
         TransferConfig(zero_shot_weight=1.5)
-    with pytest.raises(ValueError, match="a transfer without a refit does not read shrinkage: leave"):
-        TransferConfig(refit=False, shrinkage=2.0)
     with pytest.raises(ValueError, match="a bridge with beta_per_image does not read beta: leave"):
         TransferConfig(beta=1.0, beta_per_image=2.0)
     with pytest.raises(ValueError, match="a transfer over a finished bridge does not read beta: leave"):
         transfer(adapter, strong, bridge=bridge, config=TransferConfig(beta=1.0))
     with pytest.raises(ValueError, match="a bridge in embedding space does not read beta: leave"):
         transfer(adapter, strong, config=TransferConfig(beta=1.0))
-    with pytest.raises(ValueError, match="a refit is of class vectors, to unlabelled images: pass images"):
+    with pytest.raises(ValueError, match="a refit is of a linear adapter, to unlabelled images: pass images"):
         transfer(adapter, strong, bridge=bridge, config=TransferConfig(refit=True))
 
 
@@ -361,7 +412,7 @@ def _in_two_processes(path, *arguments):
 
 
 def test_two_processes_find_what_one_does(weak, strong, adapters, dataset, cache, tmp_path):
-    adapters["words"].save_pretrained(tmp_path / "adapter")
+    adapters["image"].save_pretrained(tmp_path / "adapter")
     arguments = (weak.name_or_path, strong.name_or_path, tmp_path / "adapter", dataset)
     expected = _transfer(*arguments, cache["cache_dir"])
     AcceleratorState._reset_state(reset_partial_state=True)
