@@ -336,9 +336,10 @@ def _others(found: Comparison, evidence: Evidence) -> Iterator[str]:
 
     if own != STRONG and UNTUNED in logits:
         gain, error = paired_gain(logits[own], logits[UNTUNED], found.labels)
+        rest = "" if gain > error else ", so what was gained comes from the pictures and not from the tuning"
         yield (
             f"An untuned teacher reaches {found.value(UNTUNED):.1f}, by self-training alone: the tuning's share is "
-            f"{gain:+.1f} ± {error:.1f} points."
+            f"{gain:+.1f} ± {error:.1f} points{rest}."
         )
     labelled = [name for name, row in found.rows.items() if LABELS in row.needs]
     free = [name for name, row in found.rows.items() if name not in labelled and row.note != CONTROL]

@@ -299,8 +299,11 @@ def test_says_so_when_something_else_scored_higher():
     # A control is no way to upgrade, however good; it says whose the gain is.
     said = answers(**base, refit=60, untuned_teacher=70).advice
     assert said.endswith(
-        " An untuned teacher reaches 70.0, by self-training alone: the tuning's share is -10.0 ± 3.0 points."
+        " An untuned teacher reaches 70.0, by self-training alone: the tuning's share is -10.0 ± 3.0 points, so what "
+        "was gained comes from the pictures and not from the tuning."
     )
+    said = answers(**base, refit=70, untuned_teacher=60).advice
+    assert said.endswith("the tuning's share is +10.0 ± 3.0 points.")
     # Without the row of doing nothing its answers are there all the same; and what was not run is not praised.
     assert answers(refit=60).advice.startswith("Take refit: refit scores 60.0 against 0.0")
     found = answers(EFT=50)
