@@ -327,7 +327,7 @@ def test_even_labels_take_back_the_pull_of_a_class():
     fair = 3 * torch.nn.functional.one_hot(truth, 4).double() + rows(200, 4)
     pulled = fair + torch.tensor([2.0, 0.0, 0.0, 0.0])
     hits = [float((z.argmax(1) == truth).double().mean()) for z in (fair, pulled, even_labels(pulled))]
-    assert hits[1] < hits[0] - 0.1 and hits[2] > hits[0] - 0.03, hits
+    assert hits[1] < hits[0] - 0.1 and hits[2] > hits[0] - 0.05, hits
     change = even_labels(pulled) - pulled
     torch.testing.assert_close(change, change[:1].expand(200, 4))  # the same for every image
     assert change[0].argmin() == 0

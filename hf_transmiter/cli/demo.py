@@ -76,6 +76,7 @@ class Task:
             general=sandbox.load_dataset(*GENERAL),
             tuned_strong=tuned[1] if len(tuned) > 1 else None,
             variants=rows,
+            tuning=SANDBOX_TUNING,
             seen_classes=None if seen == names else seen,
             vocabulary=sandbox.vocabulary(),
             num_anchors=NUM_ANCHORS,

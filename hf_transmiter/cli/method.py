@@ -128,7 +128,8 @@ def extract(
     facts["teacher"] = ht.teacher_facts(teacher)
     output.write(adapter.save_pretrained, values, run)
     found = {"output_dir": str(output.output_dir), "form": adapter.adapter_config.form, "provenance": facts}
-    return Result(found, f"Extracted from {facts['num_images']} images ({config.solver}): {output.output_dir}")
+    how = facts["solver"] or "the teacher's own class vectors"
+    return Result(found, f"Extracted from {facts['num_images']} images ({how}): {output.output_dir}")
 
 
 def bridge(
@@ -262,7 +263,8 @@ def transfer(
         return Result({"transferred": made, "kept": kept}, said)
     facts = made[0]["provenance"]
     how = f"refit on {facts['refit_on']} images" if "refit_on" in facts else f"bridge from {facts['bridge']['source']}"
-    return Result(made[0], f"Transferred to {strong} ({how}): {output.output_dir}")
+    why = f"\nWhy so: {facts['because']}" if "because" in facts else ""
+    return Result(made[0], f"Transferred to {strong} ({how}): {output.output_dir}{why}")
 
 
 def _unfinished(adapters: list[str], output: OutputOptions, values: dict, run: RunOptions) -> dict[str, OutputOptions]:

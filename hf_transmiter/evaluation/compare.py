@@ -213,7 +213,7 @@ def compare(
         general=general is not None,
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
-        doubt=task.embedding_bridge("text").doubt(task.own_class_vectors) if FROM_TEXT in found.rows else None,
+        doubt=task.embedding_bridge("text").doubt() if FROM_TEXT in found.rows else None,
     )
     _advise(found, evidence, way, reason)
     if task.seen_in_test:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .methods import FROM_TEXT, STRONG
+from .methods import FROM_TEXT, IMAGE_MAP, STRONG
 
 
 NOTHING_LEARNT = 0.02  # share of changed predictions
@@ -110,20 +110,18 @@ def recommend(
     if evidence is not None and evidence.doubt is not None:
         return STRONG, evidence.doubt
     if unlabelled and unseen:
-        return "bridge from task images", (
-            "the tuning saw only some of the classes: the bridge carries the change to all of them, while a refit on "
-            "the tuned model's labels would take accuracy from the others."
+        return IMAGE_MAP, (
+            "the tuning saw only some of the classes: the image map changes what pictures look like for all of them, "
+            "while a text side for the seen ones would take accuracy from the others."
         )
     if unlabelled:
         tuned = "prompts or class vectors were" if own_class_vectors else "the image tower was"
         return "refit", (
-            f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model, the strong "
-            "model's own knowledge and the carried class vectors, and costs nothing at run time."
+            f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model and the strong "
+            "model's own knowledge, and costs nothing at run time."
         )
     if not own_class_vectors:
-        return STRONG, (
-            "there is no task image, and no class vectors that a bridge could carry: pass unlabelled task images."
-        )
+        return STRONG, "there is no task image to learn the change from: pass unlabelled task images."
     if bridge or general:
         method, source = ("given bridge", "images") if bridge else ("bridge from general images", "general images")
     elif doubt is not None and evidence is not None:

@@ -21,13 +21,13 @@ from ..method.classifier import AnchorClassifier
 from ..method.label_tune import label_tune
 from ..method.transfer import transfer
 from ..method.tune import adapter_settings
-from ..settings import ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
+from ..settings import SOLVERS, ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
 from ..tuners import TransMiterConfig
 from . import baselines
 from .task import Answer, Impossible, Task, stored_bytes
 
 
-STRONG = "zero-shot strong"
+STRONG, IMAGE_MAP = "zero-shot strong", "image map"
 UNTUNED = "untuned teacher"
 FROM_TEXT = "bridge from text"
 
@@ -37,7 +37,7 @@ class RowSettings:
     """Settings of a row that are none of a step's own.
 
     Args:
-        solver (`str`): of class vectors: `"discriminant"`, or `"ridge"` for the teacher's logits.
+        solver (`str`, *optional*): of the weak model's adapter, see [`ExtractionConfig`]; by what was tuned if omitted.
         start (`str`):
             Label tuning: `"refit"`, `"TransMiter"` (published: its transferred adapter), `"class vectors"` (the strong
             model's own) or `"untrained TransMiter"` (published: from zero-shot).
@@ -49,14 +49,15 @@ class RowSettings:
         ValueError: none of these, or the number of names given twice.
     """
 
-    solver: str = "discriminant"
+    solver: str | None = None
     start: str = "refit"
     num_anchors: int | None = None
     num_auxiliary: int | None = None
     strategy: str = "random"
 
     def __post_init__(self):
-        check_choice("solver", self.solver, ("discriminant", "ridge"))
+        if self.solver is not None:
+            check_choice("solver", self.solver, SOLVERS[:-1])
         check_choice("start", self.start, tuple(_STARTS))
         check_choice("strategy", self.strategy, STRATEGIES)
         if None not in (self.num_anchors, self.num_auxiliary):
@@ -265,23 +266,29 @@ def _published(task: Task, variant: Variant) -> AnchorClassifier:
     return _transfer(task, variant, adapter, images)
 
 
-def _class_vectors(task: Task, variant: Variant, untuned: bool = False) -> AnchorClassifier:
+def _closed_form(task: Task, variant: Variant, untuned: bool = False) -> AnchorClassifier:
     config = ExtractionConfig(solver=variant.own.solver, **variant.of_step(ExtractionConfig))
     return task.extract(config, untuned=untuned)
 
 
 def _bridged(over: str) -> Callable[[Task, Variant], AnchorClassifier]:
-    """Class vectors over a bridge."""
+    """What was tuned, over a bridge."""
 
     def run(task: Task, variant: Variant) -> AnchorClassifier:
-        return _transfer(task, variant, _class_vectors(task, variant), bridge=task.embedding_bridge(over))
+        return _transfer(task, variant, _closed_form(task, variant), bridge=task.embedding_bridge(over))
 
     return run
 
 
 def _refit(task: Task, variant: Variant, untuned: bool = False) -> AnchorClassifier:
     images = task.need("unlabelled")
-    return _transfer(task, variant, _class_vectors(task, variant, untuned), images, refit=True)
+    return _transfer(task, variant, _closed_form(task, variant, untuned), images, refit=True)
+
+
+def _image_map(task: Task, variant: Variant) -> AnchorClassifier:
+    images, options = task.need("unlabelled"), {"seen_classes": task.seen_classes, **task.options}
+    config = TransferConfig(refit=True, parts="image", **variant.of_step(TransferConfig))
+    return transfer(_closed_form(task, variant), task.strong, images, config=config, **options)
 
 
 # TransMiter+
@@ -323,7 +330,7 @@ _VECTORS = {
 _REFIT = {
     RowSettings: ("solver",),
     ExtractionConfig: ("lambdas",),
-    TransferConfig: ("zero_shot_weight", "shrinkage", "pseudo_count", "carried_images"),
+    TransferConfig: ("zero_shot_weight", "parts", "even"),
 }
 _GRADIENT = {
     RowSettings: ("num_anchors", "num_auxiliary", "strategy"),
@@ -344,12 +351,20 @@ METHODS: dict[str, Method] = {
     "distilled head": Method(lambda task, _: _head(task, "unlabelled", task.teacher_soft), (IMAGES, BACKPROP)),
     "linear probe": Method(_linear_probe, (LABELS, BACKPROP)),
     "TransMiter": Method(_published, (IMAGES, BACKPROP), _GRADIENT),  # as published
-    # Class vectors in closed form.
+    # In closed form: what was tuned, over a bridge or fitted to what the models say of the task's images.
     FROM_TEXT: Method(_bridged("text"), (), _VECTORS),
     "bridge from general images": Method(_bridged("general"), (), _VECTORS),
     "given bridge": Method(_bridged("bridge"), (), _VECTORS),
     "bridge from task images": Method(_bridged("unlabelled"), (IMAGES,), _VECTORS),
+    IMAGE_MAP: Method(_image_map, (IMAGES,), {**_REFIT, TransferConfig: ("zero_shot_weight", "even")}),
     "refit": Method(_refit, (IMAGES,), _REFIT),
+    # The strong model tuned on what the models say of the task's images.
+    "label-free tuning": Method(
+        lambda task, variant: task.tune_on_experts(variant.settings),
+        (IMAGES, BACKPROP),
+        {TuningConfig: _names(TuningConfig, without=("shots",))},
+        tunes=True,
+    ),
     # A control: what the refit gains from images alone, with the zero-shot weak model in the tuned one's place.
     UNTUNED: Method(lambda task, variant: _refit(task, variant, untuned=True), (IMAGES,), _REFIT),
     # A few labelled steps on an adapter (TransMiter+).

@@ -24,7 +24,7 @@ from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
 from ..method.teacher import Teacher, as_classifier, teacher_class_vectors, teacher_logits
 from ..method.tune import starting_templates, tune
-from ..settings import ExtractionConfig, split_tuning
+from ..settings import ExtractionConfig, TuningConfig, split_tuning
 from ..tuners.prompts import prompt_layer
 from .evaluate import align_labels, measured
 
@@ -306,6 +306,21 @@ class Task:
             images = images.cast_column(column, ClassLabel(names=names))
         templates = starting_templates(how["adapter"]["method"], self.templates)
         tuned = tune(self.strong, images, **how, templates=templates, **columns, **options)
+        return AnchorClassifier(tuned.encoder, Anchors(self.names, (), tuned.anchors.templates))
+
+    def tune_on_experts(self, own: Mapping) -> AnchorClassifier:
+        """The strong model tuned on the unlabelled images without labels; `own` are settings in place of the
+        comparison's, of which the number of epochs and the pull are for labels."""
+        training = {k: v for k, v in (self.tuning or {}).items() if k in TuningConfig.__dataclass_fields__}
+        how = split_tuning(
+            {k: v for k, v in training.items() if k not in ("shots", "epochs", "keep_near")} | dict(own)
+        )
+        adapter = how["adapter"] if set(own) - set(TuningConfig.__dataclass_fields__) else None
+        options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
+        about = {"teacher": self.teacher, "weak": self.weak, "class_names": self.seen_classes or self.names}
+        column = self.options.get("image_column")
+        images = self.need("unlabelled")
+        tuned = tune(self.strong, images, adapter, config=how["config"], image_column=column, **about, **options)
         return AnchorClassifier(tuned.encoder, Anchors(self.names, (), tuned.anchors.templates))
 
 

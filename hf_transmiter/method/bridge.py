@@ -155,7 +155,7 @@ class Bridge:
             held_out=held_out,
             names=None if names is None or len(names) < 2 else sum_dataset(weak, strong, None, space, names)[0],
         )
-        doubt = made.doubt(own_class_vectors=True)  # for whom is not known yet
+        doubt = made.doubt()
         if doubt is not None:
             logger.warning(doubt)
         return replace(made, versions=library_versions())
@@ -318,8 +318,8 @@ class Bridge:
             self.held_out, self.held_out_on = found, on
         return found
 
-    def doubt(self, own_class_vectors: bool) -> str | None:
-        """Why class vectors that cross this bridge from text may end below the zero-shot strong model, in a sentence;
+    def doubt(self) -> str | None:
+        """Why what crosses this bridge from text may end below the zero-shot strong model, in a sentence;
         `None` where nothing speaks against it, and for a bridge from images.
 
         What it is known from: `tests/studies/text_bridges.py`, on the sandbox (its own names, and names that its
@@ -327,9 +327,6 @@ class Bridge:
         prompts and LoRA, 12 to 1,000 names. The alignment **on images** decides: from 0.6 on all gained (+1 to +50
         points); below 0.5 real pictures ended between -24 and +0.4, the sandbox's between -10 and +19. That on names
         can mislead (0.97 where it was 0.24 on images: the text towers were relatives); low, it warns well.
-
-        Args:
-            own_class_vectors: whether prompts or class vectors were tuned, and not the image tower.
         """
         if self.source == "images":
             return None
@@ -337,8 +334,6 @@ class Bridge:
             if self.held_out >= LITTLE:
                 return None
             reason = f"on images its alignment is only {self.held_out:.2f} of at most 1"
-        elif not own_class_vectors:
-            reason = "the image tower was tuned, and names do not show what changed in pictures"
         elif self.held_out is not None and self.held_out < LITTLE:
             reason = f"its alignment is only {self.held_out:.2f} of at most 1 on names that it was not built from"
         elif self.num_pairs < FEW_NAMES:

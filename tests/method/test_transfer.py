@@ -63,7 +63,7 @@ def adapters(weak, dataset, cache):
     gradient = ExtractionConfig(solver="gradient", epochs=5, batch_size=16, lr=5e-3)
     distilled = ExtractionConfig(solver="discriminant")
     return {
-        "image": extract(weak, teacher, dataset, **cache),
+        "image": extract(weak, teacher, dataset, config=ExtractionConfig(solver="image_map"), **cache),
         "words": extract(weak, teacher, dataset, config=distilled, **cache),
         "mlp": extract(weak, teacher, dataset, anchors=ANCHORS, config=gradient, **cache),
     }
@@ -254,7 +254,10 @@ def test_a_refit_that_tells_nothing_is_left_out(weak, strong, adapters, dataset,
     with caplog.at_level(logging.WARNING, "hf_transmiter"):
         moved = transfer(bare, strong, dataset, teacher=CalibrationPack(noise, NAMES, weak_logits=noise / 9), **cache)
     facts = moved.adapter_config.provenance
-    assert facts["held_out_kl"] >= facts["held_out_kl_zero_shot"] and "no better than the strong model" in caplog.text
+    assert (
+        facts["held_out_kl"] > 0.95 * facts["held_out_kl_zero_shot"]
+        and "no better than the strong model" in caplog.text
+    )
     plain = transfer(bare, strong, dataset, config=CARRY, **cache)
     for key, tensor in tensors(plain).items():
         torch.testing.assert_close(tensors(moved)[key], tensor)
