@@ -37,7 +37,7 @@ class RowSettings:
     """Settings of a row that are none of a step's own.
 
     Args:
-        solver (`str`, *optional*): of the weak model's adapter, see [`ExtractionConfig`]; by what was tuned if omitted.
+        solver (`str`, *optional*): of the weak model's adapter, see [`ExtractionConfig`]; chosen if omitted.
         start (`str`):
             Label tuning: `"refit"`, `"TransMiter"` (published: its transferred adapter), `"class vectors"` (the strong
             model's own) or `"untrained TransMiter"` (published: from zero-shot).

@@ -250,7 +250,7 @@ def _refitted(
 
 
 def _teacher_on(table: FeatureTable, adapter: AnchorClassifier) -> Teacher:
-    """The adapter's calibration pack where that belongs to these images; else the adapter stands in for its teacher."""
+    """The adapter's calibration pack where that belongs to these images, else the adapter in its teacher's place."""
     pack = adapter.calibration
     if pack is None:
         return adapter
