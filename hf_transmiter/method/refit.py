@@ -24,12 +24,12 @@ from ..algebra import (
     coverage,
     discriminant,
     divergence,
-    even_labels,
     fit_temperature,
     spread,
     total,
 )
 from ..data.embeddings import FeatureTable
+from .experts import EVEN, soft_labels
 
 
 STEPS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -39,7 +39,6 @@ SAMPLE = 8192  # so many images, evenly spaced, are kept in memory
 HELD_OUT = 5  # every so many-th of those is held out
 HEAD_IMAGES = 10  # images per class at which the discriminant counts as much as the image side
 MIN_IMAGES = 100  # with 50, a refit lost up to 5 points on real embeddings
-EVEN = 0.5  # coverage of the classes; images of fewer than that do not tell how often each is asked for
 COVERED = 0.75  # images of fewer teach a text side that the others are rare
 
 
@@ -227,7 +226,7 @@ def refit(
     known = even is not None
     even = covered >= EVEN if even is None else even
     text = not image or (text and even and (known or covered >= COVERED))
-    labels = (even_labels(label_logits) if even else label_logits).softmax(1)
+    labels = soft_labels(label_logits, even)
     start = start or ImageSide.identity(texts.shape[1])
     problem = _Problem(table, labels, texts, scale, start, even, PENALTY, accelerator)
     share = 0.0 if not text else 1.0 if not image else len(table) / (len(table) + HEAD_IMAGES * len(texts))

@@ -35,6 +35,7 @@ from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.encoders.identity import ModelId
 from hf_transmiter.evaluation.baselines import linear_head
 from hf_transmiter.evaluation.reliability import expected_calibration_error
+from hf_transmiter.method import experts
 from hf_transmiter.method import refit as refitting
 from hf_transmiter.method import transfer as transferring
 from hf_transmiter.method.bridge import Bridge
@@ -85,7 +86,7 @@ def pools(labels: torch.Tensor, seed: int, least: float = 0.02) -> dict[str, tor
 
 ABLATIONS = {
     "as it is": [],
-    "labels not made even": [(refitting, "even_labels", lambda logits: logits)],
+    "labels not made even": [(experts, "even_labels", lambda logits: logits)],
     "one step in place of three": [(refitting, "ROUNDS", 1)],
     "embeddings alone, no tower features": [(DualEncoder, "tower_dim", 0)],
     "no carried class vectors in the labels": [(transferring, "own_words", lambda source: False)],
