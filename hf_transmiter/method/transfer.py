@@ -128,7 +128,7 @@ def transfer(
         )
         facts |= {"refit_on": len(table), **known}
         carried = carried if fitted is None else fitted
-    if "class_vectors" in carried and space == "embedding":
+    if words and space == "embedding":
         facts["zero_shot_weight"] = weight
     shape = {"form": source.form, "width": source.width, "mlp_ratio": source.mlp_ratio}
     if space == "embedding":
