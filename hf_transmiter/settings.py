@@ -244,8 +244,8 @@ class ExtractionConfig(FitConfig):
         solver (`str`, *optional*):
             `"image_map"` (an image side), `"discriminant"` or `"ridge"` (class vectors), all in closed form, or
             `"gradient"` (published). When omitted: the teacher's own class vectors where it has them (prompts), the
-            ridge where its logits are linear in the embeddings (a head was tuned; told by the leave-one-out error),
-            else the image map (the image tower was tuned).
+            image map where its image tower was tuned; of stored logits the ridge where they are linear in the
+            embeddings (a head was tuned; told by the leave-one-out error), else the image map.
         shrinkage (`float`):
             Of the discriminant; strong, because directions that are only reliable on the weak model do not carry over.
         lambdas (`tuple[float, ...]`): chosen from by leave-one-out error.
@@ -289,7 +289,7 @@ class TransferConfig:
     Args:
         refit (`bool`, *optional*):
             With images: fit the adapter to the experts' labels on them (linear adapters only). Done when omitted with
-            50 images or more, since fewer only do harm.
+            100 images or more, and one per class; fewer do harm.
         parts (`str`, *optional*):
             Of the refit: `"image"` (pictures look different), `"text"` (words mean something else) or `"both"`. When
             omitted both, but the image side alone where a class is not among the `seen_classes` or hardly among the
@@ -305,7 +305,7 @@ class TransferConfig:
         ValueError: unknown parts, a weight out of range, or a setting that this transfer does not read.
     """
 
-    refit: bool | None = setting(None, "Fit to the images' soft labels; done with 50 images or more if unset.")
+    refit: bool | None = setting(None, "Fit to the images' soft labels; done with 100 images or more if unset.")
     parts: str | None = setting(None, f"Of the refit: {', '.join(PARTS)}; chosen if unset.")
     even: bool | None = setting(None, "Whether the images hold the classes equally often; judged if unset.")
     zero_shot_weight: float | None = setting(
