@@ -100,7 +100,9 @@ class Task:
         for model in (self.weak, self.strong):
             for name in ("test", "unlabelled", "labelled", "general"):
                 if getattr(self, name) is not None and (model is self.strong or name != "labelled"):
-                    embed_dataset(model, getattr(self, name), tower=model is self.strong and name != "general", **self.options)
+                    embed_dataset(
+                        model, getattr(self, name), tower=model is self.strong and name != "general", **self.options
+                    )
         self.text = {model: model.embed_names(self.names, self.templates).cpu() for model in (self.weak, self.strong)}
         test = self.table(self.strong, "test")
         self.labels = None if test.labels is None else self._aligned(test, "test")

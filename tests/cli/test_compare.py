@@ -36,7 +36,7 @@ def command(out, model_dir, make_dataset):
     config = TransMiterConfig(class_names=list(NAMES), form="linear")
     tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
     AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors).save_pretrained(out / "teacher")
-    for split, count, seed in (("train", 60, 1), ("test", 51, 0)):
+    for split, count, seed in (("train", 120, 1), ("test", 102, 0)):
         images = make_dataset(count, NAMES, seed)
         for i, row in enumerate(images):
             folder = out / "photos" / split / NAMES[row["label"]]
@@ -51,14 +51,14 @@ def command(out, model_dir, make_dataset):
 
 def test_a_folder_with_labels(command, out):
     data = ("--dataset", out / "photos", "--unlabelled", out / "photos", "--labelled", out / "photos")
-    result = run(*command, *data, *rows(*ROWS), "--shots", "24", "--output-dir", out / "report")
+    result = run(*command, *data, *rows(*ROWS), "--shots", "48", "--output-dir", out / "report")
     header, _, *table = [line for line in result.stdout.splitlines() if line.startswith("|")]
     assert header.startswith("| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop")
     assert [line.split(" | ")[0].strip("| ") for line in table] == list(ROWS)
     verdict = result.stdout.splitlines()[0]
     assert verdict.startswith(("Take refit: refit scores ", "Keep the strong model as it is: refit scores "))
-    assert "points on these 51 labelled test images" in verdict
-    assert "3 of 3 classes have fewer than 24 labelled pictures, first 'car'" in result.stderr  # they have 20
+    assert "points on these 102 labelled test images" in verdict
+    assert "3 of 3 classes have fewer than 48 labelled pictures, first 'car'" in result.stderr  # they have 40
     report = (out / "report" / "report.md").read_text()
     assert result.stdout.strip() in report and str(out) not in report
     for name in ("methods", "reliability"):

@@ -166,7 +166,7 @@ def test_transfer_says_what_it_made_and_why(chain, out):
     seen = ("--seen-classes", out / "some.txt", "--output-dir", out / "some")
     assert f"Why so: {tuned}; not all classes were seen, so that names stay open." in run(*given, *seen).stdout
     # A bridge without a picture, or with few of them, carries what there is.
-    few = (*given, "--max-images", "49", "--output-dir", out / "few")
+    few = (*given, "--max-images", "99", "--output-dir", out / "few")
     for carried in (
         (*args, "--output-dir", out / "as_it_is"),
         (*given, "--no-refit", "--output-dir", out / "no"),
@@ -176,7 +176,7 @@ def test_transfer_says_what_it_made_and_why(chain, out):
         assert lines[-2].startswith("Transferred to sandbox:strong (bridge from images): ")
         assert lines[-1] == f"Why so: {tuned}, and is carried over as it is."
     none = ("--output-dir", out / "none")
-    assert "needs at least 50 images, got 49: pass more, or leave it out" in error(*few[:-2], *none, "--refit")
+    assert "needs at least 100 images, got 99: pass more, or leave it out" in error(*few[:-2], *none, "--refit")
     assert "a transfer without a refit does not read parts" in error(*given, *none, "--no-refit", "--parts", "text")
     assert "parts must be one of both, image, text" in error(*given, *none, "--parts", "tower")
     assert "ask for parts='image'" in error(*given, *none, *seen[:2], "--parts", "both")

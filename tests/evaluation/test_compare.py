@@ -45,7 +45,7 @@ def found(model_dir, make_dataset):
     config = TransMiterConfig(class_names=list(NAMES), form="linear")
     tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
     teacher = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors)
-    sets = {"test": make_dataset(30), "unlabelled": make_dataset(60, seed=1)}
+    sets = {"test": make_dataset(30), "unlabelled": make_dataset(110, seed=1)}
     sets["labelled"] = make_dataset(30, names=NAMES[:2], seed=2)
     result = compare(
         weak,
@@ -383,7 +383,7 @@ def test_rows_of_the_callers_own(found):
     result = compare(weak, strong, teacher, sets["test"], variants=rows, **options)
     assert list(result.rows) == ["zero-shot strong", "words alone", "refit"]
     assert not torch.allclose(result.rows["words alone"].logits, result.rows["refit"].logits, atol=1e-3)
-    assert result.rows["words alone"].classifier.adapter_config.provenance["refit_on"] == 60
+    assert result.rows["words alone"].classifier.adapter_config.provenance["refit_on"] == 110
     assert [result.rows[row].classifier.adapter_config.provenance["parts"] for row in ("words alone", "refit")] == [
         "text",
         "both",
@@ -445,7 +445,7 @@ def _in_two_processes(path, folders, sets):
 @pytest.mark.parametrize("labels", [True, False])
 def test_two_processes_find_what_one_does(model_dir, make_dataset, tmp_path, labels):
     folders = (model_dir("clip"), model_dir("siglip", seed=1), model_dir("clip", seed=2))
-    sets = {"test": make_dataset(15), "unlabelled": make_dataset(60, seed=1), "labelled": make_dataset(13, seed=2)}
+    sets = {"test": make_dataset(15), "unlabelled": make_dataset(110, seed=1), "labelled": make_dataset(13, seed=2)}
     if not labels:
         sets["test"] = sets["test"].remove_columns("label")
     expected = _rows_of(folders, sets, tmp_path / "one")

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, one_hot
 from hf_transmiter.algebra import divergence, fit_temperature, spread
 from hf_transmiter.data.embeddings import FeatureTable
 from hf_transmiter.method import refit as module
-from hf_transmiter.method.refit import ImageSide, fit_image_side, refit
+from hf_transmiter.method.refit import ImageSide, fewest_images, fit_image_side, refit
 
 
 CLASSES, D, WIDTH, SCALE = 5, 8, 14, 20.0
@@ -82,7 +82,7 @@ def test_steps_start_from_the_side_that_is_given(monkeypatch):
     one, labels = Problem(), Problem().labels.softmax(1)
     monkeypatch.setattr(module, "STEPS", (1.0,))
     asked = {"text": False, "even": True}
-    monkeypatch.setattr(module, "even_labels", lambda logits: logits)
+    monkeypatch.setattr(module, "soft_labels", lambda logits, even: logits.softmax(1))
     monkeypatch.setattr(module, "ROUNDS", 2)
     both, _, facts = refit(one.table, one.labels, one.texts, SCALE, **asked)
     assert facts["steps"] == [1.0, 1.0]
@@ -273,14 +273,18 @@ def test_only_blocks_and_a_sample_are_in_memory(monkeypatch):
 
 
 def test_refusals():
-    one = Problem(60)
-    few = FeatureTable(one.rows[:49])
-    with pytest.raises(ValueError, match="^a refit needs at least 50 images, got 49: pass more, or leave it out.$"):
-        refit(few, one.labels[:49], one.texts, SCALE)
-    refit(FeatureTable(one.rows[:50]), one.labels[:50], one.texts, SCALE)
-    for wrong, shape in ((one.labels[:50], r"\(50, 5\)"), (one.labels[:, :4], r"\(60, 4\)")):
-        with pytest.raises(ValueError, match=rf"^label logits must be \(60, 5\), got {shape}.$"):
+    one = Problem(120)
+    few = FeatureTable(one.rows[:99])
+    with pytest.raises(ValueError, match="^a refit needs at least 100 images, got 99: pass more, or leave it out.$"):
+        refit(few, one.labels[:99], one.texts, SCALE)
+    refit(FeatureTable(one.rows[:100]), one.labels[:100], one.texts, SCALE)
+    for wrong, shape in ((one.labels[:100], r"\(100, 5\)"), (one.labels[:, :4], r"\(120, 4\)")):
+        with pytest.raises(ValueError, match=rf"^label logits must be \(120, 5\), got {shape}.$"):
             refit(one.table, wrong, one.texts, SCALE)
+    assert fewest_images(2) == 100 and fewest_images(121) == 121  # or one per class
+    many = normalize(torch.randn(121, D), dim=1)
+    with pytest.raises(ValueError, match="^a refit needs at least 121 images, got 120: pass more, or leave it out.$"):
+        refit(one.table, torch.zeros(120, 121), many, SCALE)
     strange = one.labels.clone()
     strange[3, 1] = torch.nan
     with pytest.raises(ValueError, match="the label logits"):
