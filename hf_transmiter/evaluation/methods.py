@@ -295,9 +295,10 @@ def _image_map(task: Task, variant: Variant) -> AnchorClassifier:
 
 
 def _label_tuned(task: Task, variant: Variant) -> AnchorClassifier:
-    labelled, config = task.labelled_table, LabelTuningConfig(**variant.of_step(LabelTuningConfig))
+    task.need("labelled")
+    start, config = _STARTS[variant.own.start](task, variant), LabelTuningConfig(**variant.of_step(LabelTuningConfig))
     options = {"seen_classes": task.seen_classes, "config": config, **task.options}
-    return label_tune(_STARTS[variant.own.start](task, variant), labelled, **options)
+    return label_tune(start, task.labelled_rows(start.reads_tower), **options)
 
 
 def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:
