@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from ..data.anchors import Anchors
+from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.vocabulary import STRATEGIES
 from ..hub.checks import did_you_mean
 from ..method import attach
@@ -299,8 +300,11 @@ def _image_map(task: Task, variant: Variant) -> AnchorClassifier:
 
 def _label_tuned(task: Task, variant: Variant) -> AnchorClassifier:
     labelled, config = task.labelled_table, LabelTuningConfig(**variant.of_step(LabelTuningConfig))
-    options = {"seen_classes": task.seen_classes, "config": config, **task.options}
-    return label_tune(_STARTS[variant.own.start](task, variant), labelled, **options)
+    start = _STARTS[variant.own.start](task, variant)
+    if start.reads_tower:
+        seen = embed_dataset(task.strong, task.labelled, tower=True, **task.options).embeds
+        labelled = FeatureTable(seen, labelled.labels, labelled.class_names)
+    return label_tune(start, labelled, seen_classes=task.seen_classes, config=config, **task.options)
 
 
 def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:
