@@ -289,7 +289,7 @@ class TransferConfig:
     Args:
         refit (`bool`, *optional*):
             With images: fit the adapter to the experts' labels on them (linear adapters only). Done when omitted with
-            50 images or more, since fewer only do harm.
+            100 images or more, and one per class; fewer do harm.
         parts (`str`, *optional*):
             Of the refit: `"image"` (pictures look different), `"text"` (words mean something else) or `"both"`. When
             omitted both, but the image side alone where a class is not among the `seen_classes` or hardly among the
@@ -305,7 +305,7 @@ class TransferConfig:
         ValueError: unknown parts, a weight out of range, or a setting that this transfer does not read.
     """
 
-    refit: bool | None = setting(None, "Fit to the images' soft labels; done with 50 images or more if unset.")
+    refit: bool | None = setting(None, "Fit to the images' soft labels; done with 100 images or more if unset.")
     parts: str | None = setting(None, f"Of the refit: {', '.join(PARTS)}; chosen if unset.")
     even: bool | None = setting(None, "Whether the images hold the classes equally often; judged if unset.")
     zero_shot_weight: float | None = setting(

@@ -351,6 +351,7 @@ class Workshop:
             labelled=None if elsewhere else self.few_shots(cell),
             general=self.general(),
             tuned_strong=tuned_strong,
+            tuning={**cell.tuning.given(cell.parts.train.spec.name), "seed": cell.seed},
             class_names=names,
             seen_classes=base_names(names) if cell.parts.train.base_only else None,
             templates=cell.parts.test.spec.templates,

@@ -53,13 +53,17 @@ class Tuning:
     settings: Mapping
     per_dataset: Mapping[str, Mapping] = field(default_factory=dict)
 
+    def given(self, dataset: str) -> dict:
+        """What is set of it on a dataset; the rest is open."""
+        return {**self.settings, **self.per_dataset.get(dataset, {})}
+
     def on(self, dataset: str, shots: int, seed: int) -> dict:
         """Arguments of [`tune`] on a dataset, nothing left open.
 
         Raises:
             ValueError: an unknown setting or value.
         """
-        settings = {**self.settings, **self.per_dataset.get(dataset, {}), "shots": shots, "seed": seed}
+        settings = {**self.given(dataset), "shots": shots, "seed": seed}
         try:
             found = split_tuning(settings)
             adapter = adapter_settings(found["adapter"])

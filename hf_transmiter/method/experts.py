@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..algebra import coverage, even_labels
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
@@ -16,6 +17,7 @@ from .stored_logits import CalibrationPack
 from .teacher import Teacher, teacher_logits
 
 
+EVEN = 0.5  # coverage of the classes; images of fewer than that do not tell how often each is asked for
 EXPERTS = "softmax(2 t + z - w)"
 """The soft labels, for what is noted about a model that learnt from them."""
 
@@ -56,6 +58,14 @@ def expert_logits(
     tuned, zero_shot = tuned_and_weak_logits(teacher, weak, dataset, names, table=table, **options)
     said = teacher_logits(_zero_shot(strong, names, templates), dataset, names, weak=strong, table=table, **options)
     return 2 * tuned + said - zero_shot
+
+
+def soft_labels(label_logits: Tensor, even: bool | None = None) -> Tensor:
+    """``q = softmax(L)`` (N, C) of label logits, made even ([`even_labels`]) where the images hold all classes about
+    equally often: `even`, or by their [`coverage`] when omitted."""
+    if even is None:
+        even = coverage(label_logits.softmax(1)) >= EVEN
+    return (even_labels(label_logits) if even else label_logits).softmax(1)
 
 
 def tuned_and_weak_logits(

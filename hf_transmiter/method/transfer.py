@@ -24,7 +24,7 @@ from ..tuners import TransMiterConfig
 from .bridge import Bridge
 from .classifier import AnchorClassifier, seen_columns
 from .experts import expert_logits
-from .refit import MIN_IMAGES, ImageSide, refit
+from .refit import ImageSide, fewest_images, refit
 from .teacher import Teacher
 
 
@@ -102,7 +102,7 @@ def transfer(
     if weight is None:
         weight = 0.0 if all_seen else 1 / 2
     wanted = space == "embedding" and dataset is not None and config.refit is not False
-    if wanted and config.refit is None and len(dataset) < MIN_IMAGES:
+    if wanted and config.refit is None and len(dataset) < fewest_images(len(seen)):
         wanted = False
         logger.info("%d images are too few for a refit: the adapter is carried over as it is.", len(dataset))
     carried, text = _carried(adapter, strong, bridge, weight, needed=not wanted)
@@ -122,7 +122,7 @@ def transfer(
         asked = {"weak": weak, "templates": source.templates, "table": table, **options}
         teacher = _teacher_on(table, adapter) if teacher is None else teacher
         labels = expert_logits(teacher, strong, dataset, source.class_names, **asked)
-        own = bool(source.provenance.get("own_class_vectors"))
+        own = own_words(source)
         fitted, known = _refitted(
             table, labels, carried, text, seen, own, float(strong.logit_scale), config, accelerator
         )
@@ -139,6 +139,11 @@ def transfer(
     upgraded = TransMiterConfig.for_anchors(source.anchors, **shape, provenance=facts)
     text = text.to(strong.device)
     return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, {**carried, "anchors": text})
+
+
+def own_words(source: TransMiterConfig) -> bool:
+    """Whether the teacher had class vectors of its own (a prompt, a head) and they were not distilled from a tower."""
+    return bool(source.provenance.get("own_class_vectors"))
 
 
 EXPLAINS = 0.95  # of the KL to the labels that zero-shot has; a refit with more explains next to nothing
@@ -172,7 +177,7 @@ def _carried(
         anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
     vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
     carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
-    if not source.provenance.get("own_class_vectors"):
+    if not own_words(source):
         # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
         carried = {"delta": carried["delta"]}
     return {"class_vectors": interpolate(carried, text, zero_shot_weight), "bias": torch.zeros(len(text))}, text
