@@ -244,8 +244,8 @@ class ExtractionConfig(FitConfig):
         solver (`str`, *optional*):
             `"image_map"` (an image side), `"discriminant"` or `"ridge"` (class vectors), all in closed form, or
             `"gradient"` (published). When omitted: the teacher's own class vectors where it has them (prompts), the
-            ridge where its logits are linear in the embeddings (a head was tuned; told by the leave-one-out error),
-            else the image map (the image tower was tuned).
+            image map where its image tower was tuned; of stored logits the ridge where they are linear in the
+            embeddings (a head was tuned; told by the leave-one-out error), else the image map.
         shrinkage (`float`):
             Of the discriminant; strong, because directions that are only reliable on the weak model do not carry over.
         lambdas (`tuple[float, ...]`): chosen from by leave-one-out error.

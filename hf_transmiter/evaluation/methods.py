@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from ..data.anchors import Anchors
-from ..data.embeddings import FeatureTable
+from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.vocabulary import STRATEGIES
 from ..hub.checks import did_you_mean
 from ..method import attach
@@ -285,15 +285,14 @@ def _bridged(over: str) -> Callable[[Task, Variant], AnchorClassifier]:
 
 
 def _refit(task: Task, variant: Variant, untuned: bool = False) -> AnchorClassifier:
-    task.tower("unlabelled")
-    return _transfer(task, variant, _closed_form(task, variant, untuned), task.unlabelled, refit=True)
+    images = task.need("unlabelled")
+    return _transfer(task, variant, _closed_form(task, variant, untuned), images, refit=True)
 
 
 def _image_map(task: Task, variant: Variant) -> AnchorClassifier:
-    task.tower("unlabelled")
-    options = {"seen_classes": task.seen_classes, **task.options}
+    images, options = task.need("unlabelled"), {"seen_classes": task.seen_classes, **task.options}
     config = TransferConfig(refit=True, parts="image", **variant.of_step(TransferConfig))
-    return transfer(_closed_form(task, variant), task.strong, task.unlabelled, config=config, **options)
+    return transfer(_closed_form(task, variant), task.strong, images, config=config, **options)
 
 
 # TransMiter+
@@ -303,7 +302,8 @@ def _label_tuned(task: Task, variant: Variant) -> AnchorClassifier:
     labelled, config = task.labelled_table, LabelTuningConfig(**variant.of_step(LabelTuningConfig))
     start = _STARTS[variant.own.start](task, variant)
     if start.reads_tower:
-        labelled = FeatureTable(task.tower("labelled").embeds, labelled.labels, labelled.class_names)
+        rows = embed_dataset(task.strong, task.labelled, tower=True, **task.options).embeds
+        labelled = FeatureTable(rows, labelled.labels, labelled.class_names)
     return label_tune(start, labelled, seen_classes=task.seen_classes, config=config, **task.options)
 
 

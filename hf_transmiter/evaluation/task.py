@@ -97,11 +97,11 @@ class Task:
             )
         self._made: dict[str, tuple] = {}
         self._reused: dict[str, dict] = {}
-        self._free = 0.0
         for model in (self.weak, self.strong):
             for name in ("test", "unlabelled", "labelled", "general"):
                 if getattr(self, name) is not None and (model is self.strong or name != "labelled"):
-                    self.table(model, name)
+                    tower = model is self.strong and name != "general"
+                    embed_dataset(model, getattr(self, name), tower=tower, **self.options)
         self.text = {model: model.embed_names(self.names, self.templates).cpu() for model in (self.weak, self.strong)}
         test = self.table(self.strong, "test")
         self.labels = None if test.labels is None else self._aligned(test, "test")
@@ -150,21 +150,12 @@ class Task:
     def charged(self) -> Iterator[dict[str, float]]:
         """Seconds and peak memory (MB) of a method, in the dictionary it yields; what an earlier method has made
         already is charged again, as if this one were alone."""
-        self._reused, self._free = {}, 0.0
+        self._reused = {}
         with measured() as cost:
             yield cost
         costs = [cost, *self._reused.values()]
-        cost["seconds"] = sum(one["seconds"] for one in costs) - self._free
+        cost["seconds"] = sum(one["seconds"] for one in costs)
         cost["peak_mb"] = max(one["peak_mb"] for one in costs)
-
-    def tower(self, name: str) -> FeatureTable:
-        """Embeddings of one of the sets of images by the strong model, with what its vision tower saw; as of all
-        embeddings, the time it takes is charged to nobody."""
-        images = self.need(name)
-        with measured() as cost:
-            table = embed_dataset(self.strong, images, tower=True, **self.options)
-        self._free += cost["seconds"]
-        return table
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """Made when first asked for."""

@@ -7,7 +7,7 @@ tuning put it: a tuned image tower becomes an image side, a prompt or a head bec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,12 @@ def extract(
     }
     if config.solver != "gradient":
         vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)
+        if (
+            config.solver is None
+            and vectors is None
+            and isinstance(teacher, (AnchorClassifier, DualEncoder, nn.Module))
+        ):
+            config = replace(config, solver="image_map", lambdas=ExtractionConfig.lambdas)  # no need to ask its logits
         prior = text[: len(class_names)].cpu()
         tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator)
         anchors, text = Anchors(class_names, (), anchors.templates), text[: len(class_names)]

@@ -80,6 +80,14 @@ def transfer(
     all_seen = len(set(seen)) == len(source.class_names)
     weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
     space = "logit" if source.form == "mlp" else "embedding"
+    if config.refit and (dataset is None or space == "logit"):
+        raise ValueError("a refit is of a linear adapter, to unlabelled images: pass images, or leave refit out.")
+    wanted = space == "embedding" and dataset is not None and config.refit is not False
+    if wanted and config.refit is None and len(dataset) < fewest_images(len(seen)):
+        wanted = False
+        logger.info("%d images are too few for a refit: the adapter is carried over as it is.", len(dataset))
+    # First, since a table with tower features serves whoever asks for the embeddings alone.
+    table = embed_dataset(strong, dataset, tower=config.parts != "text", **options) if wanted else None
     if bridge is None:
         if space == "logit" and dataset is None:
             raise ValueError("a published adapter needs unlabelled images or a logit-space bridge: pass one of them.")
@@ -96,15 +104,9 @@ def transfer(
         doubt = bridge.doubt()
         if doubt is not None:
             logger.warning("%s", doubt)
-    if config.refit and (dataset is None or space == "logit"):
-        raise ValueError("a refit is of a linear adapter, to unlabelled images: pass images, or leave refit out.")
     weight = config.zero_shot_weight
     if weight is None:
         weight = 0.0 if all_seen else 1 / 2
-    wanted = space == "embedding" and dataset is not None and config.refit is not False
-    if wanted and config.refit is None and len(dataset) < fewest_images(len(seen)):
-        wanted = False
-        logger.info("%d images are too few for a refit: the adapter is carried over as it is.", len(dataset))
     carried, text = _carried(adapter, strong, bridge, weight, needed=not wanted)
     words = "class_vectors" in carried
     facts = {
@@ -117,8 +119,7 @@ def transfer(
     }
     if space == "embedding":
         facts |= {"because": f"{_CHANGED[words]}, and is carried over as it is."}
-    if wanted:
-        table = embed_dataset(strong, dataset, tower=config.parts != "text", **options)
+    if table is not None:
         asked = {"weak": weak, "templates": source.templates, "table": table, **options}
         teacher = _teacher_on(table, adapter) if teacher is None else teacher
         labels = expert_logits(teacher, strong, dataset, source.class_names, **asked)
@@ -128,7 +129,7 @@ def transfer(
         )
         facts |= {"refit_on": len(table), **known}
         carried = carried if fitted is None else fitted
-    if "class_vectors" in carried and space == "embedding":
+    if words and space == "embedding":
         facts["zero_shot_weight"] = weight
     shape = {"form": source.form, "width": source.width, "mlp_ratio": source.mlp_ratio}
     if space == "embedding":
@@ -229,7 +230,7 @@ def _refitted(
         accelerator=accelerator,
     )
     why = _CHANGED[vectors is not None]
-    if known["held_out_kl"] > EXPLAINS * known["held_out_kl_zero_shot"]:
+    if carried and known["held_out_kl"] > EXPLAINS * known["held_out_kl_zero_shot"]:
         because = (
             f"{why}, and is carried over as it is: a refit explained the labels of held-out images no better than the "
             f"strong model by itself (KL {known['held_out_kl']:.3f} and {known['held_out_kl_zero_shot']:.3f})."

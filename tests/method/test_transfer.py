@@ -47,7 +47,7 @@ def strong(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(make_dataset):
-    return make_dataset(60)
+    return make_dataset(110)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_with_a_published_bridge_file(weak, strong, adapters, dataset, cache, tm
 
 
 def test_beta_reaches_the_bridge(strong, adapters, dataset, cache):
-    for config, beta in ((TransferConfig(beta=3.0), 3.0), (TransferConfig(beta_per_image=0.5), 30.0)):
+    for config, beta in ((TransferConfig(beta=3.0), 3.0), (TransferConfig(beta_per_image=0.5), 55.0)):
         moved = transfer(adapters["mlp"], strong, dataset, config=config, **cache)
         assert moved.adapter_config.provenance["bridge"]["beta"] == pytest.approx(beta)
 
@@ -200,7 +200,7 @@ def test_refit_with_the_calibration_pack(weak, strong, adapters, dataset, cache,
     fitted = transfer(adapter, strong, dataset, bridge=bridge, **cache)
     facts = fitted.adapter_config.provenance
     assert (
-        facts["refit_on"] == 60 and facts["parts"] == "both" and "a text side for the class names" in facts["because"]
+        facts["refit_on"] == 110 and facts["parts"] == "both" and "a text side for the class names" in facts["because"]
     )
     assert facts["held_out_kl"] < facts["held_out_kl_zero_shot"] and 0 <= facts["held_out_agreement"] <= 100
     assert fitted.reads_tower and fitted.open_vocabulary == (kind == "image")
@@ -240,17 +240,17 @@ def test_unseen_classes_get_the_image_side_alone(strong, adapters, dataset, cach
 
 
 def test_few_images_are_no_reason_for_a_refit(strong, adapters, dataset, cache):
-    few = dataset.select(range(49))
+    few = dataset.select(range(99))
     moved = transfer(adapters["words"], strong, few, **cache)
     assert "refit_on" not in moved.adapter_config.provenance and moved.adapter_config.provenance["parts"] == "text"
-    with pytest.raises(ValueError, match="a refit needs at least 50 images, got 49: pass more, or leave it out"):
+    with pytest.raises(ValueError, match="a refit needs at least 100 images, got 99: pass more, or leave it out"):
         transfer(adapters["words"], strong, few, config=TransferConfig(refit=True), **cache)
 
 
 def test_a_refit_that_tells_nothing_is_left_out(weak, strong, adapters, dataset, cache, caplog):
     """Labels that have nothing to do with the images."""
     bare = copy.copy(adapters["image"])
-    noise = 8 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    noise = 8 * torch.randn(110, 3, generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING, "hf_transmiter"):
         moved = transfer(bare, strong, dataset, teacher=CalibrationPack(noise, NAMES, weak_logits=noise / 9), **cache)
     facts = moved.adapter_config.provenance
@@ -276,7 +276,7 @@ def test_what_the_images_are(strong, adapters, dataset, cache, tmp_path):
 
 def test_other_images_than_the_packs(weak, strong, adapters, make_dataset, cache, caplog):
     """The adapter stands in for its teacher."""
-    for other in (make_dataset(60, seed=5), make_dataset(52)):
+    for other in (make_dataset(110, seed=5), make_dataset(105)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "hf_transmiter"):
             moved = transfer(adapters["words"], strong, other, **cache)
@@ -299,7 +299,7 @@ def test_across_families(model_dir, adapters, dataset, cache, family, form, tmp_
     moved = transfer(adapters[form], other, dataset, **cache)
     x = embed_dataset(other, dataset, tower=moved.reads_tower, **cache).embeds
     logits = moved.classify(x)
-    assert logits.shape == (60, 3) and torch.isfinite(logits).all()
+    assert logits.shape == (110, 3) and torch.isfinite(logits).all()
     pixels = other.preprocess(dataset[:4]["image"])
     torch.testing.assert_close(moved(pixels).logits_per_image, logits[:4], atol=1e-4, rtol=1e-4)
     # What was saved works on the bare transformers model.
@@ -375,9 +375,9 @@ def test_refused(weak, strong, model_dir, adapters, make_dataset, dataset, cache
     with pytest.raises(ValueError, match="two sets of anchors differ"):
         transfer(adapters["mlp"], strong, bridge=other)
     for teacher, message in (
-        (torch.zeros(59, 3), r"must be \(60, 3\)"),
-        (torch.full((60, 3), float("nan")), "hold NaN"),
-        (CalibrationPack(torch.zeros(60, 3), NAMES, "other"), "belong to 60 other images"),
+        (torch.zeros(109, 3), r"must be \(110, 3\)"),
+        (torch.full((110, 3), float("nan")), "hold NaN"),
+        (CalibrationPack(torch.zeros(110, 3), NAMES, "other"), "belong to 110 other images"),
     ):
         with pytest.raises(ValueError, match=message):
             transfer(adapter, strong, dataset, bridge=bridge, teacher=teacher, **cache)
