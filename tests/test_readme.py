@@ -74,7 +74,7 @@ def here(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for repo_id, model in STAND_INS.items():
         hub.write(repo_id, {path.name: path.read_bytes() for path in Path(model_location(model)).iterdir()})
-    pictures = sandbox.load_dataset("print", "validation")
+    pictures = sandbox.load_dataset("print", "train")
     for label, name in enumerate(("lined", "woven")):
         for split in ("train", "test"):
             Path("my_photos", split, name).mkdir(parents=True)

@@ -16,7 +16,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..evaluation import figures, methods
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.methods import STRONG
-from ..evaluation.report import Section, write_report
+from ..evaluation.report import Section, draw_ways, write_report
 from ..hub.adapter_files import SCORES
 from ..hub.scores import THIS, aggregate, markdown_table, write_scores
 from ..method.bridge import Bridge
@@ -173,4 +173,5 @@ def _figures(domain: str, found: Comparison, by_seed: dict[str, list[float]], fo
     bars = figures.bars(by_seed, path, title=title, reference=lines)
     before, after = (found.rows[row].logits for row in (STRONG, found.recommended))
     title, path = f"{domain}: {STRONG} to {found.recommended}", folder / f"{domain}_confusion.png"
-    return [bars, figures.confusion_change(before, after, found.labels, found.class_names, path, title=title)]
+    ways = draw_ways(folder / f"{domain}_ways.png", found, title=f"{domain}: which way to upgrade")
+    return [bars, ways, figures.confusion_change(before, after, found.labels, found.class_names, path, title=title)]

@@ -23,15 +23,14 @@ from ..method.teacher import Teacher
 from ..settings import ExtractionConfig
 from .evaluate import score_logits
 from .evidence import VISIBLE_GAIN, Evidence, paired_gain, recommend
-from .methods import FROM_TEXT, IMAGES, LABELS, METHODS, NEEDS, STRONG, UNTUNED, WEAK, Variant
+from .methods import BACKPROP, CONTROL, FROM_TEXT, IMAGES, LABELS, METHODS, NEEDS, STRONG, UNTUNED, WEAK, Variant
 from .reliability import expected_calibration_error
-from .task import Impossible, Task
+from .task import Answer, Impossible, Task
 
 
 logger = logging.getLogger(__name__)
 
 NOTES = {LABELS: "needs labelled images", WEAK: "needs the weak model and its tuned version for every prediction"}
-CONTROL = "is a control: its teacher learnt nothing"
 _WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
 _KEEP = "Keep the strong model as it is"
 _IF_LABELLED = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
@@ -50,6 +49,8 @@ class Row:
         note: the advantage it has over those that need neither labels nor the weak model.
         size: bytes to be stored for it beside the pre-trained models, where that is known.
         classifier: what it is, if that is one model; with a TransMiter adapter it is saved by `save_pretrained`.
+        models: how many run for a prediction.
+        open_names: whether it can be asked for any class names; `None` where that is not known.
     """
 
     logits: Tensor
@@ -58,6 +59,8 @@ class Row:
     note: str | None = None
     size: int | None = None
     classifier: AnchorClassifier | None = None
+    models: int = 1
+    open_names: bool | None = None
 
 
 @dataclass
@@ -102,7 +105,8 @@ class Comparison:
             first = next(iter(row.scores.values()))
             cost = {"seconds": first.seconds, "peak_mb": first.peak_mb, "bytes": row.size}
             needs, split = [need for need in NEEDS if need in row.needs], first.split
-            rows.append({"name": name, "scores": values, **cost, "needs": needs, "note": row.note})
+            shape = {"models": row.models, "open_names": row.open_names}
+            rows.append({"name": name, "scores": values, **cost, **shape, "needs": needs, "note": row.note})
         said = {key: getattr(self, key) for key in ("recommended", "advice", "evidence")}
         return {**said, "split": split, "rows": rows, "skipped": self.skipped}
 
@@ -262,7 +266,19 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
         metrics["ece"] = expected_calibration_error(answer.logits, task.labels)
     cost = {} if answer.given else cost
     scores = {metric: Score(name, split, metric, value, **cost) for metric, value in metrics.items()}
-    found.rows[name] = Row(answer.logits, scores, needs, note, answer.size, answer.classifier)
+    found.rows[name] = Row(
+        answer.logits, scores, needs, note, answer.size, answer.classifier, method.models, _open(task, answer, needs)
+    )
+
+
+def _open(task: Task, answer: Answer, needs: Collection[str]) -> bool | None:
+    """Whether any class names can be asked. Of what is no classifier, heads on class names have been trained; the rest
+    is zero-shot, or the tuned model by itself or with others."""
+    if answer.classifier is not None:
+        return answer.classifier.open_vocabulary
+    if answer.given:
+        return None
+    return BACKPROP not in needs and (answer.size == 0 or task.tuned_model is not None)
 
 
 def _agreement(logits: Tensor, tuned: Tensor) -> dict[str, float]:

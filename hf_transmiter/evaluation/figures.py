@@ -9,12 +9,14 @@ there is a `reference`, its values in percent are dashed lines, by name. Colours
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
 import statistics
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _GAIN, _LOSS = "#2166AC", "#B2182B"  # the ends of the map RdBu
 _GREY = "#555555"
+_RUNNING = ("#0072B2", "#E69F00", "#D55E00")  # one, two, three models and more for a prediction
+_INSTANT = 0.1  # seconds: less is as good as nothing
 _GRID = {"color": "#E5E5E5", "linewidth": 0.7}
 _STYLE = {
     "font.size": 9,
@@ -150,6 +154,94 @@ def bars(
     axes.set_xlabel(xlabel)
     _legend(figure, axes)
     return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to upgrade, as [`ways`] draws it: `score` in percent, `seconds` to make it, how many `models` run for a
+    prediction, whether its class names stay `open`."""
+
+    score: float
+    seconds: float
+    models: int = 1
+    open: bool = False
+
+
+@_drawn
+def ways(
+    found: Mapping[str, Way],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    ylabel: str = "accuracy (%)",
+    reference: Mapping[str, float] | None = None,
+    best: str | None = None,
+) -> Path | None:
+    """What each way to upgrade reaches, against the seconds it takes to make: a point and its name each, a full circle
+    where any class names can be asked, an empty square where only the task's; colour and size say how many models run
+    for a prediction. The name of `best` is bold. What takes less than `_INSTANT` seconds stands there.
+
+    Raises:
+        ValueError: no way.
+    """
+    if not found:
+        raise ValueError("there is no way to draw.")
+    figure = _figure(7.4, 5.2, title)
+    axes = figure.add_subplot()
+    _references(axes.axhline, reference or {}, (_GREY, _COLORS[3]))
+    for way in found.values():
+        color, marker = _RUNNING[min(way.models, 3) - 1], "o" if way.open else "s"
+        style = {"facecolors": color if way.open else "white", "edgecolors": color, "linewidths": 1.5, "zorder": 3}
+        axes.scatter(max(way.seconds, _INSTANT), way.score, marker=marker, s=30 * way.models, **style)
+    for is_open in sorted({way.open for way in found.values()}, reverse=True):
+        label, marker, fill = ("any class names", "o", _GREY) if is_open else ("the task's names only", "s", "white")
+        axes.plot([], [], marker, color=_GREY, markerfacecolor=fill, markersize=5, label=label)
+    for count in sorted({way.models for way in found.values()}):
+        label = f"{count} model{'s' * (count > 1)} for a prediction"
+        axes.plot([], [], "_", color=_RUNNING[min(count, 3) - 1], markersize=10, markeredgewidth=4, label=label)
+    slowest = max(10 * _INSTANT, *(way.seconds for way in found.values()))
+    axes.set(xscale="log", xlim=(_INSTANT / 1.5, 3 * slowest), xlabel="seconds to make it", ylabel=ylabel)
+    ticks = [_INSTANT * 10**power for power in range(1 + int(math.log10(3 * slowest / _INSTANT)))]
+    axes.set_xticks(ticks, [f"{_INSTANT:g} or less", *(f"{tick:g}" for tick in ticks[1:])])
+    axes.set_xticks([], minor=True)
+    axes.margins(y=0.12)
+    axes.grid(**_GRID)
+    _legend(figure, axes)
+    places = {name: (max(way.seconds, _INSTANT), way.score) for name, way in found.items()}
+    _name_points(axes, places, (reference or {}).values(), best)
+    return _save(figure, path)
+
+
+def _name_points(axes: Axes, places: Mapping[str, tuple], lines: Iterable[float], bold: str | None) -> None:
+    """Writes the names of points beside them, the highest first, where nothing else stands; a thin line leads to those
+    that had to go further away."""
+    from matplotlib.transforms import Bbox  # of the extra `plots`
+
+    axes.figure.draw_without_rendering()
+    axes.figure.set_layout_engine("none")  # from now on places on the page are what they are
+    pixels, inside = axes.figure.dpi / 72, axes.get_window_extent()
+    spots = axes.transData.transform(list(places.values()))
+    taken = [Bbox.from_extents(x - 5 * pixels, y - 5 * pixels, x + 5 * pixels, y + 5 * pixels) for x, y in spots]
+    heights = [axes.transData.transform((1, line))[1] for line in lines]
+    taken += [Bbox.from_extents(inside.x0, y - pixels, inside.x1, y + pixels) for y in heights]
+    for name, place in sorted(places.items(), key=lambda item: -item[1][1]):
+        style = {"fontsize": 8, "fontweight": "bold" if name == bold else "normal", "textcoords": "offset points"}
+        for away, angle in itertools.product((8, 15, 24, 36, 50, 66), (0, 30, -30, 60, -60, 90, -90, 180, 150, 210)):
+            x, y = away * math.cos(math.radians(angle)), away * math.sin(math.radians(angle))
+            side = "center" if abs(x) < 1 else "left" if x > 0 else "right"
+            style |= {"xytext": (x, y), "ha": side, "va": "center"}
+            text = axes.annotate(_short(name, 40), place, **style)
+            box = text.get_window_extent()
+            if box.padded(2).extents[0] > inside.x0 and box.x1 < inside.x1 and not box.count_overlaps(taken):
+                break
+            text.remove()
+        else:
+            text = axes.annotate(_short(name, 40), place, **style)
+        if away > 15:
+            text.remove()
+            line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 3}
+            axes.annotate(_short(name, 40), place, **style, arrowprops=line)
+        taken.append(box)
 
 
 @_drawn

@@ -29,6 +29,7 @@ from .task import Answer, Impossible, Task, stored_bytes
 
 STRONG, IMAGE_MAP = "zero-shot strong", "image map"
 UNTUNED = "untuned teacher"
+CONTROL = "is a control: its teacher learnt nothing"
 FROM_TEXT = "bridge from text"
 
 
@@ -180,12 +181,14 @@ class Method:
         needs (`Collection[str]`): what it asks for, of [`NEEDS`].
         takes (`Mapping[type, tuple[str, ...]]`): the settings it reads, by what they are fields of.
         tunes (`bool`): whether it tunes a model, so that it also takes a `method` and the options of its adapter.
+        models (`int`): how many run for a prediction.
     """
 
     run: Callable[[Task, Variant], AnchorClassifier | Answer]
     needs: Collection[str] = ()
     takes: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     tunes: bool = False
+    models: int = 1
 
 
 # Baselines
@@ -344,8 +347,8 @@ METHODS: dict[str, Method] = {
     "zero-shot weak": Method(lambda task, _: Answer(task.zero_shot_weak, 0), (WEAK,)),
     STRONG: Method(lambda task, _: Answer(task.zero_shot_strong, 0)),
     "tuned weak": Method(lambda task, _: Answer(task.tuned, stored_bytes(task.teacher)), (WEAK,)),
-    "EFT": Method(_emulated, (WEAK,)),
-    "logit ensemble": Method(_ensemble, (WEAK,)),
+    "EFT": Method(_emulated, (WEAK,), models=3),
+    "logit ensemble": Method(_ensemble, (WEAK,), models=2),
     "re-attached prompt": Method(_reattached),
     "copied LoRA": Method(_copied),
     "prompt transfer": Method(_prompt_transfer, (IMAGES, BACKPROP)),

@@ -19,7 +19,7 @@ from ..hub.files import replace_file
 from ..hub.scores import NOTHING, cell_text, column, mean_cost, metric_title, table
 from . import figures
 from .analyse import AFTER, BEFORE, Knowledge, markdown
-from .methods import NEEDS, STRONG
+from .methods import CONTROL, LABELS, NEEDS, STRONG
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Section:
 
 def comparison_table(found: Comparison) -> str:
     """What `compare` found as markdown: a row per method with its scores, what making it cost, the bytes to be stored
-    for it, and what it needs. Rows that could not be had follow, with the reasons.
+    for it, whether any class names can be asked, and what it needs. Rows that could not be had follow, and why.
 
     Bold as in [`markdown_table`]: methods that need labels, or strong, tuned and weak model at run time, are never.
     """
@@ -54,6 +54,8 @@ def comparison_table(found: Comparison) -> str:
     for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
         columns[title] = [mean_cost(found.scores, row, name) for row in found.rows]
     columns["size"] = [_size(row.size) for row in found.rows.values()]
+    said = {True: "yes", False: "no", None: NOTHING}
+    columns["any class names"] = [said[row.open_names] for row in found.rows.values()]
     for need in NEEDS:
         columns[need] = ["yes" if need in row.needs else "no" for row in found.rows.values()]
     left_out = "".join(f"- {cell_text(method)}: {cell_text(reason)}\n" for method, reason in found.skipped.items())
@@ -97,14 +99,34 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
     return path
 
 
+def draw_ways(path: str | os.PathLike, found: Comparison, *, title: str) -> Path | None:
+    """The figure of every upgrade without labels, see [`figures.ways`]; `None` where there is none."""
+    metric, ylabel = _measure(found)
+    lines = {row: found.value(row, metric) for row in (STRONG, "tuned weak") if row in found.rows}
+    free = {}
+    for name, row in found.rows.items():
+        if name not in (*lines, "zero-shot weak") and LABELS not in row.needs and row.note != CONTROL:
+            score = row.scores[metric]
+            free[name] = figures.Way(score.value, score.seconds or 0.0, row.models, bool(row.open_names))
+    if not free:
+        return None
+    return figures.ways(free, path, title=title, ylabel=ylabel, reference=lines, best=found.recommended)
+
+
+def _measure(found: Comparison) -> tuple[str, str]:
+    """What is compared, and how an axis says it."""
+    if found.labels is None:
+        return "agreement", "agreement with the tuned weak model (%)"
+    return "accuracy", "accuracy (%)"
+
+
 def write_comparison(directory: str | os.PathLike, found: Comparison, *, title: str) -> Path:
     """Writes `report.md`, `comparison.json` and `figures/` of what `compare` found: the scores of all rows and, with
     labels, how far confidence can be believed."""
     directory, drawn = Path(directory), []
-    metric, label = "accuracy", "accuracy (%)"
-    if found.labels is None:
-        metric, label = "agreement", "agreement with the tuned weak model (%)"
+    metric, label = _measure(found)
     lines = {row: found.value(row, metric) for row in (STRONG, "tuned weak") if row in found.rows}
+    drawn.append(draw_ways(directory / "figures" / "ways.png", found, title=f"Which way to upgrade: {title}"))
     values = {row: [found.value(row, metric)] for row in found.rows if row not in lines}
     if values:
         path = directory / "figures" / "methods.png"

@@ -139,8 +139,13 @@ class Card:
 
     @property
     def has_image_side(self) -> bool:
-        """Whether it changes how pictures are seen, so that it can be asked for any names."""
+        """Whether it changes how pictures are seen."""
         return self.facts.get("form") == "linear" and bool(self.facts.known("image_side"))
+
+    @property
+    def has_open_names(self) -> bool:
+        """Whether it can be asked for any names."""
+        return self.has_image_side and self.facts.get("open_names") is not False
 
     @property
     def has_text_side(self) -> bool:

@@ -34,7 +34,7 @@ def test_leaves_everything_behind(tmp_path):
     rows = json.loads((out / "scores.json").read_text())
     assert set(rows[0]) >= {"method", "split", "metric", "value", "std", "seconds", "peak_mb"}
     figures = sorted(path.name for path in (out / "figures").iterdir())
-    assert figures == [f"jargon_{name}.png" for name in ("confusion", "methods")]
+    assert figures == [f"jargon_{name}.png" for name in ("confusion", "methods", "ways")]
     for name in figures:
         assert min(Image.open(out / "figures" / name).size) > 300 and name in (out / "report.md").read_text()
     encoder = DualEncoder.from_pretrained("sandbox:weak")

@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from PIL import Image
 
 from hf_transmiter.evaluation import figures
 from hf_transmiter.evaluation.analyse import AFTER, BEFORE, TUNED, compare_logits
 from hf_transmiter.evaluation.figures import (
+    Way,
     bars,
     compatibility_figure,
     confusion_change,
@@ -19,6 +21,7 @@ from hf_transmiter.evaluation.figures import (
     curves,
     reliability_figure,
     shift_figure,
+    ways,
 )
 from hf_transmiter.evaluation.reliability import expected_calibration_error
 from hf_transmiter.evaluation.report import Section, write_report
@@ -78,6 +81,27 @@ def check_png(path, width, height):
         assert width[0] <= image.width <= width[1] and height[0] <= image.height <= height[1]
         assert len(image.convert("RGB").getcolors(2**24)) > 10  # something is on it
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
+
+
+def test_ways_are_named_beside_their_points_and_not_upon_each_other(tmp_path, drawn):
+    crowd = {f"a bridge of some kind, {n}": Way(60 + 0.2 * n, 1 + 0.02 * n) for n in range(6)}
+    rows = {"EFT": Way(66, 0.0, 3, True), "refit": Way(72, 1.0, 1, True), "tuned": Way(73, 110, 1, True), **crowd}
+    lines = {"zero-shot strong": 49.1}
+    path = ways(rows, tmp_path / "ways.png", title="Which way", reference=lines, best="refit")
+    check_png(path, (1000, 1200), (700, 800))
+    (axes,) = drawn[0].axes
+    texts = {text.get_text(): text for text in axes.texts}
+    assert set(texts) == set(rows) and axes.get_xscale() == "log"
+    boxes = [Text.get_window_extent(text) for text in texts.values()]
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+    inside = axes.get_window_extent()
+    assert all(inside.x0 < box.x0 and box.x1 < inside.x1 for box in boxes)
+    assert [name for name, text in texts.items() if text.get_fontweight() == "bold"] == ["refit"]
+    said = ["zero-shot strong (49.1)", "any class names", "the task's names only"]
+    assert legend(drawn[0]) == [*said, "1 model for a prediction", "3 models for a prediction"]
+    assert axes.get_xticklabels()[0].get_text() == "0.1 or less"
+    with pytest.raises(ValueError, match="no way"):
+        ways({}, tmp_path / "none.png", title="Which way")
 
 
 def test_bars_show_mean_seeds_and_references(tmp_path, drawn):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -6,8 +7,10 @@ from test_figures import drawn  # noqa: F401, a fixture
 from test_figures import found as analysed
 from test_scores import CEILING, SCORES
 
-from hf_transmiter.evaluation.compare import Comparison, Row
-from hf_transmiter.evaluation.report import Section, comparison_table, write_analysis, write_report
+from hf_transmiter.evaluation.compare import Comparison, Row, _open
+from hf_transmiter.evaluation.methods import BACKPROP, CONTROL, IMAGES, LABELS, WEAK
+from hf_transmiter.evaluation.report import Section, comparison_table, draw_ways, write_analysis, write_report
+from hf_transmiter.evaluation.task import Answer
 from hf_transmiter.hub.scores import Score, markdown_table
 
 
@@ -51,22 +54,51 @@ def test_a_comparison_says_what_each_method_costs_and_needs():
     ):
         values = {"accuracy": accuracy, "ece": ece}
         scores = {key: Score(name, "test", key, one, seconds=seconds, peak_mb=peak) for key, one in values.items()}
-        rows[name] = Row(None, scores, *about)
+        rows[name] = Row(None, scores, *about, open_names={"zero-shot strong": True, "refit": False}.get(name))
     found = Comparison(rows, None, ("a", "b"), skipped={"EFT": "it failed: a | b"})
     lines = [line for line in comparison_table(found).splitlines() if line.startswith("|")]
     assert lines[0] == (
-        "| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop | "
-        "weak model at run time |"
+        "| method | accuracy | ECE | seconds | peak MB | size | any class names | labels | task images | "
+        "backprop | weak model at run time |"
     )
     # The highest accuracy and the lowest calibration error of those that need no labels.
-    assert lines[2] == "| zero-shot strong | 60.0 | **5.0** | 0.0 | 0 | 0 | no | no | no | no |"
-    assert lines[3] == "| refit | **70.0** | 9.0 | 2.0 | 30 | 28 kB | no | yes | no | no |"
-    assert lines[4] == "| a\\|probe | 80.0 | 3.0 | 140 | 30 | – | yes | no | yes | no |"
+    assert lines[2] == "| zero-shot strong | 60.0 | **5.0** | 0.0 | 0 | 0 | yes | no | no | no | no |"
+    assert lines[3] == "| refit | **70.0** | 9.0 | 2.0 | 30 | 28 kB | no | no | yes | no | no |"
+    assert lines[4] == "| a\\|probe | 80.0 | 3.0 | 140 | 30 | – | – | yes | no | yes | no |"
     assert comparison_table(found).endswith("\nNot in the table:\n\n- EFT: it failed: a \\| b\n")
+    known = {row["name"]: (row["models"], row["open_names"]) for row in found.to_dict()["rows"]}
+    assert known == {"zero-shot strong": (1, True), "refit": (1, False), "a|probe": (1, None)}
     found.rows["refit"].size = 37_700_000
     assert "| 37.7 MB |" in comparison_table(found)
     nothing = Comparison({}, None, ("a", "b"), skipped={"EFT": "it failed: x"})
     assert comparison_table(nothing) == "\nNot in the table:\n\n- EFT: it failed: x\n"
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_whose_names_stay_open(at_hand):
+    """Zero-shot, a classifier that says so, the tuned model at run time if it is one; no head on class names."""
+    task = SimpleNamespace(tuned_model="a model" if at_hand else None)
+    assert _open(task, Answer(None, 0), {WEAK}) and _open(task, Answer(None, 0), ())
+    assert _open(task, Answer(None, 400), {WEAK}) is at_hand
+    assert _open(task, Answer(None, 400), {IMAGES, BACKPROP}) is False
+    assert _open(task, Answer(None, 400, SimpleNamespace(open_vocabulary=True)), {IMAGES}) is True
+    assert _open(task, Answer(None, 400, given=True), {LABELS, BACKPROP}) is None
+
+
+def test_the_ways_that_are_drawn_need_no_labels(tmp_path, drawn):  # noqa: F811
+    def row(name, score, **about):
+        one = Score(name, "test", "agreement", score, seconds=None if name == "refit" else 1.0, peak_mb=0.0)
+        return Row(None, {"agreement": one}, **about)
+
+    found = Comparison({"zero-shot strong": row("zero-shot strong", 40.0)}, None, ("a", "b"), recommended="refit")
+    assert draw_ways(tmp_path / "ways.png", found, title="t") is None
+    found.rows["untuned teacher"] = row("untuned teacher", 50.0, note=CONTROL)
+    found.rows["linear probe"] = row("linear probe", 90.0, needs={LABELS})
+    found.rows |= {"refit": row("refit", 70.0, open_names=True), "EFT": row("EFT", 60.0, models=3)}
+    assert draw_ways(tmp_path / "ways.png", found, title="t") == tmp_path / "ways.png"
+    (axes,) = drawn[0].axes
+    assert {text.get_text() for text in axes.texts} == {"refit", "EFT"}
+    assert axes.get_ylabel() == "agreement with the tuned weak model (%)"
 
 
 def test_an_analysis_with_labels(tmp_path, drawn):  # noqa: F811
