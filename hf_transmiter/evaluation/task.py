@@ -100,9 +100,8 @@ class Task:
         for model in (self.weak, self.strong):
             for name in ("test", "unlabelled", "labelled", "general"):
                 if getattr(self, name) is not None and (model is self.strong or name != "labelled"):
-                    embed_dataset(
-                        model, getattr(self, name), tower=model is self.strong and name != "general", **self.options
-                    )
+                    tower = model is self.strong and name != "general"
+                    embed_dataset(model, getattr(self, name), tower=tower, **self.options)
         self.text = {model: model.embed_names(self.names, self.templates).cpu() for model in (self.weak, self.strong)}
         test = self.table(self.strong, "test")
         self.labels = None if test.labels is None else self._aligned(test, "test")
@@ -269,8 +268,9 @@ class Task:
 
         def make() -> AnchorClassifier:
             options = {"anchors": anchors, "templates": self.templates, "config": config, **self.options}
+            options |= {"class_names": self.names, "seen_classes": self.seen_classes}
             teacher = self.untuned if untuned else self.teacher
-            return extract(self.weak, teacher, self.unlabelled, class_names=self.names, **options)
+            return extract(self.weak, teacher, self.unlabelled, **options)
 
         key = f"adapter {json.dumps(asdict(config))} {anchors and anchors.fingerprint} {untuned}"
         return self.once(key, make)
