@@ -127,8 +127,9 @@ def transfer(
         fitted, known = _refitted(
             table, labels, carried, text, seen, own, float(strong.logit_scale), config, accelerator
         )
-        facts |= {"refit_on": len(table), **known}
-        carried = carried if fitted is None else fitted
+        facts |= known
+        if fitted is not None:
+            carried, facts["refit_on"] = fitted, len(table)
     if words and space == "embedding":
         facts["zero_shot_weight"] = weight
     shape = {"form": source.form, "width": source.width, "mlp_ratio": source.mlp_ratio}
