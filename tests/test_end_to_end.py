@@ -39,6 +39,7 @@ def test_the_upgrade_lifts_the_strong_model_beyond_both_its_parents(job):
     _, strong, tuned, _, test, _, upgraded = job
     zero_shot = accuracy(AnchorClassifier(strong, tuned.anchors), test)
     assert accuracy(upgraded, test) > zero_shot + 8
+    assert upgraded.adapter_config.provenance["parts"] == "both"
     assert accuracy(upgraded, test) > accuracy(tuned, test) - 2
 
 
@@ -64,11 +65,13 @@ def test_peft_loads_the_upgrade_onto_a_plain_clip(job, tmp_path):
     assert names == [upgraded.class_names[i] for i in best]
 
 
-def test_the_next_upgrade_needs_only_the_new_model(job, tmp_path):
+def test_the_next_upgrade_needs_only_the_new_model(job, tmp_path, caplog):
     _, _, tuned, images, test, adapter, _ = job
     adapter.save_pretrained(tmp_path)
     reloaded = AnchorClassifier.from_pretrained(tmp_path)
     other = DualEncoder.from_pretrained(sandbox.model_path("weak-upgraded"))
     upgraded = transfer(reloaded, other, images, progress=False)
-    assert upgraded.adapter_config.provenance["teacher_logits"]
+    facts = upgraded.adapter_config.provenance
+    assert facts["refit_on"] == 600 and facts["held_out_kl"] < 0.8 * facts["held_out_kl_zero_shot"]
+    assert "stands in for" not in caplog.text  # the tuned model's own logits were saved with the adapter
     assert accuracy(upgraded, test) > accuracy(AnchorClassifier(other, tuned.anchors), test) + 5

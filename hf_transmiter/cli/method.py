@@ -103,6 +103,7 @@ def extract(
     run: RunOptions,
     values: dict,
     dataset: OptionalImages = None,
+    seen_classes: Seen = None,
 ) -> Result:
     """What the tuning changed, as an adapter of the weak model, from unlabelled pictures.
 
@@ -119,6 +120,7 @@ def extract(
         images,
         class_names=ht.read_names(names.class_names),
         templates=ht.teacher_templates(teacher, names.template, ht.usual_templates(dataset)),
+        seen_classes=ht.read_names(seen_classes),
         config=config,
         dataset_name=dataset,
         checkpoint=output.checkpoint,

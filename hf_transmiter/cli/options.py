@@ -50,7 +50,7 @@ EXPERT = {
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
     *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
     *("lambdas", "noise_std", "noise_probability", "width"),
-    *("pseudo_count", "carried_images", "beta", "beta_per_image"),
+    *("beta", "beta_per_image"),
 }
 """Fields that `--help` only names, behind ``--set``."""
 _NOT_SAVED = ("config", "set", "json", "quiet", "debug", "overwrite", "output_dir", "output")

@@ -14,7 +14,6 @@ import yaml
 from torch import Tensor
 
 from ..data.anchors import Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.vocabulary import STRATEGIES
 from ..hub.checks import did_you_mean
 from ..method import attach
@@ -299,12 +298,10 @@ def _image_map(task: Task, variant: Variant) -> AnchorClassifier:
 
 
 def _label_tuned(task: Task, variant: Variant) -> AnchorClassifier:
-    labelled, config = task.labelled_table, LabelTuningConfig(**variant.of_step(LabelTuningConfig))
-    start = _STARTS[variant.own.start](task, variant)
-    if start.reads_tower:
-        rows = embed_dataset(task.strong, task.labelled, tower=True, **task.options).embeds
-        labelled = FeatureTable(rows, labelled.labels, labelled.class_names)
-    return label_tune(start, labelled, seen_classes=task.seen_classes, config=config, **task.options)
+    task.need("labelled")
+    start, config = _STARTS[variant.own.start](task, variant), LabelTuningConfig(**variant.of_step(LabelTuningConfig))
+    options = {"seen_classes": task.seen_classes, "config": config, **task.options}
+    return label_tune(start, task.labelled_rows(start.reads_tower), **options)
 
 
 def _own_vectors(task: Task, variant: Variant) -> AnchorClassifier:

@@ -264,8 +264,9 @@ class Task:
 
         def make() -> AnchorClassifier:
             options = {"anchors": anchors, "templates": self.templates, "config": config, **self.options}
+            options |= {"class_names": self.names, "seen_classes": self.seen_classes}
             teacher = self.untuned if untuned else self.teacher
-            return extract(self.weak, teacher, self.unlabelled, class_names=self.names, **options)
+            return extract(self.weak, teacher, self.unlabelled, **options)
 
         key = f"adapter {json.dumps(asdict(config))} {anchors and anchors.fingerprint} {untuned}"
         return self.once(key, make)

@@ -25,7 +25,7 @@ from ..training.draws import per_example
 from ..training.loop import fit
 from ..tuners import TransMiterConfig, TransMiterLayer
 from ..tuners.transmiter.layer import refine
-from .classifier import AnchorClassifier
+from .classifier import AnchorClassifier, seen_columns
 from .refit import fit_image_side
 from .stored_logits import CalibrationPack
 from .teacher import Teacher, teacher_class_vectors, teacher_logits
@@ -45,6 +45,7 @@ def extract(
     class_names: Sequence[str] | None = None,
     anchors: Anchors | None = None,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
+    seen_classes: Sequence[str] | None = None,
     config: ExtractionConfig | None = None,
     dataset_name: str | None = None,
     accelerator=None,
@@ -67,13 +68,16 @@ def extract(
         class_names (`Sequence[str]`, *optional*): the C names; the teacher's or the dataset's when omitted.
         anchors (`Anchors`, *optional*): names the published adapter reads; 1,024 with random common nouns if omitted.
         templates (`Sequence[str]`, *optional*): prompts of the anchors made here.
+        seen_classes (`Sequence[str]`, *optional*):
+            The names the tuning saw; all of them when omitted. An image map is fitted to these alone: what the teacher
+            says of the others it was never taught.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
         checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
         accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Raises:
         ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
-            begin with the class names, or logits that are not finite.
+            begin with the class names, unknown names in `seen_classes`, or logits that are not finite.
     """
     config = config or ExtractionConfig()
     class_names = _class_names(class_names, anchors, teacher, dataset)
@@ -106,7 +110,8 @@ def extract(
         ):
             config = replace(config, solver="image_map", lambdas=ExtractionConfig.lambdas)  # no need to ask its logits
         prior = text[: len(class_names)].cpu()
-        tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator)
+        seen = seen_columns(class_names, seen_classes)
+        tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator, seen)
         anchors, text = Anchors(class_names, (), anchors.templates), text[: len(class_names)]
         sides = {"image_side": weak.embed_dim} if "image_map" in tensors else {"open_names": False}
         adapter = TransMiterConfig.for_anchors(anchors, form="linear", **sides)
@@ -132,6 +137,7 @@ def closed_form(
     vectors: Tensor | None,
     config: ExtractionConfig,
     accelerator=None,
+    seen: Sequence[int] | slice = slice(None),
 ) -> tuple[dict[str, Tensor], dict]:
     """A linear adapter of the weak model that says what the teacher says: its tensors, and facts for its provenance.
 
@@ -145,6 +151,7 @@ def closed_form(
         table (`FeatureTable` or `None`), logits (`Tensor` or `None`): N image embeddings and teacher logits (N, C).
         text (`Tensor`): T₀ (C, d).
         vectors (`Tensor` or `None`): the teacher's own class vectors, taken as they are but for an image map.
+        seen: columns of the classes that an image map is fitted to.
 
     Raises:
         ValueError: neither images nor vectors.
@@ -184,7 +191,7 @@ def closed_form(
         vectors = normalize(discriminant_head(labelled, text, config.shrinkage, accelerator), dim=-1)
         tensors = {"class_vectors": vectors, "bias": bias}
         return {"anchors": text, **tensors}, {"shrinkage": config.shrinkage}
-    side = fit_image_side(table, logits.softmax(1), text, scale, IMAGE_PENALTY, accelerator)
+    side = fit_image_side(table, logits[:, seen].softmax(1), text[seen], scale, IMAGE_PENALTY, accelerator)
     tensors = {"image_map": check_finite(side.matrix, "the image map"), "image_shift": side.shift}
     return {"anchors": text, **tensors}, {**facts, "solver": "image_map"}
 

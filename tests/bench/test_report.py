@@ -185,14 +185,14 @@ def halves_by_name(cell, name) -> dict:
 def test_figures(tmp_path):
     variants = [
         *("zero-shot strong", "tuned weak"),
-        *({"refit": {"carried_images": n}, "name": f"{n} images"} for n in (1, 4, 16)),
+        *({"refit": {"zero_shot_weight": n / 16}, "name": f"{n} sixteenths"} for n in (1, 4, 16)),
     ]
-    found = config(protocol="base-to-novel", variants=variants, sweep="variants.carried_images")
+    found = config(protocol="base-to-novel", variants=variants, sweep="variants.zero_shot_weight")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "of-an-earlier-report.png").write_bytes(b"")
     names = drawn(found, tmp_path, halves_by_name)
     stem = "1-openai-clip-vit-base-patch16-openai-clip-vit-large-patch14"
-    assert names == {f"{stem}-{name}.png" for name in ("methods", "variants.carried-images")}
+    assert names == {f"{stem}-{name}.png" for name in ("methods", "variants.zero-shot-weight")}
 
 
 @pytest.mark.slow

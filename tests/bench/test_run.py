@@ -267,7 +267,7 @@ def test_tuned_elsewhere(content, tmp_path, make_dataset):
     """Tuned on colours, asked about other names; labelled images of the source are none of the target."""
     from datasets import DatasetDict
 
-    target = make_dataset(16, ("ship", "drawing"), 5)
+    target = make_dataset(100, ("ship", "drawing"), 5)
     DatasetDict({"train": target, "test": target}).save_to_disk(tmp_path / "target")
     elsewhere = {
         **content,

@@ -33,6 +33,7 @@ def chain(out):
     def step(name, *args):
         result = run(name, *args, *cache)
         said[name] = json.loads(result.stdout)
+        assert "stands in for" not in result.stderr  # the refit finds the teacher's logits: its images are the same
 
     config = {"model": "sandbox:weak", "dataset": "sandbox:print", "split": "validation"}
     config.update({"epochs": 50, "batch-size": 72, "lr": 0.01, "shots": 6, "augment": "none"})
@@ -132,17 +133,54 @@ def test_what_the_chain_says_and_leaves(chain, out):
     learnt = chain["tune"]["learnt"]
     assert learnt["held_out"]["accuracy"] > learnt["held_out"]["zero_shot"] + 10 and learnt["warning"] is None
     facts = chain["extract"]["provenance"]
-    assert (facts["solver"], facts["num_images"]) == ("discriminant", 500)
+    assert (facts["solver"], facts["num_images"]) == ("image_map", 500)
     assert chain["bridge"]["source"] == "images" and chain["bridge"]["num_pairs"] == 500
     made = Bridge.load(out / "bridge.safetensors")
     assert made.alignment == pytest.approx(chain["bridge"]["alignment"])
     facts = chain["transfer"]["provenance"]
-    # The refit found the teacher's logits: the images are those of the extraction.
-    assert facts["refit_on"] == 500 and facts["teacher_logits"] is True
+    assert facts["refit_on"] == 500 and facts["parts"] == "both" and facts["even"] is True and facts["coverage"] > 0.75
+    assert facts["held_out_kl"] < 0.8 * facts["held_out_kl_zero_shot"] and len(facts["steps"]) == 3
     assert facts["bridge"]["num_pairs"] == 500 and facts["extracted"]["step"] == "extract"
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     strong = AnchorClassifier.from_pretrained(out / "strong")
     assert strong.class_names == tuple(load_images("sandbox:print", "test").features["label"].names)
+
+
+def test_transfer_says_what_it_made_and_why(chain, out):
+    args = ("transfer", out / "adapter", "--strong", "sandbox:strong", "--bridge", out / "bridge.safetensors")
+    given, facts = (*args, *PRINT, "--cache-dir", out / "features"), chain["transfer"]["provenance"]
+    measured = (
+        f"Held-out images: KL {facts['held_out_kl']:.3f} to the labels, {facts['held_out_kl_zero_shot']:.3f} "
+        f"zero-shot; {facts['held_out_agreement']:.0f} % agreement."
+    )
+    tuned = "the tuning changed what pictures look like"
+    assert facts["because"] == f"{tuned}; a text side for the class names joins it. {measured}"
+    said = run(*given, "--parts", "image", "--output-dir", out / "image").stdout.splitlines()
+    assert said[-2].startswith("Transferred to sandbox:strong (refit on 500 images): ")
+    assert said[-1].startswith(f"Why so: {tuned}; the image side was asked for alone. Held-out images: KL ")
+    made = AnchorClassifier.from_pretrained(out / "image")
+    assert set(made.transmiter.tensors("default")) == {"anchors", "image_map", "image_shift"}
+    assert made.adapter_config.open_names and made.adapter_config.provenance["parts"] == "image"
+    # Of some of the classes the image side alone, without being asked for.
+    (out / "some.txt").write_text("\n".join(made.class_names[:18]))
+    seen = ("--seen-classes", out / "some.txt", "--output-dir", out / "some")
+    assert f"Why so: {tuned}; not all classes were seen, so that names stay open." in run(*given, *seen).stdout
+    # A bridge without a picture, or with few of them, carries what there is.
+    few = (*given, "--max-images", "99", "--output-dir", out / "few")
+    for carried in (
+        (*args, "--output-dir", out / "as_it_is"),
+        (*given, "--no-refit", "--output-dir", out / "no"),
+        few,
+    ):
+        lines = run(*carried).stdout.splitlines()
+        assert lines[-2].startswith("Transferred to sandbox:strong (bridge from images): ")
+        assert lines[-1] == f"Why so: {tuned}, and is carried over as it is."
+    none = ("--output-dir", out / "none")
+    assert "needs at least 100 images, got 99: pass more, or leave it out" in error(*few[:-2], *none, "--refit")
+    assert "a transfer without a refit does not read parts" in error(*given, *none, "--no-refit", "--parts", "text")
+    assert "parts must be one of both, image, text" in error(*given, *none, "--parts", "tower")
+    assert "ask for parts='image'" in error(*given, *none, *seen[:2], "--parts", "both")
+    assert not (out / "none").exists()
 
 
 def test_evaluate(chain, out):

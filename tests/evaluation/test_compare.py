@@ -11,7 +11,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter.data.anchors import Anchors
-from hf_transmiter.data.embeddings import FeatureTable
+from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.baselines import prompt_transfer
 from hf_transmiter.evaluation.compare import CONTROL, NOTES, Comparison, Row, _advise, compare
@@ -21,6 +21,7 @@ from hf_transmiter.evaluation.reliability import expected_calibration_error
 from hf_transmiter.evaluation.report import comparison_table
 from hf_transmiter.hub.scores import Score
 from hf_transmiter.method.attach import reattach_prompt
+from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.extract import extract
 from hf_transmiter.method.transfer import transfer
@@ -29,6 +30,10 @@ from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, MaPLe
 
 
 NAMES = ("cat", "dog", "car")
+SHORT = Variant(
+    "label-free tuning", {"epochs": 1, "batch_size": 20, "augment": "none", "lr": 0.01}, "label-free tuning"
+)
+ROWS = [SHORT if row == SHORT.name else row for row in METHODS]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def found(model_dir, make_dataset):
     config = TransMiterConfig(class_names=list(NAMES), form="linear")
     tensors = {"anchors": text, "class_vectors": moved, "bias": torch.zeros(3)}
     teacher = AnchorClassifier(weak, Anchors(NAMES)).add_adapter(config, tensors)
-    sets = {name: make_dataset(30, seed=seed) for seed, name in enumerate(("test", "unlabelled"))}
+    sets = {"test": make_dataset(30), "unlabelled": make_dataset(110, seed=1)}
     sets["labelled"] = make_dataset(30, names=NAMES[:2], seed=2)
     result = compare(
         weak,
@@ -51,6 +56,7 @@ def found(model_dir, make_dataset):
         labelled=sets["labelled"],
         general=make_dataset(30, names=("tree", "ship"), seed=9),
         tuned_strong=strong,
+        variants=ROWS,
         vocabulary=("tree", "ship", "red", "blue", "old", "big"),
         num_anchors=7,
         gradient=ExtractionConfig(solver="gradient", basis="fixed", epochs=1),
@@ -63,7 +69,7 @@ def found(model_dir, make_dataset):
 def test_every_method_has_every_metric(found):
     result = found[0]
     assert {score.metric for score in result.scores} == {"accuracy", "base", "novel", "hm", "joint", "ece"}
-    assert len(result.scores) == 6 * len(result.rows) and len(result.rows) == 15
+    assert len(result.scores) == 6 * len(result.rows) and len(result.rows) == 17
     assert [score.method for score in result.scores[::6]] == list(result.rows)
     assert all(row.size is not None for row in result.rows.values()) and result.labels.tolist() == [0, 1, 2] * 10
     assert all(torch.isfinite(row.logits).all() and row.logits.shape == (30, 3) for row in result.rows.values())
@@ -87,12 +93,16 @@ def test_what_is_not_possible_says_why(found):
 def test_needs_and_sizes(found):
     needs = {name: set(row.needs) for name, row in found[0].rows.items()}
     sizes = {name: row.size for name, row in found[0].rows.items()}
-    assert needs["refit"] == {IMAGES} and needs["bridge from text"] == set()
+    assert needs["refit"] == needs["image map"] == needs["untuned teacher"] == {IMAGES}
+    assert needs["bridge from text"] == set() and needs["label-free tuning"] == {IMAGES, BACKPROP}
     assert needs["TransMiter"] == {IMAGES, BACKPROP}
     assert needs["linear probe"] == {LABELS, BACKPROP}
     assert needs["EFT"] == needs["zero-shot weak"] == {WEAK}
     assert sizes["zero-shot strong"] == 0 and sizes["linear probe"] == 4 * 3 * 16
-    assert sizes["refit"] == sizes["EFT"] == 4 * (2 * 3 * 16 + 3)  # of this teacher, EFT keeps the same
+    vectors, width = 4 * (2 * 3 * 16 + 3), found[0].rows["refit"].classifier.adapter_config.reads
+    assert sizes["bridge from text"] == sizes["EFT"] == vectors  # of this teacher, EFT keeps the same
+    assert sizes["refit"] == sizes["image map"] == vectors + 4 * (16 * width + 16) and width > 16
+    assert sizes["label-free tuning"] > 0
     assert sizes["TransMiter"] > 4 * 7 * 7 * 9
 
 
@@ -101,11 +111,18 @@ def test_rows_are_what_the_public_functions_give(found):
     adapter = extract(weak, teacher, sets["unlabelled"], progress=False)
     seen = {"seen_classes": NAMES[:2], "progress": False}
     upgraded = transfer(adapter, strong, sets["unlabelled"], config=TransferConfig(refit=True), **seen)
-    x = strong.embed_images(sets["test"]["image"])
+    x = embed_dataset(strong, sets["test"], tower=True, progress=False).embeds
     with torch.no_grad():
-        assert torch.allclose(result.rows["refit"].logits, upgraded.classify(x), atol=1e-4)
-    bridged = transfer(adapter, strong, sets["unlabelled"], **seen)  # no refit: one class was not seen
+        expected = upgraded.classify(x)
+    for row in ("refit", "image map"):  # a class was not seen, so there is no text side
+        assert torch.allclose(result.rows[row].logits, expected, atol=1e-4)
+    assert upgraded.adapter_config.provenance["because"].startswith(
+        "the tuning changed what words mean; not all classes were seen, so that names stay open. Held-out images: KL "
+    )
+    bridge = Bridge.build(weak, strong, sets["unlabelled"], progress=False)
+    bridged = transfer(adapter, strong, bridge=bridge, **seen)
     with torch.no_grad():
+        x = x[:, : strong.embed_dim]
         assert torch.allclose(result.rows["bridge from task images"].logits, bridged.classify(x), atol=1e-4)
     z = {name: row.logits for name, row in result.rows.items()}
     assert torch.allclose(z["EFT"], z["zero-shot strong"] + z["tuned weak"] - z["zero-shot weak"], atol=1e-5)
@@ -136,7 +153,7 @@ def test_what_is_written_begins_with_the_advice(found):
     assert rows["refit"]["scores"]["hm"] == found[0].value("refit", "hm") and rows["refit"]["note"] is None
     assert rows["EFT"]["note"] == NOTES[WEAK] and rows["tuned strong"]["seconds"] is None
     assert rows["refit"]["bytes"] == found[0].rows["refit"].size and rows["refit"]["seconds"] > 0
-    evidence, way = found[0].evidence, "bridge from task images"  # the tuning saw some of the classes
+    evidence, way = found[0].evidence, "image map"  # the tuning saw some of the classes
     gain = found[0].value(way) - found[0].value("zero-shot strong")
     assert evidence["gain"] == pytest.approx(gain) and evidence["standard_error"] > 0
     before = found[0].value("zero-shot strong")
@@ -145,11 +162,22 @@ def test_what_is_written_begins_with_the_advice(found):
     said = f"{way} scores {before + gain:.1f} against {before:.1f}, {gain:+.1f} ± "
     start = "Keep the strong model as it is: " if kept else f"Take {way}: "
     assert found[0].advice.startswith(start + said)
+    reason = (
+        "Why image map: the tuning saw only some of the classes: the image map changes what pictures look like for"
+    )
+    assert kept or reason in found[0].advice
 
 
 def test_the_method_was_run_and_can_be_saved(found, tmp_path):
-    found[0].rows["bridge from task images"].classifier.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    for row in ("bridge from task images", "image map", "refit"):
+        found[0].rows[row].classifier.save_pretrained(tmp_path / row)
+        assert (tmp_path / row / "adapter_model.safetensors").is_file()
+    again = AnchorClassifier.from_pretrained(
+        tmp_path / "image map", DualEncoder.from_pretrained(found[2].name_or_path)
+    )
+    x = embed_dataset(found[2], found[4]["test"], tower=True, progress=False).embeds
+    with torch.no_grad():
+        assert torch.allclose(again.classify(x), found[0].rows["image map"].logits, atol=1e-4)
 
 
 def test_what_is_not_at_hand_is_left_out(found):
@@ -236,7 +264,9 @@ def test_recommendation_follows_the_data():
         return recommend(None, own_class_vectors=own, unlabelled=unlabelled, general=general, **more)[0]
 
     assert way(True, True, True) == way(False, True, False) == "refit"
-    assert way(True, True, True, unseen=True) == "bridge from task images"
+    assert way(True, True, True, unseen=True) == "image map"
+    assert way(False, True, False, unseen=True) == "image map"
+    assert way(True, False, True, unseen=True) == "bridge from general images"  # without an image there is no map
     assert (
         way(True, False, True) == "bridge from general images"
         and way(True, False, True, bridge=True) == "given bridge"
@@ -347,13 +377,17 @@ def test_labelled_images_that_are_test_images_are_counted(found):
 
 def test_rows_of_the_callers_own(found):
     _, weak, strong, teacher, sets = found
-    own = {"refit": {"carried_images": 0.1}, "name": "weak prior"}
+    own = {"refit": {"parts": "text"}, "name": "words alone"}
     rows = ["zero-shot strong", own, Variant("refit")]
     options = {"unlabelled": sets["unlabelled"], "progress": False}
     result = compare(weak, strong, teacher, sets["test"], variants=rows, **options)
-    assert list(result.rows) == ["zero-shot strong", "weak prior", "refit"]
-    assert not torch.allclose(result.rows["weak prior"].logits, result.rows["refit"].logits, atol=1e-3)
-    assert result.rows["weak prior"].classifier.adapter_config.provenance["refit_on"] == 30
+    assert list(result.rows) == ["zero-shot strong", "words alone", "refit"]
+    assert not torch.allclose(result.rows["words alone"].logits, result.rows["refit"].logits, atol=1e-3)
+    assert result.rows["words alone"].classifier.adapter_config.provenance["refit_on"] == 110
+    assert [result.rows[row].classifier.adapter_config.provenance["parts"] for row in ("words alone", "refit")] == [
+        "text",
+        "both",
+    ]
     with pytest.raises(ValueError, match="two rows are called 'refit'"):
         compare(weak, strong, teacher, sets["test"], variants=["refit", "refit"])
 
@@ -378,7 +412,7 @@ def test_one_row_that_fails_does_not_take_the_others_along(found, caplog):
 
 def _rows_of(folders, sets, cache, accelerator=None):
     weak, strong, tuned = map(DualEncoder.from_pretrained, folders)
-    rows = ["tuned weak", "EFT", "refit", "bridge from text", "linear probe", "distilled head"]
+    rows = ["tuned weak", "EFT", "refit", "image map", "bridge from text", "linear probe", "distilled head"]
     quick = {"epochs": 1, "batch_size": 8}
     rows.append({"TransMiter": {"num_auxiliary": 4, **quick}})
     rows.append({"label tuning": quick})
@@ -411,7 +445,7 @@ def _in_two_processes(path, folders, sets):
 @pytest.mark.parametrize("labels", [True, False])
 def test_two_processes_find_what_one_does(model_dir, make_dataset, tmp_path, labels):
     folders = (model_dir("clip"), model_dir("siglip", seed=1), model_dir("clip", seed=2))
-    sets = {"test": make_dataset(15), "unlabelled": make_dataset(30, seed=1), "labelled": make_dataset(13, seed=2)}
+    sets = {"test": make_dataset(15), "unlabelled": make_dataset(110, seed=1), "labelled": make_dataset(13, seed=2)}
     if not labels:
         sets["test"] = sets["test"].remove_columns("label")
     expected = _rows_of(folders, sets, tmp_path / "one")

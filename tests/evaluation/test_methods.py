@@ -9,9 +9,10 @@ import torch
 from datasets import ClassLabel
 
 from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.data.embeddings import embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.baselines import linear_head
-from hf_transmiter.evaluation.methods import BACKPROP, LABELS, METHODS, WEAK, Variant
+from hf_transmiter.evaluation.methods import BACKPROP, IMAGES, LABELS, METHODS, WEAK, Variant
 from hf_transmiter.evaluation.task import Answer, Impossible, Task, stored_bytes
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.classifier import AnchorClassifier
@@ -41,7 +42,7 @@ def models(model_dir):
 def sets(make_dataset):
     """The labelled images name their classes in another order, and lack one."""
     few = make_dataset(9, names=("car", "cat"), seed=3)
-    return {"test": make_dataset(12), "unlabelled": make_dataset(20, seed=1), "labelled": few}
+    return {"test": make_dataset(12), "unlabelled": make_dataset(110, seed=1), "labelled": few}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,19 @@ def logits(task, row, **settings):
     return task.answer(made(task, row, **settings)).logits
 
 
+def tensors(classifier):
+    return classifier.transmiter.tensors("default")
+
+
+def says(classifier, images):
+    """Logits of an adapter, on rows as wide as it reads."""
+    encoder, reads = classifier.encoder, classifier.adapter_config.reads
+    table = embed_dataset(encoder, images, tower=reads > encoder.embed_dim, progress=False)
+    assert table.embeds.shape[1] == reads
+    with torch.no_grad():
+        return classifier.classify(table.embeds)
+
+
 def same(a, b):
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -72,11 +86,22 @@ def test_settings_are_checked_when_a_row_is_written():
         (["refit"], "a row is the name of a method"),
         (None, "a row is the name of a method"),
         ("refit: {", "a row is the name of a method"),
-        ({"refit": {"shrinkge": 1}}, "the row 'refit' has no setting 'shrinkge'; did you mean 'shrinkage'"),
+        (
+            {"given bridge": {"shrinkge": 1}},
+            "the row 'given bridge' has no setting 'shrinkge'; did you mean 'shrinkage'",
+        ),
+        ({"refit": {"shrinkage": 1}}, "the row 'refit' has no setting 'shrinkage'; there are solver, lambdas, zero_"),
         ({"refit": {"refit": False}}, "the row 'refit' has no setting 'refit'"),
-        ({"refit": {"solver": "gradient"}}, "the row 'refit': solver must be one of discriminant, ridge"),
+        ({"refit": {"solver": "gradient"}}, "the row 'refit': solver must be one of image_map, discriminant, ridge"),
         ({"refit": {"solver": "discriminant", "lambdas": [1]}}, "solver 'discriminant' does not read lambdas"),
         ({"bridge from text": {"solver": "ridge", "shrinkage": 1}}, "solver 'ridge' does not read shrinkage"),
+        ({"bridge from text": {"shrinkage": 1.0}}, "an extraction with no solver chosen does not read shrinkage"),
+        ({"bridge from text": {"parts": "image"}}, "the row 'bridge from text' has no setting 'parts'"),
+        ({"refit": {"parts": "images"}}, "the row 'refit': parts must be one of both, image, text"),
+        ({"refit": {"even": "yes"}}, "the row 'refit': even must be bool or nothing, got 'yes'"),
+        ({"image map": {"parts": "text"}}, "the row 'image map' has no setting 'parts'"),
+        ({"label-free tuning": {"shots": 4}}, "the row 'label-free tuning': "),
+        ({"label-free tuning": {"method": "magic"}}, "the row 'label-free tuning': method must be one of lora"),
         ({"refit": 3}, "the row 'refit' must hold settings by name, got 3"),
         ({"EFT": {"beta": 1.0}}, "the row 'EFT' has no setting 'beta'; it takes none"),
         ({"linear probe": {"beta": 1.0}}, "the row 'linear probe' has no setting 'beta'; it takes none"),
@@ -106,6 +131,8 @@ def test_rows_are_read_as_people_write_them():
     assert row.of_step(ExtractionConfig) == {"lr": 1e-3, "width": None}
     assert row.of_step(TransferConfig) == {"beta": math.inf}
     assert replace(row, name="other").settings == row.settings
+    row = Variant.of("refit: {parts: image, even: false}")
+    assert row.of_step(TransferConfig) == {"parts": "image", "even": False} and row.of_step(ExtractionConfig) == {}
     tuning = {"method": "coop", "position": "middle", "epochs": 3}
     found = split_tuning(Variant("tuned strong", tuning).settings)
     assert found == {"adapter": {"method": "coop", "position": "middle"}, "config": TuningConfig(epochs=3)}
@@ -114,6 +141,8 @@ def test_rows_are_read_as_people_write_them():
 def test_needs_of_the_table():
     free = [row for row, method in METHODS.items() if not method.needs]
     assert "bridge from text" in free and "zero-shot strong" in free and "refit" not in free
+    assert set(METHODS["image map"].needs) == set(METHODS["refit"].needs) == {IMAGES}
+    assert set(METHODS["label-free tuning"].needs) == {IMAGES, BACKPROP}
     labelled = {row for row, method in METHODS.items() if LABELS in method.needs}
     assert labelled == {"linear probe", "tuned strong", "label tuning"}
     assert {row for row, method in METHODS.items() if WEAK in method.needs} == {
@@ -185,21 +214,27 @@ def test_anchors_are_chosen_as_the_row_wants(task):
 # Closed form, labels
 
 
-@pytest.mark.parametrize("solver", ["discriminant", "ridge"])
-def test_class_vectors_over_every_bridge(task, models, sets, solver):
+SOLVERS = {"image_map": {}, "discriminant": {"shrinkage": 3.0}, "ridge": {"lambdas": (1.0,)}}
+
+
+@pytest.mark.parametrize("solver", [None, *SOLVERS])
+def test_what_was_tuned_over_every_bridge(task, models, sets, solver):
     weak, strong, teacher = models
     quiet = {"progress": False}
-    own = {"shrinkage": 3.0} if solver == "discriminant" else {"lambdas": (1.0,)}
+    own, weight = SOLVERS.get(solver, {}), {"zero_shot_weight": 0.25}
     config = ExtractionConfig(solver=solver, **own)
     adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
-    settings = {"solver": solver, "zero_shot_weight": 0.25, **own}
+    settings = {**({} if solver is None else {"solver": solver}), **weight, **own}
     bridges = {
         "bridge from text": Bridge.build(weak, strong, anchors=Anchors((), WORDS)),
         "bridge from task images": Bridge.build(weak, strong, sets["unlabelled"], **quiet),
     }
     x = task.table(strong, "test").embeds
     for row, bridge in bridges.items():
-        moved = transfer(adapter, strong, bridge=bridge, config=TransferConfig(zero_shot_weight=0.25), **quiet)
+        moved = transfer(adapter, strong, bridge=bridge, config=TransferConfig(**weight), **quiet)
+        taken = adapter.adapter_config.provenance["solver"]
+        assert taken == (solver or "image_map")  # another image tower
+        assert ("image_map" in tensors(moved)) == (taken == "image_map")
         with torch.no_grad():
             same(logits(task, row, **settings), moved.classify(x))
         given = replace(task, bridge=bridge)
@@ -209,23 +244,94 @@ def test_class_vectors_over_every_bridge(task, models, sets, solver):
         made(task, "given bridge", **settings)
 
 
-@pytest.mark.parametrize("solver", ["discriminant", "ridge"])
+@pytest.mark.parametrize("solver", [None, *SOLVERS])
 def test_refits(task, models, sets, solver):
     weak, strong, teacher = models
-    quiet, own = {"progress": False}, {} if solver == "discriminant" else {"lambdas": (1.0,)}
+    everything = replace(task, seen_classes=None)
+    quiet, own = {"progress": False}, {"lambdas": (1.0,)} if solver == "ridge" else {}
     config = ExtractionConfig(solver=solver, **own)
     adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
-    settings, x = {"zero_shot_weight": 0.25, "shrinkage": 2.0}, task.table(strong, "test").embeds
-    config = TransferConfig(refit=True, **settings)
-    moved = transfer(adapter, strong, sets["unlabelled"], config=config, **quiet)
+    for parts in (None, "both", "image", "text"):
+        settings = {"zero_shot_weight": 0.25, "even": True, **({} if parts is None else {"parts": parts})}
+        moved = transfer(adapter, strong, sets["unlabelled"], config=TransferConfig(refit=True, **settings), **quiet)
+        settings |= own if solver is None else {"solver": solver, **own}
+        same(logits(everything, "refit", **settings), says(moved, sets["test"]))
+        # Beside an image side alone carried class vectors stay.
+        alone = parts == "text" or (parts == "image" and solver in (None, "image_map"))
+        assert moved.adapter_config.provenance["parts"] == (parts if alone else "both")
+
+
+@pytest.mark.parametrize("solver", ["image_map", "ridge"])
+def test_an_image_map_is_a_refit_without_a_text_side(task, models, sets, solver):
+    weak, strong, teacher = models
+    settings = {"even": True, "zero_shot_weight": 0.25}
+    for seen in (("cat", "car"), None):
+        given, quiet = replace(task, seen_classes=seen), {"progress": False}
+        config = ExtractionConfig(solver=solver)
+        adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
+        config = TransferConfig(refit=True, parts="image", **settings)
+        moved = transfer(adapter, strong, sets["unlabelled"], seen_classes=seen, config=config, **quiet)
+        found = made(given, "image map", solver=solver, **settings)
+        words = {"class_vectors", "bias"} if solver == "ridge" else set()  # as they were carried
+        assert tensors(found).keys() == tensors(moved).keys() == {"anchors", "image_map", "image_shift"} | words
+        for name, tensor in tensors(moved).items():
+            torch.testing.assert_close(tensors(found)[name], tensor, atol=1e-5, rtol=1e-4)
+        assert found.adapter_config.open_names == (solver == "image_map")
+        answer = given.answer(found)
+        same(answer.logits, says(moved, sets["test"]))
+        same(answer.logits, logits(given, "refit", solver=solver, parts="image", **settings))
+        # A map of a picture's embedding and tower features, a shift, and the texts that it is read with.
+        d, reads = strong.embed_dim, found.adapter_config.reads
+        assert reads > d and answer.size == 4 * (d * reads + d + 3 * d + (3 * d + 3 if words else 0))
+    # Where a class was not seen this is what the refit is, and else it is not.
+    same(logits(task, "refit", solver=solver), logits(task, "image map", solver=solver))
+    both = logits(given, "refit", solver=solver, **settings)
+    assert (answer.logits - both).abs().max() > 1e-2
+    with pytest.raises(Impossible, match="it needs unlabelled images of the task"):
+        made(replace(task, unlabelled=None, teacher=AnchorClassifier(weak, Anchors(NAMES))), "image map")
+
+
+def test_few_images_have_no_refit(task, sets):
+    given = replace(task, unlabelled=sets["unlabelled"].select(range(99)))
+    for row in ("refit", "image map", "untuned teacher", "label tuning"):
+        with pytest.raises(ValueError, match="a refit needs at least 100 images, got 99: pass more, or leave it out."):
+            made(given, row)
+    given = replace(task, unlabelled=sets["unlabelled"].select(range(100)))
+    assert made(given, "image map").adapter_config.provenance["refit_on"] == 100
+
+
+def test_label_free_tuning_is_tuning_by_the_experts(task, models, sets):
+    weak, strong, teacher = models
+    quick = {**QUICK, "batch_size": 20}
+    for seen in (None, ("cat", "car")):
+        given = replace(task, seen_classes=seen)
+        found = made(given, "label-free tuning", **quick)
+        about = {"teacher": teacher, "weak": weak, "class_names": seen or NAMES, "progress": False}
+        expected = tune(strong, sets["unlabelled"], config=TuningConfig(**quick), **about)
+        pictures = sets["test"]["image"]
+        with torch.no_grad():
+            same(found.encoder.embed_images(pictures), expected.encoder.embed_images(pictures))
+            moved = (found.encoder.embed_images(pictures) - strong.embed_images(pictures)).abs().max()
+        assert moved > 1e-4 and found.class_names == NAMES
+        answer = given.answer(found)
+        assert answer.size == stored_bytes(expected) > 0 and answer.logits.shape == (12, 3)
+    # The comparison's own way to tune is for labels: of it the shots, the epochs and the pull stay out.
+    own = replace(task, tuning={"method": "coop", "shots": 1, "keep_near": 1.0, **QUICK, "epochs": 10**6})
+    quick = {"epochs": 1, "batch_size": 20}
+    tuned = own.tune_on_experts(quick)
+    expected = tune(strong, sets["unlabelled"], config=TuningConfig(**{**QUICK, **quick}), **about)
     with torch.no_grad():
-        same(logits(task, "refit", solver=solver, **own, **settings), moved.classify(x))
+        same(tuned.encoder.embed_images(pictures), expected.encoder.embed_images(pictures))
+    (adapter,) = task.tune_on_experts({"method": "coop", **quick}).encoder.model.peft_config.values()
+    assert adapter.peft_type == "COOP"
+    with pytest.raises(Impossible, match="it needs unlabelled images of the task"):
+        made(replace(task, unlabelled=None), "label-free tuning", **quick)
 
 
 def test_an_untuned_teacher_is_the_zero_shot_weak_model(task, models, sets):
     """The refit with a teacher that learnt nothing, of the tuned one's kind."""
     weak, strong, _ = models
-    x, quiet = task.table(strong, "test").embeds, {"progress": False}
+    quiet = {"progress": False}
     for own in (False, True):
         given, zero_shot = replace(task), AnchorClassifier(weak, Anchors(NAMES))
         given.own_class_vectors = own
@@ -234,8 +340,7 @@ def test_an_untuned_teacher_is_the_zero_shot_weak_model(task, models, sets):
         adapter = extract(weak, zero_shot if own else said, sets["unlabelled"], class_names=NAMES, **quiet)
         options = {"config": TransferConfig(refit=True), "seen_classes": ("cat", "car"), **quiet}
         moved = transfer(adapter, strong, sets["unlabelled"], **options)
-        with torch.no_grad():
-            same(logits(given, "untuned teacher"), moved.classify(x))
+        same(logits(given, "untuned teacher"), says(moved, sets["test"]))
         assert (logits(given, "untuned teacher") - logits(task, "refit")).abs().max() > 1e-3
 
 
@@ -264,9 +369,7 @@ def test_labels_are_matched_by_name(task, models, sets):
     config = LabelTuningConfig(epochs=2)
     start = made(task, "refit")
     tuned = label_tune(start, few, seen_classes=("cat", "car"), config=config, progress=False)
-    with torch.no_grad():
-        expected = tuned.classify(task.table(models[1], "test").embeds)
-    same(logits(task, "label tuning", epochs=2), expected)
+    same(logits(task, "label tuning", epochs=2), says(tuned, sets["test"]))
     start = made(task, "TransMiter")
     tuned = label_tune(start, few, seen_classes=("cat", "car"), config=config, progress=False)
     with torch.no_grad():

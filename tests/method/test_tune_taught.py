@@ -24,7 +24,7 @@ from hf_transmiter.method.stored_logits import CalibrationPack
 from hf_transmiter.method.teacher import teacher_logits
 from hf_transmiter.method.tune import tune
 from hf_transmiter.sandbox import load_dataset
-from hf_transmiter.settings import TuningConfig
+from hf_transmiter.settings import ExtractionConfig, TuningConfig
 from hf_transmiter.training import batches
 
 
@@ -155,9 +155,12 @@ def test_the_adapter_follows_from_what_was_tuned(encoder, strong, make_dataset, 
         assert found[0] == expected[0] and expected[1] in (None, found[1])
         if expected[0] == "coop":
             assert method(extract(encoder, tuned, **options))[0] == "coop"
-    assert method(extract(encoder, tuned_weak(encoder, data, options), data, **options))[0] == "lora"
+    words, tuned = tuned, tuned_weak(encoder, data, options)
+    for solver in (None, "image_map", "discriminant"):
+        found = extract(encoder, tuned, data, config=ExtractionConfig(solver=solver), **options)
+        assert method(found)[0] == "lora"
     assert method(torch.randn(12, 3))[0] == "lora"
-    assert method([tuned, tuned], weak=encoder)[0] == "coop"
+    assert method([words, words], weak=encoder)[0] == "coop"
     CalibrationPack(torch.randn(12, 3), NAMES, weak_logits=torch.randn(12, 3)).save(tmp_path / "pack.safetensors")
     assert method(tmp_path / "pack.safetensors")[0] == "lora"
 

@@ -4,8 +4,10 @@
 
 - solvers: gradient extraction at D = K = 1024 with a learned basis and with a fixed basis, and both closed
   forms. Random embeddings of a planted teacher; accuracies are printed beside.
-- memory: peak resident memory of the moment and the refit at N = 2,000 and 20,000 (d = 512 / 768, C = 100).
-- forward: a ViT-B/16-sized image tower (random weights, batch 32), and what the adapter adds to it (K = D = 1024).
+- memory: peak resident memory of the moment and the refit at N = 10,000 and 40,000 (d = 512 / 768 with 2 x 768 tower
+  features, C = 100), on top of the labels.
+- forward: a ViT-B/16-sized image tower (random weights, batch 32), and what the adapter adds to it (K = D = 1024;
+  image side and text side of 100 classes, both with tower features).
 """
 
 import argparse
@@ -22,8 +24,8 @@ from hf_transmiter.data.embeddings import FeatureTable
 from hf_transmiter.evaluation.evaluate import measured
 from hf_transmiter.method.extract import closed_form, gradient
 from hf_transmiter.method.moments import image_pairs, sum_pairs
-from hf_transmiter.method.transfer import refit
-from hf_transmiter.settings import ExtractionConfig, TransferConfig
+from hf_transmiter.method.refit import refit
+from hf_transmiter.settings import ExtractionConfig
 
 
 class Recorded:
@@ -50,7 +52,10 @@ def solvers(images: int, epochs: int) -> None:
     truth = weak.logits(test, tuned).argmax(1)
 
     def agreement(found: dict) -> float:
-        if "class_vectors" in found:
+        if "image_map" in found:
+            moved = normalize(test + test @ found["image_map"].T + found["image_shift"], dim=-1)
+            logits = weak.logits(moved, text[:c])
+        elif "class_vectors" in found:
             logits = weak.logits(test, found["class_vectors"]) + found["bias"]
         else:
             norm, up, down = (torch.nn.LayerNorm(k), torch.nn.Linear(k, 4 * k), torch.nn.Linear(4 * k, k))
@@ -70,6 +75,7 @@ def solvers(images: int, epochs: int) -> None:
         "fixed basis": ExtractionConfig(solver="gradient", basis="fixed", epochs=epochs),
         "ridge": ExtractionConfig(solver="ridge"),
         "discriminant": ExtractionConfig(solver="discriminant"),
+        "image map": ExtractionConfig(solver="image_map"),
     }.items():
         since = time.perf_counter()
         if config.solver == "gradient":
@@ -86,8 +92,8 @@ def solvers(images: int, epochs: int) -> None:
 
 def memory() -> None:
     print("memory: peak on top of the start, tables on disk")
-    for images in (2000, 20000):
-        weak, strong = Recorded(512), Recorded(768)
+    for images in (10000, 40000):
+        weak, strong = Recorded(512), Recorded(3 * 768)
         with tempfile.TemporaryDirectory() as folder:
             tables = []
             for number, model in enumerate((weak, strong)):
@@ -95,9 +101,10 @@ def memory() -> None:
                 np.save(path, normalize(torch.randn(images, model.embed_dim), dim=-1))
                 tables.append(FeatureTable(torch.from_numpy(np.load(path, mmap_mode="c"))))
             vectors = normalize(torch.randn(100, 768), dim=-1)
+            labels = torch.cat([100 * x[:, :768] @ vectors.T for x in tables[1].batches(4096)])
             with measured() as cost:
                 sum_pairs(image_pairs(weak, strong, tables, None), strong.embed_dim, weak.embed_dim)
-                refit(tables[1], vectors, vectors, None, strong, TransferConfig())
+                refit(tables[1], labels, vectors, 100.0)
         print(f"  N = {images:6d}: {cost['peak_mb']:7.1f} MB, {cost['seconds']:.2f} s", flush=True)
 
 
@@ -114,24 +121,27 @@ def forward(repeats: int) -> None:
     names = [str(i) for i in range(1024)]
     pixels = torch.randn(32, 3, 224, 224)
     models = {}
-    for form in ("mlp", "linear"):
-        config = TransMiterConfig(
-            class_names=names[:100], auxiliary_names=names[100:] if form == "mlp" else [], form=form
-        )
+    d = bare.config.projection_dim
+    wide = d + 2 * bare.config.vision_config.hidden_size
+    sides = {"image_side": wide, "text_side": d + wide}
+    for form, more in {"mlp": {}, "linear": {}, "linear, both sides": sides}.items():
+        auxiliary = names[100:] if form == "mlp" else []
+        form_name = form.split(",")[0]
+        config = TransMiterConfig(class_names=names[:100], auxiliary_names=auxiliary, form=form_name, **more)
         model = get_peft_model(copy.deepcopy(bare), config).eval()
         layer = model.get_base_model().transmiter
         k = len(config.anchors)
         layer.set_anchors("default", normalize(torch.randn(k, bare.config.projection_dim), dim=-1))
         models[form] = model
     scale = bare.logit_scale.exp()
-    x = normalize(torch.randn(32, bare.config.projection_dim), dim=-1)
+    x = torch.cat([normalize(torch.randn(32, d), dim=-1), torch.randn(32, wide - d)], dim=1)
     dummy = dummy_text_inputs(bare)
     parts = {
         "image tower": (lambda: bare.get_image_features(pixel_values=pixels), 1),
         "smallest text, for a bare CLIPModel": (lambda: bare.get_text_features(**dummy), 20),
     }
     for form, model in models.items():
-        parts[f"adapter, {form}"] = (lambda m=model: m.get_base_model().transmiter(x, scale), 20)
+        parts[f"adapter, {form}"] = (lambda m=model: m.get_base_model().transmiter(_read(m, x, d), scale), 20)
     print(f"forward: ViT-B/16, batch 32, best of {repeats} (adapters: {20 * repeats})")
     best = {}
     with torch.no_grad():
@@ -140,6 +150,10 @@ def forward(repeats: int) -> None:
             best[name] = min(_seconds(run) for _ in range(repeats * times))
             share = 100 * best[name] / best["image tower"]
             print(f"  {name:36s} {1000 * best[name]:10.2f} ms  {share:7.3f} % of the tower", flush=True)
+
+
+def _read(model, x: torch.Tensor, d: int) -> torch.Tensor:
+    return x if model.get_base_model().transmiter.reads_tower else x[:, :d]
 
 
 def _seconds(run) -> float:
