@@ -7,7 +7,7 @@ The sandbox without `--data`: 1,500 unlabelled and 1,500 test pictures of 36 cla
 shots anew for each seed. With it OpenAI's RN50 to ViT-B/32 on real embeddings, from `caltech101_clip_features` and
 `clip_text_embeddings` in that folder: the classes whose names have real text embeddings, and all 100 with an image of
 each in the place of its text; class vectors tuned on 3 labelled images per class, 9 unlabelled, 4 (3) test. The
-settings were chosen on seeds 0 and 1 of the first and 0 to 2 of the second. Mean over seeds, percent.
+settings were chosen on seeds 0 and 1 of the first and 0 to 2 of the second. Mean ± deviation over seeds.
 
 Pools: `quarter` has images of every fourth part of the classes only, `tail` class frequencies that fall to a fiftieth.
 """
@@ -53,7 +53,7 @@ COUNTS = (10, 50, 100, 200, 400)
 
 
 class Table:
-    """Means over seeds, rows by columns, printed as markdown."""
+    """Mean ± standard deviation over seeds, rows by columns, printed as markdown."""
 
     def __init__(self, title: str):
         self.title, self.cells = title, defaultdict(lambda: defaultdict(list))
@@ -65,9 +65,14 @@ class Table:
         columns = list(dict.fromkeys(column for row in self.cells.values() for column in row))
         lines = [f"| {self.title} | {' | '.join(columns)} |", "|:---" + "|---:" * len(columns) + "|"]
         for row, values in self.cells.items():
-            cells = (f"{statistics.fmean(values[column]):.1f}" if column in values else "" for column in columns)
+            cells = (_cell(values[column]) if column in values else "" for column in columns)
             lines.append(f"| {row} | {' | '.join(cells)} |")
         return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
