@@ -223,7 +223,8 @@ def test_what_was_tuned_over_every_bridge(task, models, sets, solver):
     quiet = {"progress": False}
     own, weight = SOLVERS.get(solver, {}), {"zero_shot_weight": 0.25}
     config = ExtractionConfig(solver=solver, **own)
-    adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
+    about = {"class_names": NAMES, "seen_classes": task.seen_classes}
+    adapter = extract(weak, teacher, sets["unlabelled"], config=config, **about, **quiet)
     settings = {**({} if solver is None else {"solver": solver}), **weight, **own}
     bridges = {
         "bridge from text": Bridge.build(weak, strong, anchors=Anchors((), WORDS)),
@@ -268,7 +269,8 @@ def test_an_image_map_is_a_refit_without_a_text_side(task, models, sets, solver)
     for seen in (("cat", "car"), None):
         given, quiet = replace(task, seen_classes=seen), {"progress": False}
         config = ExtractionConfig(solver=solver)
-        adapter = extract(weak, teacher, sets["unlabelled"], class_names=NAMES, config=config, **quiet)
+        about = {"class_names": NAMES, "seen_classes": seen}
+        adapter = extract(weak, teacher, sets["unlabelled"], config=config, **about, **quiet)
         config = TransferConfig(refit=True, parts="image", **settings)
         moved = transfer(adapter, strong, sets["unlabelled"], seen_classes=seen, config=config, **quiet)
         found = made(given, "image map", solver=solver, **settings)
@@ -337,7 +339,8 @@ def test_an_untuned_teacher_is_the_zero_shot_weak_model(task, models, sets):
         given.own_class_vectors = own
         with torch.no_grad():
             said = zero_shot.classify(task.table(weak, "unlabelled").embeds)
-        adapter = extract(weak, zero_shot if own else said, sets["unlabelled"], class_names=NAMES, **quiet)
+        about = {"class_names": NAMES, "seen_classes": task.seen_classes}
+        adapter = extract(weak, zero_shot if own else said, sets["unlabelled"], **about, **quiet)
         options = {"config": TransferConfig(refit=True), "seen_classes": ("cat", "car"), **quiet}
         moved = transfer(adapter, strong, sets["unlabelled"], **options)
         same(logits(given, "untuned teacher"), says(moved, sets["test"]))
