@@ -100,8 +100,7 @@ class Task:
         for model in (self.weak, self.strong):
             for name in ("test", "unlabelled", "labelled", "general"):
                 if getattr(self, name) is not None and (model is self.strong or name != "labelled"):
-                    tower = model is self.strong and name != "general"
-                    embed_dataset(model, getattr(self, name), tower=tower, **self.options)
+                    self.table(model, name, tower=model is self.strong and name != "general")
         self.text = {model: model.embed_names(self.names, self.templates).cpu() for model in (self.weak, self.strong)}
         test = self.table(self.strong, "test")
         self.labels = None if test.labels is None else self._aligned(test, "test")
@@ -129,9 +128,9 @@ class Task:
             raise Impossible(_MISSING[name])
         return getattr(self, name)
 
-    def table(self, model: DualEncoder, name: str) -> FeatureTable:
-        """Embeddings of one of the sets of images."""
-        return embed_dataset(model, self.need(name), **self.options)
+    def table(self, model: DualEncoder, name: str, tower: bool = False) -> FeatureTable:
+        """Embeddings of one of the sets of images, with or without tower features."""
+        return embed_dataset(model, self.need(name), tower=tower, **self.options)
 
     def said_by(self, teacher: Teacher, name: str, base: DualEncoder) -> Tensor:
         """Task logits (N, C) on one of the sets of images; `base` is the model that was tuned."""
@@ -172,7 +171,11 @@ class Task:
     @cached_property
     def labelled_table(self) -> FeatureTable:
         """Embeddings of the labelled images, labels as positions in the names."""
-        table = self.table(self.strong, "labelled")
+        return self.labelled_rows()
+
+    def labelled_rows(self, tower: bool = False) -> FeatureTable:
+        """The same, with or without tower features."""
+        table = self.table(self.strong, "labelled", tower)
         return FeatureTable(table.embeds, self._aligned(table, "labelled"), self.names)
 
     @cached_property

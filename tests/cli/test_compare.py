@@ -53,7 +53,7 @@ def test_a_folder_with_labels(command, out):
     data = ("--dataset", out / "photos", "--unlabelled", out / "photos", "--labelled", out / "photos")
     result = run(*command, *data, *rows(*ROWS), "--shots", "48", "--output-dir", out / "report")
     header, _, *table = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    assert header.startswith("| method | accuracy | ECE | seconds | peak MB | size | labels | task images | backprop")
+    assert header.startswith("| method | accuracy | ECE | seconds | peak MB | size | any class names | labels |")
     assert [line.split(" | ")[0].strip("| ") for line in table] == list(ROWS)
     verdict = result.stdout.splitlines()[0]
     assert verdict.startswith(("Take refit: refit scores ", "Keep the strong model as it is: refit scores "))
@@ -61,7 +61,7 @@ def test_a_folder_with_labels(command, out):
     assert "3 of 3 classes have fewer than 48 labelled pictures, first 'car'" in result.stderr  # they have 40
     report = (out / "report" / "report.md").read_text()
     assert result.stdout.strip() in report and str(out) not in report
-    for name in ("methods", "reliability"):
+    for name in ("ways", "methods", "reliability"):
         assert f"figures/{name}.png" in report and (out / "report" / "figures" / f"{name}.png").is_file()
     found = json.loads((out / "report" / "comparison.json").read_text())
     assert found["advice"] == verdict and [row["name"] for row in found["rows"]] == list(ROWS)
