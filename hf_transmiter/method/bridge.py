@@ -123,13 +123,16 @@ class Bridge:
             weak, strong (`DualEncoder`): any two models: families, widths, tokenizers and image sizes may differ.
             dataset (`datasets.Dataset`, *optional*): images; they need not be the task's.
             anchors (`Anchors`, *optional*):
-                Logit space: the K names both models answer about. Without images: the names both models embed.
-                Defaults to the universal vocabulary of 1,024 common nouns.
+                Logit space: the K names both models answer about. Without images: the names both models embed. In
+                both cases the universal vocabulary of 1,024 common nouns when omitted. With images in embedding
+                space: names that join them, for where images are few.
             beta (`float`, *optional*, defaults to 500.0):
                 Pull towards the identity in logit space, absolute; infinite gives the identity.
             beta_per_image (`float`, *optional*): β = this times N instead, since X grows with N.
             names (`Anchors`, *optional*):
-                Embedding space: names of the task that join the other pairs, see [`CrossMoment.solve`].
+                Embedding space: names of the task that join the other pairs (see [`CrossMoment.solve`]) with weight
+                0.3; beside few images, N, with weight d / N, as the anchors have times their own held-out alignment a;
+                beside anchors alone with weight 1 / a.
             **embedding: passed to `embed_dataset` (`accelerator`, `progress`, `cache_dir`, ...).
 
         Raises:
@@ -142,8 +145,18 @@ class Bridge:
             raise ValueError("a logit-space bridge needs images; without them build one in embedding space.")
         if space == "embedding" and (beta != BETA or beta_per_image is not None):
             raise ValueError("a bridge in embedding space does not read beta: leave that out, or build one of logits.")
+        few = space == "embedding" and dataset is not None and anchors is not None
         anchors = anchors or Anchors.universal()
         moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **embedding)
+        joined = []
+        if names is not None and len(names) > 1:
+            weight = weak.embed_dim / moment.n if few else 0.3
+            if dataset is None:
+                weight = 1 / max(_kept(moment, held_out, space) or 0.0, 0.01)
+            joined.append((weight, sum_dataset(weak, strong, None, space, names)[0]))
+        if few:
+            texts = sum_dataset(weak, strong, None, space, anchors)
+            joined.append((max(_kept(*texts, space) or 0.0, 0.0) * weak.embed_dim / moment.n, texts[0]))
         made = cls.from_moment(
             moment,
             ModelId.of(weak),
@@ -153,7 +166,7 @@ class Bridge:
             beta=beta if beta_per_image is None else beta_per_image * moment.n,
             anchors=anchors if space == "logit" or dataset is None else None,
             held_out=held_out,
-            names=None if names is None or len(names) < 2 else sum_dataset(weak, strong, None, space, names)[0],
+            joined=joined,
         )
         doubt = made.doubt()
         if doubt is not None:
@@ -172,7 +185,7 @@ class Bridge:
         beta: float = BETA,
         anchors: Anchors | None = None,
         held_out: CrossMoment | None = None,
-        names: CrossMoment | None = None,
+        joined: Sequence[tuple[float, CrossMoment]] = (),
     ) -> Bridge:
         """The bridge of a finished moment.
 
@@ -184,14 +197,10 @@ class Bridge:
             held_out (`CrossMoment`, *optional*):
                 Of some of the same pairs. They are in the bridge like the others; one from the others alone is
                 aligned on them, for the attribute `held_out`.
-            names (`CrossMoment`, *optional*): of text rows that join, see [`CrossMoment.solve`].
+            joined (*optional*): moments of other pairs with their weights, see [`CrossMoment.solve`].
         """
-        kept = None
-        if held_out is not None and held_out.n >= MIN_HELD_OUT:
-            kept = held_out.in_space(space).alignment((moment - held_out).solve(space, beta)[0])
-        # Names of any kind count for as much as they tell about names that they were not fitted to.
-        weights = (1.0, 0.3) if source == "images" else (max(kept or 0.0, 0.01), 1.0)
-        matrix, fit = moment.solve(space, beta, names, weights)
+        kept = None if held_out is None else _kept(moment, held_out, space, beta)
+        matrix, fit = moment.solve(space, beta, joined)
         scale, scale_back, means = 1.0, 1.0, (torch.zeros_like(fit.x), torch.zeros_like(fit.y))
         if space == "embedding":
             overlap, means, beta = float((matrix * fit.xy).sum()), (fit.x, fit.y), 0.0
@@ -490,3 +499,10 @@ class Bridge:
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / BRIDGE)
             return push(folder, repo_id, **options)
+
+
+def _kept(moment: CrossMoment, held_out: CrossMoment, space: str, beta: float = 0.0) -> float | None:
+    """The alignment on held-out pairs of a bridge from the others; `None` of fewer pairs than tell."""
+    if held_out.n < MIN_HELD_OUT:
+        return None
+    return held_out.in_space(space).alignment((moment - held_out).solve(space, beta)[0])

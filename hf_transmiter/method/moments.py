@@ -58,11 +58,7 @@ class CrossMoment(PairSums):
         return self.centred() if space == "embedding" else self
 
     def solve(
-        self,
-        space: str,
-        beta: float = 0.0,
-        names: CrossMoment | None = None,
-        weights: tuple[float, float] = (1.0, 0.3),
+        self, space: str, beta: float = 0.0, joined: Sequence[tuple[float, CrossMoment]] = ()
     ) -> tuple[Tensor, CrossMoment]:
         """The best orthogonal map, and the moment it is judged by.
 
@@ -70,21 +66,18 @@ class CrossMoment(PairSums):
             space (`str`):
                 `"logit"`: ``polar(X + βI)``, orthogonal, and this moment. `"embedding"`: ``polar(X)`` of the centred
                 rows, zero on directions with less evidence than `RANK_TOLERANCE`, and the centred moment.
-            names ([`CrossMoment`], *optional*):
-                Of the task's names, which join in embedding space: ``polar(u X / ‖X‖ + v X_names / ‖X_names‖)`` with
-                `weights` u and v. Where images are few they know more, and always something about where words lie.
             beta (`float`, *optional*, defaults to 0.0): β; infinite is the limit, the identity.
+            joined (*optional*):
+                Weights w and moments Y of other pairs, of names, say, that join in embedding space:
+                ``polar(X / ‖X‖ + Σ w Y / ‖Y‖)``. Where images are few, names know more.
 
         Raises:
             ValueError: β is negative or no number.
         """
         fit = self.in_space(space)
         if space == "embedding":
-            moment = fit.xy
-            if names is not None:
-                texts = names.centred().xy
-                pairs = zip(weights, (moment, texts), strict=True)
-                moment = sum(weight * one / one.norm().clamp(min=1e-12) for weight, one in pairs)
+            moments = [(1.0, fit.xy), *((weight, other.centred().xy) for weight, other in joined)]
+            moment = sum(weight * one / one.norm().clamp(min=1e-12) for weight, one in moments)
             return polar(moment, RANK_TOLERANCE), fit
         if not beta >= 0:
             raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")

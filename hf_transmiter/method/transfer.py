@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..data.anchors import Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
@@ -93,6 +94,8 @@ def transfer(
             raise ValueError("a published adapter needs unlabelled images or a logit-space bridge: pass one of them.")
         build = {"beta": config.beta, "beta_per_image": config.beta_per_image}
         build |= {"anchors": source.anchors} if space == "logit" else {"names": source.anchors}
+        if space == "embedding" and dataset is not None and len(dataset) < fewest_images(len(seen)):
+            build["anchors"] = Anchors.universal()
         bridge = Bridge.build(weak, strong, dataset, space=space, **build, **options)
     else:
         check_read(config, "a transfer over a finished bridge", ("beta", "beta_per_image"))
@@ -206,8 +209,7 @@ def _refitted(
     config: TransferConfig,
     accelerator,
 ) -> tuple[dict[str, Tensor] | None, dict]:
-    """Tensors of the refit of a carried adapter, `None` where it explains the labels no better than zero-shot, and
-    facts for its provenance."""
+    """Tensors of the refit of a carried adapter, `None` where that is left out, and facts for its provenance."""
     vectors, start, all_seen = carried.get("class_vectors"), None, len(set(seen)) == len(text)
     if own_class_vectors and vectors is not None:
         labels = labels + torch.cat([scale * x[:, : text.shape[1]] @ vectors.T for x in table.batches(4096)])
@@ -230,12 +232,16 @@ def _refitted(
         even=config.even,
         accelerator=accelerator,
     )
-    why = _CHANGED[vectors is not None]
-    if carried and known["held_out_kl"] > EXPLAINS * known["held_out_kl_zero_shot"]:
-        because = (
-            f"{why}, and is carried over as it is: a refit explained the labels of held-out images no better than the "
-            f"strong model by itself (KL {known['held_out_kl']:.3f} and {known['held_out_kl_zero_shot']:.3f})."
+    why, refused = _CHANGED[vectors is not None], None
+    if vectors is not None and not known["even"] and config.even is None and config.parts is None:
+        refused = "the images seem to hold few of the classes, and a refit would teach nothing about the others"
+    elif carried and known["held_out_kl"] > EXPLAINS * known["held_out_kl_zero_shot"]:
+        refused = (
+            "a refit explained the labels of held-out images no better than the strong model by itself (KL "
+            f"{known['held_out_kl']:.3f} and {known['held_out_kl_zero_shot']:.3f})"
         )
+    if refused is not None:
+        because = f"{why}, and is carried over as it is: {refused}."
         logger.warning("%s", because)
         return None, {**known, "because": because}
     tensors = {}

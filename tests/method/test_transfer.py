@@ -247,6 +247,21 @@ def test_few_images_are_no_reason_for_a_refit(strong, adapters, dataset, cache):
         transfer(adapters["words"], strong, few, config=TransferConfig(refit=True), **cache)
 
 
+def test_words_are_not_refitted_to_few_of_the_classes(strong, adapters, dataset, cache, caplog):
+    said = 6.0 * torch.nn.functional.one_hot(torch.zeros(110, dtype=torch.long), 3)
+    pack = CalibrationPack(said, NAMES, weak_logits=torch.zeros(110, 3))
+    with caplog.at_level(logging.WARNING, "hf_transmiter"):
+        moved = transfer(adapters["words"], strong, dataset, teacher=pack, **cache)
+    facts = moved.adapter_config.provenance
+    assert facts["parts"] == "text" and not facts["even"] and facts["coverage"] < 0.5 and "refit_on" not in facts
+    assert "hold few of the classes, and a refit would teach nothing about the others" in caplog.text
+    forced = transfer(adapters["words"], strong, dataset, teacher=pack, config=TransferConfig(even=False), **cache)
+    assert forced.adapter_config.provenance["refit_on"] == 110
+    pictures = transfer(adapters["image"], strong, dataset, teacher=pack, **cache)
+    assert pictures.adapter_config.provenance["parts"] == "image"
+    assert "not all classes are among the images" in pictures.adapter_config.provenance["because"]
+
+
 def test_a_refit_that_tells_nothing_is_left_out(weak, strong, adapters, dataset, cache, caplog):
     """Labels that have nothing to do with the images."""
     bare = copy.copy(adapters["image"])

@@ -31,7 +31,6 @@ from hf_transmiter import sandbox
 from hf_transmiter.cli.demo import SANDBOX_TUNING, Task
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
-from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.encoders.identity import ModelId
 from hf_transmiter.evaluation.baselines import linear_head
 from hf_transmiter.evaluation.reliability import expected_calibration_error
@@ -40,7 +39,7 @@ from hf_transmiter.method import refit as refitting
 from hf_transmiter.method import transfer as transferring
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.extract import extract
-from hf_transmiter.method.moments import CrossMoment
+from hf_transmiter.method.moments import sum_pairs
 from hf_transmiter.method.refit import fewest_images, refit
 from hf_transmiter.method.teacher import teacher_logits
 from hf_transmiter.method.transfer import interpolate, transfer
@@ -93,9 +92,10 @@ ABLATIONS = {
     "as it is": [],
     "labels not made even": [(experts, "even_labels", lambda logits: logits)],
     "one step in place of three": [(refitting, "ROUNDS", 1)],
-    "embeddings alone, no tower features": [(DualEncoder, "tower_dim", 0)],
+    "embeddings alone, no tower features": [
+        (transferring, "embed_dataset", lambda *a, tower, **k: embed_dataset(*a, **k))
+    ],
     "no carried class vectors in the labels": [(transferring, "own_words", lambda source: False)],
-    "no temperature": [(refitting, "fit_temperature", lambda logits, labels: 1 / refitting.spread(logits))],
 }
 
 
@@ -104,6 +104,7 @@ class Sandbox:
 
     def __init__(self, pair: str, seed: int, cache: dict):
         domain, method = pair.split(":")
+        self.seed = seed
         self.task, self.cache, self.pair = Task.load(domain), {"progress": False, **cache}, pair
         self.images, self.test = self.task.images("unlabelled"), self.task.images("test")
         config = TuningConfig(seed=seed, **SANDBOX_TUNING)
@@ -171,7 +172,7 @@ def table_pools(run: Sandbox, tables: dict) -> None:
     """Each pool also with the adapter carried over as it is."""
     bridge = Bridge.build(run.task.weak, run.task.strong, names=run.adapter.adapter_config.anchors)
     tables["images"].add("0", run.pair, accuracy(run.said(run.moved(bridge=bridge)), run.labels))
-    for name, rows in pools(torch.tensor(run.images["label"]), 0).items():
+    for name, rows in pools(torch.tensor(run.images["label"]), run.seed).items():
         images = run.images.select(rows.tolist())
         fitted = run.moved(images, teacher=run.tuned)
         tables["images"].add(name, run.pair, accuracy(run.said(fitted), run.labels))
@@ -209,11 +210,16 @@ class Real:
 
     def carried(self, rows: torch.Tensor | None) -> torch.Tensor:
         """Class vectors over the bridge that [`transfer`] builds from these images, or from names."""
-        moments = [CrossMoment.zeros(512, 1024) for _ in range(2)]
-        moments[0].update(*(self.names[::-1] if rows is None else (self.strong[rows], self.weak[rows])))
-        moments[1].update(*self.text[::-1])
-        nobody, source = ModelId(None, None, ""), "text" if rows is None else "images"
-        made = Bridge.from_moment(moments[0], nobody, nobody, space="embedding", source=source, names=moments[1])
+        size, nobody = (512, 1024), ModelId(None, None, "")
+        (texts, held_out), (task, _) = (sum_pairs([own[::-1]], *size) for own in (self.names, self.text))
+        known = held_out.centred().alignment((texts - held_out).solve("embedding")[0])
+        moment, joined = texts, [(1 / known, task)]
+        if rows is not None:
+            moment, _ = sum_pairs([(self.strong[rows], self.weak[rows])], *size)
+            few = 1024 / len(rows)
+            enough = len(rows) >= fewest_images(len(self.text[0]))
+            joined = [(0.3, task)] if enough else [(few, task), (few * known, texts)]
+        made = Bridge.from_moment(moment, nobody, nobody, space="embedding", joined=joined)
         return interpolate(made.carry_class_vectors(self.tuned, *self.text), self.text[1], 0.0)
 
     def moved(self, rows: torch.Tensor) -> torch.Tensor:
@@ -231,13 +237,13 @@ class Real:
         return 100 * torch.cat([side(test), test], 1) @ head[0].T + head[1]
 
 
-def table_real(run: Real, name: str, tables: dict) -> None:
+def table_real(run: Real, name: str, seed: int, tables: dict) -> None:
     test, labels = run.rows["test"], run.labels["test"]
     weak, strong = (100 * x[test] @ own.T for x, own in zip((run.weak, run.strong), run.text, strict=True))
     tuned = 100 * run.weak[test] @ run.tuned.T
     rows = {"zero-shot strong": strong, "tuned weak": tuned, "EFT †": strong + tuned - weak}
     rows["0 images"] = 100 * run.strong[test] @ run.carried(None).T
-    for pool, chosen in pools(run.labels["unlabelled"], 0, 0.05).items():
+    for pool, chosen in pools(run.labels["unlabelled"], seed, 0.05).items():
         images = run.rows["unlabelled"][chosen]
         rows[f"{pool} images"] = run.moved(images)
         rows[f"{pool} images, carried as it is"] = 100 * run.strong[test] @ run.carried(images).T
@@ -260,7 +266,7 @@ def main() -> None:
         tables = {title: Table(title) for title in ("accuracy, %", "ECE, %")}
         for seed in arguments.seeds:
             for text in (True, False):
-                table_real(Real(arguments.data, text, seed), "real text" if text else "images for text", tables)
+                table_real(Real(arguments.data, text, seed), "real text" if text else "images for text", seed, tables)
         print(*tables.values(), sep="\n\n")
         return
     found = {name: defaultdict(lambda: None) for name in arguments.tables}
