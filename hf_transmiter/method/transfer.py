@@ -233,7 +233,9 @@ def _refitted(
         accelerator=accelerator,
     )
     why, refused = _CHANGED[vectors is not None], None
-    if vectors is not None and not known["even"] and config.even is None and config.parts is None:
+    if config.parts is not None:
+        pass  # asked for
+    elif vectors is not None and not known["even"] and config.even is None:
         refused = "the images seem to hold few of the classes, and a refit would teach nothing about the others"
     elif carried and known["held_out_kl"] > EXPLAINS * known["held_out_kl_zero_shot"]:
         refused = (
