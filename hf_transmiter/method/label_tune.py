@@ -28,7 +28,8 @@ def label_tune(
 ) -> AnchorClassifier:
     """Improves an adapter on its frozen model with a few labelled images: cross-entropy on the adapted logits.
 
-    The towers never run backwards: images are embedded once, only the adapter's weights learn. An identity adapter
+    The towers never run backwards: images are embedded once, only the adapter's weights learn: of a linear one the
+    image side (and the bias), or class vectors where there is no image side. An identity adapter
     (`AnchorClassifier(...).add_adapter(TransMiterConfig(...))`) works too: adapter tuning from zero-shot.
 
     Args:
@@ -65,6 +66,8 @@ def label_tune(
         tuned_config, adapter.transmiter.tensors("default")
     )
     frozen = {"anchors"} if config.train_basis else {"anchors", "basis"}
+    if source.image_side:  # beside one, class vectors that read the tower only learn the few labels by heart
+        frozen |= {"class_vectors"}
     parameters = [p for key, p in tuned.transmiter.weights("default").items() if key not in frozen]
     device = adapter.encoder.device
     x = torch.cat(list(table.batches(4096))).to(device)
