@@ -276,7 +276,7 @@ class DualEncoder:
 
     def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """``z = s * x @ a.T + b`` for rows ``x`` (B, d) and ``a`` (K, d): (B, K), scale included."""
-        return self.logit_scale * image_embeds @ text_embeds.T + self.logit_bias
+        return self.logit_scale.to(image_embeds.device) * image_embeds @ text_embeds.T + self.logit_bias
 
     @cached_property
     def _processor_facts(self) -> dict | None:

@@ -18,6 +18,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..hub.scores import Score
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
+from ..method.refit import fewest_images
 from ..method.stored_logits import CalibrationPack
 from ..method.teacher import Teacher
 from ..settings import ExtractionConfig
@@ -213,7 +214,8 @@ def compare(
     way, reason = recommend(
         evidence if task.labels is None else None,
         own_class_vectors=task.own_class_vectors,
-        unlabelled=unlabelled is not None,
+        unlabelled=0 if unlabelled is None or len(unlabelled) < fewest_images(len(base or names)) else len(unlabelled),
+        few=unlabelled is not None,
         general=general is not None,
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
@@ -320,7 +322,8 @@ def _advise(found: Comparison, evidence: Evidence, way: str, reason: str) -> Non
 def _untested(found: Comparison, way: str, count: int) -> str:
     """What is known of an upgrade without labels, and how many would tell."""
     facts, kl = found.evidence, None
-    if found.rows[way].classifier is not None and found.rows[way].classifier.adapter_config is not None:
+    adapter = found.rows[way].classifier and found.rows[way].classifier.adapter_config
+    if adapter is not None and "refit_on" in adapter.provenance:
         kl = found.rows[way].classifier.adapter_config.provenance.get("held_out_kl")
     known = "" if kl is None else f", and its held-out KL to the experts' labels is {kl:.3f}"
     differ = facts["changes"] / 100

@@ -91,8 +91,9 @@ def recommend(
     evidence: Evidence | None,
     *,
     own_class_vectors: bool,
-    unlabelled: bool,
+    unlabelled: int,
     general: bool,
+    few: bool = False,
     unseen: bool = False,
     bridge: bool = False,
     doubt: str | None = None,
@@ -102,7 +103,9 @@ def recommend(
     Args:
         evidence: what predictions tell; `None` where labelled test images will tell more.
         own_class_vectors: whether prompts or class vectors were tuned, and not the image tower.
-        unlabelled, general: whether there are unlabelled images of the task, or any images.
+        unlabelled: how many unlabelled images of the task there are, where a refit takes as many; else 0.
+        general: whether there are other images.
+        few: whether there are some of the task, too few for a refit or not.
         unseen: whether the tuning saw only some of the classes.
         bridge: whether there is a finished bridge from images.
         doubt: what speaks against a bridge from text, see [`Bridge.doubt`].
@@ -119,6 +122,11 @@ def recommend(
         return "refit", (
             f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model and the strong "
             "model's own knowledge, and costs nothing at run time."
+        )
+    if few:
+        return "bridge from task images", (
+            "there are too few task images for a refit, which takes 100 or one per class: they build the bridge that "
+            "carries the change."
         )
     if not own_class_vectors:
         return STRONG, "there is no task image to learn the change from: pass unlabelled task images."

@@ -31,6 +31,7 @@ from .evaluate import align_labels, measured
 
 SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
 SPREAD_IMAGES = 2048  # so many, evenly spaced, tell which names spread most; their logits stay in memory
+_ANY_TUNING = ("optimizer", "schedule", "warmup", "lr", "weight_decay", "batch_size", "seed", "precision")
 _MISSING = {
     "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
     "labelled": "it needs labelled images: pass `labelled`",
@@ -315,17 +316,17 @@ class Task:
 
     def tune_on_experts(self, own: Mapping) -> AnchorClassifier:
         """The strong model tuned on the unlabelled images without labels; `own` are settings in place of the
-        comparison's, of which the number of epochs and the pull are for labels."""
-        training = {k: v for k, v in (self.tuning or {}).items() if k in TuningConfig.__dataclass_fields__}
-        how = split_tuning(
-            {k: v for k, v in training.items() if k not in ("shots", "epochs", "keep_near")} | dict(own)
-        )
+        comparison's, of which only those of the optimiser serve here: the others are for labels, or for a method."""
+        training = {k: v for k, v in (self.tuning or {}).items() if k in _ANY_TUNING}
+        how = split_tuning(training | dict(own))
         adapter = how["adapter"] if set(own) - set(TuningConfig.__dataclass_fields__) else None
         options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
         about = {"teacher": self.teacher, "weak": self.weak, "class_names": self.seen_classes or self.names}
         column = self.options.get("image_column")
         images = self.need("unlabelled")
-        tuned = tune(self.strong, images, adapter, config=how["config"], image_column=column, **about, **options)
+        templates = self.templates if adapter is None else starting_templates(adapter["method"], self.templates)
+        about |= {"templates": templates, "image_column": column}
+        tuned = tune(self.strong, images, adapter, config=how["config"], **about, **options)
         return AnchorClassifier(tuned.encoder, Anchors(self.names, (), tuned.anchors.templates))
 
 

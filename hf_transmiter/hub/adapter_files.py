@@ -66,7 +66,7 @@ class TeacherFacts:
     @property
     def verdict(self) -> str:
         """What was learnt, in a sentence or two."""
-        if self.learnt is None:
+        if not self.learnt:
             return "What was learnt was not measured."
         held_out, said = self.learnt["held_out"], f"{self.learnt['changed']:.1f} % of the predictions changed."
         if held_out is None:

@@ -169,6 +169,7 @@ _TRANSMITER = _object(
         "templates": _TEMPLATES,
         "form": _one_of("mlp", "linear"),
         **dict.fromkeys(("image_side", "text_side"), _or_null(_whole(0, 1_000_000))),
+        "open_names": _BOOLEAN,
         "width": _SIZE,
         "mlp_ratio": _whole(1, 64),
         "train_basis": _BOOLEAN,

@@ -145,6 +145,8 @@ class Bridge:
             raise ValueError("a logit-space bridge needs images; without them build one in embedding space.")
         if space == "embedding" and (beta != BETA or beta_per_image is not None):
             raise ValueError("a bridge in embedding space does not read beta: leave that out, or build one of logits.")
+        if space == "logit" and names is not None:
+            raise ValueError("a bridge of logits does not read names: pass them as anchors.")
         few = space == "embedding" and dataset is not None and anchors is not None
         anchors = anchors or Anchors.universal()
         moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **embedding)
@@ -339,7 +341,7 @@ class Bridge:
         """
         if self.source == "images":
             return None
-        if self.held_out_on == "images":
+        if self.held_out_on == "images" and self.held_out is not None:
             if self.held_out >= LITTLE:
                 return None
             reason = f"on images its alignment is only {self.held_out:.2f} of at most 1"

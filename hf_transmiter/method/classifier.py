@@ -37,7 +37,9 @@ def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list
     unknown = sorted(set(seen or ()) - set(class_names))
     if unknown:
         raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
-    return [class_names.index(name) for name in (class_names if seen is None else seen)]
+    if seen is not None and not len(seen):
+        raise ValueError("seen_classes is empty: leave it out where the tuning saw all classes.")
+    return [class_names.index(name) for name in (class_names if seen is None else dict.fromkeys(seen))]
 
 
 class AnchorClassifier(nn.Module):
@@ -67,7 +69,8 @@ class AnchorClassifier(nn.Module):
         self._calibration: CalibrationPack | None = None
         self.facts: TeacherFacts | None = None  # of a model that was tuned: what it was made of
         self._saved: tuple[str, dict] | None = None  # the repository an adapter was loaded from
-        self._asked: tuple[tuple[str, ...], Tensor] | None = None  # other names than the adapter's, see set_classes
+        # Other names than the adapter's, with their texts or, of its own names, their columns; see set_classes.
+        self._asked: tuple[tuple[str, ...], Tensor | list[int]] | None = None
         self.register_module("transmiter", None)  # the adapter's layer
         if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
             raise ValueError(
@@ -126,23 +129,27 @@ class AnchorClassifier(nn.Module):
     def set_classes(self, class_names: Sequence[str]) -> AnchorClassifier:
         """From now on the answers are about `class_names`; returns the classifier itself.
 
-        Names that the adapter was saved with are answered by its text side. For any other names an image side stays,
-        ``logits = s · x' aᵀ + b`` with their own text embeddings.
+        Names that the adapter was saved with, or some of them, are answered by its text side. Where one is another
+        name, an image side stays: ``logits = s · x' aᵀ + b`` with the names' own text embeddings.
 
         Raises:
-            ValueError: names that are empty or there twice, or that an adapter without image side does not know.
+            ValueError: one string, names that are empty or there twice, or that an adapter does not know which cannot
+                be asked for others.
         """
+        if isinstance(class_names, str):
+            raise ValueError(f"class_names must be a list of names, not one string: [{class_names!r}].")
         names, config = Anchors(tuple(class_names)).task, self.adapter_config
         if config is None:
             self.anchors, self._text_embeds = Anchors(names, (), self.anchors.templates), None
-        elif list(names) == config.class_names:
-            self._asked = None
+        elif set(names) <= set(config.class_names):
+            columns = seen_columns(config.class_names, names)
+            self._asked = None if list(names) == config.class_names else (names, columns)
         elif self.open_vocabulary:
             self._asked = names, self.encoder.embed_names(names, config.templates)
         else:
-            new = [name for name in names if name not in config.class_names] or names
+            new = [name for name in names if name not in config.class_names]
             raise ValueError(
-                f"the adapter answers for its own {len(config.class_names)} class names only, in their order, and not "
+                f"the adapter answers for its own {len(config.class_names)} class names only, and not "
                 f"for {new[0]!r}: it changes what these words mean, not how pictures are seen. Ask the model without "
                 "it, or extract from a teacher whose image tower was tuned, which gives an image side."
             )
@@ -161,6 +168,8 @@ class AnchorClassifier(nn.Module):
     def classify(self, rows: Tensor) -> Tensor:
         """Task logits (B, C) from unit image embeddings (B, d), or rows (B, d + 2D) of the tower for an adapter that
         [`reads_tower`]: the head alone, for cached features."""
+        if self._asked is not None and isinstance(self._asked[1], list):
+            return self.transmiter(rows, self.encoder.logit_scale, self.encoder.logit_bias)[:, self._asked[1]]
         if self._asked is not None:
             return self.encoder.logits(self.transmiter.adapt(rows), self._asked[1].to(rows.device))
         if self.transmiter is not None:

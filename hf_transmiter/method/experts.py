@@ -37,8 +37,8 @@ def expert_logits(
     (arXiv 2310.12962), which adds to the zero-shot strong model z what tuning changed on the weak one, zero-shot w.
 
     Args:
-        teacher ([`Teacher`]): t. Of a [`CalibrationPack`] with `weak_logits` also w; logits (N, C) as a plain tensor
-            are taken for L as they are.
+        teacher ([`Teacher`]): t. Of a [`CalibrationPack`] with `weak_logits` also w. Logits (N, C) as a plain tensor
+            are t where `weak` is given, and else taken for L as they are.
         strong ([`DualEncoder`]): zero-shot, z.
         dataset (`datasets.Dataset`): N images; their labels are not used.
         weak ([`DualEncoder`], *optional*): zero-shot, w; not needed where stored logits hold it, or where the teacher
@@ -53,7 +53,7 @@ def expert_logits(
     names = tuple(class_names)
     options = {"templates": templates, **embedding}
     table = embed_dataset(strong, dataset, **embedding) if table is None else table
-    if isinstance(teacher, Tensor):
+    if isinstance(teacher, Tensor) and weak is None:
         return teacher_logits(teacher, dataset, names, table=table)
     tuned, zero_shot = tuned_and_weak_logits(teacher, weak, dataset, names, table=table, **options)
     said = teacher_logits(_zero_shot(strong, names, templates), dataset, names, weak=strong, table=table, **options)

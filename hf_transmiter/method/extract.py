@@ -28,7 +28,7 @@ from ..tuners.transmiter.layer import refine
 from .classifier import AnchorClassifier, seen_columns
 from .refit import fit_image_side
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, teacher_class_vectors, teacher_logits
+from .teacher import Teacher, as_classifier, same_image_tower, teacher_class_vectors, teacher_logits
 
 
 IMAGE_PENALTY = 3.0  # of the ridge, in mean variances: directions that only the weak model has do not carry over
@@ -103,12 +103,8 @@ def extract(
     }
     if config.solver != "gradient":
         vectors = teacher_class_vectors(teacher, weak, class_names, anchors.templates)
-        if (
-            config.solver is None
-            and vectors is None
-            and isinstance(teacher, (AnchorClassifier, DualEncoder, nn.Module))
-        ):
-            config = replace(config, solver="image_map", lambdas=ExtractionConfig.lambdas)  # no need to ask its logits
+        if config.solver is None and vectors is None and _moves_images(teacher, weak, class_names):
+            config = replace(config, solver="image_map")  # no need to ask its logits
         prior = text[: len(class_names)].cpu()
         seen = seen_columns(class_names, seen_classes)
         tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator, seen)
@@ -177,7 +173,8 @@ def closed_form(
 
     facts = {}
     if solver in (None, "ridge"):
-        solution = ridge(targets, text.T, config.lambdas, accelerator)
+        lambdas = config.lambdas if solver or len(config.lambdas) > 1 else (*config.lambdas, 10 * config.lambdas[0])
+        solution = ridge(targets, text.T, lambdas, accelerator)
         error = solution.errors.get(solution.lam)
         facts = {"lambda": solution.lam, "leave_one_out_error": error}
         if solver is None:
@@ -194,6 +191,18 @@ def closed_form(
     side = fit_image_side(table, logits[:, seen].softmax(1), text[seen], scale, IMAGE_PENALTY, accelerator)
     tensors = {"image_map": check_finite(side.matrix, "the image map"), "image_shift": side.shift}
     return {"anchors": text, **tensors}, {**facts, "solver": "image_map"}
+
+
+def _moves_images(teacher: Teacher, weak: DualEncoder, class_names: Sequence[str]) -> bool:
+    """Whether a teacher is known to embed pictures in another way than the weak model; of logits that is not known."""
+    classifier = None if isinstance(teacher, (list, tuple)) else as_classifier(teacher, class_names)
+    if classifier is None:
+        return False
+    return (
+        classifier.reads_tower
+        or (classifier.transmiter is not None and classifier.transmiter.has_image_side)
+        or not same_image_tower(weak, classifier.encoder)
+    )
 
 
 def _variance(targets, text: Tensor, accelerator) -> float:

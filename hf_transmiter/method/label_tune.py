@@ -61,7 +61,10 @@ def label_tune(
             "here: select the images of those classes first, or pass seen_classes."
         )
     moved = source.train_basis or config.train_basis  # such a basis is no longer orthonormal
-    tuned_config = type(source)(**{**source.to_dict(), "train_basis": moved, "inference_mode": False})
+    told = {"train_basis": moved, "inference_mode": False}
+    if source.image_side and source.text_side:
+        told["open_names"] = False  # the image side learns together with these class vectors, and leaves other texts
+    tuned_config = type(source)(**{**source.to_dict(), **told})
     tuned = AnchorClassifier(adapter.encoder, adapter.anchors).add_adapter(
         tuned_config, adapter.transmiter.tensors("default")
     )

@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors, read_templates
 from ..encoders.dual_encoder import DualEncoder, load_encoder
+from ..encoders.identity import ModelId
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import check_adapter_tensors, refuse_pickles
 from ..hub.repo import SANDBOX, fetch, read_json, split_revision
@@ -47,7 +48,7 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
             "a newer PEFT may, or the file was edited."
         )
     facts = TeacherFacts.read(source)
-    if facts is not None and facts.fingerprint != weak.fingerprint:
+    if facts is not None and not ModelId(facts.weak, facts.revision, facts.fingerprint).is_of(weak):
         raise ValueError(
             f"{source!r} was tuned from {facts.weak!r} (revision {facts.revision}), not from {weak.name_or_path!r} "
             f"(revision {weak.revision}): pass that model as the weak one."

@@ -87,6 +87,8 @@ def transfer(
     if wanted and config.refit is None and len(dataset) < fewest_images(len(seen)):
         wanted = False
         logger.info("%d images are too few for a refit: the adapter is carried over as it is.", len(dataset))
+    if not wanted:
+        check_read(config, "a transfer without a refit", ("parts", "even"))
     # First, since a table with tower features serves whoever asks for the embeddings alone.
     table = embed_dataset(strong, dataset, tower=config.parts != "text", **options) if wanted else None
     if bridge is None:
@@ -148,7 +150,10 @@ def transfer(
 
 def own_words(source: TransMiterConfig) -> bool:
     """Whether the teacher had class vectors of its own (a prompt, a head) and they were not distilled from a tower."""
-    return bool(source.provenance.get("own_class_vectors"))
+    facts = source.provenance
+    while isinstance(facts, dict) and "own_class_vectors" not in facts:
+        facts = facts.get("extracted") or facts.get("before")  # of an adapter that has come further
+    return bool(facts and facts["own_class_vectors"])
 
 
 EXPLAINS = 0.95  # of the KL to the labels that zero-shot has; a refit with more explains next to nothing
@@ -173,9 +178,12 @@ def _carried(
         return {**tensors, "basis": bridge.carry_basis(tensors["basis"].float())}, text
     if source.reads > weak.embed_dim and not needed:
         return {}, text
+    found = {}
     if "image_map" in tensors:
         image_map, shift = bridge.carry_image_side(tensors["image_map"].float(), tensors["image_shift"].float())
-        return {"image_map": image_map, "image_shift": shift}, text
+        found = {"image_map": image_map, "image_shift": shift}
+    if "class_vectors" not in tensors:
+        return found, text
     anchor_texts = None
     if bridge.space == "logit":
         names, templates = bridge.anchors.names, bridge.anchors.templates
@@ -185,7 +193,8 @@ def _carried(
     if not own_words(source):
         # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
         carried = {"delta": carried["delta"]}
-    return {"class_vectors": interpolate(carried, text, zero_shot_weight), "bias": torch.zeros(len(text))}, text
+    found |= {"class_vectors": interpolate(carried, text, zero_shot_weight), "bias": torch.zeros(len(text))}
+    return found, text
 
 
 def interpolate(carried: dict[str, Tensor], zero_shot: Tensor, weight: float) -> Tensor:
@@ -245,7 +254,7 @@ def _refitted(
     if refused is not None:
         because = f"{why}, and is carried over as it is: {refused}."
         logger.warning("%s", because)
-        return None, {**known, "because": because}
+        return None, {"tried": known, "because": because}
     tensors = {}
     if side is not None:
         tensors |= {"image_map": side.matrix, "image_shift": side.shift}
@@ -253,8 +262,8 @@ def _refitted(
         tensors |= {"class_vectors": head[0], "bias": head[1]}
         fit = "a text side for the class names joins it" if side is not None else "class vectors say the same"
     else:
-        fit = "not all classes were seen" if not all_seen else "not all classes are among the images"
-        fit = "the image side was asked for alone" if config.parts == "image" else f"{fit}, so that names stay open"
+        fit = "not all classes were seen" if not all_seen else "the labels of the images name too few of the classes"
+        fit = "the image side was asked for alone" if config.parts == "image" else f"{fit} for a text side"
         if vectors is not None:
             tensors |= {"class_vectors": vectors, "bias": torch.zeros(len(vectors))}
     because = (

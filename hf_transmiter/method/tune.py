@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -172,7 +173,7 @@ def tune(
         combine=functools.partial(project_gradient, strength=config.keep_near) if config.project else None,
         epoch_weights=weights,
         held_out=held_out,
-        about={**adapter, "taught": teacher is not None},
+        about={**adapter, "taught": teacher is not None and _digest(lesson.targets)},
         accelerator=accelerator,
         checkpoint=checkpoint,
         description=f"Tuning ({method})",
@@ -254,6 +255,11 @@ def _class_names(
         where = "the teacher" if label_column is None else f"column {label_column!r}"
         raise ValueError(f"{where} does not name its classes: pass class_names in label order.")
     return list(known)
+
+
+def _digest(labels: Tensor) -> str:
+    """Of soft labels, which say what is learnt as the seed says in which order."""
+    return hashlib.sha256(labels.float().mul(1e3).round().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _fitting(teacher: Teacher | None, weak: DualEncoder | None, names: Sequence[str]) -> str | Mapping:
