@@ -293,7 +293,7 @@ class TransferConfig:
         parts (`str`, *optional*):
             Of the refit: `"image"` (pictures look different), `"text"` (words mean something else) or `"both"`. When
             omitted both, but the image side alone where a class is not among the `seen_classes` or hardly among the
-            images: a text side would not know it. What is asked for is made, whatever held-out images say of it.
+            images: a text side would not know it. What is asked for is made, of few of the classes too.
         even (`bool`, *optional*):
             Whether the images hold all classes about equally often. Judged by the labels when omitted.
         zero_shot_weight (`float`, *optional*):

@@ -38,7 +38,6 @@ from .moments import CrossMoment, sum_dataset
 
 
 SPAN_TOLERANCE = 0.05  # weaker text directions, in shares of the strongest, do not carry class vectors (logit space)
-MIN_HELD_OUT = 10  # pairs; fewer do not tell what a bridge is worth
 LITTLE, FEW_NAMES = 0.5, 200  # a bridge from text is doubted below either, see Bridge.doubt
 _FORMAT = "hf_transmiter.bridge"
 _SHAPES = {"matrix": ("m", "k"), "mean_strong": ("m",), "mean_weak": ("k",)}
@@ -147,18 +146,17 @@ class Bridge:
             raise ValueError("a bridge in embedding space does not read beta: leave that out, or build one of logits.")
         if space == "logit" and names is not None:
             raise ValueError("a bridge of logits does not read names: pass them as anchors.")
-        few = space == "embedding" and dataset is not None and anchors is not None
-        anchors = anchors or Anchors.universal()
+        few, anchors = None not in (dataset, anchors) and space == "embedding", anchors or Anchors.universal()
         moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **embedding)
         joined = []
         if names is not None and len(names) > 1:
             weight = weak.embed_dim / moment.n if few else 0.3
             if dataset is None:
-                weight = 1 / max(_kept(moment, held_out, space) or 0.0, 0.01)
+                weight = 1 / max(moment.kept(held_out, space) or 0.0, 0.01)
             joined.append((weight, sum_dataset(weak, strong, None, space, names)[0]))
         if few:
             texts = sum_dataset(weak, strong, None, space, anchors)
-            joined.append((max(_kept(*texts, space) or 0.0, 0.0) * weak.embed_dim / moment.n, texts[0]))
+            joined.append((max(texts[0].kept(texts[1], space) or 0.0, 0.0) * weak.embed_dim / moment.n, texts[0]))
         made = cls.from_moment(
             moment,
             ModelId.of(weak),
@@ -170,8 +168,7 @@ class Bridge:
             held_out=held_out,
             joined=joined,
         )
-        doubt = made.doubt()
-        if doubt is not None:
+        if (doubt := made.doubt()) is not None:
             logger.warning(doubt)
         return replace(made, versions=library_versions())
 
@@ -201,7 +198,7 @@ class Bridge:
                 aligned on them, for the attribute `held_out`.
             joined (*optional*): moments of other pairs with their weights, see [`CrossMoment.solve`].
         """
-        kept = None if held_out is None else _kept(moment, held_out, space, beta)
+        kept = None if held_out is None else moment.kept(held_out, space, beta)
         matrix, fit = moment.solve(space, beta, joined)
         scale, scale_back, means = 1.0, 1.0, (torch.zeros_like(fit.x), torch.zeros_like(fit.y))
         if space == "embedding":
@@ -501,10 +498,3 @@ class Bridge:
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / BRIDGE)
             return push(folder, repo_id, **options)
-
-
-def _kept(moment: CrossMoment, held_out: CrossMoment, space: str, beta: float = 0.0) -> float | None:
-    """The alignment on held-out pairs of a bridge from the others; `None` of fewer pairs than tell."""
-    if held_out.n < MIN_HELD_OUT:
-        return None
-    return held_out.in_space(space).alignment((moment - held_out).solve(space, beta)[0])

@@ -17,6 +17,7 @@ from ..encoders.dual_encoder import DualEncoder
 
 
 RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
+MIN_HELD_OUT = 10  # pairs; fewer do not tell what a bridge is worth
 HELD_OUT = 10  # every so many-th pair tells what a bridge from the others is worth
 
 
@@ -83,6 +84,12 @@ class CrossMoment(PairSums):
             raise ValueError(f"beta must be 0 or more, or infinite for no basis change; got {beta}.")
         identity = torch.eye(len(fit.xy), dtype=torch.float64)
         return (identity if math.isinf(beta) else polar(fit.xy + beta * identity)), fit
+
+    def kept(self, held_out: CrossMoment, space: str, beta: float = 0.0) -> float | None:
+        """The [`alignment`] that a map from the pairs without `held_out` has on those; `None` if they are too few."""
+        if held_out.n < MIN_HELD_OUT:
+            return None
+        return held_out.in_space(space).alignment((self - held_out).solve(space, beta)[0])
 
     def alignment(self, matrix: Tensor) -> float:
         """``Σ ⟨x_strong, Q x_weak⟩ / √(Σ ‖x_strong‖² · Σ ‖x_weak‖²)``, the correlation of mapped and actual rows.

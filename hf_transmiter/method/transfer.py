@@ -156,7 +156,6 @@ def own_words(source: TransMiterConfig) -> bool:
     return bool(facts and facts["own_class_vectors"])
 
 
-EXPLAINS = 0.95  # of the KL to the labels that zero-shot has; a refit with more explains next to nothing
 _CHANGED = {True: "the tuning changed what words mean", False: "the tuning changed what pictures look like"}
 
 
@@ -241,18 +240,12 @@ def _refitted(
         even=config.even,
         accelerator=accelerator,
     )
-    why, refused = _CHANGED[vectors is not None], None
-    if config.parts is not None:
-        pass  # asked for
-    elif vectors is not None and not known["even"] and config.even is None:
-        refused = "the images seem to hold few of the classes, and a refit would teach nothing about the others"
-    elif carried and known["held_out_kl"] > EXPLAINS * known["held_out_kl_zero_shot"]:
-        refused = (
-            "a refit explained the labels of held-out images no better than the strong model by itself (KL "
-            f"{known['held_out_kl']:.3f} and {known['held_out_kl_zero_shot']:.3f})"
+    why = _CHANGED[vectors is not None]
+    if vectors is not None and not known["even"] and config.even is None and config.parts is None:
+        because = (
+            f"{why}, and is carried over as it is: the images seem to hold few of the classes, and a refit would teach "
+            "nothing about the others."
         )
-    if refused is not None:
-        because = f"{why}, and is carried over as it is: {refused}."
         logger.warning("%s", because)
         return None, {"tried": known, "because": because}
     tensors = {}
@@ -262,7 +255,7 @@ def _refitted(
         tensors |= {"class_vectors": head[0], "bias": head[1]}
         fit = "a text side for the class names joins it" if side is not None else "class vectors say the same"
     else:
-        fit = "not all classes were seen" if not all_seen else "the labels of the images name too few of the classes"
+        fit = "not all classes were seen" if not all_seen else "the images' labels name too few of the classes"
         fit = "the image side was asked for alone" if config.parts == "image" else f"{fit} for a text side"
         if vectors is not None:
             tensors |= {"class_vectors": vectors, "bias": torch.zeros(len(vectors))}

@@ -164,7 +164,7 @@ def test_transfer_says_what_it_made_and_why(chain, out):
     # Of some of the classes the image side alone, without being asked for.
     (out / "some.txt").write_text("\n".join(made.class_names[:18]))
     seen = ("--seen-classes", out / "some.txt", "--output-dir", out / "some")
-    assert f"Why so: {tuned}; not all classes were seen, so that names stay open." in run(*given, *seen).stdout
+    assert f"Why so: {tuned}; not all classes were seen for a text side." in run(*given, *seen).stdout
     # A bridge without a picture, or with few of them, carries what there is.
     few = (*given, "--max-images", "99", "--output-dir", out / "few")
     for carried in (

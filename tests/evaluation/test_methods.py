@@ -317,11 +317,11 @@ def test_label_free_tuning_is_tuning_by_the_experts(task, models, sets):
         assert moved > 1e-4 and found.class_names == NAMES
         answer = given.answer(found)
         assert answer.size == stored_bytes(expected) > 0 and answer.logits.shape == (12, 3)
-    # The comparison's own way to tune is for labels: of it the shots, the epochs and the pull stay out.
+    # The comparison's own way to tune is for labels: only what an optimiser is told is taken over.
     own = replace(task, tuning={"method": "coop", "shots": 1, "keep_near": 1.0, **QUICK, "epochs": 10**6})
     quick = {"epochs": 1, "batch_size": 20}
     tuned = own.tune_on_experts(quick)
-    expected = tune(strong, sets["unlabelled"], config=TuningConfig(**{**QUICK, **quick}), **about)
+    expected = tune(strong, sets["unlabelled"], config=TuningConfig(lr=QUICK["lr"], **quick), **about)
     with torch.no_grad():
         same(tuned.encoder.embed_images(pictures), expected.encoder.embed_images(pictures))
     (adapter,) = task.tune_on_experts({"method": "coop", **quick}).encoder.model.peft_config.values()

@@ -230,7 +230,7 @@ class Real:
             return 100 * test @ carried.T
         labels = 100 * (x @ (self.text[1] + carried).T + self.weak[rows] @ (2 * self.tuned - self.text[0]).T)
         side, head, facts = refit(FeatureTable(x), labels, carried, 100.0, zero_shot=self.text[1])
-        if facts["held_out_kl"] > transferring.EXPLAINS * facts["held_out_kl_zero_shot"]:
+        if not facts["even"]:
             return 100 * test @ carried.T
         if head is None:
             return 100 * side(test) @ carried.T
