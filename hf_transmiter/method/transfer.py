@@ -243,8 +243,8 @@ def _refitted(
     why = _CHANGED[vectors is not None]
     if vectors is not None and not known["even"] and config.even is None and config.parts is None:
         because = (
-            f"{why}, and is carried over as it is: the images seem to hold few of the classes, and a refit would teach "
-            "nothing about the others."
+            f"{why}, and is carried over as it is: the images seem to hold few of the classes, and a refit would "
+            "teach nothing about the others."
         )
         logger.warning("%s", because)
         return None, {"tried": known, "because": because}
