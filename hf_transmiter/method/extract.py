@@ -155,7 +155,7 @@ def closed_form(
     scale, bias, solver = float(weak.logit_scale), torch.zeros(len(text)), config.solver
     if vectors is not None and solver != "image_map":
         tensors = {"class_vectors": vectors.float().cpu(), "bias": bias}
-        return {"anchors": text, **tensors}, {"own_class_vectors": True}
+        return {"anchors": text, **tensors}, {"solver": None, "own_class_vectors": True}
     if table is None:
         raise ValueError(
             "this teacher has no class vectors on the weak model's embeddings (its image tower was tuned, or only "

@@ -268,9 +268,10 @@ def _refitted(
 
 def _teacher_on(table: FeatureTable, adapter: AnchorClassifier) -> Teacher:
     """The adapter's calibration pack where that belongs to these images, else the adapter in its teacher's place."""
-    pack = adapter.calibration
+    pack, plain = adapter.calibration, AnchorClassifier(adapter.encoder, adapter.anchors)
+    plain.transmiter = adapter.transmiter  # whatever names it is asked for just now
     if pack is None:
-        return adapter
+        return plain
     if pack.class_names != tuple(adapter.adapter_config.class_names):
         raise ValueError("the calibration pack's class names are not the adapter's: attach the pack saved with it.")
     try:
@@ -281,5 +282,5 @@ def _teacher_on(table: FeatureTable, adapter: AnchorClassifier) -> Teacher:
             "pass teacher= or the dataset of the extraction.",
             pack.dataset or pack.dataset_fingerprint,
         )
-        return adapter
+        return plain
     return pack

@@ -70,8 +70,8 @@ def tune(
     label. A tenth of the images is then held out, at most 1,000, and the epoch that agrees best with the experts on
     them is kept.
 
-    What was learnt is measured on images that training did not see (`.facts.learnt`), and a warning says where that is
-    nothing.
+    What was learnt is measured on held-out images (`.facts.learnt`; with a teacher those that choose the epoch), and a
+    warning says where that is nothing.
 
     Args:
         model ([`DualEncoder`]): stays untouched. With a teacher, the strong model.
