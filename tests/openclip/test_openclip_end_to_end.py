@@ -71,7 +71,7 @@ def test_shared_by_name(hub, load, folder_of, tmp_path):
 def test_commands(load, make_dataset, tmp_path):
     names = [load(kind).name_or_path for kind in ("resnet", "eva")]
     for split, seed in (("train", 0), ("test", 1)):
-        for number, row in enumerate(make_dataset(30, seed=seed)):
+        for number, row in enumerate(make_dataset(110, seed=seed)):
             target = tmp_path / "data" / split / NAMES[row["label"]]
             target.mkdir(parents=True, exist_ok=True)
             row["image"].save(target / f"{number}.png")
