@@ -214,8 +214,8 @@ def compare(
     way, reason = recommend(
         evidence if task.labels is None else None,
         own_class_vectors=task.own_class_vectors,
-        unlabelled=0 if unlabelled is None or len(unlabelled) < fewest_images(len(base or names)) else len(unlabelled),
-        few=unlabelled is not None,
+        unlabelled=0 if unlabelled is None else len(unlabelled),
+        fewest=fewest_images(len(base or names)),
         general=general is not None,
         unseen=base is not None and len(base) < len(names),
         bridge=bridge is not None and bridge.source == "images",
@@ -299,7 +299,7 @@ def _advise(found: Comparison, evidence: Evidence, way: str, reason: str) -> Non
     if way == STRONG:
         said = f"{_KEEP}: {reason}"
     elif row is None:
-        missing = found.skipped.get(way, "it is not among the rows")
+        missing = found.skipped.get(way, "it is not among the rows").rstrip(".")
         said = (
             f"Whether {way} beats the strong model as it is was not measured: {missing}. It is the way since {reason}"
         )
@@ -324,7 +324,7 @@ def _untested(found: Comparison, way: str, count: int) -> str:
     facts, kl = found.evidence, None
     adapter = found.rows[way].classifier and found.rows[way].classifier.adapter_config
     if adapter is not None and "refit_on" in adapter.provenance:
-        kl = found.rows[way].classifier.adapter_config.provenance.get("held_out_kl")
+        kl = adapter.provenance.get("held_out_kl")
     known = "" if kl is None else f", and its held-out KL to the experts' labels is {kl:.3f}"
     differ = facts["changes"] / 100
     needed = 4 * differ / VISIBLE_GAIN**2

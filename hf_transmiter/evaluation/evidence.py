@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..method.refit import MIN_IMAGES
 from .methods import FROM_TEXT, IMAGE_MAP, STRONG
 
 
@@ -93,7 +94,7 @@ def recommend(
     own_class_vectors: bool,
     unlabelled: int,
     general: bool,
-    few: bool = False,
+    fewest: int = MIN_IMAGES,
     unseen: bool = False,
     bridge: bool = False,
     doubt: str | None = None,
@@ -103,29 +104,29 @@ def recommend(
     Args:
         evidence: what predictions tell; `None` where labelled test images will tell more.
         own_class_vectors: whether prompts or class vectors were tuned, and not the image tower.
-        unlabelled: how many unlabelled images of the task there are, where a refit takes as many; else 0.
+        unlabelled: how many unlabelled images of the task there are.
         general: whether there are other images.
-        few: whether there are some of the task, too few for a refit or not.
+        fewest: how many images a refit takes, see [`fewest_images`].
         unseen: whether the tuning saw only some of the classes.
         bridge: whether there is a finished bridge from images.
         doubt: what speaks against a bridge from text, see [`Bridge.doubt`].
     """
     if evidence is not None and evidence.doubt is not None:
         return STRONG, evidence.doubt
-    if unlabelled and unseen:
+    if unlabelled >= fewest and unseen:
         return IMAGE_MAP, (
             "the tuning saw only some of the classes: the image map changes what pictures look like for all of them, "
             "while a text side for the seen ones would take accuracy from the others."
         )
-    if unlabelled:
+    if unlabelled >= fewest:
         tuned = "prompts or class vectors were" if own_class_vectors else "the image tower was"
         return "refit", (
             f"{tuned} tuned and there are unlabelled task images: the refit joins the tuned model and the strong "
             "model's own knowledge, and costs nothing at run time."
         )
-    if few:
+    if unlabelled:
         return "bridge from task images", (
-            "there are too few task images for a refit, which takes 100 or one per class: they build the bridge that "
+            f"{unlabelled} task images are too few for a refit, which takes {fewest}: they build the bridge that "
             "carries the change."
         )
     if not own_class_vectors:

@@ -158,7 +158,7 @@ def taught_by(teacher: Teacher, weak: DualEncoder | None, num_images: int) -> di
     if weak is not None:
         noted = {"name": weak.name_or_path, "revision": weak.revision, "fingerprint": weak.fingerprint}
     return {
-        "experts": "softmax(logits as given)" if isinstance(teacher, Tensor) else EXPERTS,
+        "experts": "softmax(logits as given)" if isinstance(teacher, Tensor) and weak is None else EXPERTS,
         "weak": noted,
         "settings": facts.settings if facts else None,
         "num_images": num_images,

@@ -84,31 +84,15 @@ def transfer(
     if config.refit and (dataset is None or space == "logit"):
         raise ValueError("a refit is of a linear adapter, to unlabelled images: pass images, or leave refit out.")
     wanted = space == "embedding" and dataset is not None and config.refit is not False
-    if wanted and config.refit is None and len(dataset) < fewest_images(len(seen)):
+    few = dataset is not None and len(dataset) < fewest_images(len(seen))
+    if wanted and few and config.refit is None:
         wanted = False
         logger.info("%d images are too few for a refit: the adapter is carried over as it is.", len(dataset))
     if not wanted:
         check_read(config, "a transfer without a refit", ("parts", "even"))
     # First, since a table with tower features serves whoever asks for the embeddings alone.
     table = embed_dataset(strong, dataset, tower=config.parts != "text", **options) if wanted else None
-    if bridge is None:
-        if space == "logit" and dataset is None:
-            raise ValueError("a published adapter needs unlabelled images or a logit-space bridge: pass one of them.")
-        build = {"beta": config.beta, "beta_per_image": config.beta_per_image}
-        build |= {"anchors": source.anchors} if space == "logit" else {"names": source.anchors}
-        if space == "embedding" and dataset is not None and len(dataset) < fewest_images(len(seen)):
-            build["anchors"] = Anchors.universal()
-        bridge = Bridge.build(weak, strong, dataset, space=space, **build, **options)
-    else:
-        check_read(config, "a transfer over a finished bridge", ("beta", "beta_per_image"))
-        bridge.weak.check(weak, "weak")
-        bridge.strong.check(strong, "strong")
-        if dataset is not None and bridge.source == "text":
-            bridge = replace(bridge)
-            bridge.measure(weak, strong, dataset, **options)
-        doubt = bridge.doubt()
-        if doubt is not None:
-            logger.warning("%s", doubt)
+    bridge = _bridge(adapter, strong, dataset, bridge, config, few, options)
     weight = config.zero_shot_weight
     if weight is None:
         weight = 0.0 if all_seen else 1 / 2
@@ -128,10 +112,10 @@ def transfer(
         asked = {"weak": weak, "templates": source.templates, "table": table, **options}
         teacher = _teacher_on(table, adapter) if teacher is None else teacher
         labels = expert_logits(teacher, strong, dataset, source.class_names, **asked)
-        own = own_words(source)
-        fitted, known = _refitted(
-            table, labels, carried, text, seen, own, float(strong.logit_scale), config, accelerator
-        )
+        if words and source.own_class_vectors:
+            carries = ((x[:, : strong.embed_dim] @ carried["class_vectors"].T) for x in table.batches(4096))
+            labels = labels + float(strong.logit_scale) * torch.cat(list(carries))
+        fitted, known = _refitted(table, labels, carried, text, seen, float(strong.logit_scale), config, accelerator)
         facts |= known
         if fitted is not None:
             carried, facts["refit_on"] = fitted, len(table)
@@ -148,12 +132,31 @@ def transfer(
     return AnchorClassifier(strong, source.anchors, text).add_adapter(upgraded, {**carried, "anchors": text})
 
 
-def own_words(source: TransMiterConfig) -> bool:
-    """Whether the teacher had class vectors of its own (a prompt, a head) and they were not distilled from a tower."""
-    facts = source.provenance
-    while isinstance(facts, dict) and "own_class_vectors" not in facts:
-        facts = facts.get("extracted") or facts.get("before")  # of an adapter that has come further
-    return bool(facts and facts["own_class_vectors"])
+def _bridge(
+    adapter: AnchorClassifier, strong: DualEncoder, dataset, given: Bridge | None, config: TransferConfig, few: bool,
+    options: dict,
+) -> Bridge:  # fmt: skip
+    """The given bridge, checked, and measured where there are images; or one of them, joined by names if they are few,
+    or of names alone."""
+    weak, source = adapter.encoder, adapter.adapter_config
+    if given is None:
+        if source.form == "mlp" and dataset is None:
+            raise ValueError("a published adapter needs unlabelled images or a logit-space bridge: pass one of them.")
+        build = {"beta": config.beta, "beta_per_image": config.beta_per_image, **options}
+        if source.form == "mlp":
+            return Bridge.build(weak, strong, dataset, space="logit", anchors=source.anchors, **build)
+        joined = Anchors.universal() if few else None
+        return Bridge.build(weak, strong, dataset, anchors=joined, names=source.anchors, **build)
+    check_read(config, "a transfer over a finished bridge", ("beta", "beta_per_image"))
+    given.weak.check(weak, "weak")
+    given.strong.check(strong, "strong")
+    if dataset is not None and given.source == "text":
+        given = replace(given)
+        given.measure(weak, strong, dataset, **options)
+    doubt = given.doubt()
+    if doubt is not None:
+        logger.warning("%s", doubt)
+    return given
 
 
 _CHANGED = {True: "the tuning changed what words mean", False: "the tuning changed what pictures look like"}
@@ -189,7 +192,7 @@ def _carried(
         anchor_texts = [model.embed_names(names, templates).cpu() for model in (weak, strong)]
     vectors, anchors = (tensors[part].float() for part in ("class_vectors", "anchors"))
     carried = bridge.carry_class_vectors(vectors, anchors, text, anchor_texts)
-    if not own_words(source):
+    if not source.own_class_vectors:
         # Vectors distilled from a tuned image tower: their change carries over, their place in space does not.
         carried = {"delta": carried["delta"]}
     found |= {"class_vectors": interpolate(carried, text, zero_shot_weight), "bias": torch.zeros(len(text))}
@@ -212,15 +215,12 @@ def _refitted(
     carried: dict[str, Tensor],
     text: Tensor,
     seen: Sequence[int],
-    own_class_vectors: bool,
     scale: float,
     config: TransferConfig,
     accelerator,
 ) -> tuple[dict[str, Tensor] | None, dict]:
     """Tensors of the refit of a carried adapter, `None` where that is left out, and facts for its provenance."""
     vectors, start, all_seen = carried.get("class_vectors"), None, len(set(seen)) == len(text)
-    if own_class_vectors and vectors is not None:
-        labels = labels + torch.cat([scale * x[:, : text.shape[1]] @ vectors.T for x in table.batches(4096)])
     if "image_map" in carried:
         start = ImageSide(carried["image_map"], carried["image_shift"])
     parts = config.parts or ("both" if all_seen else "image")

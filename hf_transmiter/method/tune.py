@@ -273,7 +273,7 @@ def _fitting(teacher: Teacher | None, weak: DualEncoder | None, names: Sequence[
         learnt = adapter_settings(layer.active_config)
         return {key: value for key, value in learnt.items() if not key.endswith("depth")}  # of the weak towers
     if tuned.adapter_config is not None:
-        words = bool(tuned.adapter_config.provenance.get("own_class_vectors"))
+        words = tuned.adapter_config.own_class_vectors
     else:
         words = weak is not None and same_image_tower(weak, tuned.encoder)
     return "coop" if words else "lora"

@@ -39,7 +39,7 @@ def test_the_facts():
 def test_what_there_is_to_carry_over():
     weak, strong, right = drawn(0), drawn(1), drawn(2)
     z = some(strong, right, 0.5)
-    ways = {"own_class_vectors": True, "unlabelled": True, "general": False}
+    ways = {"own_class_vectors": True, "unlabelled": 100, "general": False}
     learnt = Evidence(some(weak, right, 0.8), some(weak, right, 0.1), z)
     assert learnt.doubt is None and recommend(learnt, **ways)[0] == "refit"
     nothing = Evidence(some(weak, right, 0.11), some(weak, right, 0.1), z)
@@ -53,12 +53,15 @@ def test_what_there_is_to_carry_over():
     assert chance.facts["kappa_weak"] > 0.2 and "may know nothing of these pictures" in chance.doubt
     assert recommend(chance, **ways)[0] == "zero-shot strong"
     assert recommend(None, **ways)[0] == "refit"  # labels will tell
+    way, why = recommend(None, **{**ways, "unlabelled": 99})
+    assert way == "bridge from task images" and "99 task images are too few for a refit, which takes 100" in why
+    assert recommend(None, **ways, fewest=101)[0] == "bridge from task images"
 
 
 def test_a_doubted_bridge_from_text_is_not_recommended_without_labels():
     weak, strong, right = drawn(0), drawn(1), drawn(2)
     learnt = Evidence(some(weak, right, 0.8), some(weak, right, 0.1), some(strong, right, 0.5))
-    ways = {"own_class_vectors": True, "unlabelled": False, "general": False}
+    ways = {"own_class_vectors": True, "unlabelled": 0, "general": False}
     assert recommend(learnt, **ways)[0] == "bridge from text"
     assert recommend(learnt, **ways, doubt="few names.") == ("zero-shot strong", "few names.")
     assert recommend(learnt, **{**ways, "general": True}, doubt="few.")[0] == "bridge from general images"

@@ -18,6 +18,7 @@ from hf_transmiter.method import lessons
 from hf_transmiter.method import tune as tuning
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.experts import expert_logits, tuned_and_weak_logits
+from hf_transmiter.method.lessons import taught_by
 from hf_transmiter.method.extract import extract
 from hf_transmiter.method.saved import load_teacher_and_weak
 from hf_transmiter.method.stored_logits import CalibrationPack
@@ -63,12 +64,15 @@ def test_experts(encoder, strong, make_dataset, options):
     t, w, z = (teacher_logits(one, data, NAMES, **options) for one in (tuned, zero_shot(encoder), zero_shot(strong)))
     found = expert_logits(tuned, strong, data, NAMES, weak=encoder, **options)
     assert torch.allclose(found, 2 * t + z - w, atol=1e-4)
-    # Stored logits hold w, or not; logits as a tensor are the experts' own.
+    # Stored logits hold w, or not; logits as a tensor are t where the weak model is given, else the experts' own.
     pack = CalibrationPack(t, NAMES, weak_logits=w)
     assert torch.allclose(expert_logits(pack, strong, data, NAMES, **options), found, atol=1e-4)
     with_model = expert_logits(CalibrationPack(t, NAMES), strong, data, NAMES, weak=encoder, **options)
     assert torch.allclose(with_model, found, atol=1e-4)
     assert torch.equal(expert_logits(found, strong, data, NAMES, **options), found)
+    assert torch.allclose(expert_logits(t, strong, data, NAMES, weak=encoder, **options), found, atol=1e-4)
+    for weak, said in ((encoder, "softmax(2 t + z - w)"), (None, "softmax(logits as given)")):
+        assert taught_by(t, weak, 12)["experts"] == said
     pair = tuned_and_weak_logits([tuned, tuned], encoder, data, NAMES, **options)
     assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(pair, (t, w), strict=True))
     # An adapter on the weak model has that in itself.

@@ -1,6 +1,6 @@
 """What the refit of `transfer` is worth: its parts and cures one by one, few images, pools that lack classes, costs.
 
-    python tests/studies/refits.py [--tables main ablations pools text] [--tasks neon:lora ...] [--seeds 2 3 4]
+    python tests/studies/refits.py [--tables main ablations pools text linear labels] [--tasks neon:lora ...] [--seeds 2 3 4]
     python tests/studies/refits.py --data FOLDER [--seeds 3 4 5]
 
 The sandbox without `--data`: 1,500 unlabelled and 1,500 test pictures of 36 classes, the weak model tuned with 16
@@ -31,6 +31,7 @@ from hf_transmiter import sandbox
 from hf_transmiter.cli.demo import SANDBOX_TUNING, Task
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.splits import few_shot
 from hf_transmiter.encoders.identity import ModelId
 from hf_transmiter.evaluation.baselines import linear_head
 from hf_transmiter.evaluation.reliability import expected_calibration_error
@@ -39,12 +40,14 @@ from hf_transmiter.method import refit as refitting
 from hf_transmiter.method import transfer as transferring
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.extract import extract
+from hf_transmiter.method.label_tune import label_tune
 from hf_transmiter.method.moments import sum_pairs
 from hf_transmiter.method.refit import fewest_images, refit
 from hf_transmiter.method.teacher import teacher_logits
 from hf_transmiter.method.transfer import interpolate, transfer
 from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import FitConfig, TransferConfig, TuningConfig
+from hf_transmiter.tuners import TransMiterConfig
 
 
 PAIRS = ("neon:lora", "night:lora", "print:lora", "neon:coop", "night:coop", "print:coop", "jargon:coop")
@@ -88,14 +91,23 @@ def pools(labels: torch.Tensor, seed: int, least: float = 0.02) -> dict[str, tor
     return found | {"tail": kept.nonzero()[:, 0]}
 
 
+def from_identity(*arguments, start, **options):
+    """[`refit`], whatever start it is given."""
+    return refit(*arguments, **options)
+
+
 ABLATIONS = {
     "as it is": [],
     "labels not made even": [(experts, "even_labels", lambda logits: logits)],
     "one step in place of three": [(refitting, "ROUNDS", 1)],
+    "from the identity, not the carried map": [(transferring, "refit", from_identity)],
+    "one step from the identity": [(transferring, "refit", from_identity), (refitting, "ROUNDS", 1)],
+    "ridge penalty 0.3 in place of 1": [(refitting, "PENALTY", 0.3)],
+    "ridge penalty 3 in place of 1": [(refitting, "PENALTY", 3.0)],
     "embeddings alone, no tower features": [
         (transferring, "embed_dataset", lambda *a, tower, **k: embed_dataset(*a, **k))
     ],
-    "no carried class vectors in the labels": [(transferring, "own_words", lambda source: False)],
+    "no carried class vectors in the labels": [(TransMiterConfig, "own_class_vectors", False)],
 }
 
 
@@ -164,8 +176,34 @@ def table_ablations(run: Sandbox, tables: dict) -> None:
                 stack.enter_context(mock.patch.object(owner, attribute, value))
             moved = run.moved(run.images)
             said = run.said(moved)
+            alone = run.said(run.moved(run.images, config=TransferConfig(parts="image")))
         tables["accuracy, %"].add(name, run.pair, accuracy(said, run.labels))
+        tables["image map alone, accuracy, %"].add(name, run.pair, accuracy(alone, run.labels))
         tables["ECE, %"].add(name, run.pair, expected_calibration_error(said, run.labels))
+
+
+def table_linear(run: Sandbox, tables: dict) -> None:
+    """How much of a change is linear in the embeddings, of stored logits: of the teacher, and of a tuned head."""
+    weak, names, images = run.task.weak, run.names, run.images
+    x, text = embed_dataset(weak, images, **run.cache).embeds, weak.embed_names(names)
+    fit = FitConfig(epochs=10, lr=2e-3, weight_decay=0.0)
+    head = linear_head(x, torch.tensor(images["label"]), text, float(weak.logit_scale), fit, progress=False)
+    said = {"the teacher": teacher_logits(run.tuned, images, names, **run.cache), "a tuned head": weak.logits(x, head)}
+    for name, logits in said.items():
+        for count in (100, 1500):
+            few = images.select(range(count))
+            found = extract(weak, logits[:count].half().float(), few, class_names=names, **run.cache)
+            share = found.adapter_config.provenance["linear"]
+            tables["linear in x, %"].add(f"{name}, {count} images", run.pair, 100 * share)
+
+
+def table_labels(run: Sandbox, tables: dict) -> None:
+    """A few labelled steps on a refit."""
+    train = run.task.images("train")
+    drawn = train.select(few_shot(train["label"], 16, run.seed))
+    moved = run.moved(run.images)
+    for name, found in (("refit", moved), ("label_tune after it", label_tune(moved, drawn, **run.cache))):
+        tables["16 labels per class, accuracy, %"].add(name, run.pair, accuracy(run.said(found), run.labels))
 
 
 def table_pools(run: Sandbox, tables: dict) -> None:
@@ -255,6 +293,7 @@ def table_real(run: Real, name: str, seed: int, tables: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = {"main": table_main, "text": table_text, "ablations": table_ablations, "pools": table_pools}
+    named |= {"linear": table_linear, "labels": table_labels}
     parser.add_argument("--tables", nargs="+", choices=named, default=list(named))
     parser.add_argument("--tasks", nargs="+", default=PAIRS, help="TASK:METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3, 4])

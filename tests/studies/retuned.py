@@ -81,7 +81,8 @@ class Run:
             elif sharpen != 1:
                 teacher = sharpen * expert_logits(teacher, self.task.strong, self.images, self.names, **about)
             adapter = METHODS[self.task.domain] if isinstance(teacher, Tensor) else None
-            found = tune(self.task.strong, self.images, adapter, teacher=teacher, config=config, **about)
+            given = self.options if isinstance(teacher, Tensor) else about  # with weak=, logits are the teacher's own
+            found = tune(self.task.strong, self.images, adapter, teacher=teacher, config=config, **given)
         return self.score(found), time.process_time() - start, found.facts.learnt
 
 

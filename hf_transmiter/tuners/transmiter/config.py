@@ -26,7 +26,7 @@ class TransMiterConfig(PeftConfig):
     - ``"linear"``: what every closed form ends in, with one of two parts or both. An image side (A, b) changes what
       pictures look like, ``x' = normalise(x + A f + b)``; a text side (W, bias) what words mean,
       ``logits = s · x' Wᵀ + bias``, or ``s · [x' | f] Wᵀ + bias``. ``f = [x | h]`` are the rows of
-      [`DualEncoder.embed_pixels`], h what the vision tower saw (upgrade measured in tests/studies; not a paper).
+      [`DualEncoder.embed_pixels`], h what the vision tower saw (`tests/studies/RESULTS.md`; no paper has it).
       Without a text side any names can be asked: ``s · x' aᵀ``.
 
     Args:
@@ -133,6 +133,15 @@ class TransMiterConfig(PeftConfig):
         """Columns of f that the adapter needs: d, or d + 2D where it reads the vision tower, too."""
         image, text = self.widths
         return max(self.embed_dim, image, text - self.embed_dim)
+
+    @property
+    def own_class_vectors(self) -> bool:
+        """Whether words were tuned (a prompt, a head) and not an image tower: what `provenance` says, back to
+        the extraction."""
+        facts = self.provenance
+        while isinstance(facts, dict) and "own_class_vectors" not in facts:
+            facts = facts.get("extracted") or facts.get("before")  # of an adapter that has come further
+        return bool(facts and facts["own_class_vectors"])
 
     @property
     def anchors(self) -> Anchors:
