@@ -18,8 +18,8 @@ from hf_transmiter.method import lessons
 from hf_transmiter.method import tune as tuning
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.experts import expert_logits, tuned_and_weak_logits
-from hf_transmiter.method.lessons import taught_by
 from hf_transmiter.method.extract import extract
+from hf_transmiter.method.lessons import taught_by
 from hf_transmiter.method.saved import load_teacher_and_weak
 from hf_transmiter.method.stored_logits import CalibrationPack
 from hf_transmiter.method.teacher import teacher_logits
