@@ -1,6 +1,6 @@
 """What the refit of `transfer` is worth: its parts and cures one by one, few images, pools that lack classes, costs.
 
-    python tests/studies/refits.py [--tables main ablations pools text linear labels] [--tasks neon:lora ...] [--seeds 2 3]
+    python tests/studies/refits.py [--tables main ablations pools text linear labels] [--tasks neon:lora ...]
     python tests/studies/refits.py --data FOLDER [--seeds 3 4 5]
 
 The sandbox without `--data`: 1,500 unlabelled and 1,500 test pictures of 36 classes, the weak model tuned with 16
