@@ -214,6 +214,11 @@ def table_pools(run: Sandbox, tables: dict) -> None:
         images = run.images.select(rows.tolist())
         fitted = run.moved(images, teacher=run.tuned)
         tables["images"].add(name, run.pair, accuracy(run.said(fitted), run.labels))
+        if name in ("100", "quarter"):
+            with mock.patch.object(transferring, "refit", from_identity):
+                cold = run.moved(images, teacher=run.tuned)
+            row = f"{name}, from the identity"
+            tables["images"].add(row, run.pair, accuracy(run.said(cold), run.labels))
         carried = run.moved(images, config=TransferConfig(refit=False))
         tables["images, carried as it is"].add(name, run.pair, accuracy(run.said(carried), run.labels))
 
