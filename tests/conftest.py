@@ -80,10 +80,20 @@ def transformers_adapters(monkeypatch):
     monkeypatch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", TRANSFORMERS_ASKS)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
+def _seed_all():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def pytest_fixture_setup(fixturedef):
+    """What a module's tests share must not depend on which tests its worker ran before."""
+    if fixturedef.scope != "function":
+        _seed_all()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    _seed_all()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.baselines import prompt_transfer
 from hf_transmiter.evaluation.compare import CONTROL, NOTES, Comparison, Row, _advise, compare
-from hf_transmiter.evaluation.evidence import Evidence, recommend
+from hf_transmiter.evaluation.evidence import AT_CHANCE, NOTHING_LEARNT, Evidence, recommend
 from hf_transmiter.evaluation.methods import BACKPROP, IMAGES, LABELS, METHODS, WEAK, Variant
 from hf_transmiter.evaluation.reliability import expected_calibration_error
 from hf_transmiter.evaluation.report import comparison_table
@@ -357,8 +357,11 @@ def test_images_without_labels(found):
         assert result.value(row, "confidence") == pytest.approx(100 * z.softmax(1).max(1).values.mean().item())
         assert result.value(row, "calibration gap") == pytest.approx(expected_calibration_error(z, said))
     assert result.value("tuned weak", "agreement") == 100
-    # What it says when nothing that it recommends was run, and when it was.
-    assert result.recommended == "bridge from text" and result.advice.startswith("Whether bridge from text beats")
+    # Random models: what the tuned one knows may look like chance; and nothing that would be recommended was run.
+    doubted = result.evidence["changed"] < 100 * NOTHING_LEARNT or result.evidence["kappa_strong"] < AT_CHANCE
+    assert result.recommended == ("zero-shot strong" if doubted else "bridge from text")
+    start = "Keep the strong model as it is: the tun" if doubted else "Whether bridge from text beats"
+    assert result.advice.startswith(start)
     given = compare(weak, strong, teacher, bare, class_names=NAMES[::-1], variants=["EFT"], progress=False)
     assert torch.allclose(given.rows["EFT"].logits, result.rows["EFT"].logits.flip(1), atol=1e-5)
     with pytest.raises(ValueError, match="pass class_names"):  # a bare model knows no names
