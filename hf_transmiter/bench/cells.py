@@ -31,7 +31,7 @@ from ..evaluation.drift import feature_drift
 from ..evaluation.methods import LABELS, METHODS, NEEDS, Variant
 from ..evaluation.upgrade import ZERO_SHOT, score_upgrade
 from ..hub.adapter_files import TEACHER_FILE
-from ..hub.files import new_folder, replace_file
+from ..hub.files import CHECKPOINT, beside, replace_file, replace_folder
 from ..hub.repo import public_name
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_teacher
@@ -305,11 +305,11 @@ class Workshop:
         folder = self.output_dir / TUNED / "-".join([*map(slug, words), digest(facts)])
         if (folder / TEACHER_FILE).is_file():
             return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = folder.with_name(f".{folder.name}.checkpoint.safetensors")
-        options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
-        tuned = tune(encoder, train, **cell.how, templates=templates, checkpoint=checkpoint, **options)
-        new_folder(folder, tuned.save_pretrained)
+        options = {"checkpoint": beside(folder, CHECKPOINT), "keep_checkpoint": True}
+        options |= {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
+        tuned = tune(encoder, train, **cell.how, templates=templates, **options)
+        replace_folder(folder, tuned.save_pretrained)
+        options["checkpoint"].unlink(missing_ok=True)
         return folder
 
     def asked(self, cell: Cell, model: str, names: Sequence[str]) -> AnchorClassifier:

@@ -16,11 +16,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
@@ -71,6 +71,13 @@ class RunOptions:
     @property
     def main_process(self) -> bool:
         return int(os.environ.get("RANK", 0)) == 0
+
+    @cached_property
+    def held(self) -> ExitStack:
+        """What the run keeps to its end: the places that it is going to write."""
+        return ExitStack()
+
+    inputs: ClassVar[list[str]] = []  # whatever options name, for places that must be none of it
 
     @cached_property
     def accelerator(self):
@@ -164,6 +171,20 @@ class NameOptions:
     )
 
 
+_MARKS = {"comparison.json": "comparison", "analysis.json": "analysis", "bridge.safetensors": "bridge"}
+
+
+def _kind(folder: Path) -> str | None:
+    """What a command left at a place: a "tuned model", an "adapter", a "demo" or one of `_MARKS`."""
+    if not folder.is_dir():
+        return "bridge" if ht.is_bridge(folder) else None
+    if (folder / "adapter_config.json").exists():
+        own = (folder / SETTINGS_FILE).is_file()
+        return ("adapter" if ht.is_transmiter(folder) else "tuned model") if own else None
+    known = next((kind for mark, kind in _MARKS.items() if (folder / mark).is_file()), None)
+    return "demo" if known is None and (folder / SETTINGS_FILE).is_file() else known
+
+
 @dataclass
 class OutputOptions:
     """Where the result goes."""
@@ -171,17 +192,37 @@ class OutputOptions:
     output_dir: Path = field(metadata={"help": "Folder to write; must not exist yet."})
     overwrite: bool = setting(False, "Replace what an earlier run wrote there.")
 
-    def check(self, run: RunOptions) -> None:
-        """
+    @property
+    def place(self) -> Path:
+        """What is written, also where the path is a link to it."""
+        return Path(os.path.realpath(self.output_dir))
+
+    def check(self, run: RunOptions, kind: str, *, file: bool = False) -> None:
+        """Claims the place for this run, and makes sure that a result of this `kind` (see [`_kind`]) can go there.
+
         Raises:
-            FileExistsError: the folder holds something else, or `overwrite` was not asked for.
+            FileExistsError: it holds something else, or an input of this run, or `overwrite` was not asked for.
+            BlockingIOError: another run is writing there.
+            OSError: nothing can be written there.
         """
-        folder = self.output_dir
-        if not run.main_process or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if not run.main_process:
             return
-        if not (folder / SETTINGS_FILE).is_file():
-            raise FileExistsError(f"{folder} exists and was not written by this command: choose another folder.")
-        check_new(folder, self.overwrite)
+        path, place = self.output_dir, self.place
+        run.held.enter_context(ht.claim(path))
+        self.replaces = frozenset()
+        if place.exists() and (file or not place.is_dir() or any(place.iterdir())):
+            if place.is_dir() == file or _kind(place) != kind:
+                raise FileExistsError(f"{path} exists and was not written by this command: choose another folder.")
+            check_new(path, self.overwrite)
+            read = next((name for name in run.inputs if place in _with_parents(name)), None)
+            if read is not None:
+                raise FileExistsError(f"{path} is read by this run ({read}): choose another folder.")
+            self.replaces = frozenset() if file else frozenset(entry.name for entry in place.iterdir())
+        if not file and ht.is_fixed(place):
+            raise FileExistsError(
+                f"{path} can be filled, but not written in one step (it is a mount point, or nothing can be made "
+                "beside it): choose a folder in it."
+            )
 
     def saved(self) -> dict | None:
         """The settings of an earlier run that filled the folder, `None` where there was none."""
@@ -191,20 +232,30 @@ class OutputOptions:
     @property
     def checkpoint(self) -> Path:
         """Where an interrupted training goes on."""
-        return self.output_dir.with_name(f".{self.output_dir.name}.checkpoint.safetensors")
+        return ht.beside(self.place, ht.CHECKPOINT)
 
-    def write(self, save: Callable[[Path], None], values: dict, run: RunOptions) -> None:
+    def write(self, save: Callable[[Path], object], values: dict | None, run: RunOptions) -> None:
         """Fills the folder in one step by `save(folder)`, together with the settings; the main process only."""
         if not run.main_process:
             return
 
         def fill(folder: Path) -> None:
             save(folder)
-            (folder / SETTINGS_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-            if self.output_dir.exists():
-                os.replace(self.output_dir, folder.with_name(f"{folder.name}.earlier"))
+            if values is not None:
+                text = yaml.safe_dump(values, sort_keys=False)
+                (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
 
-        ht.new_folder(self.output_dir.absolute(), fill)
+        ht.replace_folder(self.place, fill, self.replaces)
+        self.checkpoint.unlink(missing_ok=True)
+
+
+def _with_parents(name: str) -> list[Path]:
+    """An input, if it is something on disk, and all folders that it is in."""
+    try:
+        path = Path(os.path.realpath(name.removeprefix("open_clip:")))
+        return [path, *path.parents] if path.exists() else []
+    except (OSError, ValueError):  # no path at all
+        return []
 
 
 @dataclass
@@ -246,6 +297,7 @@ def reporting(run: RunOptions) -> Iterator[None]:
             raise
         fail(str(error) or type(error).__name__)
     finally:
+        run.held.close()
         logger.removeHandler(handler)
         logger.setLevel(before)
 
@@ -319,6 +371,8 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
 
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
+            given = (item if isinstance(item, list) else [item] for item in values.values())
+            run.inputs = [item for some in given for item in some if isinstance(item, str)]
             with reporting(run):
                 arguments = {name: value for name, value in values.items() if name in taken}
                 for name, kind in groups.items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save
 
 from ..algebra import check_finite, check_semi_orthogonal
-from .checks import KEY_PREFIX, check_adapter_tensors, refuse_pickles
+from .checks import KEY_PREFIX, check_adapter_tensors, load_json, read_header, refuse_pickles
 from .files import replace_file
 from .repo import fetch, public_name, read_json
 
@@ -83,6 +83,22 @@ class TeacherFacts:
         """Into a folder, beside the adapter."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         replace_file(Path(folder) / TEACHER_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def is_transmiter(folder: str | os.PathLike) -> bool:
+    """Whether the adapter in a folder is this package's own; of one that cannot be read that is taken for granted."""
+    try:
+        return load_json(Path(folder) / CONFIG).get("peft_type") == "TRANSMITER"
+    except (ValueError, OSError, AttributeError):
+        return True
+
+
+def is_bridge(path: str | os.PathLike) -> bool:
+    """Whether a file is a bridge, as far as its header says."""
+    try:
+        return "bridge" in read_header(path)[0]
+    except (ValueError, OSError):
+        return False
 
 
 def read_config(source: str | os.PathLike, **hub) -> dict:
