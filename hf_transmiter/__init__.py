@@ -43,7 +43,7 @@ _EXPORTS = {
     "tune": "method.tune",
 }
 _FOR_THE_COMMAND_LINE = {
-    "hub.adapter_files": ("is_bridge", "is_transmiter"),
+    "hub.adapter_files": ("content_digest", "is_bridge", "is_transmiter"),
     "hub.files": ("CHECKPOINT", "beside", "claim", "is_fixed", "replace_folder"),
     "hub.repo": ("public_name", "split_revision"),
     "hub.scores": ("markdown_table",),

@@ -235,14 +235,18 @@ def transfer(
             "several adapters cross one bridge, without pictures: pass --bridge, and neither --dataset, --teacher nor "
             "--seen-classes."
         )
-    if several:
-        left = _unfinished(adapters, output, values, run)
-    else:
-        output.check(run, "adapter")
-        left = {adapters[0]: output}
     options = models.load(run)
+    if several and run.main_process:
+        run.held.enter_context(ht.claim(output.output_dir))
+    elif not several:
+        output.check(run, "adapter")
+    strong_model = ht.load_encoder(strong, **options)
+    left, made_from = {adapters[0]: output}, {}
+    if several:
+        contents = (ht.content_digest(adapter, bridge, strong_model.fingerprint) for adapter in adapters)
+        made_from = dict(zip(adapters, contents, strict=True))
+        left = _unfinished(made_from, output, values, run)
     weak_model = ht.load_encoder(weak, **options) if weak else None
-    strong_model = ht.load_encoder(strong, **options) if left else None
     crossed = None if bridge is None else ht.Bridge.from_pretrained(bridge)
     images, made = data.load(dataset, UNLABELLED, data.split), []
     for adapter, place in left.items():
@@ -259,7 +263,7 @@ def transfer(
             dataset_name=dataset,
             **data.embedding(run),
         )
-        place.write(upgraded.save_pretrained, {**values, "adapters": [adapter]}, run)
+        place.write(upgraded.save_pretrained, {**values, "adapters": [adapter]}, run, made_from.get(adapter, ""))
         facts = upgraded.adapter_config
         made.append({"output_dir": str(place.output_dir), "form": facts.form, "provenance": facts.provenance})
     if several:
@@ -272,16 +276,18 @@ def transfer(
     return Result(made[0], f"Transferred to {strong} ({how}): {output.output_dir}{why}")
 
 
-def _unfinished(adapters: list[str], output: OutputOptions, values: dict, run: RunOptions) -> dict[str, OutputOptions]:
+def _unfinished(
+    made_from: dict[str, str], output: OutputOptions, values: dict, run: RunOptions
+) -> dict[str, OutputOptions]:
     """Where each adapter goes, without those that an earlier run of the same command has finished."""
     left, taken = {}, set()
-    for adapter in adapters:
+    for adapter, content in made_from.items():
         name = Path(adapter).resolve().name if Path(adapter).is_dir() else ht.split_revision(adapter)[0].split("/")[-1]
         if name in taken:
             raise ValueError(f"two adapters are called {name!r}: carry them over in separate runs.")
         taken.add(name)
         place = OutputOptions(output.output_dir / name, output.overwrite)
-        if place.saved() != {**values, "adapters": [adapter]} or output.overwrite:
+        if output.overwrite or not place.holds({**values, "adapters": [adapter]}, content):
             place.check(run, "adapter")
             left[adapter] = place
     return left

@@ -224,17 +224,17 @@ class OutputOptions:
                 "beside it): choose a folder in it."
             )
 
-    def saved(self) -> dict | None:
-        """The settings of an earlier run that filled the folder, `None` where there was none."""
+    def holds(self, values: dict, made_from: str) -> bool:
+        """Whether an earlier run with these settings, and of the same content, filled the folder."""
         path = self.output_dir / SETTINGS_FILE
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return path.is_file() and path.read_text(encoding="utf-8") == _settings(values, made_from)
 
     @property
     def checkpoint(self) -> Path:
         """Where an interrupted training goes on."""
         return ht.beside(self.place, ht.CHECKPOINT)
 
-    def write(self, save: Callable[[Path], object], values: dict | None, run: RunOptions) -> None:
+    def write(self, save: Callable[[Path], object], values: dict | None, run: RunOptions, made_from: str = "") -> None:
         """Fills the folder in one step by `save(folder)`, together with the settings; the main process only."""
         if not run.main_process:
             return
@@ -242,11 +242,14 @@ class OutputOptions:
         def fill(folder: Path) -> None:
             save(folder)
             if values is not None:
-                text = yaml.safe_dump(values, sort_keys=False)
-                (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+                (folder / SETTINGS_FILE).write_text(_settings(values, made_from), encoding="utf-8")
 
         ht.replace_folder(self.place, fill, self.replaces)
         self.checkpoint.unlink(missing_ok=True)
+
+
+def _settings(values: dict, made_from: str) -> str:
+    return (f"# made from {made_from}\n" if made_from else "") + yaml.safe_dump(values, sort_keys=False)
 
 
 def _with_parents(name: str) -> list[Path]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checks import check_json, check_tensors, parse_json, read_header
+from .checks import check_json, check_tensors, load_json, parse_json, read_header
 
 
 try:
@@ -81,15 +81,23 @@ def _share(made: Path) -> None:
             path.chmod(mode)
 
 
-def replace_file(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+def replace_file(
+    path: str | os.PathLike, write: Callable[[Path], object], read: Callable[[Path], object] | None = None
+) -> None:
     """Calls `write(temporary)` and moves the result to `path` in one step; missing folders are made.
 
     Raises:
         OSError: it cannot be written; what was there still is.
+        ValueError: what `read(temporary)`, which will read it, refuses.
     """
     path = Path(path)
     with _scratch(path) as temporary:
         write(temporary)
+        try:
+            read is None or read(temporary)
+        except ValueError as error:
+            said = str(error).replace(os.fspath(temporary), os.fspath(path))
+            raise ValueError(f"{path} is not saved, as it could not be loaded again: {said}") from error
         _share(temporary)
         os.replace(temporary, path)
 
@@ -132,13 +140,31 @@ def replace_folder(path: str | os.PathLike, write: Callable[[Path], object], rep
             logger.warning("%s had other files by now, which are kept: %s.", path, ", ".join(sorted(kept)[:5]))
 
 
-def fill_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Lets `write(folder)` fill a folder: a new or empty one in one step, else file by file beside what is there."""
+def write_json(path: str | os.PathLike, value, kind: str | None = None, **style) -> None:
+    """One JSON file, see [`replace_file`]; `kind` is that of [`checks.load_json`].
+
+    Raises:
+        ValueError: what `load_json` would refuse.
+    """
+    text = json.dumps(value, **{"indent": 1, "ensure_ascii": False, **style}) + "\n"
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"), lambda file: load_json(file, kind))
+
+
+def fill_folder(path: str | os.PathLike, write: Callable[[Path], object], *, reads: bool = False) -> None:
+    """Lets `write(folder)` fill a folder: a new or empty one in one step, else file by file beside what is there.
+    Where it `reads` that, it writes there itself."""
     path = Path(path)
-    if path.is_dir() and (any(path.iterdir()) or is_fixed(path)):
+    if not path.is_dir() or not (any(path.iterdir()) or is_fixed(path)):
+        replace_folder(path, write)
+    elif reads:
         write(path)
     else:
-        replace_folder(path, write)
+        with _scratch(path) as made:
+            made.mkdir()
+            write(made)
+            _share(made)
+            for entry in list(made.iterdir()):
+                os.replace(entry, path / entry.name)
 
 
 def _copy(source: Path, target: Path) -> None:
