@@ -118,7 +118,7 @@ def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Pa
     if not groups:
         raise FileNotFoundError(f"there is no finished cell of this configuration in {output}: run it first.")
     folder, sections = output / "figures", []
-    for stale in (*folder.glob("[0-9]*-*.png"), *folder.glob("shots-[0-9]*.png")):
+    for stale in folder.glob("*.png"):
         stale.unlink()
     for number, group in enumerate(groups, 1):
         title = group.title(config)

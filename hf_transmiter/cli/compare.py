@@ -19,7 +19,6 @@ from .options import (
     Images,
     ModelOptions,
     NameOptions,
-    OutputOptions,
     Result,
     RunOptions,
     Seen,
@@ -28,6 +27,7 @@ from .options import (
     Weak,
     expert,
 )
+from .output import OutputOptions
 
 
 if TYPE_CHECKING:

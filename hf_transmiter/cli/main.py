@@ -16,7 +16,8 @@ import hf_transmiter as ht
 
 from . import app as page
 from . import bench, compare, hub, method
-from .options import OutputOptions, Result, RunOptions, command
+from .options import Result, RunOptions, command
+from .output import OutputOptions
 
 
 app = typer.Typer(

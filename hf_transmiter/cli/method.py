@@ -21,7 +21,6 @@ from .options import (
     ModelOptions,
     NameOptions,
     OptionalImages,
-    OutputOptions,
     Result,
     RunOptions,
     Seen,
@@ -30,6 +29,7 @@ from .options import (
     Weak,
     key_values,
 )  # fmt: skip
+from .output import OutputOptions
 
 
 _BRIDGE = "bridge (file, folder or Hub id)"
