@@ -53,6 +53,11 @@ class OutputOptions:
         if not run.main_process:
             return
         path, place = self.output_dir, self.place
+        if not file and ht.is_fixed(place):
+            raise FileExistsError(
+                f"{path} can be filled, but not written in one step (it is a mount point, or nothing can be made "
+                "beside it): choose a folder in it."
+            )
         run.held.enter_context(ht.claim(path))
         self.replaces = frozenset()
         if place.exists() and (file or not place.is_dir() or any(place.iterdir())):
@@ -64,11 +69,6 @@ class OutputOptions:
             if read is not None:
                 raise FileExistsError(f"{path} is read by this run ({read}): choose another folder.")
             self.replaces = frozenset() if file else frozenset(entry.name for entry in place.iterdir())
-        if not file and ht.is_fixed(place):
-            raise FileExistsError(
-                f"{path} can be filled, but not written in one step (it is a mount point, or nothing can be made "
-                "beside it): choose a folder in it."
-            )
 
     def holds(self, values: dict, made_from: str) -> bool:
         """Whether an earlier run with these settings, and of the same content, filled the folder."""

@@ -65,9 +65,12 @@ def _scratch(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
         yield folder / path.name
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno is None:  # a sentence already
-            raise
+    except (OSError, ValueError, SafetensorError) as error:
+        if getattr(error, "errno", None) is None and not isinstance(error, SafetensorError):  # a sentence already
+            if (hidden := os.fspath(folder / path.name)) not in str(error):
+                raise
+            kind = type(error) if isinstance(error, OSError) else ValueError
+            raise kind(str(error).replace(hidden, os.fspath(path))) from error
         raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -96,8 +99,7 @@ def replace_file(
         try:
             read is None or read(temporary)
         except ValueError as error:
-            said = str(error).replace(os.fspath(temporary), os.fspath(path))
-            raise ValueError(f"{path} is not saved, as it could not be loaded again: {said}") from error
+            raise ValueError(f"{path} is not saved, as it could not be loaded again: {error}") from error
         _share(temporary)
         os.replace(temporary, path)
 
@@ -216,6 +218,8 @@ def claim(path: str | os.PathLike) -> Iterator[None]:
     except BlockingIOError:
         said = f"another run is writing to {path}: wait for its end, or choose another place."
         raise BlockingIOError(said) from None
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} cannot be written: there is a file where a folder must be.") from None
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
     try:

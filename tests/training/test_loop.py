@@ -9,7 +9,6 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
