@@ -59,6 +59,9 @@ class OutputOptions:
                 "beside it): choose a folder in it."
             )
         run.held.enter_context(ht.claim(path))
+        written = (file.stat().st_mtime_ns for file in (self.checkpoint, place / SETTINGS_FILE) if file.is_file())
+        if len(times := list(written)) == 2 and times[0] <= times[1]:  # killed when all was done
+            self.checkpoint.unlink()
         self.replaces = frozenset()
         if place.exists() and (file or not place.is_dir() or any(place.iterdir())):
             if place.is_dir() == file or _kind(place) != kind:

@@ -290,3 +290,14 @@ def test_several_adapters_are_kept_by_content(here, tmp_path):
     assert "--overwrite" in error(*(word for word in transfer if word != "--json"))
     assert json.loads(run(*transfer, "--overwrite").stdout)["kept"] == 0
     assert json.loads(run(*transfer).stdout)["kept"] == 2
+
+
+def test_the_checkpoint_of_a_result_that_is_there_goes(here, tmp_path, monkeypatch):
+    """A run was killed after it put its result in place; that of a later, interrupted run stays."""
+    place, checkpoint = tmp_path / "out", tmp_path / ".out.checkpoint.safetensors"
+    interrupted(here, place, monkeypatch)
+    run(*tune(here), "--output-dir", tmp_path / "other", "--quiet")
+    os.rename(tmp_path / "other", place)
+    assert "--overwrite" in error(*tune(here), "--output-dir", place) and not checkpoint.exists()
+    interrupted(here, place, monkeypatch, "--overwrite")
+    assert "--overwrite" in error(*tune(here), "--output-dir", place) and checkpoint.exists()
