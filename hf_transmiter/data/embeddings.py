@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
-from ..hub.files import beside, claim, digest, replace_file
+from ..hub.files import LOCK, beside, claim, digest, replace_file
 from .images import guess_columns, label_indices
 
 
@@ -169,7 +169,7 @@ def embed_dataset(
                 shutil.rmtree(folder, ignore_errors=True)
         state.wait_for_everyone()
         embeds = _open(path)
-    elif state.is_main_process and (folder.exists() or beside(path, "lock").exists()):
+    elif state.is_main_process and (folder.exists() or beside(path, LOCK).exists()):
         with suppress(OSError), claim(path):  # killed when it was as good as finished
             shutil.rmtree(folder, ignore_errors=True)
     return FeatureTable(embeds, labels, class_names, fingerprint)

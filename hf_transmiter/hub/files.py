@@ -35,7 +35,8 @@ except ImportError:  # there are no such locks on Windows
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, LOCK = "checkpoint.safetensors", "hf-transmiter.lock"
+"""Endings of what lies [`beside`] a place while it is made."""
 _LONGEST = 100  # bytes of a name that a hidden one is made from
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
@@ -213,7 +214,7 @@ def claim(path: str | os.PathLike) -> Iterator[None]:
         new = [folder for folder in place.parents if not folder.exists()]
         place.parent.mkdir(parents=True, exist_ok=True)
         place.exists()  # or its name is too long
-        lock = beside(place, "lock")
+        lock = beside(place, LOCK)
         held = _locked(lock)
     except BlockingIOError:
         said = f"another run is writing to {path}: wait for its end, or choose another place."
@@ -259,19 +260,22 @@ def _locked(path: Path) -> int | None:
 
 def _clear(place: Path, lock: Path) -> None:
     """Takes away what killed runs left of a place that is claimed."""
-    earlier, own = beside(place, "earlier"), lock.name.removesuffix("lock")
+    earlier, own = beside(place, "earlier"), lock.name.removesuffix(LOCK)
     if earlier.is_dir() and not place.exists():
         os.replace(earlier, place)
     mine = re.compile(re.escape(own) + rf"({re.escape(CHECKPOINT)}\.)?[0-9a-f]{{32}}\.tmp|{re.escape(earlier.name)}")
     found = [path for path in lock.parent.iterdir() if mine.fullmatch(path.name)]
     for path in (*place.glob(".*.tmp"), *place.glob("*/.*.tmp")):
-        if _TEMPORARY.fullmatch(path.name) and not _is_held(path.with_name(f"{path.name[:-36]}lock")):
+        if _TEMPORARY.fullmatch(path.name) and not _is_held(path.with_name(path.name[:-36] + LOCK)):
             found.append(path)
+    for path in (*place.glob(f".*.{LOCK}"), *place.glob(f"*/.*.{LOCK}")):
+        path == lock or _is_held(path)
     for path in found:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_held(lock: Path) -> bool:
+    """Whether a place is claimed; a lock that is not held goes."""
     try:
         if lock.exists() and (descriptor := _locked(lock)) is not None:
             lock.unlink()

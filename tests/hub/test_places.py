@@ -200,7 +200,7 @@ def test_the_claim_of_a_killed_run_is_none(tmp_path):
         "import os, sys\nfrom hf_transmiter.hub.files import claim\nwith claim(sys.argv[1]): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -9
-    assert [entry.name for entry in tmp_path.iterdir()] == [".out.lock"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [".out.hf-transmiter.lock"]
     with claim(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -306,7 +306,7 @@ def test_who_may_fill_a_folder_but_not_replace_it(tmp_path, monkeypatch):
     path = tmp_path / "mine"
     path.mkdir()
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
-    assert files.is_fixed(path) and beside(path, "lock").parent == path
+    assert files.is_fixed(path) and beside(path, files.LOCK).parent == path
     with claim(path):
         fill_folder(path, fill)
         with pytest.raises(BlockingIOError):
