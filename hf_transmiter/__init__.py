@@ -43,7 +43,8 @@ _EXPORTS = {
     "tune": "method.tune",
 }
 _FOR_THE_COMMAND_LINE = {
-    "hub.files": ("new_folder",),
+    "hub.adapter_files": ("content_digest", "is_bridge", "is_transmiter"),
+    "hub.files": ("CHECKPOINT", "beside", "claim", "is_fixed", "replace_folder"),
     "hub.repo": ("public_name", "split_revision"),
     "hub.scores": ("markdown_table",),
     "encoders.dual_encoder": ("load_encoder",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -22,7 +23,8 @@ from datasets import Dataset
 from .. import sandbox
 from ..data.anchors import PROMPTED, Anchors
 from ..data.catalogue import DatasetSpec, load_split
-from ..data.images import load_images
+from ..data.embeddings import content_fingerprint
+from ..data.images import guess_columns, load_images
 from ..data.splits import base_names
 from ..data.vocabulary import NUM_ANCHORS, load_vocabulary, universal_vocabulary
 from ..encoders.dual_encoder import DualEncoder, load_encoder
@@ -30,8 +32,8 @@ from ..evaluation.compare import Comparison, compare
 from ..evaluation.drift import feature_drift
 from ..evaluation.methods import LABELS, METHODS, NEEDS, Variant
 from ..evaluation.upgrade import ZERO_SHOT, score_upgrade
-from ..hub.adapter_files import TEACHER_FILE
-from ..hub.files import new_folder, replace_file
+from ..hub.adapter_files import CONFIG, TEACHER_FILE, WEIGHTS
+from ..hub.files import CHECKPOINT, beside, replace_file, replace_folder
 from ..hub.repo import public_name
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_teacher
@@ -46,7 +48,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CELLS, FAILED, TUNED = "cells", "failed", "tuned"
 """Folders of an output: finished cells, messages of failed ones, tuned models."""
-_FORMAT = 1
+WHOLE = "digest.txt"  # of a tuned model's files
+_FORMAT = 2
 _SAID_ONLY = ("name", "title", "notes")
 _DRIFT_NAMES = 200  # common nouns that both models of an upgrade are asked about
 
@@ -120,6 +123,16 @@ def cells(config: BenchConfig) -> Iterator[Cell]:
     return (Cell(config, pair, spec, tuning, shots, seed) for spec, tuning, shots, seed, pair in grid)
 
 
+def _identity(images: Dataset) -> str:
+    return content_fingerprint(images, guess_columns(images)[0])
+
+
+def _digest_of(folder: Path) -> str:
+    """Of the files of a tuned model that its answers depend on."""
+    files = [(folder / name).read_bytes() for name in (WEIGHTS, CONFIG, TEACHER_FILE)]
+    return digest([hashlib.sha256(content).hexdigest() for content in files])
+
+
 def slug(text: str) -> str:
     """As a part of a file name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:60] or "x"
@@ -149,6 +162,7 @@ def read_cell(output_dir: Path, cell: Cell) -> dict | None:
         logger.warning("%s cannot be read and will be made again: %s", path, error)
         return None
     usable = isinstance(content, dict) and content.get("format") == _FORMAT and isinstance(content.get("rows"), dict)
+    usable = usable and content.pop("digest", None) == digest(content)
     if not usable or digest(content.get("facts")) != digest(cell.facts):
         logger.warning("%s holds something else and will be made again.", path)
         return None
@@ -157,7 +171,9 @@ def read_cell(output_dir: Path, cell: Cell) -> dict | None:
 
 def write_cell(output_dir: Path, cell: Cell, content: Mapping) -> None:
     """Keeps a finished cell (atomically) and forgets that it had failed."""
-    _write(output_dir / CELLS, cell, {"format": _FORMAT, "cell": str(cell), "facts": cell.facts, **content})
+    content = {"format": _FORMAT, "cell": str(cell), "facts": cell.facts, **content}
+    content = json.loads(json.dumps(content, default=dict))  # as it will be read
+    _write(output_dir / CELLS, cell, {**content, "digest": digest(content)})
     (output_dir / FAILED / f"{cell.key}.json").unlink(missing_ok=True)
 
 
@@ -283,7 +299,7 @@ class Workshop:
         """Fingerprints of the models and images of a cell. Raises what loading them raises."""
         models = {name: self.encoder(name).fingerprint for name in cell.pair}
         images = [self.few_shots(cell), *map(self.images, cell.scored), self.general()]
-        return {"models": models, "images": [None if one is None else one._fingerprint for one in images]}
+        return {"models": models, "images": [None if one is None else _identity(one) for one in images]}
 
     def to_embed(self, cell: Cell) -> list[tuple[str, Dataset]]:
         """Models and images that a cell needs embedded, besides those of tuned image towers."""
@@ -304,12 +320,22 @@ class Workshop:
         words = [cell.parts.train.spec.name, cell.tuning.name, f"{cell.shots}-shot", f"seed-{cell.seed}"]
         folder = self.output_dir / TUNED / "-".join([*map(slug, words), digest(facts)])
         if (folder / TEACHER_FILE).is_file():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = folder.with_name(f".{folder.name}.checkpoint.safetensors")
-        options = {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
-        tuned = tune(encoder, train, **cell.how, templates=templates, checkpoint=checkpoint, **options)
-        new_folder(folder, tuned.save_pretrained)
+            try:
+                if (folder / WHOLE).read_text() == _digest_of(folder):
+                    return folder
+            except (OSError, ValueError):
+                pass
+            logger.warning("%s is damaged and will be made again.", folder)
+        options = {"checkpoint": beside(folder, CHECKPOINT), "keep_checkpoint": True}
+        options |= {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}
+        tuned = tune(encoder, train, **cell.how, templates=templates, **options)
+
+        def save(made: Path) -> None:
+            tuned.save_pretrained(made)
+            (made / WHOLE).write_text(_digest_of(made))
+
+        replace_folder(folder, save, replaces=[path.name for path in folder.glob("*")])
+        options["checkpoint"].unlink(missing_ok=True)
         return folder
 
     def asked(self, cell: Cell, model: str, names: Sequence[str]) -> AnchorClassifier:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,7 +118,8 @@ def write_bench_report(config: BenchConfig, output_dir: str | os.PathLike) -> Pa
     if not groups:
         raise FileNotFoundError(f"there is no finished cell of this configuration in {output}: run it first.")
     folder, sections = output / "figures", []
-    shutil.rmtree(folder, ignore_errors=True)
+    for stale in folder.glob("*.png"):
+        stale.unlink()
     for number, group in enumerate(groups, 1):
         title = group.title(config)
         # Numbered, since what sets long titles apart may be at their end.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
 
 from ..data.embeddings import embed_dataset
+from ..hub.files import claim
 from .cells import CELLS, Alone, Cell, Workshop, cells, is_done, read_cell, read_failure, write_cell, write_failure
 from .config import BenchConfig
 from .report import write_bench_report
@@ -59,8 +61,14 @@ def run_bench(
 
     Raises:
         FileExistsError: `output_dir` holds something else.
+        BlockingIOError: another run is writing there.
     """
-    output, state = Path(output_dir), accelerator or Alone("cpu")
+    state = accelerator or Alone("cpu")
+    with claim(output_dir) if state.is_main_process else nullcontext():
+        return _run(config, Path(output_dir), state, models, embedding, progress)
+
+
+def _run(config: BenchConfig, output: Path, state, models, embedding, progress: bool) -> Outcome:
     progress = progress and state.is_main_process
     shop = Workshop(config, output, models=models, embedding=embedding, progress=progress)
     every, todo = list(cells(config)), []

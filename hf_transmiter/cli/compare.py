@@ -25,9 +25,9 @@ from .options import (
     Strong,
     Teacher,
     Weak,
-    check_new,
     expert,
 )
+from .output import OutputOptions
 
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def compare(
 
     [bold]Example:[/bold] hf-transmiter compare --weak sandbox:weak --strong sandbox:strong --teacher out/tuned --dataset sandbox:print --unlabelled sandbox:print
     """  # noqa: E501
-    if output_dir is not None and run.main_process:
-        check_new(output_dir / "report.md", overwrite)
+    output = None if output_dir is None else OutputOptions(output_dir, overwrite)
+    if output is not None:
+        output.check(run, "comparison")
     check_choice("retune", retune, RETUNE)
     if gate is not None and min_gain is None:
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
@@ -118,9 +119,9 @@ def compare(
         result.failed = "no row could be had; the reasons are above."
     if min_gain is not None:
         _judge(result, found, min_gain, found.recommended if gate is None else ht.Variant.of(gate).name)
-    if output_dir is not None and run.main_process and found.rows:
+    if output is not None and found.rows:
         title = "{} to {} on {}".format(*map(ht.public_name, (weak, strong, dataset)))
-        ht.write_comparison(output_dir, found, title=title)
+        output.write(lambda folder: ht.write_comparison(folder, found, title=title), None, run)
     return result
 
 

@@ -16,7 +16,8 @@ import hf_transmiter as ht
 
 from . import app as page
 from . import bench, compare, hub, method
-from .options import OutputOptions, Result, RunOptions, command
+from .options import Result, RunOptions, command
+from .output import OutputOptions
 
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def demo(
     if run.accelerator is not None:
         raise ValueError("the demo runs in one process: start it without accelerate launch.")
     output, found = OutputOptions(output_dir, overwrite), {}
-    output.check(run)
+    output.check(run, "demo")
     options = {"domains": domains or None, "seeds": seeds or (0,), "progress": run.progress}
     output.write(lambda folder: found.update(ht.run_demo(folder, **options)), values, run)
     data = {**found, "output_dir": str(output_dir), "scores": [asdict(score) for score in found["scores"]]}

@@ -21,16 +21,15 @@ from .options import (
     ModelOptions,
     NameOptions,
     OptionalImages,
-    OutputOptions,
     Result,
     RunOptions,
     Seen,
     Strong,
     Teacher,
     Weak,
-    check_new,
     key_values,
 )  # fmt: skip
+from .output import OutputOptions
 
 
 _BRIDGE = "bridge (file, folder or Hub id)"
@@ -63,7 +62,7 @@ def tune(
 
     [bold]Without labels:[/bold] hf-transmiter tune --model openai/clip-vit-large-patch14 --teacher out/tuned --dataset mteb/dtd --output-dir out/strong
     """  # noqa: E501
-    output.check(run)
+    output.check(run, "tuned model")
     if weak and not teacher:
         raise ValueError("--weak is what a teacher was before its tuning: pass --teacher, or name the model --model.")
     how = None
@@ -83,6 +82,7 @@ def tune(
         templates=templates or ht.starting_templates(how["method"], usual),
         config=config,
         checkpoint=output.checkpoint,
+        keep_checkpoint=True,
         **data.work(run),
     )
     output.write(tuned.save_pretrained, values, run)
@@ -111,7 +111,7 @@ def extract(
 
     [bold]Example:[/bold] hf-transmiter extract --weak openai/clip-vit-base-patch16 --teacher out/tuned --dataset mteb/dtd --output-dir out/adapter
     """  # noqa: E501
-    output.check(run)
+    output.check(run, "adapter")
     encoder = ht.load_encoder(weak, **models.load(run))
     images = data.load(dataset, UNLABELLED, data.split)
     adapter = ht.extract(
@@ -124,6 +124,7 @@ def extract(
         config=config,
         dataset_name=dataset,
         checkpoint=output.checkpoint,
+        keep_checkpoint=True,
         **data.embedding(run),
     )
     facts = adapter.adapter_config.provenance
@@ -160,8 +161,8 @@ def bridge(
 
     [bold]Example:[/bold] hf-transmiter bridge --weak openai/clip-vit-base-patch16 --strong openai/clip-vit-large-patch14 --output out/b16-l14
     """  # noqa: E501
-    if run.main_process:
-        check_new(output, overwrite)
+    place, single = OutputOptions(output, overwrite), output.suffix == ".safetensors"
+    place.check(run, "bridge", file=single)
     images = data.load(dataset, UNLABELLED, data.split)
     if compose or invert:
         made = _derived(compose or [], invert)
@@ -177,8 +178,10 @@ def bridge(
         names = None if anchors is None else ht.load_anchors(anchors)
         made = ht.Bridge.build(*pair, images, space=space, anchors=names, beta=beta, **data.embedding(run))
         made.dataset = None if images is None else f"{ht.public_name(dataset)} ({images.split})"
-    if run.main_process:
-        (made.save if output.suffix == ".safetensors" else made.save_pretrained)(output, overwrite=overwrite)
+    if single and run.main_process:
+        made.save(place.place, overwrite=overwrite)
+    else:
+        place.write(made.save_pretrained, None, run)
     known = ("space", "source", "dataset", "num_pairs", "alignment", "held_out", "held_out_on", "beta", "derived")
     return Result({"output": str(output), **{key: getattr(made, key) for key in known}}, f"{_said(made)}: {output}")
 
@@ -232,14 +235,18 @@ def transfer(
             "several adapters cross one bridge, without pictures: pass --bridge, and neither --dataset, --teacher nor "
             "--seen-classes."
         )
-    if several:
-        left = _unfinished(adapters, output, values, run)
-    else:
-        output.check(run)
-        left = {adapters[0]: output}
     options = models.load(run)
+    if several and run.main_process:
+        run.held.enter_context(ht.claim(output.output_dir))
+    elif not several:
+        output.check(run, "adapter")
+    strong_model = ht.load_encoder(strong, **options)
+    left, made_from = {adapters[0]: output}, {}
+    if several:
+        contents = (ht.content_digest(adapter, bridge, strong_model.fingerprint) for adapter in adapters)
+        made_from = dict(zip(adapters, contents, strict=True))
+        left = _unfinished(made_from, output, values, run)
     weak_model = ht.load_encoder(weak, **options) if weak else None
-    strong_model = ht.load_encoder(strong, **options) if left else None
     crossed = None if bridge is None else ht.Bridge.from_pretrained(bridge)
     images, made = data.load(dataset, UNLABELLED, data.split), []
     for adapter, place in left.items():
@@ -256,7 +263,7 @@ def transfer(
             dataset_name=dataset,
             **data.embedding(run),
         )
-        place.write(upgraded.save_pretrained, {**values, "adapters": [adapter]}, run)
+        place.write(upgraded.save_pretrained, {**values, "adapters": [adapter]}, run, made_from.get(adapter, ""))
         facts = upgraded.adapter_config
         made.append({"output_dir": str(place.output_dir), "form": facts.form, "provenance": facts.provenance})
     if several:
@@ -269,17 +276,19 @@ def transfer(
     return Result(made[0], f"Transferred to {strong} ({how}): {output.output_dir}{why}")
 
 
-def _unfinished(adapters: list[str], output: OutputOptions, values: dict, run: RunOptions) -> dict[str, OutputOptions]:
+def _unfinished(
+    made_from: dict[str, str], output: OutputOptions, values: dict, run: RunOptions
+) -> dict[str, OutputOptions]:
     """Where each adapter goes, without those that an earlier run of the same command has finished."""
     left, taken = {}, set()
-    for adapter in adapters:
+    for adapter, content in made_from.items():
         name = Path(adapter).resolve().name if Path(adapter).is_dir() else ht.split_revision(adapter)[0].split("/")[-1]
         if name in taken:
             raise ValueError(f"two adapters are called {name!r}: carry them over in separate runs.")
         taken.add(name)
         place = OutputOptions(output.output_dir / name, output.overwrite)
-        if place.saved() != {**values, "adapters": [adapter]} or output.overwrite:
-            place.check(run)
+        if output.overwrite or not place.holds({**values, "adapters": [adapter]}, content):
+            place.check(run, "adapter")
             left[adapter] = place
     return left
 
@@ -311,10 +320,13 @@ def evaluate(
     """
     if not analyse and (teacher or output_dir):
         raise ValueError("--teacher and --output-dir are for an analysis: pass --analyse, too.")
-    if output_dir is not None and run.main_process:
-        check_new(output_dir / "report.md", overwrite)
+    output = None if output_dir is None else OutputOptions(output_dir, overwrite)
+    if output is not None:
+        output.check(run, "analysis")
     if record and not (Path(model) / "adapter_config.json").is_file():
         raise ValueError(f"--record needs the folder of an adapter, {model!r} is none.")
+    if record and run.main_process:
+        run.held.enter_context(ht.claim(model))
     options = models.load(run)
     images = data.load(dataset, TEST, data.split)
     _, label = ht.guess_columns(images, **data.columns)
@@ -339,10 +351,10 @@ def evaluate(
         changed = ht.analyse(classifier, images, teacher=own, **data.embedding(run))
         result.data["analysis"] = changed.to_dict()
         result.text = f"{result.text}\n{ht.markdown(changed)}".strip()
-        if output_dir is not None and run.main_process:
+        if output is not None:
             title = f"What the adapter {ht.public_name(model)} changes on {ht.public_name(dataset)} ({split})"
-            path = ht.write_analysis(output_dir, changed, title=title)
-            result.text += f"\n\nReport: {path}"
+            output.write(lambda folder: ht.write_analysis(folder, changed, title=title), None, run)
+            result.text += f"\n\nReport: {output_dir / 'report.md'}"
     return result
 
 

@@ -16,11 +16,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
@@ -44,7 +44,6 @@ Images = Annotated[str, f"Pictures: {IMAGES}"]
 OptionalImages = Annotated[str | None, f"Pictures: {IMAGES}"]
 Seen = Annotated[list[str] | None, "Names the tuning saw: repeated, 'a,b,c', or a file with one name per line."]
 
-SETTINGS_FILE = "settings.yaml"
 EXPERT = {
     *("subset", "image_column", "label_column", "skip_unreadable", "embed_batch_size", "cache_dir"),
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
@@ -71,6 +70,13 @@ class RunOptions:
     @property
     def main_process(self) -> bool:
         return int(os.environ.get("RANK", 0)) == 0
+
+    @cached_property
+    def held(self) -> ExitStack:
+        """What the run keeps to its end: the places that it is going to write."""
+        return ExitStack()
+
+    inputs: ClassVar[list[str]] = []  # whatever options name, for places that must be none of it
 
     @cached_property
     def accelerator(self):
@@ -165,49 +171,6 @@ class NameOptions:
 
 
 @dataclass
-class OutputOptions:
-    """Where the result goes."""
-
-    output_dir: Path = field(metadata={"help": "Folder to write; must not exist yet."})
-    overwrite: bool = setting(False, "Replace what an earlier run wrote there.")
-
-    def check(self, run: RunOptions) -> None:
-        """
-        Raises:
-            FileExistsError: the folder holds something else, or `overwrite` was not asked for.
-        """
-        folder = self.output_dir
-        if not run.main_process or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return
-        if not (folder / SETTINGS_FILE).is_file():
-            raise FileExistsError(f"{folder} exists and was not written by this command: choose another folder.")
-        check_new(folder, self.overwrite)
-
-    def saved(self) -> dict | None:
-        """The settings of an earlier run that filled the folder, `None` where there was none."""
-        path = self.output_dir / SETTINGS_FILE
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where an interrupted training goes on."""
-        return self.output_dir.with_name(f".{self.output_dir.name}.checkpoint.safetensors")
-
-    def write(self, save: Callable[[Path], None], values: dict, run: RunOptions) -> None:
-        """Fills the folder in one step by `save(folder)`, together with the settings; the main process only."""
-        if not run.main_process:
-            return
-
-        def fill(folder: Path) -> None:
-            save(folder)
-            (folder / SETTINGS_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-            if self.output_dir.exists():
-                os.replace(self.output_dir, folder.with_name(f"{folder.name}.earlier"))
-
-        ht.new_folder(self.output_dir.absolute(), fill)
-
-
-@dataclass
 class HubOptions:
     """How to share."""
 
@@ -246,6 +209,7 @@ def reporting(run: RunOptions) -> Iterator[None]:
             raise
         fail(str(error) or type(error).__name__)
     finally:
+        run.held.close()
         logger.removeHandler(handler)
         logger.setLevel(before)
 
@@ -268,15 +232,6 @@ def _silence() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
-
-
-def check_new(path: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        FileExistsError: `path` is there already and is not to be overwritten.
-    """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another place, or pass --overwrite.")
 
 
 @dataclass
@@ -319,6 +274,8 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
 
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
+            given = (item if isinstance(item, list) else [item] for item in values.values())
+            run.inputs = [item for some in given for item in some if isinstance(item, str)]
             with reporting(run):
                 arguments = {name: value for name, value in values.items() if name in taken}
                 for name, kind in groups.items():

@@ -19,6 +19,7 @@ import torch
 
 from ..hub.checks import check_json, load_json
 from ..hub.files import replace_file
+from ..hub.rules import MOST_CHARACTERS, MOST_NAMES, MOST_TEMPLATES
 from .class_names import listed
 from .vocabulary import NUM_ANCHORS, choose_auxiliary, load_vocabulary, name_key, universal_vocabulary
 
@@ -42,8 +43,8 @@ class Anchors:
         templates: phrases with one `{}` each, for the name. With several, embeddings are averaged over the templates.
 
     Raises:
-        ValueError: no name at all, an empty name, duplicates (compared exactly), no template, or a template
-            without exactly one `{}`.
+        ValueError: no name at all, an empty name, duplicates (compared exactly), no template, a template without
+            exactly one `{}`, a text of more than 1,000 characters, or more of them than can be saved.
         TypeError: a name or template is not a string, or a bare string is given where a list is wanted.
     """
 
@@ -145,7 +146,7 @@ class Anchors:
             if path.read_text(encoding="utf-8") == text:
                 return
             raise FileExistsError(f"{path} exists and holds something else; choose another path or overwrite=True.")
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), type(self).load)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Anchors:
@@ -260,4 +261,10 @@ def _strings(values: Iterable[str], what: str) -> tuple[str, ...]:
             raise TypeError(f"{what}[{position}] must be a string, got {value!r} ({type(value).__name__}).")
         if not value.strip():
             raise ValueError(f"{what}[{position}] is empty; every entry needs a text.")
+        if len(value) > MOST_CHARACTERS:
+            said = f"{what}[{position}] ({value[:30]!r}...) has {len(value):,} characters"
+            raise ValueError(f"{said}; names and templates may have {MOST_CHARACTERS:,}: shorten it.")
+    most = MOST_TEMPLATES if what == "templates" else MOST_NAMES
+    if len(values) > most:
+        raise ValueError(f"{what} has {len(values):,} entries, at most {most:,} can be saved.")
     return values

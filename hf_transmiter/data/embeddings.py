@@ -3,7 +3,7 @@
 [`embed_dataset`] runs the image tower over a `datasets.Dataset` and keeps the unit rows on disk. The work is cut into
 parts of `PART_ROWS` images. Each process of an `accelerate launch` makes whole parts, an interrupted run goes on at
 the first missing part, and finished embeddings are never made again: their file name is a digest of everything they
-depend on (encoder, processor, data, split).
+depend on (encoder, processor, data, split). Parts and finished files are verified before they are used.
 """
 
 import hashlib
@@ -12,10 +12,14 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from functools import partial
+from contextlib import ExitStack, nullcontext, suppress
+from functools import lru_cache, partial
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
@@ -27,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
-from ..hub.files import replace_file
+from ..hub.files import LOCK, beside, claim, digest, replace_file
 from .images import guess_columns, label_indices
 
 
@@ -136,9 +140,9 @@ def embed_dataset(
     class_names = None if labels is None else getattr(dataset.features[label_column], "names", None)
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    facts = [encoder.fingerprint, dataset._fingerprint, str(dataset.split), image_column, PART_ROWS]
+    fingerprint = content_fingerprint(dataset, image_column)
+    facts = [encoder.fingerprint, fingerprint, str(dataset.split), image_column, PART_ROWS]
     keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
-    fingerprint = dataset._fingerprint
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
         *keys, fingerprint = broadcast_object_list([*keys, fingerprint])
     root, width = Path(cache_dir or cached_assets_path("hf_transmiter", namespace="features")), encoder.embed_dim
@@ -151,23 +155,31 @@ def embed_dataset(
     state.wait_for_everyone()
     if embeds is None:
         pictures = dataset.with_format(None).select_columns([image_column])
-        _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress)
-        if state.is_main_process:
-            try:
-                _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))
-            except (OSError, SafetensorError):
-                # Another run of the very same job may have finished meanwhile and cleared the parts.
-                if _open(path) is None:
-                    raise
-            shutil.rmtree(folder, ignore_errors=True)
+        with ExitStack() as held:
+            with suppress(BlockingIOError):  # another run of the very same job: both go on, with the same parts
+                held.enter_context(claim(path) if state.is_main_process else nullcontext())
+            _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress)
+            if state.is_main_process:
+                try:
+                    _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))
+                except (OSError, SafetensorError):
+                    # The other run may have finished meanwhile and cleared the parts.
+                    if _open(path) is None:
+                        raise
+                shutil.rmtree(folder, ignore_errors=True)
         state.wait_for_everyone()
         embeds = _open(path)
+    elif state.is_main_process and (folder.exists() or beside(path, LOCK).exists()):
+        with suppress(OSError), claim(path):  # killed when it was as good as finished
+            shutil.rmtree(folder, ignore_errors=True)
     return FeatureTable(embeds, labels, class_names, fingerprint)
 
 
 def _open(path: Path) -> Tensor | None:
     """The rows of a finished file; `None` where there is none, or a damaged one."""
     try:
+        if not _is_whole_table(path, *_state(path)):
+            raise ValueError("its rows are not those that were written")
         # Mapped: pages are read when touched and may be dropped again.
         return torch.from_numpy(np.load(path, mmap_mode="c"))
     except FileNotFoundError:
@@ -175,6 +187,53 @@ def _open(path: Path) -> Tensor | None:
     except (OSError, ValueError, EOFError) as error:
         logger.warning("%s is damaged and will be made again: %s", path, error)
         return None
+
+
+@lru_cache(maxsize=100_000)
+def _is_whole_table(path: Path, *state: int) -> bool:
+    """Whether a file ends with the SHA-256 of what stands before it; read once, as long as its `state` stays."""
+    found, left = hashlib.sha256(), state[0] - 32
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 2**20))):
+            found.update(block)
+            left -= len(block)
+        return file.read() == found.digest()
+
+
+def _state(path: str | os.PathLike) -> tuple[int, ...]:
+    """Size of a file, and what changes with its content."""
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+
+
+def content_fingerprint(dataset: Dataset, image_column: str) -> str:
+    """What identifies a dataset's rows: its own fingerprint, and the content of files that the column only names."""
+    stored, found = dataset.data.column(image_column), hashlib.sha256(dataset._fingerprint.encode())
+    inside = pa.types.is_struct(stored.type) and {"path", "bytes"} <= {part.name for part in stored.type}
+    if inside and not any(chunk.field("bytes").null_count for chunk in stored.chunks):
+        return dataset._fingerprint
+    if not (inside or pa.types.is_string(stored.type) or pa.types.is_large_string(stored.type)):
+        return dataset._fingerprint
+    column = dataset.with_format("arrow").select_columns([image_column])
+    for start in range(0, len(column), PART_ROWS):
+        for row in column[start : start + PART_ROWS][image_column].to_pylist():
+            name = row["path"] if inside and row and row["bytes"] is None else row
+            found.update(_content(name) if isinstance(name, str) else b"")
+    return found.hexdigest()
+
+
+def _content(name: str) -> bytes:
+    """Of a file; of anything else that a column may name, nothing is known."""
+    try:
+        return _file_digest(name, *_state(name))
+    except (OSError, ValueError):
+        return b""
+
+
+@lru_cache(maxsize=1_000_000)
+def _file_digest(path: str, *state: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress) -> None:
@@ -209,7 +268,7 @@ def _make_parts(
             blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop)), tower))
             bar.update(len(blocks[-1]))
         part = torch.cat(blocks)
-        replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": _digest(part)}))
+        replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": digest({"embeds": part})}))
 
 
 def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) -> Tensor:
@@ -237,13 +296,18 @@ def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) ->
 
 
 def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:
-    """One file of all parts, written part by part: it may be larger than memory."""
+    """One file of all parts, written part by part, as it may be larger than memory, and its digest."""
 
     def write(temporary: Path) -> None:
-        table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        for index, start in enumerate(range(0, len(table), PART_ROWS)):
-            table[start : start + PART_ROWS] = load_file(_part_path(folder, index))["embeds"]
-        table.flush()
+        head, found = BytesIO(), hashlib.sha256()
+        facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(head, facts)
+        parts = (load_file(_part_path(folder, index))["embeds"] for index in range(-(-shape[0] // PART_ROWS)))
+        with open(temporary, "wb") as file:
+            for block in chain([head.getvalue()], (part.numpy().tobytes() for part in parts)):
+                file.write(block)
+                found.update(block)
+            file.write(found.digest())
 
     replace_file(path, write)
 
@@ -256,10 +320,6 @@ def _is_whole(path: Path) -> bool:
     """Whether a part of an earlier run still has the values that it was written with."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("digest") == _digest(file.get_tensor("embeds"))
-    except (FileNotFoundError, SafetensorError):
+            return (file.metadata() or {}).get("digest") == digest({"embeds": file.get_tensor("embeds")})
+    except (OSError, SafetensorError):
         return False
-
-
-def _digest(embeds: Tensor) -> str:
-    return hashlib.sha256(f"{tuple(embeds.shape)}".encode() + embeds.numpy().tobytes()).hexdigest()

@@ -6,7 +6,6 @@ What writes one makes the directory if need be, replaces its files one by one, a
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from ..hub.files import replace_file
+from ..hub.files import replace_file, write_json
 from ..hub.scores import NOTHING, cell_text, column, mean_cost, metric_title, table
 from . import figures
 from .analyse import AFTER, BEFORE, Knowledge, markdown
@@ -135,7 +134,7 @@ def write_comparison(directory: str | os.PathLike, found: Comparison, *, title: 
         shown = [row for row in (*lines, found.recommended) if row in found.rows] or found.rows
         answers, path = {row: found.rows[row].logits for row in shown}, directory / "figures" / "reliability.png"
         drawn.append(figures.reliability_figure(answers, found.labels, path, title=title))
-    _write_json(directory / "comparison.json", found.to_dict())
+    write_json(directory / "comparison.json", found.to_dict())
     section = Section("Comparison", f"{found.advice}\n\n{comparison_table(found)}", figures=drawn)
     return write_report(directory, [section], title=title)
 
@@ -151,10 +150,5 @@ def write_analysis(directory: str | os.PathLike, found: Knowledge, *, title: str
         drawn.append(figures.confusion_change(*pair, found.labels, found.class_names, path, **about))
         about, path = {"title": "How far confidence can be believed"}, folder / "reliability.png"
         drawn.append(figures.reliability_figure(found.logits, found.labels, path, **about))
-    _write_json(directory / "analysis.json", found.to_dict())
+    write_json(directory / "analysis.json", found.to_dict())
     return write_report(directory, [Section("Figures", figures=drawn)], title=title, intro=markdown(found))
-
-
-def _write_json(path: Path, values: dict) -> None:
-    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

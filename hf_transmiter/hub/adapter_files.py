@@ -6,17 +6,27 @@ model goes into a subfolder (``subfolder="vit-l14"``) or a repository of its own
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save
 
 from ..algebra import check_finite, check_semi_orthogonal
-from .checks import KEY_PREFIX, check_adapter_tensors, refuse_pickles
-from .files import replace_file
+from .checks import (
+    KEY_PREFIX,
+    check_adapter_tensors,
+    check_json,
+    load_json,
+    parse_json,
+    read_header,
+    refuse_pickles,
+)
+from .files import replace_file, write_json
 from .repo import fetch, public_name, read_json
 
 
@@ -81,8 +91,23 @@ class TeacherFacts:
 
     def write(self, folder: str | os.PathLike) -> None:
         """Into a folder, beside the adapter."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        replace_file(Path(folder) / TEACHER_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(Path(folder) / TEACHER_FILE, asdict(self), "teacher", indent=2, ensure_ascii=True)
+
+
+def is_transmiter(folder: str | os.PathLike) -> bool:
+    """Whether the adapter in a folder is this package's own; of one that cannot be read that is taken for granted."""
+    try:
+        return load_json(Path(folder) / CONFIG).get("peft_type") == "TRANSMITER"
+    except (ValueError, OSError, AttributeError):
+        return True
+
+
+def is_bridge(path: str | os.PathLike) -> bool:
+    """Whether a file is a bridge, as far as its header says."""
+    try:
+        return "bridge" in read_header(path)[0]
+    except (ValueError, OSError):
+        return False
 
 
 def read_config(source: str | os.PathLike, **hub) -> dict:
@@ -122,19 +147,32 @@ def read_adapter(source: str | os.PathLike, **hub) -> tuple[dict, dict[str, Tens
     return config, parts
 
 
+def content_digest(adapter: str, bridge: str, fingerprint: str) -> str:
+    """SHA-256 of the files of an adapter and a bridge, wherever they are, and of a model's fingerprint."""
+    found = hashlib.sha256(fingerprint.encode())
+    for source in (adapter, bridge):
+        paths = [fetch(source, file) for file in (CONFIG, WEIGHTS, BRIDGE)] if not Path(source).is_file() else [source]
+        for path in filter(None, paths):
+            found.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return found.hexdigest()
+
+
 def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
     """Inverse of [`read_adapter`]; each file is replaced in one step.
 
     Raises:
         FileExistsError: the folder holds another adapter, with scores that would not be this one's.
+        ValueError: what [`read_config`] would refuse.
     """
-    folder = Path(folder)
+    folder, text = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
+    known = check_json(parse_json(text, CONFIG), "adapter_config", CONFIG)
     content = save({KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()})
     there = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
     if there and (folder / WEIGHTS).read_bytes() != content:
         raise FileExistsError(f"{folder} holds another adapter with its {SCORES}: choose another folder.")
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_file(folder / WEIGHTS, lambda path: path.write_bytes(content))
+    replace_file(
+        folder / WEIGHTS, lambda path: path.write_bytes(content), partial(check_adapter_tensors, config=known)
+    )
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 

@@ -1,44 +1,297 @@
-"""Writing a file so that no reader ever sees half of it, and reading one that somebody else wrote."""
+"""Writing in one step, so that no reader ever sees half of it and nothing is lost; reading what somebody else wrote.
+
+A run [`claim`]s its place before the work, and puts its result there by [`replace_file`] or [`replace_folder`]
+afterwards. What is being written lies in a hidden folder beside the place (``.NAME.<32 digits>.tmp``), which is gone
+when it is done; what a killed run left there is cleared by the next one that claims the place.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import hashlib
 import json
+import logging
 import os
-import tempfile
-from collections.abc import Callable, Collection, Mapping
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from uuid import uuid4
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from .checks import check_json, check_tensors, parse_json, read_header
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .checks import check_json, check_tensors, load_json, parse_json, read_header
 
 
-def replace_file(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and moves the result to `path` in one step; missing folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+try:
+    import fcntl
+except ImportError:  # there are no such locks on Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, LOCK = "checkpoint.safetensors", "hf-transmiter.lock"
+"""Endings of what lies [`beside`] a place while it is made."""
+_LONGEST = 100  # bytes of a name that a hidden one is made from
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+
+
+def is_fixed(path: Path) -> bool:
+    """Whether a folder can be filled, but not replaced: it is a mount point, or nothing can be made beside it."""
+    return path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A hidden place beside another, ``.NAME.ending``; inside a folder that [`is_fixed`]."""
+    name, known = path.name.lstrip("."), os.fsencode(path.name)
+    if len(known) > _LONGEST:
+        name = hashlib.sha256(known).hexdigest()[:32]
+    return path / f".output.{ending}" if is_fixed(path) else path.with_name(f".{name}.{ending}")
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A place of the same name in a hidden folder beside `path`, which is gone afterwards.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
+    folder = beside(path, f"{uuid4().hex}.tmp")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        yield folder / path.name
+    except (OSError, ValueError, SafetensorError) as error:
+        if getattr(error, "errno", None) is None and not isinstance(error, SafetensorError):  # a sentence already
+            if (hidden := os.fspath(folder / path.name)) not in str(error):
+                raise
+            kind = type(error) if isinstance(error, OSError) else ValueError
+            raise kind(str(error).replace(hidden, os.fspath(path))) from error
+        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def new_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and moves the folder it filled to `path` in one step; nothing may be there yet."""
+def _share(made: Path) -> None:
+    """Gives files the permissions that new ones usually have: safetensors leaves them to their owner alone."""
+    mode = made.parent.stat().st_mode & 0o666  # of a folder that was made by mkdir
+    for path in made.rglob("*") if made.is_dir() else [made]:
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+
+
+def replace_file(
+    path: str | os.PathLike, write: Callable[[Path], object], read: Callable[[Path], object] | None = None
+) -> None:
+    """Calls `write(temporary)` and moves the result to `path` in one step; missing folders are made.
+
+    Raises:
+        OSError: it cannot be written; what was there still is.
+        ValueError: what `read(temporary)`, which will read it, refuses.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
-        made.mkdir()  # with the usual permissions, which a temporary folder does not have
+    with _scratch(path) as temporary:
+        write(temporary)
+        try:
+            read is None or read(temporary)
+        except ValueError as error:
+            raise ValueError(f"{path} is not saved, as it could not be loaded again: {error}") from error
+        _share(temporary)
+        os.replace(temporary, path)
+
+
+def replace_folder(path: str | os.PathLike, write: Callable[[Path], object], replaces: Collection[str] = ()) -> None:
+    """Calls `write(temporary)` and moves the folder it filled to `path` in one step; missing folders are made.
+
+    Of a folder that is there the entries named in `replaces` go. All others are kept beside what was written. A link
+    to a folder stays a link.
+
+    Raises:
+        FileExistsError: one of the others has a name that was written, too; what was written is in another folder.
+        OSError: it cannot be written; what was there still is.
+    """
+    path = Path(os.path.realpath(path))
+    with _scratch(path) as made:
+        made.mkdir()
         write(made)
-        os.replace(made, path)
+        _share(made)
+        try:
+            os.replace(made, path)
+            return
+        except OSError:
+            if not path.is_dir() or is_fixed(path):
+                raise
+        kept = [entry.name for entry in path.iterdir() if entry.name not in replaces]
+        twice = next((name for name in kept if os.path.lexists(made / name)), None)
+        if twice is not None:
+            aside = next(p for i in range(2, 10**6) if not os.path.lexists(p := path.with_name(f"{path.name}-{i}")))
+            os.replace(made, aside)
+            raise FileExistsError(f"{path / twice} arrived while this was made, and stays: the result is in {aside}.")
+        for name in kept:
+            _copy(path / name, made / name)
+        _exchange(made, path)
+        for entry in list(made.iterdir()):  # now the folder that was there
+            if entry.name not in replaces and entry.name not in kept:  # it arrived in the very last moment
+                os.replace(entry, path / entry.name)
+                kept.append(entry.name)
+        if kept:
+            logger.warning("%s had other files by now, which are kept: %s.", path, ", ".join(sorted(kept)[:5]))
+
+
+def write_json(path: str | os.PathLike, value, kind: str | None = None, **style) -> None:
+    """One JSON file, see [`replace_file`]; `kind` is that of [`checks.load_json`].
+
+    Raises:
+        ValueError: what `load_json` would refuse.
+    """
+    text = json.dumps(value, **{"indent": 1, "ensure_ascii": False, **style}) + "\n"
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"), lambda file: load_json(file, kind))
+
+
+def fill_folder(path: str | os.PathLike, write: Callable[[Path], object], *, reads: bool = False) -> None:
+    """Lets `write(folder)` fill a folder: a new or empty one in one step, else file by file beside what is there.
+    Where it `reads` that, it writes there itself."""
+    path = Path(path)
+    if not path.is_dir() or not (any(path.iterdir()) or is_fixed(path)):
+        replace_folder(path, write)
+    elif reads:
+        write(path)
+    else:
+        with _scratch(path) as made:
+            made.mkdir()
+            write(made)
+            _share(made)
+            for entry in list(made.iterdir()):
+                os.replace(entry, path / entry.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """By links to the same content, where the filesystem has them."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(os.fspath(source), os.fspath(target))
+
+
+def _exchange(made: Path, path: Path) -> None:
+    """Two folders take each other's place: in one step on Linux, else in three, which [`claim`] can undo."""
+    with suppress(AttributeError):  # a C library without it
+        if ctypes.CDLL(None).renameat2(-100, os.fsencode(made), -100, os.fsencode(path), 2) == 0:
+            return
+    earlier = beside(path, "earlier")
+    os.replace(path, earlier)
+    os.replace(made, path)
+    os.replace(earlier, made)
+
+
+@contextmanager
+def claim(path: str | os.PathLike) -> Iterator[None]:
+    """Keeps a place that is going to be written for this run alone, by a lock on a hidden file beside it. The lock
+    goes with the process, however that ends; a filesystem without locks keeps nothing, which is logged.
+
+    What killed runs left beside the place and in it is cleared, and an exchange of folders that was cut short undone.
+
+    Raises:
+        BlockingIOError: another run, or thread, has it.
+        OSError: nothing can be written there; the message says why.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        if os.path.islink(path) and not place.exists():
+            raise OSError(f"it is a link to {place}, which is not there")
+        new = [folder for folder in place.parents if not folder.exists()]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.exists()  # or its name is too long
+        lock = beside(place, LOCK)
+        held = _locked(lock)
+    except BlockingIOError:
+        said = f"another run is writing to {path}: wait for its end, or choose another place."
+        raise BlockingIOError(said) from None
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} cannot be written: there is a file where a folder must be.") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+    try:
+        if held is None:
+            logger.info("%s is on a filesystem without locks: other runs are not kept out.", path)
+        else:
+            _clear(place, lock)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+        for folder in new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _locked(path: Path) -> int | None:
+    """The descriptor of a file that is locked now; `None` where there are no locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "no locks")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except FileNotFoundError:  # who had it took the file away in this moment: once more
+            pass
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+                return None
+            raise
+        os.close(descriptor)
+
+
+def _clear(place: Path, lock: Path) -> None:
+    """Takes away what killed runs left of a place that is claimed."""
+    earlier, own = beside(place, "earlier"), lock.name.removesuffix(LOCK)
+    if earlier.is_dir() and not place.exists():
+        os.replace(earlier, place)
+    mine = re.compile(re.escape(own) + rf"({re.escape(CHECKPOINT)}\.)?[0-9a-f]{{32}}\.tmp|{re.escape(earlier.name)}")
+    found = [path for path in lock.parent.iterdir() if mine.fullmatch(path.name)]
+    for path in (*place.glob(".*.tmp"), *place.glob("*/.*.tmp")):
+        if _TEMPORARY.fullmatch(path.name) and not _is_held(path.with_name(path.name[:-36] + LOCK)):
+            found.append(path)
+    for path in (*place.glob(f".*.{LOCK}"), *place.glob(f"*/.*.{LOCK}")):
+        path == lock or _is_held(path)
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a place is claimed; a lock that is not held goes."""
+    try:
+        if lock.exists() and (descriptor := _locked(lock)) is not None:
+            lock.unlink()
+            os.close(descriptor)
+    except OSError:
+        return True
+    return False
+
+
+def digest(tensors: Mapping[str, Tensor], *facts) -> str:
+    """SHA-256 of named tensors, and of facts that JSON can write."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def replace_metadata(path: str | os.PathLike, metadata: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from .card import README, by_people, given_metadata, write_card
 from .card_text import NamedModel
 from .checks import load_json, read_header
 from .files import read_metadata_json, replace_metadata
-from .repo import fetch, hub_errors, public_name, push_folder
+from .repo import fetch, hub_errors, public_name, push_folder, refuse_links_out
 from .scores import read_scores, write_scores
 
 
@@ -55,12 +55,14 @@ def push(
 
     Raises:
         FileNotFoundError: nothing to share in the folder.
-        ValueError: the base model is a local folder and `base_model` is not given.
+        ValueError: the base model is a local folder and `base_model` is not given, or a file is a link out of the
+            folder.
         OSError: the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
     if not any((folder / file).is_file() for file in (CONFIG, BRIDGE)):
         raise FileNotFoundError(f"there is neither {CONFIG} nor {BRIDGE} in {str(folder)!r}: nothing to share.")
+    refuse_links_out(folder, SHARED)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / (subfolder or "")
         place.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -267,6 +267,20 @@ def read_json(source: str | os.PathLike, file: str, **hub) -> dict | list | None
     return None if path is None else load_json(path, kind if kind in KINDS else None)
 
 
+def refuse_links_out(folder: Path, files: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: one of the files is a link out of the folder: what it leads to is not part of it.
+    """
+    for file in files:
+        target = (folder / file).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{file} in {str(folder)!r} is a link out of that folder, to {str(target)!r}: copy what shall be "
+                "shared into the folder, or take the link away."
+            )
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -284,12 +298,14 @@ def push_folder(
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
         OSError: the Hub refuses or the connection fails; the repository is as it was.
-        ValueError: a bad `repo_id`, or metadata in the README.md that the Hub does not accept.
+        ValueError: a link out of the folder, a bad `repo_id`, or metadata in the README.md that the Hub does not
+            accept.
     """
     folder = Path(folder)
     mine = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     if not mine:
         raise FileNotFoundError(f"there is nothing to push in {str(folder)!r}.")
+    refuse_links_out(folder, mine)
     api = HfApi(token=token)
     with hub_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -16,6 +16,10 @@ SHORT.maxlist = SHORT.maxdict = 3
 SHORT.maxlevel = 2
 
 
+MOST_CHARACTERS, MOST_NAMES, MOST_TEMPLATES = 1000, 100_000, 1000
+"""Of a name or template, and how many of them there may be."""
+
+
 class Misfit(Exception):
     """A value that does not fit its [`Rule`]: where it stands (``.class_names[1]``), and what is wrong with it."""
 
@@ -130,10 +134,10 @@ _BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
 _LABEL = _or_null(_text("a text of at most 1,000 characters"))
 _FILLED = _text("a text that is not empty, of at most 1,000 characters", pattern=r"(?s:.*\S.*)")
 _NAME = _text("a name of 1 to 1,000 characters", least=1)
-_NAMES = _list("a list of at most 100,000 names", _NAME, 100_000)
-_SOME_NAMES = _list("a list of 1 to 100,000 names", _NAME, 100_000, least=1)
+_NAMES = _list("a list of at most 100,000 names", _NAME, MOST_NAMES)
+_SOME_NAMES = _list("a list of 1 to 100,000 names", _NAME, MOST_NAMES, least=1)
 _TEMPLATE = _text("a template of at most 1,000 characters with one {}", pattern=r"[^{}]*\{\}[^{}]*")
-_TEMPLATES = _list("a list of 1 to 1,000 templates", _TEMPLATE, 1000, least=1)
+_TEMPLATES = _list("a list of 1 to 1,000 templates", _TEMPLATE, MOST_TEMPLATES, least=1)
 _DIGEST = _text("a SHA-256 (64 hexadecimal digits)", pattern="[0-9a-f]{64}")
 _REVISION = _text(
     "the name of a branch, tag or commit", most=255, pattern=r"(?![-/])(?!.*\.\.)[^\s~^:?*\[\\\x00-\x1f\x7f]+"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .checks import check_json, load_json
-from .files import replace_file
+from .files import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -202,10 +201,9 @@ def write_scores(path: str | os.PathLike, scores: Sequence[Score]) -> None:
         row = asdict(score) | {key: None for key in ("value", "std") if math.isnan(getattr(score, key))}
         rows.append({key: value for key, value in row.items() if key not in _OPTIONAL or value is not None})
     check_json(rows, "scores", "the scores")
-    text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if Path(path).exists():
         logger.info("%s is replaced.", path)
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(path, rows, "scores")
 
 
 def read_scores(path: str | os.PathLike) -> list[Score]:

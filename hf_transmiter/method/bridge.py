@@ -29,7 +29,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import BRIDGE
 from ..hub.card import write_card
-from ..hub.files import read_metadata_json, read_tensors, replace_file
+from ..hub.files import fill_folder, read_metadata_json, read_tensors, replace_file
 from ..hub.provenance import library_versions
 from ..hub.push import push
 from ..hub.repo import fetch, public_name
@@ -413,6 +413,7 @@ class Bridge:
         """Writes one safetensors file, atomically.
 
         Raises:
+            ValueError: what [`load`] would refuse.
             FileExistsError: `path` exists and `overwrite` is `False`.
         """
         path = Path(path)
@@ -423,7 +424,7 @@ class Bridge:
         facts["anchors"] = None if self.anchors is None else self.anchors.to_dict()
         metadata = {"format": _FORMAT, "bridge": json.dumps(facts)}
         tensors = {key: getattr(self, key).contiguous() for key in _SHAPES}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), type(self).load)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Bridge:
@@ -458,8 +459,7 @@ class Bridge:
         Raises:
             FileExistsError: there is a bridge already and `overwrite` is `False`.
         """
-        self.save(Path(folder) / BRIDGE, overwrite=overwrite)
-        write_card(folder)
+        fill_folder(folder, lambda made: (self.save(made / BRIDGE, overwrite=overwrite), write_card(made)), reads=True)
 
     @classmethod
     def from_pretrained(

@@ -19,6 +19,7 @@ from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
 from ..hub.card import write_card
+from ..hub.files import fill_folder
 from ..hub.push import push
 from ..hub.repo import fetch, split_revision
 from ..tuners import TransMiterConfig, TransMiterLayer
@@ -251,24 +252,27 @@ class AnchorClassifier(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes the adapter in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`),
-        `calibration.safetensors` when there is a calibration pack, and the card (`README.md`). Each file is replaced
-        in one step; others in the folder stay.
+        `calibration.safetensors` when there is a calibration pack, and the card (`README.md`). A new folder is there
+        in one step; in one that is there each file is replaced in one step, and others stay.
 
         Of a tuned model (what [`tune`] or [`attach`] made) the adapter inside it is written, and `teacher.json`
         ([`TeacherFacts`]) where `tune` made it.
 
         Raises:
             FileExistsError: the folder holds another adapter with scores of its own.
-            ValueError: there is no adapter to save.
+            ValueError: there is no adapter to save, or a file would be one that is refused on loading.
+            OSError: it cannot be written.
         """
+        fill_folder(save_directory, self._save, reads=True)
+
+    def _save(self, target: Path) -> None:
         if self.transmiter is None and getattr(self.model, "peft_config", None):
-            save_adapter(self.model, save_directory)
+            save_adapter(self.model, target)
             if self.facts is not None:
-                self.facts.write(save_directory)
-            write_card(save_directory)
+                self.facts.write(target)
+            write_card(target)
             return
-        write_adapter(save_directory, *self.adapter_tensors())
-        target = Path(save_directory)
+        write_adapter(target, *self.adapter_tensors())
         if self.calibration is not None:
             self.calibration.save(target / CALIBRATION)
         else:  # one that is there belongs to the adapter that was there

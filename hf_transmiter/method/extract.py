@@ -50,6 +50,7 @@ def extract(
     dataset_name: str | None = None,
     accelerator=None,
     checkpoint=None,
+    keep_checkpoint: bool = False,
     progress: bool = True,
     **embedding,
 ) -> AnchorClassifier:
@@ -72,7 +73,7 @@ def extract(
             The names the tuning saw; all of them when omitted. An image map is fitted to these alone: what the teacher
             says of the others it was never taught.
         dataset_name (`str`, *optional*): what the images are, for the card: Hub id or a few words.
-        checkpoint (`str`, *optional*): file from which an interrupted gradient run goes on.
+        checkpoint (`str`, *optional*), keep_checkpoint (`bool`, *optional*): of the gradient solver, see [`fit`].
         accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Raises:
@@ -114,7 +115,8 @@ def extract(
     else:
         if table is None:
             raise ValueError("the gradient solver needs unlabelled images: pass a dataset.")
-        tensors, solved = gradient(table, logits, text, weak, config, accelerator, checkpoint, progress)
+        kept = {"checkpoint": checkpoint, "keep_checkpoint": keep_checkpoint}
+        tensors, solved = gradient(table, logits, text, weak, config, accelerator, progress, **kept)
         adapter = TransMiterConfig.for_anchors(anchors, form="mlp", width=config.width, seed=config.seed)
     adapter.provenance = {**facts, **solved, **named_dataset(dataset, dataset_name)}
     classifier = AnchorClassifier(weak, anchors, text).add_adapter(adapter, tensors)
@@ -222,8 +224,8 @@ def gradient(
     weak: DualEncoder,
     config: ExtractionConfig,
     accelerator=None,
-    checkpoint=None,
     progress: bool = True,
+    **kept,
 ) -> tuple[dict[str, Tensor], dict]:
     """The published adapter by its published training (arXiv 2508.08604, section 3): its tensors, and facts for its
     provenance.
@@ -264,7 +266,8 @@ def gradient(
     parameters = [p for module in (basis, *parts) for p in module.requires_grad_().parameters()]
     if config.basis == "fixed":
         parameters.remove(basis.weight)
-    options = {"accelerator": accelerator, "checkpoint": checkpoint, "progress": progress}
+    about = {"model": weak.fingerprint, "images": x, "logits": logits, "text": text}
+    options = {"about": about, "accelerator": accelerator, "progress": progress, **kept}
     losses = fit(parameters, step, len(x), config, description="Extracting", **options)
     layer.transmiter_basis["default"].data.copy_(basis.weight)
     facts = {"loss": losses[-1] if losses else None, "settings": {**asdict(config), "lambdas": list(config.lambdas)}}

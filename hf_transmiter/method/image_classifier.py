@@ -42,6 +42,7 @@ from ..encoders.families import (
 )
 from ..hub.adapter_files import CONFIG
 from ..hub.checks import check_json, read_header
+from ..hub.files import fill_folder
 from ..hub.repo import fetch, public_name, read_json, split_revision
 from ..tuners import TransMiterConfig, TransMiterLayer
 from .classifier import AnchorClassifier
@@ -175,9 +176,13 @@ class TransMiterForImageClassification(PreTrainedModel):
             raise ValueError("save_pretrained writes to a folder only: call push_to_hub(repo_id).")
         # One file whose names are the model's own: what from_pretrained compares before it loads.
         kwargs |= {"max_shard_size": "1000GB", "save_original_format": False}
-        super().save_pretrained(save_directory, **kwargs)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(save_directory)
+
+        def save(folder: Path) -> None:
+            super(TransMiterForImageClassification, self).save_pretrained(folder, **kwargs)
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(folder)
+
+        fill_folder(save_directory, save)
 
     @classmethod
     def from_classifier(cls, classifier: AnchorClassifier) -> TransMiterForImageClassification:

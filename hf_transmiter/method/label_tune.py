@@ -82,7 +82,8 @@ def label_tune(
 
     for p in parameters:
         p.requires_grad_()
-    options = {"accelerator": accelerator, "checkpoint": checkpoint, "progress": progress}
+    about = {"model": adapter.encoder.fingerprint, "images": x, "labels": labels, "columns": columns}
+    options = {"about": about, "accelerator": accelerator, "checkpoint": checkpoint, "progress": progress}
     fit(parameters, step, len(x), config, description="Label tuning", **options)
     facts = {"step": "label_tune", "num_images": len(x), "before": source.provenance}
     tuned_config.provenance = {**facts, "versions": library_versions()}

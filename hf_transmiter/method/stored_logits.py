@@ -68,7 +68,11 @@ class CalibrationPack:
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file; float16 logits, the rest as metadata. Atomic."""
+        """Writes one safetensors file; float16 logits, the rest as metadata. Atomic.
+
+        Raises:
+            ValueError: what [`load`] would refuse.
+        """
         metadata = {
             "format": _FORMAT,
             "class_names": json.dumps(self.class_names),
@@ -77,7 +81,7 @@ class CalibrationPack:
         }
         tensors = {"logits": self.logits, "weak_logits": self.weak_logits}
         tensors = {key: t.to(torch.float16).contiguous() for key, t in tensors.items() if t is not None}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), type(self).load)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CalibrationPack:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -58,6 +57,7 @@ def tune(
     label_column: str | None = None,
     accelerator=None,
     checkpoint: str | os.PathLike | None = None,
+    keep_checkpoint: bool = False,
     progress: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> AnchorClassifier:
@@ -93,7 +93,7 @@ def tune(
         templates (`Sequence[str]`, *optional*):
             Prompts of the zero-shot class vectors; `"a photo of a {}."` when omitted, or PromptSRC's 60.
         image_column, label_column (`str`, *optional*): guessed when omitted.
-        checkpoint (`str` or `os.PathLike`, *optional*): see [`fit`].
+        checkpoint (`str` or `os.PathLike`, *optional*), keep_checkpoint (`bool`, *optional*): see [`fit`].
         accelerator, progress, cache_dir: as in [`embed_dataset`].
 
     Returns:
@@ -173,9 +173,13 @@ def tune(
         combine=functools.partial(project_gradient, strength=config.keep_near) if config.project else None,
         epoch_weights=weights,
         held_out=held_out,
-        about={**adapter, "taught": teacher is not None and _digest(lesson.targets)},
+        about={
+            **{"adapter": adapter, "model": model.fingerprint, "class_names": names, "templates": anchors.templates},
+            **{"images": lesson.table.embeds, "targets": lesson.targets, "zero_shot": zero_shot},
+        },
         accelerator=accelerator,
         checkpoint=checkpoint,
+        keep_checkpoint=keep_checkpoint,
         description=f"Tuning ({method})",
         progress=progress,
     )
@@ -255,11 +259,6 @@ def _class_names(
         where = "the teacher" if label_column is None else f"column {label_column!r}"
         raise ValueError(f"{where} does not name its classes: pass class_names in label order.")
     return list(known)
-
-
-def _digest(labels: Tensor) -> str:
-    """Of soft labels, which say what is learnt as the seed says in which order."""
-    return hashlib.sha256(labels.float().mul(1e3).round().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _fitting(teacher: Teacher | None, weak: DualEncoder | None, names: Sequence[str]) -> str | Mapping:

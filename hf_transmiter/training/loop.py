@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +23,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..algebra import check_finite
-from ..hub.files import replace_file
+from ..hub.files import digest, replace_file
 from ..settings import SCHEDULES, FitConfig, check_choice
 from .draws import BatchGenerator
 
+
+logger = logging.getLogger(__name__)
 
 FIRST_EPOCH_LR = 1e-5  # of the "epochs" schedule, whatever the peak
 
@@ -105,6 +107,7 @@ def fit(
     about: Mapping | None = None,
     accelerator=None,
     checkpoint: str | os.PathLike | None = None,
+    keep_checkpoint: bool = False,
     description: str = "Training",
     progress: bool = True,
 ) -> list[float]:
@@ -122,21 +125,22 @@ def fit(
         held_out (*optional*): a loss on other examples, the same number on every process, measured after each epoch.
             Those parameters are kept that had the lowest. Training goes on to its end: at a high rate that loss may
             rise for epochs, and fall with the rate.
-        about (`Mapping`, *optional*): what else the run depends on; a checkpoint of another is refused.
+        about (`Mapping`, *optional*): what else the run depends on, tensors among it: the images, say.
         accelerator (`Accelerator`, *optional*): for several processes.
         checkpoint (`str` or `os.PathLike`, *optional*): written (atomically) after every epoch and removed at the
-            end; a run that finds one goes on from there.
+            end; a run that finds one goes on from there. One that is damaged, or of a run with another start, other
+            settings or `about`, is not used, and the log says why.
+        keep_checkpoint (`bool`, *optional*, defaults to `False`): leave it at the end, for whoever saves the result.
 
     Raises:
         ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights` or these beside
-            `held_out`, a number of losses that does not go with `combine`, a loss that is not finite, or a checkpoint
-            of another run.
+            `held_out`, a number of losses that does not go with `combine`, or a loss that is not finite.
     """
     if held_out is not None and epoch_weights is not None:
         raise ValueError("parameters are averaged over epochs, or those of the best epoch are kept: choose one.")
     run = _Run(parameters, step, num_examples, config, combine, epoch_weights, accelerator)
     best = run.best = None if held_out is None else _Best(run.parameters)
-    state = _Checkpoint(checkpoint, run, about or {})
+    state = _Checkpoint(checkpoint, run, {"step": description, **(about or {})})
     first, losses = state.load(), []
     hidden = not progress or run.rank > 0 or None  # None: only a terminal or a notebook shows it
     with tqdm(total=run.total, initial=first * run.per_epoch, desc=description, disable=hidden, leave=False) as bar:
@@ -149,7 +153,7 @@ def fit(
                 state.save(epoch + 1)
     for p, kept in zip(run.parameters, run.averages if best is None else best.parameters, strict=False):
         p.data.copy_(kept)
-    if run.rank == 0:
+    if run.rank == 0 and not keep_checkpoint:
         state.remove()
     return losses
 
@@ -262,8 +266,12 @@ class _Checkpoint:
 
     def __init__(self, path, run: _Run, about: Mapping):
         self.path, self.run = Path(path) if path else None, run
-        settings = {**about, **asdict(run.config), "num_examples": run.num_examples, "epoch_weights": run.weights}
-        self.settings = json.dumps(settings, sort_keys=True)
+        if path is None:
+            return
+        start = {f"{i}": p for i, p in enumerate(run.parameters)}
+        about = {key: digest({"": value}) if torch.is_tensor(value) else value for key, value in about.items()}
+        facts = {"num_examples": run.num_examples, "epoch_weights": run.weights, "start": digest(start)}
+        self.settings = json.dumps({**about, **asdict(run.config), **facts}, sort_keys=True)
 
     def save(self, epoch: int) -> None:
         if self.path is None:
@@ -274,19 +282,29 @@ class _Checkpoint:
                 if torch.is_tensor(value):
                     tensors[f"state.{i}.{key}"] = value.contiguous()
         metadata = {"epoch": str(epoch), "settings": self.settings}
+        metadata["digest"] = digest(tensors, metadata["epoch"], self.settings)
         replace_file(self.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def load(self) -> int:
         if self.path is None or not self.path.is_file():
             return 0
-        with safe_open(self.path, framework="pt") as file:
-            metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-        own = self._tensors()
-        fitting = all(key in tensors and tensors[key].shape == value.shape for key, value in own.items())
-        if metadata.get("settings") != self.settings or not fitting:
-            raise ValueError(f"{self.path} is the checkpoint of another run; remove it or use its settings.")
-        for key, value in own.items():
-            value.data.copy_(check_finite(tensors[key].reshape(1, -1), "the checkpoint").reshape(value.shape))
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+            known = digest(tensors, metadata.get("epoch"), metadata.get("settings")) == metadata.get("digest")
+        except (OSError, SafetensorError):
+            known = False
+        if not known or metadata["settings"] != self.settings:
+            why = "is damaged"
+            if known:
+                mine, theirs = json.loads(self.settings), json.loads(metadata["settings"])
+                other = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+                why = f"is of another run (other {', '.join(other)})"
+            if self.run.rank == 0:
+                logger.warning("the checkpoint %s %s: training begins anew.", self.path, why)
+            return 0
+        for key, value in self._tensors().items():
+            value.data.copy_(tensors[key])
         for i, p in enumerate(self.run.parameters):
             prefix = f"state.{i}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

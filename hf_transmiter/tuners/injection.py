@@ -7,12 +7,17 @@ version of PEFT they demand with nearly every release, at times above the newest
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
+
+from ..hub.adapter_files import CONFIG, WEIGHTS
+from ..hub.checks import load_json
+from ..hub.files import replace_file
 
 
 def inject(model: nn.Module, config: PeftConfig) -> None:
@@ -32,7 +37,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     it) in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
-        ValueError: there is no adapter in the model.
+        ValueError: there is no adapter in the model, or its configuration would be refused on loading.
     """
     names = (name for layer in model.modules() if isinstance(layer, BaseTunerLayer) for name in layer.active_adapters)
     folder, name = Path(folder), next(names, None)
@@ -41,6 +46,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     # Not "auto": PEFT would ask the Hub whether the vocabulary grew. Adapters here never resize it.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config[name].save_pretrained(os.fspath(folder))
+    save = model.peft_config[name].save_pretrained  # into a folder, under the usual name
+    replace_file(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    check = partial(load_json, kind="adapter_config")
+    replace_file(folder / CONFIG, lambda temporary: save(os.fspath(temporary.parent)), check)

@@ -189,7 +189,20 @@ def test_a_damaged_part_is_made_again(encoder, make_dataset, watch, tmp_path, da
     assert watch() == 4 + 3
 
 
-@pytest.mark.parametrize("damage", [cut, empty, foreign])
+def flip_one(path: Path):
+    """A bit in the middle, and the file's times as they were."""
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def without_digest(path: Path):
+    """As it was written before there were digests."""
+    path.write_bytes(path.read_bytes()[:-32])
+
+
+@pytest.mark.parametrize("damage", [cut, empty, foreign, flip, flip_one, without_digest])
 def test_a_damaged_table_is_made_again(encoder, make_dataset, tmp_path, damage, caplog):
     table = embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)
     labels, embeds = table.labels.clone(), table.embeds.clone()
@@ -198,6 +211,83 @@ def test_a_damaged_table_is_made_again(encoder, make_dataset, tmp_path, damage, 
     again = embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)
     assert "damaged" in caplog.text
     assert torch.equal(again.labels, labels) and torch.equal(again.embeds, embeds)
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_a_damaged_table_of_the_tower_is_made_again(encoder, make_dataset, tmp_path, tower, caplog):
+    wide = embed_dataset(encoder, make_dataset(5), tower=True, cache_dir=tmp_path).embeds.clone()
+    flip_one(next(tmp_path.glob("*.npy")))
+    again = embed_dataset(encoder, make_dataset(5), tower=tower, cache_dir=tmp_path).embeds
+    assert "damaged" in caplog.text and torch.allclose(again, wide[:, : again.shape[1]], atol=1e-6)
+
+
+def paths(files):
+    return datasets.Dataset.from_dict({"image": list(map(str, files))})
+
+
+def undecoded(files):
+    return paths(files).cast_column("image", datasets.Image()).cast_column("image", datasets.Image(decode=False))
+
+
+def decoded(files):
+    return paths(files).cast_column("image", datasets.Image())
+
+
+def some_of_them(files):
+    return decoded(files).select([3, 0, 1]).shuffle(seed=0)
+
+
+@pytest.mark.parametrize("column", [paths, decoded, some_of_them])
+def test_a_file_that_was_replaced_under_its_name(encoder, make_images, tmp_path, column):
+    """Also by one of the same size that is as old: the new picture is embedded, and one that is back is known."""
+    files, pictures = [tmp_path / f"{number}.bmp" for number in range(4)], make_images(5)
+    for file, picture in zip(files, pictures, strict=False):
+        picture.save(file)
+    first = embed_dataset(encoder, column(files), cache_dir=tmp_path / "cache")
+    old, times = files[0].read_bytes(), files[0].stat()
+    for content in (pictures[4], old):
+        files[0].write_bytes(content) if content is old else content.save(files[0])
+        os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert files[0].stat().st_size == times.st_size
+        found = embed_dataset(encoder, column(files), cache_dir=tmp_path / "cache")
+        fresh = embed_dataset(encoder, column(files), cache_dir=tmp_path / "new" / str(content is old))
+        assert torch.equal(found.embeds, fresh.embeds)
+        assert torch.allclose(found.embeds, first.embeds, atol=1e-3) == (content is old)
+        assert (found.dataset_fingerprint == first.dataset_fingerprint) == (content is old)  # logits go by it, too
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+
+
+def test_a_picture_that_is_stored_is_known_by_the_fingerprint(make_dataset, tmp_path):
+    """Nothing is read: a large data set would take minutes."""
+    dataset = make_dataset(5)
+    assert embeddings.content_fingerprint(dataset, "image") == dataset._fingerprint
+    gone = undecoded([tmp_path / "gone.png"])
+    assert embeddings.content_fingerprint(gone, "image") not in ("", gone._fingerprint)
+
+
+def test_what_a_killed_run_left_goes(encoder, make_dataset, tmp_path):
+    """It was killed when the table was there already, or while parts were made."""
+    table = embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    for leftover in (path.with_suffix(".parts"), tmp_path / f".{path.name}.{'a' * 32}.tmp"):
+        leftover.mkdir()
+    same(embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path), table)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_no_crash(encoder, make_dataset, tmp_path, monkeypatch):
+    """Writing through a mapping would end the process."""
+    real = embeddings.load_file
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embeddings, "load_file", full)
+    with pytest.raises(OSError, match=r"\.npy cannot be written: No space left on device\.$"):
+        embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".parts"]
+    monkeypatch.setattr(embeddings, "load_file", real)
+    assert len(embed_dataset(encoder, make_dataset(5), cache_dir=tmp_path)) == 5
 
 
 # Several processes

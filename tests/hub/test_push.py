@@ -13,6 +13,7 @@ from transformers import CLIPModel
 from hf_transmiter import AnchorClassifier, Anchors, Bridge, DualEncoder, TransMiterConfig, evaluate
 from hf_transmiter.evaluation.evaluate import record_scores
 from hf_transmiter.hub.push import push
+from hf_transmiter.hub.repo import push_folder
 from hf_transmiter.hub.scores import read_scores, write_scores
 from hf_transmiter.method.stored_logits import CalibrationPack
 
@@ -63,6 +64,42 @@ def test_only_what_belongs_there_goes_along(hub, saved):
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
     assert hub.titles("alice/adapter")[0] == "First" and HfApi().model_info("alice/adapter").private
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md", "scores.json", "teacher.json"])
+@pytest.mark.parametrize("kind", ["file", "folder", "relative"])
+def test_no_link_out_of_the_folder_is_followed(hub, saved, tmp_path, name, kind):
+    """What it leads to is not part of the adapter: a key, say."""
+    secret = tmp_path / "secret" / name
+    secret.parent.mkdir()
+    secret.write_bytes((saved / name).read_bytes() if (saved / name).exists() else b"[]")
+    (saved / name).unlink(missing_ok=True)
+    if kind == "folder":  # in two steps
+        (saved / "inside").symlink_to(secret.parent)
+    place = {"file": secret, "folder": f"inside/{name}", "relative": f"../secret/{name}"}[kind]
+    (saved / name).symlink_to(place)
+    with pytest.raises(ValueError, match=f"{name} in .* is a link out of that folder, to .*secret"):
+        push(saved, "alice/adapter", base_model="alice/clip")
+    assert not hub.requests("POST", "alice/adapter")
+
+
+def test_links_within_the_folder_are_followed(hub, saved, tmp_path):
+    """And the folder itself may be one."""
+    (saved / "README.md").rename(saved / "card.md")
+    (saved / "README.md").symlink_to("card.md")
+    (tmp_path / "link").symlink_to(saved)
+    push(tmp_path / "link", "alice/adapter", base_model="alice/clip")
+    assert "README.md" in hub.files("alice/adapter") and "card.md" not in hub.files("alice/adapter")
+
+
+def test_a_folder_with_a_link_out_is_not_pushed(hub, tmp_path):
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    (tmp_path / "folder" / "deep" / "b.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="deep/b.txt in .* is a link out of that folder"):
+        push_folder(tmp_path / "folder", "alice/files", commit_message="first")
+    assert not hub.requests("POST", "alice/files")
 
 
 def test_new_weights_take_away_what_described_the_old_ones(hub, weak, saved, make_dataset):

@@ -22,7 +22,7 @@ from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.evaluate import evaluate
 from hf_transmiter.hub.card import write_card
-from hf_transmiter.hub.files import new_folder
+from hf_transmiter.hub.files import replace_folder
 from hf_transmiter.hub.provenance import library_versions
 from hf_transmiter.hub.repo import SANDBOX
 from hf_transmiter.hub.scores import THIS, Score, write_scores
@@ -96,7 +96,7 @@ def make_artefacts(output_dir: Path, *, progress: bool = True) -> list[Path]:
         upgraded.save_pretrained,
     )
     for folder, save, scores in zip(folders, savers, rows, strict=True):
-        new_folder(folder, partial(_save, save=save, scores=scores, name=folder.name))
+        replace_folder(folder, partial(_save, save=save, scores=scores, name=folder.name))
     return folders
 
 

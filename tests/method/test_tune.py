@@ -151,7 +151,7 @@ def test_an_adapter_by_name_by_options_and_as_a_configuration(encoder, make_data
     }  # fmt: skip
 
 
-def test_an_adapter_is_told_apart_from_another_one(encoder, make_dataset, tmp_path):
+def test_an_adapter_is_told_apart_from_another_one(encoder, make_dataset, tmp_path, caplog):
     """By the checkpoint of an interrupted run, and whatever its method's case, classes and tokens are."""
     data, config = make_dataset(12), TuningConfig(shots=2, epochs=2)
     checkpoint, calls = tmp_path / "run.safetensors", []
@@ -166,9 +166,9 @@ def test_an_adapter_is_told_apart_from_another_one(encoder, make_dataset, tmp_pa
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tuning, "losses", stop)
         tune(encoder, data, "coop", config=config, checkpoint=checkpoint, progress=False)
-    with pytest.raises(ValueError, match="is the checkpoint of another run"):
-        front = {"method": "coop", "position": "front"}
-        tune(encoder, data, front, config=config, checkpoint=checkpoint, progress=False)
+    front = {"method": "coop", "position": "front"}
+    tune(encoder, data, front, config=config, checkpoint=checkpoint, progress=False)
+    assert "is of another run (other adapter): training begins anew" in caplog.text and not checkpoint.exists()
     assert adapter_settings("CoOp") == adapter_settings({"method": "COOP"}) == adapter_settings("coop")
     assert adapter_settings({"target_modules": {"v_proj", "q_proj"}})["target_modules"] == ["q_proj", "v_proj"]
     learnt = CoOpConfig(init_phrase="a photo of a", init_token_ids=[1, 2, 3, 4], class_names=["moon", "sun"])

@@ -15,7 +15,7 @@ from hf_transmiter.data.images import guess_columns
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.upgrade import score_upgrade
 from hf_transmiter.hub.adapter_files import TEACHER_FILE, TeacherFacts
-from hf_transmiter.hub.files import new_folder
+from hf_transmiter.hub.files import replace_folder
 from hf_transmiter.method.tune import adapter_settings, starting_templates, tune
 from hf_transmiter.settings import TuningConfig
 
@@ -52,7 +52,7 @@ def tune_seeds(
         folder, seeded = Path(output_dir) / f"seed-{seed}", replace(config, seed=seed)
         folders.append(folder)
         if not (folder / TEACHER_FILE).is_file():
-            new_folder(folder, tune(old, train, adapter, config=seeded, **options).save_pretrained)
+            replace_folder(folder, tune(old, train, adapter, config=seeded, **options).save_pretrained)
             continue
         settings = json.loads(json.dumps({**adapter, **asdict(seeded.of(adapter["method"]))}))
         kept, names = TeacherFacts.read(os.fspath(folder)), options.get("class_names") or train.features[column].names

@@ -9,7 +9,6 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -355,14 +354,16 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, optimizer)
 
 
 @pytest.mark.parametrize("after", [6, 10, 14])
-def test_a_resumed_average_is_the_uninterrupted_one(tmp_path, after):
+def test_a_resumed_average_is_the_uninterrupted_one(tmp_path, after, caplog):
     path, weights = tmp_path / "run.safetensors", [0.1, 0.2, 0.3, 0.4]
     expected, _ = run(noise=0.3, epoch_weights=weights)
+    for other in (None, weights[::-1]):
+        interrupted(path, after=after, epoch_weights=weights)
+        found = run(noise=0.3, checkpoint=path, epoch_weights=other)
+        assert torch.equal(found[0], run(noise=0.3, epoch_weights=other)[0]) and len(found[1]) == 4
+        assert "is of another run (other epoch_weights): training begins anew" in caplog.text
+        caplog.clear()
     interrupted(path, after=after, epoch_weights=weights)
-    with pytest.raises(ValueError, match="another run"):
-        run(noise=0.3, checkpoint=path)
-    with pytest.raises(ValueError, match="another run"):
-        run(noise=0.3, checkpoint=path, epoch_weights=weights[::-1])
     assert torch.equal(run(noise=0.3, checkpoint=path, epoch_weights=weights)[0], expected)
     assert not path.exists()
 
@@ -373,26 +374,66 @@ def test_interrupted_before_the_first_checkpoint(tmp_path):
     assert run(noise=0.3, checkpoint=tmp_path / "run")[1] == run(noise=0.3)[1]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    path = tmp_path / "run.safetensors"
-    interrupted(path, after=10)
-    other = FitConfig(epochs=4, batch_size=6, lr=0.1, weight_decay=0.01, seed=3)
-    with pytest.raises(ValueError, match="run.safetensors is the checkpoint of another run; remove it or use its"):
-        run(other, checkpoint=path)
-    small = nn.Parameter(torch.zeros(5, 1))
-    with pytest.raises(ValueError, match="another run"):
-        fit([small], regression(small), len(X), CONFIG, checkpoint=path, progress=False)
-    assert path.is_file()
+OTHER = FitConfig(epochs=4, batch_size=6, lr=0.1, weight_decay=0.01, seed=3)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("before", "now", "why"),
+    [
+        ({}, {"config": OTHER}, "lr"),
+        ({"about": {"images": torch.zeros(3)}}, {"about": {"images": torch.ones(3)}}, "images"),
+        ({"about": {"images": torch.zeros(3)}}, {"about": {"images": torch.zeros(3, 1)}}, "images"),
+        ({"about": {"model": "a", "names": ["b"]}}, {"about": {"model": "a", "names": ["c"]}}, "names"),
+        ({}, {"about": {"teacher": "a"}}, "teacher"),
+    ],
+    ids=["settings", "content", "shape", "names", "more"],
+)
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path, caplog, before, now, why):
+    """It begins anew, says why, and ends where a run without a checkpoint does."""
+    path = tmp_path / "run.safetensors"
+    interrupted(path, after=10, **before)
+    found = run(noise=0.3, checkpoint=path, **now)
+    assert f"{path} is of another run (other {why}): training begins anew." in caplog.text
+    assert torch.equal(found[0], run(noise=0.3, **now)[0]) and found[1] == run(noise=0.3, **now)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_other_parameters_is_not_used(tmp_path, caplog):
+    path, other = tmp_path / "run.safetensors", nn.Parameter(torch.ones(5, 2))
+    interrupted(path, after=10)
+    losses = fit([other], regression(other), len(X), CONFIG, checkpoint=path, progress=False)
+    assert len(losses) == 4 and "(other start)" in caplog.text
+
+
+def _cut(content: bytes) -> bytes:
+    return content[:-7]
+
+
+def _flip(content: bytes) -> bytes:
+    return content[:-40] + bytes([content[-40] ^ 0x40]) + content[-39:]
+
+
+def _epoch(content: bytes) -> bytes:
+    return content.replace(b'"epoch":"2"', b'"epoch":"3"')
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _epoch, lambda content: b"", lambda content: content[:9]])
+def test_a_damaged_checkpoint_is_made_again(tmp_path, caplog, damage):
     path = tmp_path / "run.safetensors"
     interrupted(path, after=10)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file({**load_file(path), "parameter.0": torch.full((5, 2), float("nan"))}, path, metadata=metadata)
-    with pytest.raises(ValueError, match="the checkpoint hold NaN"):
-        run(checkpoint=path)
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert path.read_bytes() != content
+    found = run(noise=0.3, checkpoint=path)
+    assert f"{path} is damaged: training begins anew." in caplog.text
+    assert torch.equal(found[0], run(noise=0.3)[0]) and not path.exists()
+
+
+def test_a_checkpoint_is_kept_for_whoever_saves_the_result(tmp_path):
+    path = tmp_path / "run.safetensors"
+    expected, losses = run(noise=0.3, checkpoint=path, keep_checkpoint=True)
+    found, rest = run(noise=0.3, checkpoint=path, keep_checkpoint=True)
+    assert torch.equal(found, expected) and rest == losses[3:] and path.is_file()
 
 
 # Errors
