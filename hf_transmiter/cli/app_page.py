@@ -17,11 +17,12 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.images import guess_columns
 from ..encoders.dual_encoder import load_encoder
+from ..encoders.pictures import UnreadablePicture, read_picture
 from ..hub.repo import SANDBOX, public_name, read_json, split_revision
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_classifier, teacher_templates
@@ -115,10 +116,10 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
                     f"This picture is too large: {file.width} x {file.height} pixels. "
                     f"At most {MAX_PIXELS // 1_000_000} megapixels are read."
                 )
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return read_picture(file)
     except Image.DecompressionBombError as error:
         raise ValueError("This picture is too large.") from error
-    except (OSError, SyntaxError, TypeError, AttributeError) as error:  # what Pillow raises on damaged files
+    except (OSError, SyntaxError, TypeError, AttributeError, UnreadablePicture) as error:  # of damaged files
         raise ValueError("This file cannot be read as a picture. PNG, JPEG and WebP work.") from error
 
 
@@ -184,7 +185,7 @@ def _label(name: str, model: AnchorClassifier) -> str:
 def _with_labels(images: Dataset) -> list[list]:
     image, label = guess_columns(images)
     names = getattr(images.features.get(label), "names", None)
-    return [[row[image], names[row[label]] if names and row[label] >= 0 else ""] for row in images]
+    return [[read_picture(row[image]), names[row[label]] if names and row[label] >= 0 else ""] for row in images]
 
 
 def launch(page: "gradio.Blocks") -> str:

@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
+from ..encoders.pictures import SKIP, UnreadablePicture
 from ..hub.files import replace_file
-from .images import guess_columns, label_indices
+from .images import guess_columns, label_indices, stored_pictures
 
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def embed_dataset(
     # Every process must have looked before the first of them can finish the table.
     state.wait_for_everyone()
     if embeds is None:
-        pictures = dataset.with_format(None).select_columns([image_column])
+        pictures = stored_pictures(dataset, image_column)
         _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress)
         if state.is_main_process:
             try:
@@ -215,20 +216,19 @@ def _make_parts(
 def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) -> Tensor:
     """Rows of some pictures."""
     (column,) = pictures.column_names
-    try:
-        images = pictures[rows.start : rows.stop][column]
-    except Exception:
-        # Decoding fails for the batch as a whole; read row by row to say which picture it was.
+
+    row = rows.start
+
+    def stored() -> Iterator:
+        nonlocal row
         for row in rows:
-            try:
-                pictures[row]
-            except Exception as error:
-                raise ValueError(f"the image in row {row} cannot be read: {error}") from error
-        raise
+            yield pictures[row][column]
+
     try:
-        block = encoder.embed_pixels(encoder.preprocess(images), tower).cpu()
-    except ValueError as error:
-        raise ValueError(f"in the batch of rows {rows.start} to {rows.stop - 1}: {error}") from error
+        pixels = encoder.preprocess(stored())
+    except UnreadablePicture as error:
+        raise ValueError(f"the image in row {row} cannot be read{error.fault}{SKIP}.") from error
+    block = encoder.embed_pixels(pixels, tower).cpu()
     finite = torch.isfinite(block).all(dim=1)
     if not finite.all():
         row = rows[int((~finite).nonzero()[0])]
