@@ -23,6 +23,7 @@ from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.images import guess_columns
 from ..encoders.dual_encoder import load_encoder
 from ..encoders.pictures import UnreadablePicture, read_picture
+from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, public_name, read_json, split_revision
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_classifier, teacher_templates
@@ -69,6 +70,7 @@ def load_models(
     """
     if not (weak or tuned or strong or upgraded):
         raise ValueError("there is no model to show: name at least one of weak, tuned, strong, upgraded.")
+    class_names = class_names and as_list(class_names, "class_names")
     if tuned is not None and tuned.endswith(".safetensors"):
         raise ValueError(f"{tuned!r} holds logits, which say nothing about new pictures: pass the tuned model.")
     weak, strong = weak or _base(tuned), strong or _base(upgraded)
@@ -84,7 +86,7 @@ def load_models(
         raise ValueError("no class names are saved with these models: pass class names.")
     for name, base in (("weak", weak), ("strong", strong)):
         if base:
-            found[name] = AnchorClassifier(encoders[base], Anchors(tuple(class_names), (), tuple(usual)))
+            found[name] = AnchorClassifier(encoders[base], Anchors(class_names, (), usual))
     found = {name: found[name] for name in TITLES if name in found}
     counts = ", ".join(f"{name}: {len(model.class_names)}" for name, model in found.items())
     if len({frozenset(model.class_names) for model in found.values()}) > 1:

@@ -81,6 +81,25 @@ def listed(texts: Iterable[str], limit: int = 8) -> str:
     return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
+def label_places(found: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> list[int]:
+    """For each label the position in `names` of its name among the data's, `found`; the label itself without those.
+
+    Raises:
+        ValueError: classes of the labels that match none of `names`, or two that match the same one (see
+            [`match_names`]).
+    """
+    if found is None:
+        return list(labels)
+    used = sorted(set(labels))
+    try:
+        places = match_names([found[label] for label in used], names)
+    except ValueError as error:
+        missing = listed(repr(found[label]) for label in used if found[label] not in names)
+        raise ValueError(f"the dataset's {missing} is not among the classifier's names: {error}") from error
+    places = dict(zip(used, places, strict=True))
+    return [places[label] for label in labels]
+
+
 def match_names(
     found: Sequence[str],
     names: Sequence[str],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from glob import escape, glob
 from os.path import isfile
@@ -17,6 +17,7 @@ from datasets import (
     DatasetBuilder,
     DatasetDict,
     Image,
+    IterableDataset,
     ReadInstruction,
     Value,
     concatenate_datasets,
@@ -28,6 +29,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..encoders.pictures import UnreadablePicture, read_picture
+from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, check_hub_id, hub_errors, split_revision
 from .folders import DATA_FILES, Folder, read_folder
 
@@ -77,8 +79,10 @@ def load_images(
             cannot be read.
         ConnectionError: a Hub data set that is not in the cache while the Hub cannot be reached.
     """
-    dataset = open_split(source, split, prefer=prefer, subset=subset)
-    image, label = guess_columns(dataset, image_column, label_column)
+    dataset = open_split(source, split, prefer=as_list(prefer, "prefer"), subset=subset)
+    image, label = guess_columns(dataset, image_column, labels=False)[0], label_column
+    with suppress(ValueError if label is None else ()):  # which of several does not matter to those who need none
+        label = guess_columns(dataset, image, label)[1]
     if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
         dataset = dataset.class_encode_column(label)
     return draw(dataset, image, max_images, skip_unreadable)
@@ -130,19 +134,22 @@ def stored_pictures(dataset: Dataset, column: str) -> Dataset:
 
 
 def guess_columns(
-    dataset: Dataset, image_column: str | None = None, label_column: str | None = None
+    dataset: Dataset, image_column: str | None = None, label_column: str | None = None, *, labels: bool = True
 ) -> tuple[str, str | None]:
     """Names of the image and the label column; a name that is given is only checked.
 
     The image column is the one of type `Image`, or else one with a usual name; the label column is the one with a
-    usual name, or else the only `ClassLabel`. A dataset may have no label column.
+    usual name, or else the only `ClassLabel`. A dataset may have no label column; without `labels` none is looked for.
 
     Raises:
-        ValueError: a given column is missing, no image column is found, or several columns could be meant.
+        ValueError: not one split of a dataset, a given column is missing, no image column is found, or several columns
+            could be meant.
     """
+    check_split(dataset)
     names, types = dataset.column_names, dataset.features
     if not names:
         raise ValueError("the dataset is empty: it has no columns.")
+    label_column = label_column if labels else None
     for given in (image_column, label_column):
         if given is not None and given not in names:
             raise ValueError(f"there is no column {given!r}; the columns are {', '.join(names)}.")
@@ -152,10 +159,26 @@ def guess_columns(
         image_column = _only("image_column", candidates, names)
         if image_column is None:
             raise ValueError(f"no image column found among {', '.join(names)}: pass image_column=.")
-    if label_column is None:
+    if label_column is None and labels:
         typed = [name for name in names if isinstance(types[name], ClassLabel)]
         label_column = _only("label_column", _usual(names, _LABEL_NAMES) or typed, names)
     return image_column, label_column
+
+
+def check_split(dataset, wanted: str = "a dataset") -> None:
+    """
+    Raises:
+        ValueError: something else than one split of a dataset; what to pass in its place is said.
+    """
+    if isinstance(dataset, Dataset):
+        return
+    how = "load_images reads folders, files and Hub ids"
+    if isinstance(dataset, dict) and dataset:  # a DatasetDict
+        how = f"pass one of its splits, such as dataset[{next(iter(dataset))!r}]"
+    elif isinstance(dataset, IterableDataset):
+        how = "load it without streaming, or take some of it, Dataset.from_list(list(dataset.take(1000)))"
+    kind = type(dataset).__name__
+    raise ValueError(f"dataset must be one split of {wanted}, not a {kind}: {how}.")
 
 
 def label_indices(dataset: Dataset, column: str) -> list[int]:
@@ -165,7 +188,7 @@ def label_indices(dataset: Dataset, column: str) -> list[int]:
         ValueError: one that is no whole number.
     """
     values = dataset.with_format(None)[column][:]  # at once: one by one takes a minute for a million
-    odd = [value for value in values if not isinstance(value, int)]
+    odd = [value for value in values if not isinstance(value, int) or isinstance(value, bool)]
     if odd:
         raise ValueError(
             f"column {column!r} holds {odd[0]!r}, not class indices: "

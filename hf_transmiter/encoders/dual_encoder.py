@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
+from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
 from .families import (
     aligned,
@@ -262,6 +263,7 @@ class DualEncoder:
         Raises:
             ValueError: there are no templates, or one of them lacks ``{}``.
         """
+        names, templates = as_list(names, "names"), as_list(templates, "templates")
         bad = [template for template in templates if "{}" not in template]
         if bad or not templates:
             raise ValueError(f"each template needs a {{}} where the name goes; got {bad or 'no template'}.")

@@ -18,6 +18,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..encoders.pictures import as_pictures
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
 from ..hub.card import write_card
+from ..hub.checks import as_list
 from ..hub.push import push
 from ..hub.repo import fetch, split_revision
 from ..tuners import TransMiterConfig, TransMiterLayer
@@ -33,7 +34,7 @@ def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list
     Raises:
         ValueError: a name that is none of the class names.
     """
-    unknown = sorted(set(seen or ()) - set(class_names))
+    unknown = sorted(set(as_list(seen or (), "seen_classes")) - set(class_names))
     if unknown:
         raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
     if seen is not None and not len(seen):
