@@ -94,8 +94,13 @@ def label_places(found: Sequence[str] | None, labels: Sequence[int], names: Sequ
     try:
         places = match_names([found[label] for label in used], names)
     except ValueError as error:
-        missing = listed(repr(found[label]) for label in used if found[label] not in names)
-        raise ValueError(f"the dataset's {missing} is not among the classifier's names: {error}") from error
+        missing = [repr(found[label]) for label in used if found[label] not in names]
+        if not missing:
+            raise
+        raise ValueError(
+            f"the dataset's {listed(missing)} is not among the classifier's names ({listed(names, 5)}): pass names "
+            "that cover the data's, or leave such images out."
+        ) from error
     places = dict(zip(used, places, strict=True))
     return [places[label] for label in labels]
 

@@ -105,9 +105,10 @@ def read_folder(path: Path) -> Folder | None:
     words = [name for name in top if name is not None and _split(name)]
     found = Folder(path, {"train": pictures}, {"train": root}, has_metadata=bool(metadata))
     if words and len(words) == len(top):
-        twice = [split for split, count in Counter(map(_split, words)).items() if count > 1]
-        if twice:
-            raise ValueError(f"{root}: several of {listed(words)} are the split {twice[0]!r}: keep one of them.")
+        twice = [[name for name in words if _split(name) == split] for split in SPLIT_WORDS]
+        for names in twice:
+            if len(names) > 1:
+                raise ValueError(f"{root}: {listed(names)} are both the split {_split(names[0])!r}: keep one of them.")
         words.sort(key=lambda name: list(SPLIT_WORDS).index(_split(name)))
         found.pictures = {_split(name): _below(pictures, name) for name in words}
         found.places = {_split(name): root / name for name in words}

@@ -1,7 +1,7 @@
 """[`read_picture`]: whatever holds a picture, as 8 bits of red, green and blue, upright. The only way to read one.
 
-Black is 0, and white is what the type says: 255 in 8 bits, 65535 in 16, 1.0 for floats, whatever values occur. Only
-for wider types, where the type does not say it, do the values: see [`_eight_bits`].
+Black is 0, and white is what the type says, 255 in 8 bits and 65535 in 16, whatever values occur. Only of wider types
+and floats, where the type does not say it, do the values, or the picture is refused: see [`_eight_bits`].
 """
 
 from __future__ import annotations
@@ -134,19 +134,25 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     whole numbers beyond that, as 8 bits (what Pillow makes of them).
 
     Raises:
-        ValueError: a type or range of which nobody knows what is white.
+        ValueError: a type or range of which nobody knows what is white, such as floats that are all 0 or 1.
     """
-    kind = values.dtype.kind
-    if kind == "b" or (kind == "u" and values.dtype.itemsize < 3):
-        white = 1 if kind == "b" else 2 ** (8 * values.dtype.itemsize) - 1
+    kind, bits, white = values.dtype.kind, 8 * values.dtype.itemsize, 0
+    if kind == "b" or (kind == "u" and bits <= 16):
+        white = 1 if kind == "b" else 2**bits - 1
     elif kind in "iuf":
         low, high = values.min(), values.max()
-        whole = kind != "f" or (high > 1 and bool((values == np.floor(values)).all()))
-        white = (255 if high <= 255 else 65535 if kind != "f" else 0) if whole else 1
+        if kind != "f":
+            white = 255 if high <= 255 else 65535
+        elif np.isfinite(high) and (values == np.floor(values)).all():
+            white = 255 if high > 1 else 0
+        else:
+            white = 1
         if not 0 <= low <= high <= white:  # not a number, too
-            raise ValueError(
-                f"its values of type {values.dtype} go from {low} to {high}: pass 8 or 16 bits, or floats from 0 to 1"
-            )
-    else:
-        raise ValueError(f"values of type {values.dtype} are no picture: pass 8 or 16 bits, or floats from 0 to 1")
-    return values if white == 255 and values.dtype == np.uint8 else (values / (white / 255) + 0.5).astype(np.uint8)
+            white = 0
+    if not white:
+        reach = f", {values.min()} to {values.max()}" if kind in "iuf" else ""
+        raise ValueError(
+            f"values must be uint8, uint16, or fractions from 0 to 1 for what is white to be known, not {values.dtype}"
+            f"{reach}"
+        )
+    return values if bits == white.bit_length() == 8 else (values / (white / 255) + 0.5).astype(np.uint8)
