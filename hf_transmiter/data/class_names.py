@@ -94,7 +94,8 @@ def label_places(found: Sequence[str] | None, labels: Sequence[int], names: Sequ
     try:
         places = match_names([found[label] for label in used], names)
     except ValueError as error:
-        missing = [repr(found[label]) for label in used if found[label] not in names]
+        known = set(map(simplified, names))
+        missing = [repr(found[label]) for label in used if simplified(found[label]) not in known]
         if not missing:
             raise
         raise ValueError(
@@ -130,7 +131,7 @@ def match_names(
     matched = []
     for name in found:
         candidates = {exact[name]} if name in exact else loose.get(simplified(name), set())
-        matched.append(candidates.pop() if len(candidates) == 1 else None)
+        matched.append(next(iter(candidates)) if len(candidates) == 1 else None)
     if found and not any(i is not None for i in matched) and all(re.fullmatch(r"\d+", name) for name in found):
         for name in found:  # int(), because sorting such names puts "10" before "2"
             if int(name) >= len(names):
