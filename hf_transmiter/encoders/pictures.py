@@ -65,8 +65,9 @@ def read_picture(picture, name: str = "the picture") -> Image.Image:
         if isinstance(content, Image.Image):
             return _rgb(content)
         if isinstance(content, (str, os.PathLike, bytes, bytearray)):
-            with Image.open(io.BytesIO(content) if isinstance(content, (bytes, bytearray)) else content) as file:
-                return _rgb(file)
+            encoded = isinstance(content, (bytes, bytearray))
+            with io.BytesIO(content) if encoded else open(content, "rb") as file, Image.open(file) as opened:
+                return _rgb(opened)
         if isinstance(content, (np.ndarray, torch.Tensor, list)):
             return _from_values(content)
         raise ValueError("there is no picture" if content is None else f"it is a {type(content).__name__}, no picture")
@@ -84,7 +85,11 @@ def _rgb(picture: Image.Image) -> Image.Image:
     width, height = picture.size
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f"it is {width} x {height} pixels, and one side may be {MAX_RATIO} times the other")
-    kind = picture.format
+    kind, name = picture.format, getattr(picture, "filename", "")
+    if kind == "TIFF" and name:  # which Pillow maps from disk by its name, and then does not turn
+        picture.filename = ""
+        picture.load()
+        picture.filename = name
     try:
         picture = ImageOps.exif_transpose(picture)
     except Exception:  # of broken tags: what was decoded elsewhere is as upright as it will be
