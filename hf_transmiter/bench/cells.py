@@ -343,7 +343,7 @@ class Workshop:
         tuned = load_teacher(os.fspath(self.tuned(cell, model)), self.encoder(model))
         learnt = tuned.anchors.templates == PROMPTED
         templates = PROMPTED if learnt else cell.parts.test.spec.templates
-        return AnchorClassifier(tuned.encoder, Anchors(tuple(names), (), templates))
+        return AnchorClassifier(tuned.encoder, Anchors(names, (), templates))
 
     def make(self, cell: Cell) -> dict:
         """What [`read_cell`] gives. A row has its `metrics` and what it `needs`, or says why it was `skipped`, or why

@@ -17,11 +17,13 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.images import guess_columns
 from ..encoders.dual_encoder import load_encoder
+from ..encoders.pictures import UnreadablePicture, read_picture
+from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, public_name, read_json, split_revision
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_classifier, teacher_templates
@@ -68,6 +70,7 @@ def load_models(
     """
     if not (weak or tuned or strong or upgraded):
         raise ValueError("there is no model to show: name at least one of weak, tuned, strong, upgraded.")
+    class_names = class_names and as_list(class_names, "class_names")
     if tuned is not None and tuned.endswith(".safetensors"):
         raise ValueError(f"{tuned!r} holds logits, which say nothing about new pictures: pass the tuned model.")
     weak, strong = weak or _base(tuned), strong or _base(upgraded)
@@ -83,7 +86,7 @@ def load_models(
         raise ValueError("no class names are saved with these models: pass class names.")
     for name, base in (("weak", weak), ("strong", strong)):
         if base:
-            found[name] = AnchorClassifier(encoders[base], Anchors(tuple(class_names), (), tuple(usual)))
+            found[name] = AnchorClassifier(encoders[base], Anchors(class_names, (), usual))
     found = {name: found[name] for name in TITLES if name in found}
     counts = ", ".join(f"{name}: {len(model.class_names)}" for name, model in found.items())
     if len({frozenset(model.class_names) for model in found.values()}) > 1:
@@ -115,10 +118,10 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
                     f"This picture is too large: {file.width} x {file.height} pixels. "
                     f"At most {MAX_PIXELS // 1_000_000} megapixels are read."
                 )
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return read_picture(file)
     except Image.DecompressionBombError as error:
         raise ValueError("This picture is too large.") from error
-    except (OSError, SyntaxError, TypeError, AttributeError) as error:  # what Pillow raises on damaged files
+    except (OSError, SyntaxError, TypeError, AttributeError, UnreadablePicture) as error:  # of damaged files
         raise ValueError("This file cannot be read as a picture. PNG, JPEG and WebP work.") from error
 
 
@@ -184,7 +187,7 @@ def _label(name: str, model: AnchorClassifier) -> str:
 def _with_labels(images: Dataset) -> list[list]:
     image, label = guess_columns(images)
     names = getattr(images.features.get(label), "names", None)
-    return [[row[image], names[row[label]] if names and row[label] >= 0 else ""] for row in images]
+    return [[read_picture(row[image]), names[row[label]] if names and row[label] >= 0 else ""] for row in images]
 
 
 def launch(page: "gradio.Blocks") -> str:

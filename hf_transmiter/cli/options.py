@@ -386,6 +386,10 @@ def _take(context: typer.Context, content: dict, where: str, wins: bool = False)
     unknown = [key for key in content if key not in known]
     if unknown:
         fail(f"{where} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
+    lists = [option.name for option in context.command.params if getattr(option, "multiple", False)]
+    bare = next((key for key in lists if isinstance(content.get(key), str)), None)
+    if bare:
+        fail(f"{where}: {bare} must be a list, got {content[bare]!r}; write [{content[bare]}].")
     before = context.default_map or {}
     context.default_map = {**before, **content} if wins else {**content, **before}
 

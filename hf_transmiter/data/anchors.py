@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..hub.checks import check_json, load_json
+from ..hub.checks import as_list, check_json, load_json
 from ..hub.files import replace_file
 from ..hub.rules import MOST_CHARACTERS, MOST_NAMES, MOST_TEMPLATES
 from .class_names import listed
@@ -253,9 +253,7 @@ def _pool_tensor(values: torch.Tensor | None, name: str, *, axis: int, pool: int
 
 
 def _strings(values: Iterable[str], what: str) -> tuple[str, ...]:
-    if isinstance(values, str):
-        raise TypeError(f"{what} must be a list of strings, got the bare string {values!r}; write [{values!r}].")
-    values = tuple(values)
+    values = tuple(as_list(values, what))
     for position, value in enumerate(values):
         if not isinstance(value, str):
             raise TypeError(f"{what}[{position}] must be a string, got {value!r} ({type(value).__name__}).")

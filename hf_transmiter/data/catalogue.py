@@ -21,18 +21,12 @@ from datasets import ClassLabel, Dataset
 from ..hub.checks import did_you_mean, simplified
 from .anchors import DEFAULT_TEMPLATES, read_templates
 from .class_names import check_names, match_names, read_class_file
+from .folders import SPLIT_WORDS
 from .images import draw, guess_columns, list_splits, open_split
 
 
 ROLES = ("train", "validation", "test", "unlabelled")
 _FOLDER = Path(__file__).parents[1] / "assets" / "datasets"
-# How people call their splits, best first.
-_USUAL = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-    "unlabelled": ("unlabelled", "unlabeled"),
-}
 
 
 _KINDS = {
@@ -242,7 +236,7 @@ def _expanded(text: str) -> str:
 def _with_splits(spec: DatasetSpec) -> DatasetSpec:
     """With the usual roles for the splits that the source has; one under an unusual name is for testing."""
     splits = list_splits(spec.location, spec.subset)
-    found = {role: next((name for name in usual if name in splits), None) for role, usual in _USUAL.items()}
+    found = {role: next((name for name in usual if name in splits), None) for role, usual in SPLIT_WORDS.items()}
     if found["test"] is None and found["train"] is not None:
         found["test"], found["validation"] = found["validation"], None  # the only labelled pictures held out
     if len(splits) == 1 and not any(found.values()):

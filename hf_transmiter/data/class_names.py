@@ -81,6 +81,31 @@ def listed(texts: Iterable[str], limit: int = 8) -> str:
     return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
+def label_places(found: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> list[int]:
+    """For each label the position in `names` of its name among the data's, `found`; the label itself without those.
+
+    Raises:
+        ValueError: classes of the labels that match none of `names`, or two that match the same one (see
+            [`match_names`]).
+    """
+    if found is None:
+        return list(labels)
+    used = sorted(set(labels))
+    try:
+        places = match_names([found[label] for label in used], names)
+    except ValueError as error:
+        known = set(map(simplified, names))
+        missing = [repr(found[label]) for label in used if simplified(found[label]) not in known]
+        if not missing:
+            raise
+        raise ValueError(
+            f"the dataset's {listed(missing)} is not among the classifier's names ({listed(names, 5)}): pass names "
+            "that cover the data's, or leave such images out."
+        ) from error
+    places = dict(zip(used, places, strict=True))
+    return [places[label] for label in labels]
+
+
 def match_names(
     found: Sequence[str],
     names: Sequence[str],
@@ -106,7 +131,7 @@ def match_names(
     matched = []
     for name in found:
         candidates = {exact[name]} if name in exact else loose.get(simplified(name), set())
-        matched.append(candidates.pop() if len(candidates) == 1 else None)
+        matched.append(next(iter(candidates)) if len(candidates) == 1 else None)
     if found and not any(i is not None for i in matched) and all(re.fullmatch(r"\d+", name) for name in found):
         for name in found:  # int(), because sorting such names puts "10" before "2"
             if int(name) >= len(names):

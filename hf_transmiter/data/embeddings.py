@@ -31,8 +31,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
+from ..encoders.pictures import SKIP, UnreadablePicture
+from ..hub.checks import as_list
 from ..hub.files import LOCK, beside, claim, digest, replace_file
-from .images import guess_columns, label_indices
+from .class_names import label_places
+from .images import guess_columns, label_indices, stored_pictures
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ class FeatureTable:
         if embeds.ndim != 2:
             raise ValueError(f"embeds must be (N, d), not {tuple(embeds.shape)}.")
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names = None if class_names is None else as_list(class_names, "class_names")
         if self.labels is not None and self.labels.shape != embeds.shape[:1]:
             raise ValueError(f"{tuple(self.labels.shape)} labels for {len(embeds)} rows.")
         if self.labels is not None and self.class_names is not None and len(embeds):
@@ -103,6 +106,7 @@ def embed_dataset(
     *,
     image_column: str | None = None,
     label_column: str | None = None,
+    labels: bool = True,
     tower: bool = False,
     batch_size: int = 64,
     cache_dir: str | os.PathLike | None = None,
@@ -119,6 +123,7 @@ def embed_dataset(
         dataset (`datasets.Dataset`):
             One split. Formats and transforms set on it are not applied: the pictures are taken as stored.
         image_column, label_column (`str`, *optional*): guessed when omitted; without labels the table has none.
+        labels (`bool`, *optional*, defaults to `True`): read them; whoever does not need them takes any column.
         tower (`bool`, *optional*, defaults to `False`):
             Rows ``[x | h]`` (N, d + 2D) of [`DualEncoder.embed_pixels`], in a file of their own, of which a later call
             without takes the unit rows.
@@ -131,13 +136,11 @@ def embed_dataset(
         ValueError: no or several columns could be meant, the dataset is empty, labels are no indices, a picture cannot
             be read, or the model answers with infinite or undefined numbers; rows are named by their index.
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"dataset must be one split of a dataset, not a {type(dataset).__name__}.")
-    image_column, label_column = guess_columns(dataset, image_column, label_column)
+    image_column, label_column = guess_columns(dataset, image_column, label_column, labels=labels)
     if not len(dataset):
         raise ValueError("the dataset is empty: there is no image to embed.")
-    labels = None if label_column is None else label_indices(dataset, label_column)
-    class_names = None if labels is None else getattr(dataset.features[label_column], "names", None)
+    found = None if label_column is None else label_indices(dataset, label_column)
+    class_names = None if found is None else getattr(dataset.features[label_column], "names", None)
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     fingerprint = content_fingerprint(dataset, image_column)
@@ -154,7 +157,7 @@ def embed_dataset(
     # Every process must have looked before the first of them can finish the table.
     state.wait_for_everyone()
     if embeds is None:
-        pictures = dataset.with_format(None).select_columns([image_column])
+        pictures = stored_pictures(dataset, image_column)
         with ExitStack() as held:
             with suppress(BlockingIOError):  # another run of the very same job: both go on, with the same parts
                 held.enter_context(claim(path) if state.is_main_process else nullcontext())
@@ -172,7 +175,27 @@ def embed_dataset(
     elif state.is_main_process and (folder.exists() or beside(path, LOCK).exists()):
         with suppress(OSError), claim(path):  # killed when it was as good as finished
             shutil.rmtree(folder, ignore_errors=True)
-    return FeatureTable(embeds, labels, class_names, fingerprint)
+    return FeatureTable(embeds, found, class_names, fingerprint)
+
+
+def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
+    """Labels (N,) of a table as positions in `class_names`, matched by name (see [`match_names`]); numbers without
+    names are positions.
+
+    Raises:
+        ValueError: no labels, labels that are no class (-1, say), or classes of the table that `class_names` lacks.
+    """
+    if table.labels is None:
+        raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=...).")
+    count = len(table.class_names or class_names)
+    outside = ((table.labels < 0) | (table.labels >= count)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"image {row} has label {int(table.labels[row])}, and there are {count} classes: leave such images out, "
+            "or the whole column where it holds no labels."
+        )
+    return torch.tensor(label_places(table.class_names, table.labels.tolist(), class_names), dtype=torch.long)
 
 
 def _open(path: Path) -> Tensor | None:
@@ -274,20 +297,19 @@ def _make_parts(
 def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) -> Tensor:
     """Rows of some pictures."""
     (column,) = pictures.column_names
-    try:
-        images = pictures[rows.start : rows.stop][column]
-    except Exception:
-        # Decoding fails for the batch as a whole; read row by row to say which picture it was.
+
+    row = rows.start
+
+    def stored() -> Iterator:
+        nonlocal row
         for row in rows:
-            try:
-                pictures[row]
-            except Exception as error:
-                raise ValueError(f"the image in row {row} cannot be read: {error}") from error
-        raise
+            yield pictures[row][column]
+
     try:
-        block = encoder.embed_pixels(encoder.preprocess(images), tower).cpu()
-    except ValueError as error:
-        raise ValueError(f"in the batch of rows {rows.start} to {rows.stop - 1}: {error}") from error
+        pixels = encoder.preprocess(stored())
+    except UnreadablePicture as error:
+        raise ValueError(f"the image in row {row} cannot be read{error.fault}{SKIP}.") from error
+    block = encoder.embed_pixels(pixels, tower).cpu()
     finite = torch.isfinite(block).all(dim=1)
     if not finite.all():
         row = rows[int((~finite).nonzero()[0])]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from glob import glob
-from pathlib import Path, PurePath
+from glob import escape, glob
+from os.path import isfile
+from pathlib import Path
 
 from datasets import (
     ClassLabel,
@@ -16,21 +17,25 @@ from datasets import (
     DatasetBuilder,
     DatasetDict,
     Image,
+    IterableDataset,
     ReadInstruction,
     Value,
     concatenate_datasets,
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ..encoders.pictures import UnreadablePicture, read_picture
+from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, check_hub_id, hub_errors, split_revision
+from .folders import DATA_FILES, Folder, read_folder
 
 
 logger = logging.getLogger(__name__)
 
-_FILES = {".parquet": "parquet", ".arrow": "arrow"}
 _NO_ROWS = "corresponds to no data"  # what `datasets` says of a split or slice without rows
 _SPLITS = re.compile(r"(?:^|\+)([^\[+]+)")  # the names in a slice ("train[:100]") or a sum ("train+test")
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -54,8 +59,9 @@ def load_images(
     Args:
         source (`str`):
             A Hub id (``id@revision`` pins a version); a folder with pictures (a subfolder per class names the
-            labels), with the files of a data set, or written by `Dataset.save_to_disk`; a ``.parquet`` or ``.arrow``
-            file or a glob of such; ``sandbox:DOMAIN``.
+            labels, see `folders.py` for the rule), with the files of a data set or a ``metadata.csv`` or ``.jsonl``
+            of its pictures, or written by `Dataset.save_to_disk`; a ``.parquet`` or ``.arrow`` file or a glob of such;
+            ``sandbox:DOMAIN``.
         split (`str`, *optional*): name of the split, slices such as ``"train[:10%]"`` included.
         prefer (`Sequence[str]`, *optional*): splits to look for when none is named, best first; the only one is
             taken under any name.
@@ -73,8 +79,10 @@ def load_images(
             cannot be read.
         ConnectionError: a Hub data set that is not in the cache while the Hub cannot be reached.
     """
-    dataset = open_split(source, split, prefer=prefer, subset=subset)
-    image, label = guess_columns(dataset, image_column, label_column)
+    dataset = open_split(source, split, prefer=as_list(prefer, "prefer"), subset=subset)
+    image, label = guess_columns(dataset, image_column, labels=False)[0], label_column
+    with suppress(ValueError if label is None else ()):  # which of several does not matter to those who need none
+        label = guess_columns(dataset, image, label)[1]
     if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
         dataset = dataset.class_encode_column(label)
     return draw(dataset, image, max_images, skip_unreadable)
@@ -95,9 +103,7 @@ def _readable(dataset: Dataset, image_column: str) -> Dataset:
 
     `datasets` caches the outcome with data from files, so a second look costs nothing.
     """
-    # In the default format nothing but the stored bytes and paths is read.
-    stored = dataset.with_format(None).select_columns([image_column]).cast_column(image_column, Image(decode=False))
-    faults = stored.map(
+    faults = stored_pictures(dataset, image_column).map(
         _fault, input_columns=[image_column], remove_columns=[image_column], desc="Decoding every picture"
     )["fault"][:]
     bad = [row for row, fault in enumerate(faults) if fault is not None]
@@ -111,32 +117,39 @@ def _readable(dataset: Dataset, image_column: str) -> Dataset:
     return dataset.select([row for row, fault in enumerate(faults) if fault is None])
 
 
-def _fault(picture: dict | None) -> dict[str, str | None]:
+def _fault(picture) -> dict[str, str | None]:
     """What is wrong with a picture, after the end of its file's path, if it has one; `None` if it can be decoded."""
-    if picture is None:
-        return {"fault": ": there is no picture"}
     try:
-        Image().decode_example(picture).convert("RGB")
-    except Exception as error:  # decoders raise whatever they like
-        file = "/".join(PurePath(picture["path"] or "").parts[-2:])  # enough to find it, and nothing of this machine
-        return {"fault": f"{f' ({file})' if file else ''}: {' '.join(str(error).split()) or type(error).__name__}"}
+        read_picture(picture)
+    except UnreadablePicture as error:
+        return {"fault": error.fault}
     return {"fault": None}
 
 
+def stored_pictures(dataset: Dataset, column: str) -> Dataset:
+    """One column as it is stored, whatever format or transform is set: what [`read_picture`] reads."""
+    stored = dataset.with_format(None).select_columns([column])
+    encoded = isinstance(stored.features[column], Image)
+    return stored.cast_column(column, Image(decode=False)) if encoded else stored
+
+
 def guess_columns(
-    dataset: Dataset, image_column: str | None = None, label_column: str | None = None
+    dataset: Dataset, image_column: str | None = None, label_column: str | None = None, *, labels: bool = True
 ) -> tuple[str, str | None]:
     """Names of the image and the label column; a name that is given is only checked.
 
     The image column is the one of type `Image`, or else one with a usual name; the label column is the one with a
-    usual name, or else the only `ClassLabel`. A dataset may have no label column.
+    usual name, or else the only `ClassLabel`. A dataset may have no label column; without `labels` none is looked for.
 
     Raises:
-        ValueError: a given column is missing, no image column is found, or several columns could be meant.
+        ValueError: not one split of a dataset, a given column is missing, no image column is found, or several columns
+            could be meant.
     """
+    check_split(dataset)
     names, types = dataset.column_names, dataset.features
     if not names:
         raise ValueError("the dataset is empty: it has no columns.")
+    label_column = label_column if labels else None
     for given in (image_column, label_column):
         if given is not None and given not in names:
             raise ValueError(f"there is no column {given!r}; the columns are {', '.join(names)}.")
@@ -146,10 +159,26 @@ def guess_columns(
         image_column = _only("image_column", candidates, names)
         if image_column is None:
             raise ValueError(f"no image column found among {', '.join(names)}: pass image_column=.")
-    if label_column is None:
+    if label_column is None and labels:
         typed = [name for name in names if isinstance(types[name], ClassLabel)]
         label_column = _only("label_column", _usual(names, _LABEL_NAMES) or typed, names)
     return image_column, label_column
+
+
+def check_split(dataset, wanted: str = "a dataset") -> None:
+    """
+    Raises:
+        ValueError: something else than one split of a dataset; what to pass in its place is said.
+    """
+    if isinstance(dataset, Dataset):
+        return
+    how = "load_images reads folders, files and Hub ids"
+    if isinstance(dataset, dict) and dataset:  # a DatasetDict
+        how = f"pass one of its splits, such as dataset[{next(iter(dataset))!r}]"
+    elif isinstance(dataset, IterableDataset):
+        how = "load it without streaming, or take some of it, Dataset.from_list(list(dataset.take(1000)))"
+    kind = type(dataset).__name__
+    raise ValueError(f"dataset must be one split of {wanted}, not a {kind}: {how}.")
 
 
 def label_indices(dataset: Dataset, column: str) -> list[int]:
@@ -159,7 +188,7 @@ def label_indices(dataset: Dataset, column: str) -> list[int]:
         ValueError: one that is no whole number.
     """
     values = dataset.with_format(None)[column][:]  # at once: one by one takes a minute for a million
-    odd = [value for value in values if not isinstance(value, int)]
+    odd = [value for value in values if not isinstance(value, int) or isinstance(value, bool)]
     if odd:
         raise ValueError(
             f"column {column!r} holds {odd[0]!r}, not class indices: "
@@ -208,7 +237,7 @@ def list_splits(source: str, subset: str | None = None) -> list[str]:
 def _dataset_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except DatasetsError as error:
+    except (DatasetsError, RuntimeError) as error:  # the latter of a script, among others
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"cannot load the dataset {source!r}: {error.__cause__ or error}") from error
 
@@ -224,7 +253,12 @@ def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[s
         saved = load_from_disk(name)
         saved = saved if isinstance(saved, DatasetDict) else {re.split(r"\W", str(saved.split or "train"))[0]: saved}
         return list(saved), partial(_sliced, saved.__getitem__)
-    where = _files(name) or ({"path": name, "name": subset} if Path(name).is_dir() else None)
+    if Path(name).is_dir():
+        where = _in_folder(Path(name), subset)
+        if isinstance(where, Folder):
+            return list(where.pictures), partial(_sliced, where.load)
+    else:
+        where = _files(name)
     builder = _hub_builder(name, subset, revision) if where is None else load_dataset_builder(**where)
     splits = [str(name) for name in builder.info.splits or builder.config.data_files or ()]
     return splits, partial(_read, builder)
@@ -259,18 +293,39 @@ def _sliced(load: Callable[[str], Dataset], split: str) -> Dataset:
     return concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
+def _in_folder(folder: Path, subset: str | None) -> Folder | dict:
+    """A folder of pictures, or what `load_dataset` needs for one with the files of a data set."""
+    script = folder / f"{folder.resolve().name}.py"
+    if script.is_file():
+        raise ValueError(f"{str(folder)!r} holds a dataset script, {script.name}, and no data set's code is ever run.")
+    found, place = read_folder(folder), escape(folder.absolute())
+    if found is None and place == str(folder.absolute()):
+        return {"path": str(folder), "name": subset}
+    if found is None:  # `datasets` would take the path for a pattern
+        kinds = [DATA_FILES[path.suffix] for path in folder.rglob("*") if path.suffix in DATA_FILES]
+        if not kinds:
+            raise ValueError(f"{str(folder)!r}: there are neither pictures nor .parquet or .arrow files in it.")
+        patterns = get_data_patterns(place).items()
+        return {
+            "path": kinds[0],
+            "data_files": {split: [f"{place}/{one}" for one in each] for split, each in patterns},
+        }
+    if not found.has_metadata:
+        return found
+    patterns = {split: [f"{escape(place.absolute())}/**"] for split, place in found.places.items()}
+    return {"path": "imagefolder", "data_files": patterns}
+
+
 def _files(name: str) -> dict | None:
-    """What `load_dataset` needs for files, `None` for a folder or a Hub id."""
-    if Path(name).is_dir():
-        return None
-    found = sorted(path for path in glob(name, recursive=True) if Path(path).is_file())
+    """What `load_dataset` needs for files, `None` for a Hub id. A file of that very name goes before a pattern."""
+    found = [name] if Path(name).is_file() else sorted(path for path in glob(name, recursive=True) if isfile(path))
     if not found:
         check_hub_id(name, "dataset")
         return None
-    formats = {_FILES.get(Path(path).suffix) for path in found}
+    formats = {DATA_FILES.get(Path(path).suffix) for path in found}
     if len(formats) > 1 or None in formats:
         raise ValueError(f"{name!r} must name .parquet or .arrow files, all of one kind; it matches {found[0]!r}.")
-    return {"path": formats.pop(), "data_files": found}
+    return {"path": formats.pop(), "data_files": [escape(path) for path in found]}
 
 
 def _choose(splits: Sequence[str], split: str | None, prefer: Sequence[str], source: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from ..hub.checks import as_list
 from .class_names import listed
 
 
@@ -50,6 +51,7 @@ def base_names(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: fewer than two names; there would be no novel class.
     """
+    names = as_list(names, "names")
     if len(names) < 2:
         raise ValueError(f"A base/novel split needs at least 2 classes, got {len(names)}.")
     return tuple(names[: (len(names) + 1) // 2])

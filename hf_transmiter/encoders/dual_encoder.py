@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import (
@@ -28,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
+from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
 from .families import (
     aligned,
@@ -45,6 +44,7 @@ from .families import (
 from .identity import model_fingerprint, vocabulary_hash
 from .open_clip import OpenClipModel
 from .open_clip import load_processor as load_open_clip_processor
+from .pictures import as_pictures, read_picture
 
 
 logger = logging.getLogger(__name__)
@@ -213,20 +213,21 @@ class DualEncoder:
         """Pictures to pixels: (B, 3, S, S) normalised float32 on the CPU, S = `image_size`; see [`square_processor`].
 
         Args:
-            images (`Sequence` of `PIL.Image.Image`, path or `np.ndarray`, or one of these):
-                Any colour mode (converted to RGB); arrays are uint8, (H, W), (H, W, 3) or (H, W, 4). Pictures given
-                by path are turned upright by their EXIF orientation, as `datasets` does.
+            images (`Iterable` of whatever [`read_picture`] reads, or one of these):
+                Each is read, scaled and let go before the next one.
 
         Raises:
             ValueError: a picture cannot be read; the message names it.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
-            images = [images]
-        pictures = [_read_rgb(image, index) for index, image in enumerate(images)]
-        if not pictures:
-            raise ValueError("no images were given.")
         image_processor = square_processor(self._require("image_processor"), self.model.config)
-        return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        # One by one: a photograph takes a hundred times the memory of its pixels here.
+        pixels = [
+            image_processor(images=[read_picture(image, f"image {index}")], return_tensors="pt")["pixel_values"]
+            for index, image in enumerate(as_pictures(images))
+        ]
+        if not pixels:
+            raise ValueError("no images were given.")
+        return torch.cat(pixels)
 
     def embed_pixels(self, pixel_values: Tensor, tower: bool = False) -> Tensor:
         """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device; with
@@ -237,7 +238,7 @@ class DualEncoder:
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
-        blocks = [torch.empty(0, self.embed_dim, device=self.device)]
+        blocks, images = [torch.empty(0, self.embed_dim, device=self.device)], as_pictures(images)
         for start in range(0, len(images), batch_size):
             blocks.append(self.embed_pixels(self.preprocess(images[start : start + batch_size])))
         return torch.cat(blocks)
@@ -262,6 +263,7 @@ class DualEncoder:
         Raises:
             ValueError: there are no templates, or one of them lacks ``{}``.
         """
+        names, templates = as_list(names, "names"), as_list(templates, "templates")
         bad = [template for template in templates if "{}" not in template]
         if bad or not templates:
             raise ValueError(f"each template needs a {{}} where the name goes; got {bad or 'no template'}.")
@@ -406,21 +408,3 @@ def square_processor(processor: BaseImageProcessor, config: PreTrainedConfig) ->
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     kept = {name: getattr(processor, name) for name in kept}
     return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
-
-
-def _read_rgb(image, index: int) -> Image.Image:
-    name = f"image {index}"
-    try:
-        if isinstance(image, (str, os.PathLike)):
-            name = repr(os.fspath(image))
-            with Image.open(image) as file:
-                return ImageOps.exif_transpose(file).convert("RGB")
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8:
-                raise ValueError(f"arrays must be uint8 with values 0 to 255, not {image.dtype}")
-            return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
-        if getattr(image, "filename", ""):
-            name = repr(image.filename)
-        return image.convert("RGB")
-    except (OSError, ValueError, TypeError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"cannot read {name}: {error}") from error

@@ -12,15 +12,15 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ..data.anchors import DEFAULT_TEMPLATES
-from ..data.images import guess_columns
+from ..data.images import check_split, guess_columns
 from ..data.vocabulary import NUM_ANCHORS
 from ..encoders.dual_encoder import DualEncoder
+from ..hub.checks import as_list
 from ..hub.scores import Score
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.refit import fewest_images
-from ..method.stored_logits import CalibrationPack
-from ..method.teacher import Teacher
+from ..method.teacher import Teacher, task_names
 from ..settings import ExtractionConfig
 from .evaluate import score_logits
 from .evidence import VISIBLE_GAIN, Evidence, paired_gain, recommend
@@ -154,7 +154,8 @@ def compare(
         weak, strong ([`DualEncoder`]): the pre-trained models.
         teacher ([`Teacher`]): the tuned weak model; must be a model, since it is scored on the test images.
         test (`datasets.Dataset`): images to score on, labelled or not.
-        unlabelled (`datasets.Dataset`, *optional*): images of the task; labels are not read.
+        unlabelled (`datasets.Dataset`, *optional*):
+            Images of the task; labels are not read. The test images when omitted, if those have no labels.
         labelled (`datasets.Dataset`, *optional*): a few labelled images of the seen classes, for what needs labels.
         general (`datasets.Dataset`, *optional*): any images, not the task's, for a bridge without task images.
         tuned_strong ([`Teacher`], *optional*): a tuned strong model, as a ceiling; when omitted it is tuned here.
@@ -183,7 +184,13 @@ def compare(
             a class that is not among the names, or two rows of one name.
     """
     rows = _rows(variants)
-    names = tuple(class_names or _names_of(test, teacher, embedding))
+    for images in (test, unlabelled, labelled, general):
+        if images is not None:
+            check_split(images)
+    columns = {key: embedding.get(key) for key in ("image_column", "label_column")}
+    names = tuple(as_list(class_names or _names_of(test, teacher, columns), "class_names"))
+    if unlabelled is None and guess_columns(test, **columns)[1] is None:
+        unlabelled = test
     task = Task(
         weak,
         strong,
@@ -194,7 +201,7 @@ def compare(
         labelled=labelled,
         general=general,
         seen_classes=seen_classes,
-        templates=tuple(templates),
+        templates=tuple(as_list(templates, "templates")),
         vocabulary=vocabulary,
         tuned_strong=tuned_strong,
         tuning=tuning,
@@ -231,7 +238,7 @@ def compare(
 
 
 def _rows(variants: Sequence[Variant | str | Mapping] | None) -> list[Variant]:
-    rows = [Variant.of(one) for one in (METHODS if variants is None else variants)]
+    rows = [Variant.of(one) for one in (METHODS if variants is None else as_list(variants, "variants"))]
     names = [row.name for row in rows]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -372,12 +379,11 @@ def _others(found: Comparison, evidence: Evidence) -> Iterator[str]:
         yield f"With labels, {with_labels[1]}: where there are labels, {todo}."
 
 
-def _names_of(test, teacher: Teacher, embedding: dict) -> Sequence[str]:
+def _names_of(test, teacher: Teacher, columns: Mapping) -> Sequence[str]:
     """Names of the test images' labels; without labels, those the tuned model knows."""
-    label = guess_columns(test, embedding.get("image_column"), embedding.get("label_column"))[1]
-    names = getattr((test.features or {}).get(label), "names", None)
-    if names is None and label is None and isinstance(teacher, (AnchorClassifier, CalibrationPack)):
-        names = teacher.class_names
+    label = guess_columns(test, **columns)[1]
+    names = getattr(test.features.get(label), "names", None)
+    names = task_names(None, teacher) if names is None and label is None else names
     if names is None:
-        raise ValueError("the test images have no class names: pass class_names in label order.")
+        raise ValueError("the test images have no class names: pass class_names (--class-names) in label order.")
     return names

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..data.anchors import Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import align_labels, embed_dataset
 from ..hub.adapter_files import SCORES
 from ..hub.card import write_card
 from ..hub.scores import THIS, Score, read_scores, write_scores
-from ..method.classifier import AnchorClassifier
+from ..method.classifier import AnchorClassifier, seen_columns
 from ..method.teacher import teacher_logits
 from .reliability import check_labels
 
@@ -95,7 +95,7 @@ def evaluate(
     table = embed_dataset(classifier.encoder, dataset, tower=classifier.reads_tower, **embedding)
     labels = align_labels(table, classifier.class_names)
     logits = teacher_logits(classifier, dataset, classifier.class_names, **embedding)
-    base = None if seen_classes is None else [classifier.class_names.index(name) for name in seen_classes]
+    base = None if seen_classes is None else seen_columns(classifier.class_names, seen_classes)
     scores = score_logits(logits, labels, base)
     on = {"dataset": dataset_name, "num_images": len(labels)}
     return [Score(method, split, metric, value, **on) for metric, value in scores.items()]
@@ -117,31 +117,6 @@ def record_scores(
     known, new = read_scores(path) if path.is_file() else [], set(map(about, scores))
     write_scores(path, [*(score for score in known if about(score) not in new), *scores])
     write_card(folder)
-
-
-def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
-    """Labels (N,) of a table as positions in `class_names`, matched by name.
-
-    Raises:
-        ValueError: no labels, labels that are no class (-1, say), or a class of the table that `class_names` lacks.
-    """
-    if table.labels is None:
-        raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=...).")
-    count = len(table.class_names or class_names)
-    outside = ((table.labels < 0) | (table.labels >= count)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(
-            f"image {row} has label {int(table.labels[row])}, and there are {count} classes: leave such images out, "
-            "or the whole column where it holds no labels."
-        )
-    if table.class_names is None:
-        return table.labels
-    lookup = {name: i for i, name in enumerate(class_names)}
-    missing = [name for name in table.class_names if name not in lookup]
-    if missing:
-        raise ValueError(f"the dataset's class {missing[0]!r} is not among the classifier's names; pass those.")
-    return torch.tensor([lookup[name] for name in table.class_names])[table.labels]
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import FeatureTable, align_labels, embed_dataset
 from ..data.images import guess_columns
 from ..data.vocabulary import COMMON_NOUNS, NUM_ANCHORS, load_vocabulary
 from ..encoders.dual_encoder import DualEncoder
+from ..hub.checks import as_list
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
@@ -26,17 +27,17 @@ from ..method.teacher import Teacher, as_classifier, teacher_class_vectors, teac
 from ..method.tune import starting_templates, tune
 from ..settings import ExtractionConfig, TuningConfig, split_tuning
 from ..tuners.prompts import prompt_layer
-from .evaluate import align_labels, measured
+from .evaluate import measured
 
 
 SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; batches differ by about 1e-7
 SPREAD_IMAGES = 2048  # so many, evenly spaced, tell which names spread most; their logits stay in memory
 _ANY_TUNING = ("optimizer", "schedule", "warmup", "lr", "weight_decay", "batch_size", "seed", "precision")
 _MISSING = {
-    "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
-    "labelled": "it needs labelled images: pass `labelled`",
-    "general": "it needs images of any kind: pass `general`",
-    "bridge": "it needs a finished bridge: pass `bridge`",
+    "unlabelled": "it needs unlabelled images of the task: pass `unlabelled` (--unlabelled)",
+    "labelled": "it needs labelled images: pass `labelled` (--labelled)",
+    "general": "it needs images of any kind: pass `general` (--general)",
+    "bridge": "it needs a finished bridge: pass `bridge` (--bridge)",
 }
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ class Task:
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        unknown = [name for name in self.seen_classes or () if name not in self.names]
+        unknown = [name for name in as_list(self.seen_classes or (), "seen_classes") if name not in self.names]
         if unknown:
             raise ValueError(
                 f"seen_classes holds {unknown[0]!r}, which is not among the {len(self.names)} class names."
@@ -131,7 +132,8 @@ class Task:
 
     def table(self, model: DualEncoder, name: str, tower: bool = False) -> FeatureTable:
         """Embeddings of one of the sets of images, with or without tower features."""
-        return embed_dataset(model, self.need(name), tower=tower, **self.options)
+        read = {**self.options, "tower": tower, "labels": name in ("test", "labelled")}
+        return embed_dataset(model, self.need(name), **read)
 
     def said_by(self, teacher: Teacher, name: str, base: DualEncoder) -> Tensor:
         """Task logits (N, C) on one of the sets of images; `base` is the model that was tuned."""

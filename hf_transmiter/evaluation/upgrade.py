@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data.anchors import PROMPTED, Anchors
-from ..data.embeddings import embed_dataset
+from ..data.embeddings import align_labels, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import TEACHER_FILE, TeacherFacts
 from ..method.attach import Incompatible, attach, read_config
@@ -25,7 +25,7 @@ from ..method.classifier import AnchorClassifier
 from ..method.teacher import teacher_logits
 from ..method.tune import adapter_settings
 from ..settings import split_tuning
-from .evaluate import align_labels, harmonic_mean, score_logits
+from .evaluate import harmonic_mean, score_logits
 
 
 logger = logging.getLogger(__name__)

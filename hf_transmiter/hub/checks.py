@@ -28,6 +28,20 @@ KEY_PREFIX = "base_model.model.transmiter.transmiter_"  # of a tensor's name in 
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 
 
+class BareString(TypeError, ValueError):
+    """One string where a list of them is wanted: its letters would be the entries."""
+
+
+def as_list(values, what: str) -> list:
+    """
+    Raises:
+        BareString: `values` is one string.
+    """
+    if isinstance(values, (str, bytes)):
+        raise BareString(f"{what} must be a list of strings, got the bare string {values!r}; write [{values!r}].")
+    return list(values)
+
+
 def parse_json(text: str | bytes, where: str):
     """The value of a JSON text (bytes are UTF-8), whoever wrote it. `where` is what to call it in an error.
 

@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, HfApi
 from .adapter_files import BRIDGE, CALIBRATION, CONFIG, SCORES, TEACHER_FILE, WEIGHTS, without_paths
 from .card import README, by_people, given_metadata, write_card
 from .card_text import NamedModel
-from .checks import load_json, read_header
+from .checks import as_list, load_json, read_header
 from .files import read_metadata_json, replace_metadata
 from .repo import fetch, hub_errors, public_name, push_folder, refuse_links_out
 from .scores import read_scores, write_scores
@@ -59,7 +59,7 @@ def push(
             folder.
         OSError: the Hub refuses or cannot be reached.
     """
-    folder = Path(folder)
+    folder, tags = Path(folder), as_list(tags, "tags")
     if not any((folder / file).is_file() for file in (CONFIG, BRIDGE)):
         raise FileNotFoundError(f"there is neither {CONFIG} nor {BRIDGE} in {str(folder)!r}: nothing to share.")
     refuse_links_out(folder, SHARED)

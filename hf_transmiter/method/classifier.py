@@ -7,18 +7,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import CommitInfo
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
+from ..encoders.pictures import as_pictures
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
 from ..hub.card import write_card
+from ..hub.checks import as_list
 from ..hub.files import fill_folder
 from ..hub.push import push
 from ..hub.repo import fetch, split_revision
@@ -35,7 +35,7 @@ def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list
     Raises:
         ValueError: a name that is none of the class names.
     """
-    unknown = sorted(set(seen or ()) - set(class_names))
+    unknown = sorted(set(as_list(seen or (), "seen_classes")) - set(class_names))
     if unknown:
         raise ValueError(f"seen_classes holds names the adapter does not know: {unknown[:5]}.")
     if seen is not None and not len(seen):
@@ -197,15 +197,14 @@ class AnchorClassifier(nn.Module):
         `{"label": name, "score": probability}`, best first.
 
         Args:
-            images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
+            images (`Sequence` of whatever [`read_picture`] reads, or one of these): the pictures.
             class_names (`Sequence[str]`, *optional*): asked this once, see [`set_classes`].
         """
         if class_names:
             asked = AnchorClassifier(self.encoder, self.anchors)
             asked.transmiter = self.transmiter
             return asked.set_classes(class_names).predict(images, top_k, batch_size)
-        images = [images] if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) else list(images)
-        names, results = self.class_names, []
+        images, names, results = list(as_pictures(images)), self.class_names, []
         for start in range(0, len(images), batch_size):
             pixels = self.encoder.preprocess(images[start : start + batch_size])
             probabilities = self(pixel_values=pixels).logits_per_image[:, : len(names)].float().softmax(-1)

@@ -52,7 +52,7 @@ def expert_logits(
     """
     names = tuple(class_names)
     options = {"templates": templates, **embedding}
-    table = embed_dataset(strong, dataset, **embedding) if table is None else table
+    table = embed_dataset(strong, dataset, **{**embedding, "labels": False}) if table is None else table
     if isinstance(teacher, Tensor) and weak is None:
         return teacher_logits(teacher, dataset, names, table=table)
     tuned, zero_shot = tuned_and_weak_logits(teacher, weak, dataset, names, table=table, **options)
@@ -93,11 +93,12 @@ def tuned_and_weak_logits(
         weak = teacher.encoder
     if weak is None:
         raise ValueError("these labels need the weak model as it was before its tuning: pass weak=.")
-    options = {"templates": templates, "weak": weak, "table": embed_dataset(weak, dataset, **embedding), **embedding}
+    own = embed_dataset(weak, dataset, **{**embedding, "labels": False})
+    options = {"templates": templates, "weak": weak, "table": own, **embedding}
     return tuple(
         teacher_logits(one, dataset, names, **options) for one in (teacher, _zero_shot(weak, names, templates))
     )
 
 
 def _zero_shot(model: DualEncoder, names: Sequence[str], templates: Sequence[str]) -> AnchorClassifier:
-    return AnchorClassifier(model, Anchors(tuple(names), (), tuple(templates)))
+    return AnchorClassifier(model, Anchors(names, (), templates))

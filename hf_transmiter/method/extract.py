@@ -28,7 +28,7 @@ from ..tuners.transmiter.layer import refine
 from .classifier import AnchorClassifier, seen_columns
 from .refit import fit_image_side
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, as_classifier, same_image_tower, teacher_class_vectors, teacher_logits
+from .teacher import Teacher, as_classifier, same_image_tower, task_names, teacher_class_vectors, teacher_logits
 
 
 IMAGE_PENALTY = 3.0  # of the ridge, in mean variances: directions that only the weak model has do not carry over
@@ -81,7 +81,11 @@ def extract(
             begin with the class names, unknown names in `seen_classes`, or logits that are not finite.
     """
     config = config or ExtractionConfig()
-    class_names = _class_names(class_names, anchors, teacher, dataset)
+    if class_names is None and anchors is not None and anchors.task:
+        class_names = anchors.task
+    class_names = task_names(class_names, teacher, dataset, embedding)
+    if class_names is None:
+        raise ValueError("no class names: pass class_names, or a dataset whose label column is a ClassLabel.")
     if anchors is None:
         published = config.solver == "gradient"
         anchors = Anchors.build(class_names, templates=templates) if published else Anchors(class_names, (), templates)
@@ -89,7 +93,7 @@ def extract(
         raise ValueError("the anchors' task names are not the class names, or in another order.")
     table = logits = None
     if dataset is not None:
-        options = {"accelerator": accelerator, "progress": progress, **embedding}
+        options = {"accelerator": accelerator, "progress": progress, **embedding, "labels": False}
         table = embed_dataset(weak, dataset, **options)
         options |= {"templates": anchors.templates, "weak": weak, "table": table}
         logits = teacher_logits(teacher, dataset, class_names, **options)
@@ -272,16 +276,3 @@ def gradient(
     layer.transmiter_basis["default"].data.copy_(basis.weight)
     facts = {"loss": losses[-1] if losses else None, "settings": {**asdict(config), "lambdas": list(config.lambdas)}}
     return {**layer.tensors("default"), "anchors": text}, facts
-
-
-def _class_names(given, anchors: Anchors | None, teacher: Teacher, dataset) -> tuple[str, ...]:
-    if given is not None:
-        return tuple(given)
-    if anchors is not None and anchors.task:
-        return anchors.task
-    if isinstance(teacher, (AnchorClassifier, CalibrationPack)):
-        return tuple(teacher.class_names)
-    for feature in (getattr(dataset, "features", None) or {}).values():
-        if getattr(feature, "names", None):
-            return tuple(feature.names)
-    raise ValueError("no class names: pass class_names, or a dataset whose label column is a ClassLabel.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import FeatureTable, align_labels, embed_dataset
 from ..hub.provenance import library_versions
 from ..settings import LabelTuningConfig
 from ..training.loop import fit
@@ -34,7 +34,8 @@ def label_tune(
 
     Args:
         adapter (`AnchorClassifier`): a classifier with an adapter; a tuned copy is returned, this one stays.
-        dataset (`datasets.Dataset` or `FeatureTable`): labelled images; labels index the adapter's class names.
+        dataset (`datasets.Dataset` or `FeatureTable`):
+            Labelled images; labels are matched by name or, without names, index the adapter's class names.
         seen_classes (`Sequence[str]`, *optional*):
             Only these names' columns enter the loss (base classes in base-to-novel runs). Defaults to all.
         **embedding: passed to `embed_dataset`.
@@ -53,7 +54,8 @@ def label_tune(
         raise ValueError("label_tune needs labelled images: pass a dataset with a label column (label_column=...).")
     columns = seen_columns(source.class_names, seen_classes)
     places = {column: place for place, column in enumerate(columns)}
-    labels = [places.get(label, -1) for label in table.labels.tolist()]
+    named = table.labels if table.class_names is None else align_labels(table, source.class_names)
+    labels = [places.get(label, -1) for label in named.tolist()]
     if -1 in labels:
         row = labels.index(-1)
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..data.anchors import Anchors
+from ..data.class_names import label_places
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.images import label_indices
 from ..data.splits import few_shot
@@ -47,10 +48,12 @@ class Lesson:
 
 
 def draw_few_shot(dataset: Dataset, label_column: str, names: Sequence[str], config: TuningConfig):
-    """Rows of the drawn examples and their labels (N,), and the same of up to `MOST_HELD_OUT` left-over ones."""
-    values = label_indices(dataset, label_column)
-    rows = few_shot(values, config.shots, config.seed, len(names), allow_fewer=True)
-    labels = torch.tensor([values[row] for row in rows], dtype=torch.long)
+    """Rows of the drawn examples and their labels (N,), and the same of up to `MOST_HELD_OUT` left-over ones. Labels
+    are positions in `names`, matched by name; which examples are drawn does not depend on the order of `names`."""
+    values, found = label_indices(dataset, label_column), getattr(dataset.features[label_column], "names", None)
+    rows = few_shot(values, config.shots, config.seed, len(found or names), allow_fewer=True)
+    places = label_places(found, values, names)
+    labels = torch.tensor([places[row] for row in rows], dtype=torch.long)
     counts = labels.bincount(minlength=len(names)).tolist()
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
@@ -62,7 +65,7 @@ def draw_few_shot(dataset: Dataset, label_column: str, names: Sequence[str], con
         each = max(1, MOST_HELD_OUT // len(names))
         drawn = few_shot([values[row] for row in left], each, config.seed, allow_fewer=True)
         left = [left[i] for i in drawn][:: -(-len(drawn) // MOST_HELD_OUT)]
-    return rows, labels, left, torch.tensor([values[row] for row in left], dtype=torch.long)
+    return rows, labels, left, torch.tensor([places[row] for row in left], dtype=torch.long)
 
 
 def labelled_lesson(model: DualEncoder, dataset: Dataset, drawn: tuple, options: dict) -> Lesson:

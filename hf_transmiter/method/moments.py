@@ -144,5 +144,6 @@ def sum_dataset(
         texts = [model.embed_names(anchors.names, anchors.templates).cpu() for model in (weak, strong)]
     if dataset is None:
         return sum_pairs([(texts[1], texts[0])], *widths)
-    tables = [embed_dataset(model, dataset, accelerator=accelerator, **embedding) for model in (weak, strong)]
+    options = {"accelerator": accelerator, **embedding, "labels": False}
+    tables = [embed_dataset(model, dataset, **options) for model in (weak, strong)]
     return sum_pairs(image_pairs(weak, strong, tables, texts, accelerator), *widths, accelerator)

@@ -19,7 +19,7 @@ from ..hub.repo import SANDBOX, fetch, read_json, split_revision
 from ..tuners import PeftType
 from .classifier import AnchorClassifier
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, as_classifier
+from .teacher import Teacher, as_classifier, task_names
 
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,9 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
         raise ValueError(f"adapter_config.json of {source!r} describes no adapter for this model: {error}") from error
     tuned = DualEncoder(model.eval(), weak.processor, weak.name_or_path, weak.revision)
     if facts is None:
-        return tuned
-    classifier = AnchorClassifier(tuned, Anchors(tuple(facts.class_names), (), tuple(facts.templates)))
+        names = task_names(None, tuned)
+        return tuned if names is None else as_classifier(tuned, names)
+    classifier = AnchorClassifier(tuned, Anchors(facts.class_names, (), facts.templates))
     classifier.facts = facts
     return classifier
 
@@ -135,8 +136,10 @@ def load_classifier(
             name, revision = split_revision(source)
             return AnchorClassifier.from_pretrained(name, encoder, revision=revision)
         classifier = load_teacher(source, encoder)
-    if isinstance(classifier, AnchorClassifier):
+    if isinstance(classifier, AnchorClassifier) and (classifier.facts is not None or not class_names):
         return classifier
+    if isinstance(classifier, AnchorClassifier):  # a prompt, which can be asked for any names
+        classifier = classifier.encoder
     if not class_names:
         raise ValueError(f"{source!r} has no class names saved with it: pass class names, or a dataset that has some.")
     return as_classifier(classifier, class_names, templates)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..algebra import check_finite
+from ..hub.checks import as_list
 from ..hub.files import read_metadata_json, read_tensors, replace_file
 
 
@@ -40,7 +41,7 @@ class CalibrationPack:
     weak_logits: Tensor | None = None
 
     def __post_init__(self):
-        self.class_names = tuple(self.class_names)
+        self.class_names = tuple(as_list(self.class_names, "class_names"))
         if self.logits.ndim != 2 or self.logits.shape[1] != len(self.class_names):
             raise ValueError(
                 f"logits must be (N, {len(self.class_names)}), one column per class name, "

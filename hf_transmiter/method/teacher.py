@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..algebra import check_finite
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.images import guess_columns
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import is_dual_encoder, unwrap
+from ..hub.checks import as_list
 from ..tuners.prompts import image_conditioned, prompt_layer
 from .classifier import AnchorClassifier
 from .stored_logits import CalibrationPack
@@ -45,13 +47,40 @@ def as_classifier(
         layer = prompt_layer(teacher.model)
         if layer is not None and layer.active_name is not None:
             templates = PROMPTED
-        return AnchorClassifier(teacher, Anchors(tuple(class_names), (), tuple(templates)))
+        return AnchorClassifier(teacher, Anchors(class_names, (), templates))
     if isinstance(teacher, (CalibrationPack, Tensor, str, os.PathLike)):
         return None
     raise TypeError(
         f"a teacher is an AnchorClassifier, a tuned dual encoder, a CalibrationPack or its file, logits (N, C), or a "
         f"list of these, not {type(teacher).__name__}."
     )
+
+
+def task_names(
+    given: Sequence[str] | None, teacher: Teacher | None, dataset=None, columns: Mapping | None = None
+) -> tuple[str, ...] | None:
+    """The C class names: those given, the teacher's own, or those of the label column of `dataset`; `columns` may name
+    that. `None` where nobody says them.
+
+    Raises:
+        BareString: one string is given.
+        ValueError: several columns could be meant.
+    """
+    if given is not None:
+        return tuple(as_list(given, "class_names"))
+    first = teacher[0] if isinstance(teacher, (list, tuple)) and teacher else teacher
+    if isinstance(first, (AnchorClassifier, CalibrationPack)):
+        return tuple(first.class_names)
+    model = first.model if isinstance(first, DualEncoder) else first
+    layer = prompt_layer(model) if isinstance(model, nn.Module) else None
+    if layer is not None and layer.active_name is not None and layer.active_config.class_names:
+        return tuple(layer.active_config.class_names)  # PEFT saves them with a prompt
+    if dataset is None:
+        return None
+    columns = {key: (columns or {}).get(key) for key in ("image_column", "label_column")}
+    _, label_column = guess_columns(dataset, **columns)
+    names = getattr(dataset.features.get(label_column), "names", None)
+    return names and tuple(names)
 
 
 def _columns(teacher: AnchorClassifier | CalibrationPack, class_names: Sequence[str]) -> list[int]:
@@ -132,7 +161,8 @@ def teacher_logits(
         return _stored(teacher, class_names, table)
     at_hand = table is not None and weak is not None and not classifier.reads_tower
     if not at_hand or not same_image_tower(weak, classifier.encoder):
-        table = embed_dataset(classifier.encoder, dataset, tower=classifier.reads_tower, **embedding)
+        own = {**embedding, "tower": classifier.reads_tower, "labels": False}
+        table = embed_dataset(classifier.encoder, dataset, **own)
     columns, device = _columns(classifier, class_names), classifier.encoder.device
     blocks = [classifier.classify(x.to(device))[:, columns].float().cpu() for x in table.batches(4096)]
     return check_finite(torch.cat(blocks), "the teacher's logits")

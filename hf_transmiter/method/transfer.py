@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from ..data.anchors import Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.images import check_split
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import without_paths
@@ -77,9 +78,11 @@ def transfer(
     config, source = config or TransferConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
+    if dataset is not None:
+        check_split(dataset)
     seen = seen_columns(source.class_names, seen_classes)
     all_seen = len(set(seen)) == len(source.class_names)
-    weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}
+    weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding, "labels": False}
     space = "logit" if source.form == "mlp" else "embedding"
     if config.refit and (dataset is None or space == "logit"):
         raise ValueError("a refit is of a linear adapter, to unlabelled images: pass images, or leave refit out.")

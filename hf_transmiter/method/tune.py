@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, replace
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PromptLearningConfig
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
-from ..data.images import guess_columns
+from ..data.images import check_split, guess_columns
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import did_you_mean
@@ -35,7 +35,7 @@ from ..tuners.prompts import PromptConfig, layers, phrase_token_ids, prompt_laye
 from .classifier import AnchorClassifier
 from .lessons import draw_few_shot, held_out_loss, labelled_lesson, taught_by, taught_lesson, what_was_learnt
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, as_classifier, same_image_tower
+from .teacher import Teacher, as_classifier, same_image_tower, task_names
 
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def tune(
         teacher ([`Teacher`], *optional*): the tuned weak model or its stored logits; the labels are not read then.
         weak ([`DualEncoder`], *optional*): what the teacher was before its tuning, see [`expert_logits`].
         class_names (`Sequence[str]`, *optional*):
-            C names in label order; the teacher's, or those of the label column, when omitted.
+            The C names; the teacher's, or those of the label column, when omitted. The label column's names are
+            matched with them by name, in any order; where it has none, its numbers are positions in them.
         config ([`TuningConfig`], *optional*): how it is trained.
         templates (`Sequence[str]`, *optional*):
             Prompts of the zero-shot class vectors; `"a photo of a {}."` when omitted, or PromptSRC's 60.
@@ -102,9 +103,9 @@ def tune(
         learner, whose context takes the place of the template.
 
     Raises:
-        ValueError: no or unusable labels, a class without images, duplicate names, a name too long for the context,
-            an unknown method or option of it, or a model that has adapters already; with a teacher, fewer than two
-            images, `shots`, or what [`expert_logits`] raises.
+        ValueError: no or unusable labels, a class without images or without a name, duplicate names, a name too long
+            for the context, an unknown method or option of it, or a model that has adapters already; with a teacher,
+            fewer than two images, `shots`, or what [`expert_logits`] raises.
 
     ```python
     >>> weak = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
@@ -114,20 +115,22 @@ def tune(
     >>> upgraded = tune(strong, load_dataset("mteb/dtd", split="train"), teacher=tuned, weak=weak)  # no label is read
     ```
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
+    check_split(dataset, "a datasets.Dataset")
     if isinstance(teacher, (str, os.PathLike)):
         teacher = CalibrationPack.load(teacher)
-    columns = guess_columns(dataset, image_column, label_column)
-    names = tuple(_class_names(dataset, columns[1], class_names, teacher))
+    if teacher is None:
+        image_column, label_column = guess_columns(dataset, image_column, label_column)
+    else:
+        image_column, _ = guess_columns(dataset, image_column, labels=False)
+    columns = {"image_column": image_column, "label_column": label_column}
+    names = _class_names(dataset, columns, class_names, teacher)
     adapter = adapter_settings(_fitting(teacher, weak, names) if adapter is None else adapter)
     method, given = adapter["method"], config or TuningConfig()
     config = given.of(method, taught=teacher is not None)
-    templates = starting_templates(method) if templates is None else templates
-    anchors = Anchors(names, (), tuple(templates))
+    anchors = Anchors(names, (), starting_templates(method) if templates is None else templates)
     embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
-    options = {"image_column": columns[0], "label_column": columns[1], **embedding}
-    drawn = None if teacher is not None else draw_few_shot(dataset, columns[1], names, config)
+    options = {**columns, "labels": False, **embedding}
+    drawn = None if teacher is not None else draw_few_shot(dataset, label_column, names, config)
     tuned = _with_adapter(model, names, adapter, config)
     moves_images = _moves_images(tuned)
     if moves_images and config.views:
@@ -140,7 +143,7 @@ def tune(
         lesson = taught_lesson(teacher, weak, model, dataset, anchors, config.seed, options)
     embeds, zero_shot = lesson.table.embeds.to(model.device), _zero_shot(model, anchors, method, config)
     targets = lesson.targets.to(model.device)
-    pixels = functools.cache(functools.partial(Pixels, tuned, lesson.examples, columns[0]))
+    pixels = functools.cache(functools.partial(Pixels, tuned, lesson.examples, image_column))
     source = trained_images if moves_images else frozen_images
 
     def forward(config: TuningConfig):
@@ -247,18 +250,16 @@ def _note(tuned: DualEncoder, num_images: int, dataset: Dataset, settings: dict)
 
 
 def _class_names(
-    dataset: Dataset, label_column: str | None, given: Sequence[str] | None, teacher: Teacher | None
-) -> list[str]:
+    dataset: Dataset, columns: Mapping, given: Sequence[str] | None, teacher: Teacher | None
+) -> tuple[str, ...]:
+    label_column = columns["label_column"]
     if teacher is None and label_column is None:
         raise ValueError(f"tuning needs labels; pass label_column=, one of {', '.join(dataset.column_names)}.")
-    known = getattr(teacher, "class_names", None) if given is None else given
-    feature = None if label_column is None else dataset.features[label_column]
-    if known is None and isinstance(feature, ClassLabel):
-        known = feature.names
-    if known is None:
+    names = task_names(given, teacher, dataset, columns)
+    if names is None:
         where = "the teacher" if label_column is None else f"column {label_column!r}"
         raise ValueError(f"{where} does not name its classes: pass class_names in label order.")
-    return list(known)
+    return names
 
 
 def _fitting(teacher: Teacher | None, weak: DualEncoder | None, names: Sequence[str]) -> str | Mapping:

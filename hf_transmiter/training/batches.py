@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from ..data.images import stored_pictures
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import image_inputs
 from ..settings import TuningConfig
@@ -31,7 +32,7 @@ class Pixels:
 
     def __init__(self, encoder: DualEncoder, examples: Dataset, column: str):
         self.encoder, self.column = encoder, column
-        self.examples = examples.with_format(None).select_columns([column])
+        self.examples = stored_pictures(examples, column)
         self.kept = None
         if 4 * 3 * encoder.image_size**2 * len(examples) <= PIXEL_MEMORY:
             self.kept = torch.cat([self._read(rows) for rows in torch.arange(len(examples)).split(256)])
@@ -43,7 +44,7 @@ class Pixels:
         return self._read(rows) if self.kept is None else self.kept[rows]
 
     def _read(self, rows: Tensor) -> Tensor:
-        return self.encoder.preprocess(self.examples[rows.tolist()][self.column])
+        return self.encoder.preprocess(self.examples[row][self.column] for row in rows.tolist())
 
 
 def frozen_images(weak: DualEncoder, embeds: Tensor, pixels: Callable[[], Pixels], config: TuningConfig) -> Images:

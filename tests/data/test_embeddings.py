@@ -364,7 +364,7 @@ def test_an_unreadable_picture_is_named_by_its_row(encoder, make_dataset, tmp_pa
 
 def test_pictures_that_are_no_pictures(encoder, tmp_path):
     dataset = datasets.Dataset.from_dict({"image": ["missing.jpg"]})
-    with pytest.raises(ValueError, match=r"rows 0 to 0: cannot read 'missing.jpg'"):
+    with pytest.raises(ValueError, match=r"the image in row 0 cannot be read \(missing.jpg\): No such file"):
         embed_dataset(encoder, dataset, cache_dir=tmp_path)
 
 

@@ -145,7 +145,7 @@ class TransMiterConfig(PeftConfig):
 
     @property
     def anchors(self) -> Anchors:
-        return Anchors(tuple(self.class_names), tuple(self.auxiliary_names), tuple(self.templates))
+        return Anchors(self.class_names, self.auxiliary_names, self.templates)
 
     @classmethod
     def for_anchors(cls, anchors: Anchors, **kwargs) -> TransMiterConfig:

@@ -1,0 +1,163 @@
+"""[`read_picture`]: whatever holds a picture, as 8 bits of red, green and blue, upright. The only way to read one.
+
+Black is 0, and white is what the type says, 255 in 8 bits and 65535 in 16, whatever values occur. Only of wider types
+and floats, where the type does not say it, do the values, or the picture is refused: see [`_eight_bits`].
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import PurePath
+
+import numpy as np
+import torch
+from datasets import Image as StoredImage
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+
+SKIP = "; load the pictures with skip_unreadable=True (--skip-unreadable) to leave such ones out"
+MAX_RATIO = 200  # of the sides: scaled to a short side of 224, such a picture has 10 million pixels
+_SIXTEEN = ("PNG", "PPM")  # formats whose grey of 16 bits Pillow may open as 32-bit integers
+_CHANNELS = (1, 2, 3, 4)
+_ONLY = (str, bytes, bytearray, os.PathLike, Mapping, Image.Image, np.ndarray, torch.Tensor)
+
+
+class UnreadablePicture(ValueError):
+    """A picture that cannot be read; `fault` is the end of its path, if it has one, and why."""
+
+    def __init__(self, message: str, fault: str):
+        super().__init__(message)
+        self.fault = fault
+
+
+def as_pictures(pictures):
+    """A list of one, where one picture is given in place of several; an array of four axes is several."""
+    single = isinstance(pictures, _ONLY) and getattr(pictures, "ndim", 0) < 4
+    return [pictures] if single else pictures
+
+
+def read_picture(picture, name: str = "the picture") -> Image.Image:
+    """A picture in mode RGB, turned upright by its EXIF orientation; of an animation the first frame.
+
+    Args:
+        picture (`str`, `os.PathLike`, `bytes`, `Mapping`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`):
+            A file, its content, ``{"bytes": ..., "path": ...}`` as `datasets` stores it, any mode of Pillow, or values
+            (H, W), (H, W, C) or (C, H, W), C of 1 to 4. Where an array could be either, a tensor is (C, H, W).
+            Transparency is left out, as transformers does.
+        name (`str`, *optional*): what to call it in an error, unless it has a file name.
+
+    Raises:
+        UnreadablePicture: the message names it and says why.
+    """
+    path, content = picture, picture
+    if isinstance(picture, Mapping):
+        path, content = picture.get("path"), picture.get("bytes")
+    elif isinstance(picture, Image.Image):
+        path = getattr(picture, "filename", None)
+    path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    try:
+        if content is None and path is not None:
+            # In an archive, or far away, as `datasets` names such places.
+            content = StoredImage().decode_example({"bytes": None, "path": path}) if "://" in path else path
+        if isinstance(content, Image.Image):
+            return _rgb(content)
+        if isinstance(content, (str, os.PathLike, bytes, bytearray)):
+            encoded = isinstance(content, (bytes, bytearray))
+            with io.BytesIO(content) if encoded else open(content, "rb") as file, Image.open(file) as opened:
+                return _rgb(opened)
+        if isinstance(content, (np.ndarray, torch.Tensor, list)):
+            return _from_values(content)
+        raise ValueError("there is no picture" if content is None else f"it is a {type(content).__name__}, no picture")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        said = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        said = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else said
+        place = f" ({'/'.join(PurePath(path).parts[-2:])})" if path else ""  # enough to find it
+        whose = repr(path) if path and not isinstance(picture, Mapping) else f"{name}{place}"
+        raise UnreadablePicture(f"cannot read {whose}: {said}", f"{place}: {said}") from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    width, height = picture.size
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"it is {width} x {height} pixels, and one side may be {MAX_RATIO} times the other")
+    kind, name = picture.format, getattr(picture, "filename", "")
+    if kind == "TIFF" and name:  # which Pillow maps from disk by its name, and then does not turn
+        picture.filename = ""
+        picture.load()
+        picture.filename = name
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except Exception:  # of broken tags: what was decoded elsewhere is as upright as it will be
+        if kind is not None:
+            raise
+    mode = picture.mode
+    if mode.startswith("I") or mode == "F":
+        sixteen = mode.startswith("I;16") or kind in _SIXTEEN
+        values = np.asarray(picture)
+        picture = Image.fromarray(_eight_bits(values.astype(np.uint16) if sixteen else values))
+    elif mode == "LAB":
+        picture = ImageCms.applyTransform(picture, _from_lab())
+    elif mode == "La":
+        picture = picture.convert("LA")
+    elif mode == "P" and "transparency" in picture.info:  # the same colours, without a warning
+        picture = picture.convert("RGBA")
+    picture = picture.convert("RGB")
+    picture.info = {}  # what is read once more is not turned once more
+    return picture
+
+
+@cache
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+
+
+def _from_values(values) -> Image.Image:
+    first = isinstance(values, torch.Tensor)
+    if first:
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    values = np.asarray(values)
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise ValueError(f"an array of shape {values.shape} is no picture: (H, W), (H, W, C) or (C, H, W)")
+    if values.ndim == 3:
+        leading, trailing = values.shape[0] in _CHANNELS, values.shape[2] in _CHANNELS
+        if not leading and not trailing:
+            raise ValueError(f"an array of shape {values.shape} is no picture: neither end has 1 to 4 channels")
+        if leading and (first or not trailing):
+            values = np.moveaxis(values, 0, -1)
+        values = values[..., 0] if values.shape[-1] == 1 else values
+    return _rgb(Image.fromarray(np.ascontiguousarray(_eight_bits(values))))
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values as 0 to 255. Wider integers are read as 8 bits if all fit, else as 16; floats as 0 to 1 or, if all are
+    whole numbers beyond that, as 8 bits (what Pillow makes of them).
+
+    Raises:
+        ValueError: a type or range of which nobody knows what is white, such as floats that are all 0 or 1.
+    """
+    kind, bits, white = values.dtype.kind, 8 * values.dtype.itemsize, 0
+    if kind == "b" or (kind == "u" and bits <= 16):
+        white = 1 if kind == "b" else 2**bits - 1
+    elif kind in "iuf":
+        low, high = values.min(), values.max()
+        if kind != "f":
+            white = 255 if high <= 255 else 65535
+        elif np.isfinite(high) and (values == np.floor(values)).all():
+            white = 255 if high > 1 else 0
+        else:
+            white = 1
+        if not 0 <= low <= high <= white:  # not a number, too
+            white = 0
+    if not white:
+        reach = f", {values.min()} to {values.max()}" if kind in "iuf" else ""
+        raise ValueError(
+            f"values must be uint8, uint16, or fractions from 0 to 1 for what is white to be known, not {values.dtype}"
+            f"{reach}"
+        )
+    return values if bits == white.bit_length() == 8 else (values / (white / 255) + 0.5).astype(np.uint8)
