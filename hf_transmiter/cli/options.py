@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import re
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +23,9 @@ import yaml
 
 import hf_transmiter as ht
 
-from ..settings import FitConfig, check_choice, setting
+from ..hub.checks import parse_yaml, read_yaml
+from ..settings import FitConfig, check_choice, check_fields, setting
+from .reporting import fail, reporting
 
 
 UNLABELLED = ("unlabelled", "unlabeled", "train")
@@ -122,10 +120,13 @@ class DataOptions:
     subset: str | None = setting(None, "Configuration of a Hub dataset that has several.")
     image_column: str | None = setting(None, "Column with the pictures; guessed if unset.")
     label_column: str | None = setting(None, "Column with the labels; guessed if unset.")
-    max_images: int | None = setting(None, "Use that many pictures, drawn at random.")
+    max_images: int | None = setting(None, "Use that many pictures, drawn at random.", least=1)
     skip_unreadable: bool = setting(False, "Leave out pictures that cannot be read; else they are an error.")
-    embed_batch_size: int = setting(64, "Pictures per forward pass.")
+    embed_batch_size: int = setting(64, "Pictures per forward pass.", least=1)
     cache_dir: str | None = setting(None, "Where embeddings are kept; a folder in the Hugging Face cache if unset.")
+
+    def __post_init__(self):
+        check_fields(self)
 
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
         """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
@@ -186,7 +187,7 @@ class OutputOptions:
     def saved(self) -> dict | None:
         """The settings of an earlier run that filled the folder, `None` where there was none."""
         path = self.output_dir / SETTINGS_FILE
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_yaml(path) if path.is_file() else None
 
     @property
     def checkpoint(self) -> Path:
@@ -220,54 +221,6 @@ class HubOptions:
 def expert(help: str):
     """An option of one command that `--help` only names, behind ``--set``."""
     return typer.Option(help=help, hidden=True)
-
-
-def fail(message: str, quiet: bool = False) -> None:
-    if not quiet:
-        print(f"Error: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-@contextmanager
-def reporting(run: RunOptions) -> Iterator[None]:
-    """Remarks go to stderr; foreseen errors become one line there and exit code 1."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger = logging.getLogger(ht.__name__)
-    before = logger.level
-    logger.addHandler(handler)
-    quiet = run.quiet or not run.main_process
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
-    try:
-        with _silence() if quiet else nullcontext():
-            yield
-    except (ValueError, OSError) as error:
-        if run.debug or isinstance(error, BrokenPipeError):  # `| head` closed the pipe: typer leaves quietly
-            raise
-        fail(str(error) or type(error).__name__)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-
-
-_QUIET = {
-    **dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1"),
-    **dict.fromkeys(("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"), "error"),
-}
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No bars and remarks of the libraries either: they read these variables when a command imports them."""
-    added = {name: value for name, value in _QUIET.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 def check_new(path: Path, overwrite: bool) -> None:
@@ -317,9 +270,12 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
         if config_file:
             parameters += _from_elsewhere(parameters)
 
+        spelt = _spelling(parameters)
+
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
-            with reporting(run):
+            quiet = run.quiet or not run.main_process
+            with reporting(quiet, run.debug, spelt) as said:
                 arguments = {name: value for name, value in values.items() if name in taken}
                 for name, kind in groups.items():
                     arguments[name] = _instance(kind, values)
@@ -328,7 +284,7 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
                     arguments["values"] = _plain({k: v for k, v in values.items() if k not in _NOT_SAVED})
                 result = function(**arguments)
                 if run.main_process:
-                    print(json.dumps(result.data, indent=2, default=str) if run.json else result.text)
+                    print(_json(result.data) if run.json else said(result.text), flush=True)
                 if result.failed:
                     if run.accelerator is not None:  # the first process that ends with an error ends the others
                         run.accelerator.wait_for_everyone()
@@ -341,6 +297,22 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
         return function
 
     return register
+
+
+def _spelling(parameters: list[inspect.Parameter]) -> dict[str, str]:
+    """How the command line names an option, by its name in Python."""
+    found = {}
+    for item in parameters:
+        about = item.annotation.__metadata__[0]
+        if isinstance(about, typer.models.OptionInfo):
+            dashed = f"--{item.name.replace('_', '-')}"
+            found[item.name] = f"--set {item.name}=..." if about.hidden else dashed
+    return found
+
+
+def _json(data: dict) -> str:
+    """JSON has no NaN: null."""
+    return json.dumps(json.loads(json.dumps(data, default=str), parse_constant=lambda _: None), indent=2)
 
 
 def _parameters(kind: type) -> Iterator[inspect.Parameter]:
@@ -386,11 +358,11 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
     if path is None:
         return
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = read_yaml(path) or {}
     except OSError as error:
         fail(f"cannot read the config {str(path)!r}: {error.strerror}.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fail(f"{path} is not valid YAML: {error}")
+    except ValueError as error:
+        fail(str(error))
     if not isinstance(content, dict):
         fail(f"{path} must hold 'option: value' lines, not a {type(content).__name__}.")
     _take(context, {str(key): value for key, value in content.items()}, str(path))
@@ -417,20 +389,27 @@ def key_values(entries: list[str] | None, option: str) -> dict:
         if not found or not key.strip():
             raise ValueError(f"{option} takes key=value, got {entry!r}.")
         try:
-            content[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            content[key.strip()] = parse_yaml(value, key)
+        except ValueError:
             content[key.strip()] = value
     return content
 
 
 def _take(context: typer.Context, content: dict, where: str, wins: bool = False) -> None:
-    content = {key.replace("-", "_"): value for key, value in content.items()}
+    # As on the command line: `epochs: 1.5` is no whole number there, and `true` none either.
+    content = {key.replace("-", "_"): _as_typed(value) for key, value in content.items()}
     known = [option.name for option in context.command.params if option.name not in ("config", "set", "help")]
     unknown = [key for key in content if key not in known]
     if unknown:
         fail(f"{where} has unknown options {', '.join(unknown)}; there are: {', '.join(known)}.")
     before = context.default_map or {}
     context.default_map = {**before, **content} if wins else {**content, **before}
+
+
+def _as_typed(value):
+    if isinstance(value, list):
+        return [_as_typed(one) for one in value]
+    return value if value is None or isinstance(value, dict) else str(value)
 
 
 def _from_elsewhere(parameters: list[inspect.Parameter]) -> Iterator[inspect.Parameter]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.files import replace_file
+from ..settings import check_number
 from .images import guess_columns, label_indices
 
 
@@ -129,6 +130,7 @@ def embed_dataset(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a dataset, not a {type(dataset).__name__}.")
+    batch_size = check_number("batch_size", batch_size, least=1)
     image_column, label_column = guess_columns(dataset, image_column, label_column)
     if not len(dataset):
         raise ValueError("the dataset is empty: there is no image to embed.")

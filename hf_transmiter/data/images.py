@@ -26,6 +26,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..hub.repo import SANDBOX, check_hub_id, hub_errors, split_revision
+from ..settings import check_number
 
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,7 @@ def load_images(
 def draw(dataset: Dataset, image_column: str, max_images: int | None, skip_unreadable: bool) -> Dataset:
     """The last steps of [`load_images`]: fewer pictures, and only those that can be read."""
     if max_images is not None:
-        if max_images < 1:
-            raise ValueError(f"max_images must be at least 1, got {max_images}.")
+        max_images = check_number("max_images", max_images, least=1)
         # Data from the Hub are often sorted by class.
         dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
     return _readable(dataset, image_column) if skip_unreadable else dataset

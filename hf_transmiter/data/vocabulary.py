@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+from ..settings import check_number
+
 
 COMMON_NOUNS = "common-nouns"
 STRATEGIES = ("random", "farthest-point", "highest-spread", "spread-then-farthest", "all")
@@ -110,8 +112,7 @@ def choose_auxiliary(
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
     if strategy == "all":
         return list(range(len(candidates)))
-    if count < 0:
-        raise ValueError(f"The number of auxiliary names must not be negative, got {count}.")
+    count = check_number("the number of auxiliary names", count, least=0)
     if count > len(candidates):
         raise ValueError(
             f"{count} auxiliary names are wanted but the vocabulary offers only {len(candidates)}. Use a larger "

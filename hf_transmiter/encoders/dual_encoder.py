@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
+from ..settings import check_number
 from .families import (
     aligned,
     check_family,
@@ -237,6 +238,7 @@ class DualEncoder:
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
+        batch_size = check_number("batch_size", batch_size, least=1)
         blocks = [torch.empty(0, self.embed_dim, device=self.device)]
         for start in range(0, len(images), batch_size):
             blocks.append(self.embed_pixels(self.preprocess(images[start : start + batch_size])))
@@ -297,7 +299,7 @@ class DualEncoder:
 
     def _embed_lists(self, lists: Iterable[Sequence[str]], batch_size: int) -> Iterator[Tensor]:
         """Unit rows of the texts of each list; at the end one warning about all that were cut."""
-        cut = []
+        cut, batch_size = [], check_number("batch_size", batch_size, least=1)
         for texts in lists:
             blocks = [torch.empty(0, self.embed_dim, device=self.device)]
             for start in range(0, len(texts), batch_size):

@@ -33,7 +33,7 @@ from ..hub.files import read_metadata_json, read_tensors, replace_file
 from ..hub.provenance import library_versions
 from ..hub.push import push
 from ..hub.repo import fetch, public_name
-from ..settings import BETA
+from ..settings import BETA, PULL, check_number
 from .moments import CrossMoment, sum_dataset
 
 
@@ -138,6 +138,9 @@ class Bridge:
             ValueError: an unknown space, a logit-space bridge without images, or a beta in embedding space.
             TypeError: a keyword that `embed_dataset` does not have.
         """
+        beta = check_number("beta", beta, float, **PULL)
+        if beta_per_image is not None:
+            beta_per_image = check_number("beta_per_image", beta_per_image, float, **PULL)
         if space not in ("embedding", "logit"):
             raise ValueError(f"space must be 'embedding' or 'logit', got {space!r}.")
         if dataset is None and space == "logit":

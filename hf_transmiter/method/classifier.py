@@ -21,6 +21,7 @@ from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_a
 from ..hub.card import write_card
 from ..hub.push import push
 from ..hub.repo import fetch, split_revision
+from ..settings import check_number
 from ..tuners import TransMiterConfig, TransMiterLayer
 from ..tuners.injection import save_adapter
 from ..tuners.prompts import image_conditioned, image_conditioned_logits
@@ -199,6 +200,7 @@ class AnchorClassifier(nn.Module):
             images (`Sequence` of `PIL.Image.Image`, path or array, or one of these): the pictures.
             class_names (`Sequence[str]`, *optional*): asked this once, see [`set_classes`].
         """
+        top_k, batch_size = check_number("top_k", top_k, least=1), check_number("batch_size", batch_size, least=1)
         if class_names:
             asked = AnchorClassifier(self.encoder, self.anchors)
             asked.transmiter = self.transmiter
