@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import typer
@@ -107,7 +107,7 @@ def _silence(quiet: bool) -> Iterator[None]:
     }
     os.environ.update(added)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings() if quiet else nullcontext():
             if quiet:
                 warnings.simplefilter("ignore")
             yield

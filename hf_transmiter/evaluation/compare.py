@@ -104,7 +104,7 @@ class Comparison:
         for name, row in self.rows.items():
             values = {key: None if math.isnan(one.value) else one.value for key, one in row.scores.items()}
             first = next(iter(row.scores.values()))
-            cost = {"seconds": first.seconds, "peak_mb": first.peak_mb, "bytes": row.size}
+            cost = {"seconds": first.seconds, "bytes": row.size}
             needs, split = [need for need in NEEDS if need in row.needs], first.split
             shape = {"models": row.models, "open_names": row.open_names}
             rows.append({"name": name, "scores": values, **cost, **shape, "needs": needs, "note": row.note})
@@ -176,7 +176,7 @@ def compare(
 
     Returns:
         [`Comparison`]: a row that is not possible, or fails for a foreseen reason, is among its `skipped`. What a
-        given `tuned_strong` cost is not known, so its scores have neither seconds nor memory.
+        given `tuned_strong` cost is not known, so its scores have no seconds.
 
     Raises:
         ValueError: no class names, the teacher only has stored logits or does not know a class, labelled images of

@@ -137,7 +137,8 @@ class Variant:
         methods = [key for key in found if key != "name"] if isinstance(found, Mapping) else []
         if len(methods) != 1:
             raise ValueError(
-                f"a row is the name of a method or {{method: {{setting: value}}}}, with a name or not, got {shortened(value)}."
+                "a row is the name of a method or {method: {setting: value}}, with a name or not, got "
+                f"{shortened(value)}."
             )
         return cls(methods[0], found[methods[0]] or {}, found.get("name"))
 
