@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
+from types import MappingProxyType
 
 
 SOLVERS = ("image_map", "discriminant", "ridge", "gradient")
@@ -108,14 +109,16 @@ def check_fields(config, limits: Mapping[str, Mapping] | None = None) -> None:
         object.__setattr__(config, item.name, value)
 
 
-def check_kind(value, kind: type | tuple[type, ...], what: str):
-    """Returns `value`.
+def check_kind(name: str, value, kind: type, hints: Mapping[type | tuple[type, ...], str] = MappingProxyType({})):
+    """Returns `value`, an argument of this `name`.
 
     Raises:
-        TypeError: it is not of this kind; the message begins with `what` is wanted.
+        TypeError: it is not of this kind; with the hint for what it is instead, if there is one.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{what}, not a {type(value).__name__}.")
+        hint = next((f": {hint}" for other, hint in hints.items() if isinstance(value, other)), "")
+        found = "None" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be a {kind.__name__}, not {found}{hint}.")
     return value
 
 
@@ -276,6 +279,8 @@ class TuningConfig(FitConfig):
         if found.schedule == "epochs" and self.warmup:
             raise ValueError("schedule 'epochs' does not read warmup: leave that out, or choose 'cosine'.")
         found.warmup = 0.0 if found.schedule == "epochs" else found.warmup
+        if self.pull is not None and not found.keep_near:
+            raise ValueError("the pull has no weight: give keep_near, such as 1.0, or leave pull out.")
         if found.project and not found.keep_near and self.keep_near is None:
             raise ValueError("project follows the pull, which has no weight: give keep_near, such as 1.0.")
         if found.augment == "none" and found.views:

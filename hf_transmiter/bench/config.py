@@ -17,7 +17,7 @@ from ..evaluation.methods import METHODS, Variant
 from ..hub.checks import did_you_mean, read_yaml
 from ..hub.repo import public_name
 from ..method.tune import adapter_settings
-from ..settings import check_choice, shortened, split_tuning
+from ..settings import check_choice, check_read, shortened, split_tuning
 from .protocols import PROTOCOLS, parts
 
 
@@ -142,6 +142,8 @@ class BenchConfig:
             for value in getattr(self, name):
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise ValueError(f"{name} must be whole numbers of at least {least}, got {shortened(value)}.")
+        if self.experiment == "upgrade":
+            check_read(self, "an upgrade", ("general", "vocabulary", "num_anchors"))
         if self.sweep is not None and not re.fullmatch(rf"({'|'.join(_SWEPT)})\.\w+", self.sweep):
             raise ValueError(f"sweep must be PART.SETTING with one of {', '.join(_SWEPT)}, got {self.sweep!r}.")
         for name in _LISTS:

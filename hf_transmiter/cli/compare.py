@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import hf_transmiter as ht
 
-from ..settings import SHOTS, check_choice
+from ..settings import SEED, SHOTS, check_choice, check_number
 from .options import (
     LABELLED,
     TEST,
@@ -80,6 +80,14 @@ def compare(
     if output_dir is not None and run.main_process:
         check_new(output_dir / "report.md", overwrite)
     check_choice("retune", retune, RETUNE)
+    if labelled is None and (shots, seed, retune) != (SHOTS, 0, RETUNE[0]):
+        raise ValueError("shots, seed and retune are about labelled pictures: pass --labelled, too.")
+    if tuned_strong is not None and retune != RETUNE[0]:
+        raise ValueError("retune says how the strong model is tuned here: leave it out, or tuned_strong.")
+    for name, value, least in (("shots", shots, {"least": 1}), ("seed", seed, SEED)):
+        check_number(name, value, **least)
+    if min_gain is not None:
+        check_number("min_gain", min_gain, float)
     if gate is not None and min_gain is None:
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
     if gate is not None and ht.Variant.of(gate).method == ht.STRONG:

@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..hub.files import replace_file
 from ..settings import check_number
-from .images import guess_columns, label_indices
+from .images import check_dataset, guess_columns, label_indices
 
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,8 @@ def embed_dataset(
         ValueError: no or several columns could be meant, the dataset is empty, labels are no indices, a picture cannot
             be read, or the model answers with infinite or undefined numbers; rows are named by their index.
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"dataset must be one split of a dataset, not a {type(dataset).__name__}.")
+    check_encoder("encoder", encoder)
+    check_dataset(dataset)
     batch_size = check_number("batch_size", batch_size, least=1)
     image_column, label_column = guess_columns(dataset, image_column, label_column)
     if not len(dataset):

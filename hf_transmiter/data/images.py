@@ -123,6 +123,18 @@ def _fault(picture: dict | None) -> dict[str, str | None]:
     return {"fault": None}
 
 
+def check_dataset(dataset, name: str = "dataset") -> Dataset:
+    """
+    Raises:
+        ValueError: not one split of a dataset; the message says how to make one of it.
+    """
+    if not isinstance(dataset, Dataset):
+        hint = {str: ": load it with load_split", DatasetDict: f": take one of its splits, such as {name}['train']"}
+        found = "None" if dataset is None else f"a {type(dataset).__name__}"
+        raise ValueError(f"{name} must be one split of a datasets.Dataset, not {found}{hint.get(type(dataset), '')}.")
+    return dataset
+
+
 def guess_columns(
     dataset: Dataset, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[str, str | None]:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
-from ..settings import check_number
+from ..settings import check_kind, check_number
 from .families import (
     aligned,
     check_family,
@@ -50,6 +50,7 @@ from .open_clip import load_processor as load_open_clip_processor
 
 logger = logging.getLogger(__name__)
 
+_PICTURE = "a PIL image, a path or an array of uint8"
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -88,6 +89,7 @@ class DualEncoder:
     """
 
     def __init__(self, model: nn.Module, processor=None, name_or_path: str | None = None, revision: str | None = None):
+        check_kind("model", model, nn.Module, {(str, os.PathLike): "load it with DualEncoder.from_pretrained"})
         self.model = unwrap(model)
         config = getattr(self.model, "config", None)
         check_family(getattr(config, "model_type", None), f"The model ({type(self.model).__name__})")
@@ -221,9 +223,7 @@ class DualEncoder:
         Raises:
             ValueError: a picture cannot be read; the message names it.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
-            images = [images]
-        pictures = [_read_rgb(image, index) for index, image in enumerate(images)]
+        pictures = [_read_rgb(image, index) for index, image in enumerate(as_list(images))]
         if not pictures:
             raise ValueError("no images were given.")
         image_processor = square_processor(self._require("image_processor"), self.model.config)
@@ -238,6 +238,7 @@ class DualEncoder:
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
+        images = as_list(images)
         batch_size = check_number("batch_size", batch_size, least=1)
         blocks = [torch.empty(0, self.embed_dim, device=self.device)]
         for start in range(0, len(images), batch_size):
@@ -410,6 +411,28 @@ def square_processor(processor: BaseImageProcessor, config: PreTrainedConfig) ->
     return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
 
 
+def check_encoder(name: str, value) -> "DualEncoder":
+    """
+    Raises:
+        TypeError: not a dual encoder; the message says how to make one of it.
+    """
+    hints = {(str, os.PathLike): "load it with DualEncoder.from_pretrained", nn.Module: "wrap it, DualEncoder(model)"}
+    return check_kind(name, value, DualEncoder, hints)
+
+
+def as_list(images) -> list:
+    """Pictures, or a single one, as a list.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+        return [images]
+    if not isinstance(images, Iterable) or isinstance(images, (bytes, dict)):
+        raise TypeError(f"images must be pictures ({_PICTURE}) or one of these, not a {type(images).__name__}.")
+    return list(images)
+
+
 def _read_rgb(image, index: int) -> Image.Image:
     name = f"image {index}"
     try:
@@ -423,6 +446,8 @@ def _read_rgb(image, index: int) -> Image.Image:
             return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
         if getattr(image, "filename", ""):
             name = repr(image.filename)
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"a picture is {_PICTURE}, not a {type(image).__name__}")
         return image.convert("RGB")
     except (OSError, ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(f"cannot read {name}: {error}") from error

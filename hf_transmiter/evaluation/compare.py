@@ -12,15 +12,15 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ..data.anchors import DEFAULT_TEMPLATES
-from ..data.images import guess_columns
+from ..data.images import check_dataset, guess_columns
 from ..data.vocabulary import NUM_ANCHORS
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..hub.scores import Score
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.refit import fewest_images
 from ..method.stored_logits import CalibrationPack
-from ..method.teacher import Teacher
+from ..method.teacher import Teacher, check_teacher
 from ..settings import ExtractionConfig
 from .evaluate import score_logits
 from .evidence import VISIBLE_GAIN, Evidence, paired_gain, recommend
@@ -182,6 +182,12 @@ def compare(
         ValueError: no class names, the teacher only has stored logits or does not know a class, labelled images of
             a class that is not among the names, or two rows of one name.
     """
+    for name, model in (("weak", weak), ("strong", strong)):
+        check_encoder(name, model)
+    check_teacher(teacher)
+    for name, images in (("unlabelled", unlabelled), ("labelled", labelled), ("general", general), ("test", test)):
+        if images is not None or name == "test":
+            check_dataset(images, name)
     rows = _rows(variants)
     names = tuple(class_names or _names_of(test, teacher, embedding))
     task = Task(

@@ -22,7 +22,7 @@ from ..data.embeddings import FeatureTable, embed_dataset
 from ..hub.adapter_files import SCORES
 from ..hub.card import write_card
 from ..hub.scores import THIS, Score, read_scores, write_scores
-from ..method.classifier import AnchorClassifier
+from ..method.classifier import AnchorClassifier, check_classifier
 from ..method.teacher import teacher_logits
 from .reliability import check_labels
 
@@ -90,6 +90,7 @@ def evaluate(
     Raises:
         ValueError: no labels, class names of the dataset that are not the classifier's, or logits that are not finite.
     """
+    check_classifier("classifier", classifier)
     table = embed_dataset(classifier.encoder, dataset, tower=classifier.reads_tower, **embedding)
     labels = align_labels(table, classifier.class_names)
     logits = teacher_logits(classifier, dataset, classifier.class_names, **embedding)

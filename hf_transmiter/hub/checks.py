@@ -93,8 +93,8 @@ def parse_yaml(text: str | bytes, where: str):
     """The value of a YAML text, whoever wrote it. `where` is what to call it in an error.
 
     Raises:
-        ValueError: too large (also by its aliases, before they are expanded), too deep, not YAML, or a key twice in one
-            mapping.
+        ValueError: too large (also by its aliases, before they are expanded), too deep, not YAML, or a key twice
+            in one mapping.
     """
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{where} holds more than {MAX_JSON_BYTES:,} bytes, too much for what it should be.")

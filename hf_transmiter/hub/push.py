@@ -58,6 +58,8 @@ def push(
         ValueError: the base model is a local folder and `base_model` is not given.
         OSError: the Hub refuses or cannot be reached.
     """
+    if subfolder is not None and (license is not None or tags):
+        raise ValueError("license and tags are for the card, which no subfolder has: leave them out.")
     folder = Path(folder)
     if not any((folder / file).is_file() for file in (CONFIG, BRIDGE)):
         raise FileNotFoundError(f"there is neither {CONFIG} nor {BRIDGE} in {str(folder)!r}: nothing to share.")

@@ -138,9 +138,7 @@ class Bridge:
             ValueError: an unknown space, a logit-space bridge without images, or a beta in embedding space.
             TypeError: a keyword that `embed_dataset` does not have.
         """
-        beta = check_number("beta", beta, float, **PULL)
-        if beta_per_image is not None:
-            beta_per_image = check_number("beta_per_image", beta_per_image, float, **PULL)
+        check_number("beta", beta if beta_per_image is None else beta_per_image, float, **PULL)
         if space not in ("embedding", "logit"):
             raise ValueError(f"space must be 'embedding' or 'logit', got {space!r}.")
         if dataset is None and space == "logit":
@@ -496,8 +494,7 @@ class Bridge:
         return cls.load(path)
 
     def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
-        """Uploads what [`save_pretrained`] writes, in one commit; the repository ``user/name`` is made if it is not
-        there. Options are those of [`push`]: `private`, `commit_message`, `create_pr`, `token`, ..."""
+        """Uploads what [`save_pretrained`] writes, in one commit; options are those of [`push`]."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / BRIDGE)
             return push(folder, repo_id, **options)

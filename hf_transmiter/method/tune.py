@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
-from ..data.images import guess_columns
-from ..encoders.dual_encoder import DualEncoder
+from ..data.images import check_dataset, guess_columns
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import did_you_mean
 from ..settings import METHODS, VISION_LINEARS, TuningConfig
@@ -36,7 +36,7 @@ from ..tuners.prompts import PromptConfig, layers, phrase_token_ids, prompt_laye
 from .classifier import AnchorClassifier
 from .lessons import draw_few_shot, held_out_loss, labelled_lesson, taught_by, taught_lesson, what_was_learnt
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, as_classifier, same_image_tower
+from .teacher import Teacher, as_classifier, check_teacher, same_image_tower
 
 
 logger = logging.getLogger(__name__)
@@ -114,8 +114,14 @@ def tune(
     >>> upgraded = tune(strong, load_dataset("mteb/dtd", split="train"), teacher=tuned, weak=weak)  # no label is read
     ```
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"dataset must be one split of a datasets.Dataset, not a {type(dataset).__name__}.")
+    check_encoder("model", model)
+    check_dataset(dataset)
+    if weak is not None:
+        check_encoder("weak", weak)
+        if teacher is None:
+            raise ValueError("weak is what a teacher was before its tuning: pass the teacher, too, or leave weak out.")
+    if teacher is not None:
+        check_teacher(teacher)
     if isinstance(teacher, (str, os.PathLike)):
         teacher = CalibrationPack.load(teacher)
     columns = guess_columns(dataset, image_column, label_column)
