@@ -6,12 +6,15 @@ Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import MappingProxyType
 
+
+logger = logging.getLogger(__name__)
 
 SOLVERS = ("image_map", "discriminant", "ridge", "gradient")
 AUGMENTATIONS = ("none", "shift", "crop")
@@ -279,8 +282,8 @@ class TuningConfig(FitConfig):
         if found.schedule == "epochs" and self.warmup:
             raise ValueError("schedule 'epochs' does not read warmup: leave that out, or choose 'cosine'.")
         found.warmup = 0.0 if found.schedule == "epochs" else found.warmup
-        if self.pull is not None and not found.keep_near:
-            raise ValueError("the pull has no weight: give keep_near, such as 1.0, or leave pull out.")
+        if self.pull is not None and not found.keep_near and self.keep_near is None:
+            logger.warning("the pull %s has no weight, so it does nothing: give keep_near, such as 1.0.", self.pull)
         if found.project and not found.keep_near and self.keep_near is None:
             raise ValueError("project follows the pull, which has no weight: give keep_near, such as 1.0.")
         if found.augment == "none" and found.views:

@@ -34,18 +34,23 @@ def fail(message: str, quiet: bool = False) -> None:
 def in_options(text: str, options: Mapping[str, str]) -> str:
     """A message of the package as the command line says it: ``pass `unlabelled` `` becomes ``pass --unlabelled``.
     `options` are spellings by the name of the Python argument."""
-    if not options:
-        return text
-    one = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
-    two = "|".join(sorted((re.escape(name) for name in options if "_" in name), key=len, reverse=True)) or "(?!)"
-    # In backticks; with a value; of two words, which English does not have; at the beginning, before its verb.
+    names = sorted(options, key=len, reverse=True)
+    any_of = "|".join(names) or "(?!)"
+    two_words = "|".join(name for name in names if "_" in name) or "(?!)"
+    shown = "|".join(name for name in names if not options[name].startswith("--set")) or "(?!)"
+    after = "|".join(f"(?<={word} )" for word in ("pass", "give", "leave", "as", "read", "among", "in", "or", "and"))
+
+    def spelt(match: re.Match) -> str:
+        value = match.groupdict().get("value")
+        return options[match["name"]] + (f" {value}" if value else "")
+
     for pattern in (
-        rf"`({one})`",
-        rf"(?<![\w./`-])({one})=(?=[\s,.;:)]|True\b)(?:True)?",
-        rf"(?<![\w./`'\"-])({two})(?![\w./`'\"=-])",
-        rf"^({one})(?= (?:must|is|are|holds) )",
+        rf"`(?P<name>{any_of})`",
+        rf"(?<![\w./`-])(?P<name>{any_of})=(?:True\b|'(?P<value>[^']*)'|(?=[\s,.;:)]|$))",
+        rf"(?:{after})(?P<name>{two_words})(?=[\s,.;:]|$)",
+        rf"^(?P<name>{shown})(?= (?:must|is|are|holds) )",
     ):
-        text = re.sub(pattern, lambda match: options[match[1]], text)
+        text = re.sub(pattern, spelt, text)
     return text
 
 

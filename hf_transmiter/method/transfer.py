@@ -95,8 +95,8 @@ def transfer(
     space = "logit" if source.form == "mlp" else "embedding"
     if config.refit and (dataset is None or space == "logit"):
         raise ValueError("a refit is of a linear adapter, to unlabelled images: pass images, or leave refit out.")
-    unread = ("zero_shot_weight",) if space == "logit" else ("beta", "beta_per_image")
-    check_read(config, f"a transfer in {space} space", unread)
+    if space == "logit":
+        check_read(config, "the transfer of a published adapter", ("zero_shot_weight",))
     wanted = space == "embedding" and dataset is not None and config.refit is not False
     few = dataset is not None and len(dataset) < fewest_images(len(seen))
     if wanted and few and config.refit is None:
