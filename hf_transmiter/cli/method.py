@@ -346,6 +346,12 @@ def evaluate(
         ht.record_scores(model, classifier, images, scores, **about)
     found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}
     result = Result(found, ht.markdown_table(scores) if scores else "")
+    chance = ht.guessing(scores[0].value, len(images), len(classifier.class_names)) if scores else None
+    if chance is not None:
+        result.text += (
+            f"\nWarning: {scores[0].value:.1f} % is no better than guessing, {chance:.1f} %: look at the labels, the "
+            "class names and their order.\n"
+        )
     if analyse:
         own = None if teacher is None else _own_teacher(teacher, classifier, options)
         changed = ht.analyse(classifier, images, teacher=own, **data.embedding(run))

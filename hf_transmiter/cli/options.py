@@ -288,7 +288,7 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
                 if result.failed:
                     if run.accelerator is not None:  # the first process that ends with an error ends the others
                         run.accelerator.wait_for_everyone()
-                    fail(result.failed, quiet=not run.main_process)
+                    fail(said(result.failed), quiet=not run.main_process)
 
         run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
         run_command.__signature__ = inspect.Signature(parameters)

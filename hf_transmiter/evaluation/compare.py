@@ -32,7 +32,7 @@ from .task import Answer, Impossible, Task
 logger = logging.getLogger(__name__)
 
 NOTES = {LABELS: "needs labelled images", WEAK: "needs the weak model and its tuned version for every prediction"}
-_WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
+WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
 _KEEP = "Keep the strong model as it is"
 _IF_LABELLED = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
 # What may go wrong with one method's data or settings; anything else is a fault of the program.
@@ -264,7 +264,7 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
     # What was tuned in the image tower is extracted from images; a prompt's class vectors are there already.
     if ExtractionConfig in method.takes and not task.own_class_vectors:
         needs = {*needs, IMAGES}
-    alone = variant.method in _WEAK_ALONE
+    alone = variant.method in WEAK_ALONE
     note = None if alone else next((NOTES[need] for need in NOTES if need in needs), None)
     note = CONTROL if variant.method == UNTUNED else note
     if task.labels is None:
