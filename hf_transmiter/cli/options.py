@@ -102,7 +102,7 @@ class ModelOptions:
         import torch  # takes seconds
 
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device if self.device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
         if run.accelerator is not None:
             device = run.accelerator.device
         try:
@@ -306,7 +306,7 @@ def _spelling(parameters: list[inspect.Parameter]) -> dict[str, str]:
         about = item.annotation.__metadata__[0]
         if isinstance(about, typer.models.OptionInfo):
             dashed = f"--{item.name.replace('_', '-')}"
-            found[item.name] = f"--set {item.name}=..." if about.hidden else dashed
+            found[item.name] = f"--set {item.name}=VALUE" if about.hidden else dashed
     return found
 
 

@@ -46,7 +46,7 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
 
     for pattern in (
         rf"`(?P<name>{any_of})`",
-        rf"(?<![\w./`-])(?P<name>{any_of})=(?:True\b|'(?P<value>[^']*)'|(?=[\s,.;:)]|$))",
+        rf"(?<![\w./`(-])(?P<name>{any_of})=(?:True\b|'(?P<value>[^']*)'|(?=[\s,.;:)]|$))(?! \(--)",
         rf"(?:{after})(?P<name>{two_words})(?=[\s,.;:]|$)",
         rf"^(?P<name>{shown})(?= (?:must|is|are|holds) )",
     ):

@@ -10,6 +10,7 @@ from functools import partial
 from glob import glob
 from pathlib import Path, PurePath
 
+import pyarrow as pa
 from datasets import (
     ClassLabel,
     Dataset,
@@ -220,6 +221,8 @@ def list_splits(source: str, subset: str | None = None) -> list[str]:
 def _dataset_errors(source: str) -> Iterator[None]:
     try:
         yield
+    except (RuntimeError, pa.ArrowInvalid) as error:  # of a script, which is not run, or of damaged files
+        raise ValueError(f"cannot load the dataset {source!r}: {error}") from error
     except DatasetsError as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"cannot load the dataset {source!r}: {error.__cause__ or error}") from error
@@ -227,6 +230,8 @@ def _dataset_errors(source: str) -> Iterator[None]:
 
 def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[str], Dataset]]:
     """Names of the splits, and what loads one of them."""
+    if not source.strip():
+        raise FileNotFoundError("the name of the dataset is empty: pass a Hub id, a folder or files.")
     if source.startswith(SANDBOX):
         from ..sandbox.data import SPLITS, load_dataset  # the synthetic world is not needed for real pictures
 
@@ -288,7 +293,7 @@ def _files(name: str) -> dict | None:
 def _choose(splits: Sequence[str], split: str | None, prefer: Sequence[str], source: str) -> str:
     known = ", ".join(splits)
     if split is not None:
-        if splits and not set(_SPLITS.findall(split)) <= set(splits):
+        if splits and not split.strip() or splits and not set(_SPLITS.findall(split)) <= set(splits):
             raise ValueError(f"{source!r} has no split {split!r}; there are {known}.")
         return split
     found = next((name for name in prefer if name in splits), splits[0] if len(splits) == 1 else None)

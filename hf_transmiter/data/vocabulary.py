@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+from ..hub.checks import read_text
 from ..settings import check_number
 
 
@@ -47,7 +48,7 @@ def load_vocabulary(source: str | os.PathLike | Sequence[str]) -> list[str]:
                 f'No vocabulary "{source}": it is neither "{COMMON_NOUNS}" nor a text file; pass that, the path of a '
                 "file with one name per line, or a list of names."
             )
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
         names, where = [line for line in lines if not line.lstrip().startswith("#")], f"vocabulary file {path}"
     else:
         names, where = list(source), "vocabulary list"

@@ -89,6 +89,20 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", shown, text)
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no UTF-8, with or without the mark that Windows puts in front.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8."
+        ) from error
+
+
 def parse_yaml(text: str | bytes, where: str):
     """The value of a YAML text, whoever wrote it. `where` is what to call it in an error.
 

@@ -63,6 +63,8 @@ def push(
     folder = Path(folder)
     if not any((folder / file).is_file() for file in (CONFIG, BRIDGE)):
         raise FileNotFoundError(f"there is neither {CONFIG} nor {BRIDGE} in {str(folder)!r}: nothing to share.")
+    if (folder / CONFIG).is_file():
+        load_json(folder / CONFIG, "adapter_config")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / (subfolder or "")
         place.mkdir(parents=True, exist_ok=True)
