@@ -43,6 +43,7 @@ _EXPORTS = {
     "tune": "method.tune",
 }
 _FOR_THE_COMMAND_LINE = {
+    "algebra": ("guessing",),
     "hub.adapter_files": ("content_digest", "is_bridge", "is_transmiter"),
     "hub.files": ("CHECKPOINT", "beside", "claim", "is_fixed", "replace_folder"),
     "hub.repo": ("public_name", "split_revision"),
@@ -60,7 +61,7 @@ _FOR_THE_COMMAND_LINE = {
     "method.stored_logits": ("CalibrationPack",),
     "method.tune": ("adapter_settings", "starting_templates"),
     "evaluation.analyse": ("analyse", "markdown"),
-    "evaluation.compare": ("Comparison",),
+    "evaluation.compare": ("WEAK_ALONE", "Comparison"),
     "evaluation.evaluate": ("record_scores",),
     "evaluation.methods": ("METHODS", "STRONG", "Variant"),
     "evaluation.report": ("comparison_table", "write_analysis", "write_comparison"),

@@ -18,6 +18,7 @@ from .settings import LAMBDAS
 
 
 ORTHOGONALITY = 5e-3  # entries of the Gram matrix may be off by this much: bfloat16 rounds to 2⁻⁹
+FEWEST = 30  # images that tell anything about an accuracy
 EPS = 1e-6  # of the published standardisation (arXiv 2508.08604, section 3)
 
 
@@ -328,3 +329,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             break
         factor = new
     return factor
+
+
+def guessing(accuracy: float, count: int, classes: int) -> float | None:
+    """What guessing among C classes would score, 100 / C, where an accuracy (all in percent) on N images is not above
+    that by two standard errors, ``√(p (1 - p) / N)``; `None` where it is, and of too few images to tell."""
+    chance = 1 / max(classes, 1)
+    error = (chance * (1 - chance) / max(count, 1)) ** 0.5
+    return 100 * chance if count >= FEWEST and classes > 1 and accuracy <= 100 * (chance + 2 * error) else None

@@ -6,9 +6,15 @@ Nothing heavy is imported here, so that `hf-transmiter --help` answers at once. 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from types import MappingProxyType
 
+
+logger = logging.getLogger(__name__)
 
 SOLVERS = ("image_map", "discriminant", "ridge", "gradient")
 AUGMENTATIONS = ("none", "shift", "crop")
@@ -28,9 +34,95 @@ VISION_LINEARS = (
 )
 
 
-def setting(default, help: str):
-    """A field with the help that `--help` shows."""
-    return field(default=default, metadata={"help": help})
+def setting(default, help: str, **limits):
+    """A field with the help that `--help` shows; of a number with its `limits`, see [`check_number`]."""
+    return field(default=default, metadata={"help": help, "limits": limits})
+
+
+SEED = {"least": 0, "most": 2**63 - 1}
+PULL = {"least": 0, "infinite": True}
+MOST = 2**31 - 1  # of whole numbers that count something
+
+
+def check_number(
+    name: str, value, kind: type = int, *, least: float | None = None, above: float | None = None,
+    most: float | None = None, infinite: bool = False,
+):  # fmt: skip
+    """`value` as a plain `int` or `float`.
+
+    Raises:
+        ValueError: it is none (`True`, a text and a fraction where an int is wanted are not), NaN, infinite where that
+            is not allowed, or outside its limits; the message begins with the `name` of the setting.
+    """
+    wanted = "a whole number" if kind is int else "a number"
+    found = None
+    if isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
+        try:
+            found = kind(value)
+        except OverflowError:
+            wanted += " of usual size"
+    if found is None or math.isnan(found) or (math.isinf(found) and not infinite):
+        wanted += "" if found is None or infinite else " that is finite"
+        raise ValueError(f"{name} must be {wanted}, got {shortened(value)}.")
+    if least is not None and most is not None and not least <= found <= most and kind is float:
+        raise ValueError(f"{name} must lie between {least} and {most}, got {shortened(value)}.")
+    if above is not None and found <= above:
+        raise ValueError(f"{name} must be above {above}, got {shortened(value)}.")
+    if least is not None and found < least:
+        raise ValueError(f"{name} must {f'be at least {least}' if least else 'not be negative'}, got {found}.")
+    most = MOST if most is None and kind is int else most
+    if most is not None and found > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {shortened(value)}.")
+    return found
+
+
+def shortened(value) -> str:
+    """`value` as a message quotes it, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of thousands of digits
+        text = "a huge number"
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+_KINDS = {"int": int, "float": float, "bool": bool, "str": str}
+_WORDS = {bool: "true or false", str: "a text"}
+
+
+def check_fields(config, limits: Mapping[str, Mapping] | None = None) -> None:
+    """Every field of a dataclass whose annotation is a plain kind (`int`, `float | None`, `tuple[float, ...]`, ...)
+    is of that kind, and a number within the limits of its [`setting`], or those given here by name.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for item in fields(config):
+        value, hint = getattr(config, item.name), str(item.type).removesuffix(" | None")
+        allowed = (limits or {}).get(item.name, item.metadata.get("limits", {}))
+        if value is None and hint != item.type:
+            continue
+        if hint == "tuple[float, ...]":
+            if not isinstance(value, (tuple, list)) or not value:
+                raise ValueError(f"{item.name} must be a list of numbers, got {shortened(value)}.")
+            value = tuple(check_number(f"each of {item.name}", one, float, **allowed) for one in value)
+        elif hint in ("int", "float"):
+            value = check_number(item.name, value, _KINDS[hint], **allowed)
+        elif hint in _KINDS and not isinstance(value, _KINDS[hint]):
+            raise ValueError(f"{item.name} must be {_WORDS[_KINDS[hint]]}, got {shortened(value)}.")
+        object.__setattr__(config, item.name, value)
+
+
+def check_kind(name: str, value, kind: type, hints: Mapping[type | tuple[type, ...], str] = MappingProxyType({})):
+    """Returns `value`, an argument of this `name`.
+
+    Raises:
+        TypeError: it is not of this kind; with the hint for what it is instead, if there is one.
+    """
+    if not isinstance(value, kind):
+        hint = next((f": {hint}" for other, hint in hints.items() if isinstance(value, other)), "")
+        found = "None" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be a {kind.__name__}, not {found}{hint}.")
+    return value
 
 
 @dataclass
@@ -45,24 +137,20 @@ class FitConfig:
             cosine from the peak, which does not reach 0.
 
     Raises:
-        ValueError: fewer than one epoch or example per step, or a rate that is not above 0.
+        ValueError: a value of another kind, or a number outside its limits, see [`check_fields`].
     """
 
-    epochs: int = setting(10, "Passes over the examples.")
-    batch_size: int = setting(128, "Examples per step, over all processes.")
-    lr: float = setting(1e-3, "Peak learning rate.")
-    weight_decay: float = setting(1e-3, "Weight decay.")
-    warmup: float = setting(0.05, "Share of the steps with linear warm-up, then cosine to 0.")
+    epochs: int = setting(10, "Passes over the examples.", least=1)
+    batch_size: int = setting(128, "Examples per step, over all processes.", least=1)
+    lr: float = setting(1e-3, "Peak learning rate.", above=0)
+    weight_decay: float = setting(1e-3, "Weight decay.", least=0)
+    warmup: float = setting(0.05, "Share of the steps with linear warm-up, then cosine to 0.", least=0, most=1)
     schedule: str = setting("cosine", "'cosine' or 'epochs' (of published prompt learners).")
     optimizer: str = setting("adamw", "'adamw' or 'sgd' (momentum 0.9).")
-    seed: int = setting(0, "Seed of the order of examples and of random draws.")
+    seed: int = setting(0, "Seed of the order of examples and of random draws.", **SEED)
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}.")
+        check_fields(self)
 
 
 _SGD = {"optimizer": "sgd", "schedule": "epochs", "lr": 2e-3, "weight_decay": 5e-4, "warmup": 0.0}
@@ -136,38 +224,34 @@ class TuningConfig(FitConfig):
             gradient, so that memory does not grow with their number.
 
     Raises:
-        ValueError: an unknown pull, augmentation or precision, or a number out of range.
+        ValueError: an unknown pull, augmentation or precision, a value of another kind, or a number out of range.
     """
 
-    epochs: int | None = setting(None, "Passes over the training images.")
-    batch_size: int | None = setting(None, "Images per step, over all processes.")
-    lr: float | None = setting(None, "Peak learning rate.")
-    weight_decay: float | None = setting(None, "Weight decay.")
-    warmup: float | None = setting(None, "Cosine schedule: share of the steps to warm up.")
+    epochs: int | None = setting(None, "Passes over the training images.", least=1)
+    batch_size: int | None = setting(None, "Images per step, over all processes.", least=1)
+    lr: float | None = setting(None, "Peak learning rate.", above=0)
+    weight_decay: float | None = setting(None, "Weight decay.", least=0)
+    warmup: float | None = setting(None, "Cosine schedule: share of the steps to warm up.", least=0, most=1)
     schedule: str | None = setting(None, "'cosine' or 'epochs' (published prompt learners).")
     optimizer: str | None = setting(None, "'adamw' or 'sgd' (momentum 0.9).")
-    shots: int | None = setting(None, f"Labelled images per class, {SHOTS} if unset; all of a class that has fewer.")
+    shots: int | None = setting(
+        None, f"Labelled images per class, {SHOTS} if unset; all of a class that has fewer.", least=1
+    )
     pull: str | None = setting(None, f"Back to zero-shot: {', '.join(PULLS)}.")
-    keep_near: float | None = setting(None, "Weight of the pull towards zero-shot.")
+    keep_near: float | None = setting(None, "Weight of the pull towards zero-shot.", least=0)
     project: bool | None = setting(None, "Follow no gradient against the pull (ProGrad).")
-    gaussian_mean: float | None = setting(None, "Average over epochs: centre.")
-    gaussian_std: float | None = setting(None, "Average over epochs: spread.")
+    gaussian_mean: float | None = setting(None, "Average over epochs: centre.", least=0)
+    gaussian_std: float | None = setting(None, "Average over epochs: spread.", above=0)
     augment: str | None = setting(None, f"Of training images: {', '.join(AUGMENTATIONS)}.")
-    views: int = setting(0, "Augmented views per image, embedded once; 0: new each step.")
+    views: int = setting(0, "Augmented views per image, embedded once; 0: new each step.", least=0)
     precision: str = setting("float32", "'float32', or 'bfloat16' autocast of the towers.")
-    text_batch_size: int = setting(256, "Class prompts per forward pass.")
+    text_batch_size: int = setting(256, "Class prompts per forward pass.", least=1)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shots is not None and self.shots < 1:
-            raise ValueError(f"shots must be at least 1, got {self.shots}.")
         for name, choices in (("pull", PULLS), ("augment", AUGMENTATIONS), ("precision", PRECISIONS)):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), choices)
-        if self.keep_near is not None and self.keep_near < 0:
-            raise ValueError(f"keep_near must not be negative, got {self.keep_near}.")
-        if self.text_batch_size < 1 or self.views < 0:
-            raise ValueError("text_batch_size must be at least 1 and views at least 0.")
 
     def of(self, method: str, *, taught: bool = False) -> TuningConfig:
         """These settings with nothing left open: the others are the method's, see [`METHOD_SETTINGS`].
@@ -198,6 +282,8 @@ class TuningConfig(FitConfig):
         if found.schedule == "epochs" and self.warmup:
             raise ValueError("schedule 'epochs' does not read warmup: leave that out, or choose 'cosine'.")
         found.warmup = 0.0 if found.schedule == "epochs" else found.warmup
+        if self.pull is not None and not found.keep_near and self.keep_near is None:
+            logger.warning("the pull %s has no weight, so it does nothing: give keep_near, such as 1.0.", self.pull)
         if found.project and not found.keep_near and self.keep_near is None:
             raise ValueError("project follows the pull, which has no weight: give keep_near, such as 1.0.")
         if found.augment == "none" and found.views:
@@ -258,13 +344,13 @@ class ExtractionConfig(FitConfig):
     """
 
     solver: str | None = setting(None, f"{', '.join(SOLVERS)} (published); by what was tuned if unset.")
-    shrinkage: float = setting(30.0, "Of the discriminant's covariance, in mean variances.")
-    lambdas: tuple[float, ...] = setting(LAMBDAS, "Penalties the ridge chooses from.")
-    teacher_temperature: float = setting(0.5, "Divides the teacher's logits.")
-    noise_std: float = setting(0.5, "Input noise in units of each row's logit std.")
-    noise_probability: float = setting(0.5, "Share of the batches with noise.")
+    shrinkage: float = setting(30.0, "Of the discriminant's covariance, in mean variances.", least=0)
+    lambdas: tuple[float, ...] = setting(LAMBDAS, "Penalties the ridge chooses from.", least=0)
+    teacher_temperature: float = setting(0.5, "Divides the teacher's logits.", above=0)
+    noise_std: float = setting(0.5, "Input noise in units of each row's logit std.", least=0)
+    noise_probability: float = setting(0.5, "Share of the batches with noise.", least=0, most=1)
     basis: str = setting("learned", "'learned' (published) or 'fixed' (faster).")
-    width: int | None = setting(None, "D, rows of the basis; the number of anchors if unset.")
+    width: int | None = setting(None, "D, rows of the basis; the number of anchors if unset.", least=1, most=2**16)
 
     def __post_init__(self):
         if self.solver is not None:
@@ -309,14 +395,13 @@ class TransferConfig:
     parts: str | None = setting(None, f"Of the refit: {', '.join(PARTS)}; chosen if unset.")
     even: bool | None = setting(None, "Whether the images hold the classes equally often; judged if unset.")
     zero_shot_weight: float | None = setting(
-        None, "Share of the strong model's own class vectors; by seen classes if unset."
+        None, "Share of the strong model's own class vectors; by seen classes if unset.", least=0, most=1
     )
-    beta: float = setting(BETA, "Pull of a logit-space bridge towards the identity.")
-    beta_per_image: float | None = setting(None, "Beta = this times the number of images.")
+    beta: float = setting(BETA, "Pull of a logit-space bridge towards the identity.", **PULL)
+    beta_per_image: float | None = setting(None, "Beta = this times the number of images.", **PULL)
 
     def __post_init__(self):
-        if self.zero_shot_weight is not None and not 0 <= self.zero_shot_weight <= 1:
-            raise ValueError(f"zero_shot_weight must lie between 0 and 1, got {self.zero_shot_weight}.")
+        check_fields(self)
         if self.parts is not None:
             check_choice("parts", self.parts, PARTS)
         if self.refit is False:
@@ -329,6 +414,6 @@ class TransferConfig:
 class LabelTuningConfig(FitConfig):
     """Settings of [`label_tune`]; the other fields are those of [`FitConfig`]. The basis W moves unconstrained."""
 
-    epochs: int = setting(50, "Passes over the labelled images.")
-    batch_size: int = setting(32, "Images per step.")
+    epochs: int = setting(50, "Passes over the labelled images.", least=1)
+    batch_size: int = setting(32, "Images per step.", least=1)
     train_basis: bool = setting(False, "Also move the basis of a published adapter.")

@@ -12,14 +12,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from ..data.catalogue import DatasetSpec, find_spec
 from ..evaluation.methods import METHODS, Variant
-from ..hub.checks import did_you_mean
+from ..hub.checks import did_you_mean, read_yaml
 from ..hub.repo import public_name
 from ..method.tune import adapter_settings
-from ..settings import check_choice, split_tuning
+from ..settings import check_choice, check_read, shortened, split_tuning
 from .protocols import PROTOCOLS, parts
 
 
@@ -139,11 +137,13 @@ class BenchConfig:
         for item in fields(self):
             value, (kind, wanted) = getattr(self, item.name), _KINDS.get(item.type, (object, ""))
             if value is not None and (not isinstance(value, kind) or kind is int and (value is True or value < 1)):
-                raise ValueError(f"{item.name} must be {wanted}, got {value!r}.")
+                raise ValueError(f"{item.name} must be {wanted}, got {shortened(value)}.")
         for name, least in (("shots", 1), ("seeds", 0)):
             for value in getattr(self, name):
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(f"{name} must be whole numbers of at least {least}, got {value!r}.")
+                    raise ValueError(f"{name} must be whole numbers of at least {least}, got {shortened(value)}.")
+        if self.experiment == "upgrade":
+            check_read(self, "an upgrade", ("general", "vocabulary", "num_anchors"))
         if self.sweep is not None and not re.fullmatch(rf"({'|'.join(_SWEPT)})\.\w+", self.sweep):
             raise ValueError(f"sweep must be PART.SETTING with one of {', '.join(_SWEPT)}, got {self.sweep!r}.")
         for name in _LISTS:
@@ -176,10 +176,7 @@ class BenchConfig:
                 raise FileNotFoundError(
                     f"there is no file {os.fspath(source)!r} and no ready configuration of that name; {near}"
                 )
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        content = read_yaml(path)
         try:
             return cls.from_dict(content)
         except ValueError as error:
@@ -214,7 +211,7 @@ class BenchConfig:
         makers |= {"datasets": find_spec, "tunings": _tuning, "variants": Variant.of}
         for name in _LISTS:
             if not isinstance(values.get(name, ()), (list, tuple)):
-                raise ValueError(f"{name} must be a list, got {values[name]!r}.")
+                raise ValueError(f"{name} must be a list, got {shortened(values[name])}.")
             if name in values:
                 values[name] = tuple(makers[name](entry) if name in makers else entry for entry in values[name])
         return cls(**values)
@@ -257,7 +254,7 @@ def ready_configs() -> dict[str, str]:
 @lru_cache
 def _load_yaml(path: Path) -> dict:
     """A file that comes with the package."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_yaml(path)
 
 
 def published_table(key: str) -> dict:
@@ -280,13 +277,13 @@ def digest(facts) -> str:
 
 def _pair(entry, roles: tuple[str, str]) -> Pair:
     if not isinstance(entry, Mapping) or set(entry) != set(roles):
-        raise ValueError(f"a pair of models is {{{roles[0]}: ..., {roles[1]}: ...}}, got {entry!r}.")
+        raise ValueError(f"a pair of models is {{{roles[0]}: ..., {roles[1]}: ...}}, got {shortened(entry)}.")
     return Pair(*(os.path.expandvars(str(entry[role])) for role in roles))
 
 
 def _tuning(entry) -> Tuning:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("per_dataset") or {}, Mapping):
-        raise ValueError(f"a tuning is a mapping such as {{name: CoOp, method: coop}}, got {entry!r}.")
+        raise ValueError(f"a tuning is a mapping such as {{name: CoOp, method: coop}}, got {shortened(entry)}.")
     settings = dict(entry)
     own = settings.pop("per_dataset", None) or {}
     name = str(settings.pop("name", settings.get("method", "lora")))

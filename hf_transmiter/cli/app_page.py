@@ -198,9 +198,12 @@ def launch(page: "gradio.Blocks") -> str:
     theme = _gradio().themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
     options = {"share": False, "quiet": True, "ssr_mode": False, "max_file_size": "20mb", "footer_links": []}
     _, address, _ = page.launch(prevent_thread_lock=True, theme=theme, **options)
-    print(f"Open {address} in a browser; Ctrl+C ends it.", file=sys.stderr, flush=True)
     with redirect_stdout(sys.stderr):
-        page.block_thread()
+        try:
+            print(f"Open {address} in a browser; Ctrl+C ends it.", flush=True)
+            page.block_thread()
+        except KeyboardInterrupt:  # before gradio waits for it
+            page.close()
     return address
 
 

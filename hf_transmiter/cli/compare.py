@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import hf_transmiter as ht
 
-from ..settings import SHOTS, check_choice
+from ..settings import SEED, SHOTS, check_choice, check_number
 from .options import (
     LABELLED,
     TEST,
@@ -81,10 +81,19 @@ def compare(
     if output is not None:
         output.check(run, "comparison")
     check_choice("retune", retune, RETUNE)
+    if labelled is None and (shots, seed, retune) != (SHOTS, 0, RETUNE[0]):
+        raise ValueError("shots, seed and retune are about labelled pictures: pass --labelled, too.")
+    if tuned_strong is not None and retune != RETUNE[0]:
+        raise ValueError("retune says how the strong model is tuned here: leave it out, or tuned_strong.")
+    for name, value, least in (("shots", shots, {"least": 1}), ("seed", seed, SEED)):
+        check_number(name, value, **least)
+    if min_gain is not None:
+        check_number("min_gain", min_gain, float)
     if gate is not None and min_gain is None:
         raise ValueError("--gate says which row --min-gain is about: pass --min-gain, too.")
-    if gate is not None and ht.Variant.of(gate).method == ht.STRONG:
-        raise ValueError(f"{ht.STRONG} cannot gain over itself: pass the row of an upgrade as --gate.")
+    if gate is not None and ht.Variant.of(gate).method in (ht.STRONG, *ht.WEAK_ALONE):
+        what = "cannot gain over itself" if gate == ht.STRONG else "is no upgrade"
+        raise ValueError(f"{gate} {what}: pass the row of an upgrade as --gate.")
     rows = _rows(methods, min_gain, gate)
     test = data.load(dataset, TEST, data.split)
     if min_gain is not None and ht.guess_columns(test, **data.columns)[1] is None:
@@ -174,5 +183,5 @@ def _judge(result: Result, found: ht.Comparison, min_gain: float, gate: str) -> 
     said = f"{gate} gains {gain:+.1f} points over {ht.STRONG} ({own:.1f} against {before:.1f})"
     result.data["gate"] = {"method": gate, "gain": gain, "min_gain": min_gain, "passed": gain >= min_gain}
     result.text += f"\nGate: {said}; {min_gain:g} are asked for."
-    if gain < min_gain:
+    if not gain >= min_gain:
         result.failed = f"{said}, fewer than the {min_gain:g} of --min-gain."

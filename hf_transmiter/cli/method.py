@@ -165,6 +165,11 @@ def bridge(
     place.check(run, "bridge", file=single)
     images = data.load(dataset, UNLABELLED, data.split)
     if compose or invert:
+        if weak or strong or anchors or space != "embedding" or beta != TransferConfig.beta:
+            raise ValueError(
+                "what is made of other bridges has their models, space and names: leave --weak, --strong, --space, "
+                "--anchors and --beta out."
+            )
         made = _derived(compose or [], invert)
         if images is not None:
             pair = [
@@ -330,13 +335,20 @@ def evaluate(
     options = models.load(run)
     images = data.load(dataset, TEST, data.split)
     _, label = ht.guess_columns(images, **data.columns)
+    asked = ht.read_names(names.class_names)
     classifier = ht.load_classifier(
         model,
         ht.load_encoder(base_model, **options) if base_model else None,
-        class_names=ht.read_names(names.class_names) or getattr(images.features.get(label), "names", None),
+        class_names=asked or getattr(images.features.get(label), "names", None),
         templates=ht.read_templates(names.template) if names.template else ht.usual_templates(dataset),
         **options,
     )
+    if asked and classifier.class_names != asked:
+        classifier.set_classes(asked)
+    if names.template and classifier.anchors.templates != ht.read_templates(names.template):
+        raise ValueError(f"{model!r} was saved with its own templates: leave --template out.")
+    if base_model and not (Path(model) / "adapter_config.json").is_file() and Path(model).is_dir():
+        raise ValueError(f"--base-model is the model under an adapter, and {model!r} is none: leave it out.")
     seen = ht.read_names(seen_classes)
     split = str(images.split)
     about = {"seen_classes": seen, "split": split, "dataset_name": dataset, **data.embedding(run)}
@@ -346,6 +358,12 @@ def evaluate(
         ht.record_scores(model, classifier, images, scores, **about)
     found = {"model": model, "dataset": dataset, "num_images": len(images), "scores": [asdict(s) for s in scores]}
     result = Result(found, ht.markdown_table(scores) if scores else "")
+    chance = ht.guessing(scores[0].value, len(images), len(classifier.class_names)) if scores else None
+    if chance is not None:
+        result.text += (
+            f"\nWarning: {scores[0].value:.1f} % is no better than guessing, {chance:.1f} %: look at the labels, the "
+            "class names and their order.\n"
+        )
     if analyse:
         own = None if teacher is None else _own_teacher(teacher, classifier, options)
         changed = ht.analyse(classifier, images, teacher=own, **data.embedding(run))

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import re
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
-import yaml
 
 import hf_transmiter as ht
 
-from ..settings import FitConfig, check_choice, setting
+from ..hub.checks import parse_yaml, read_yaml
+from ..settings import FitConfig, check_choice, check_fields, setting
+from .reporting import fail, reporting
 
 
 UNLABELLED = ("unlabelled", "unlabeled", "train")
@@ -110,7 +108,7 @@ class ModelOptions:
         import torch  # takes seconds
 
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device if self.device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
         if run.accelerator is not None:
             device = run.accelerator.device
         try:
@@ -128,10 +126,13 @@ class DataOptions:
     subset: str | None = setting(None, "Configuration of a Hub dataset that has several.")
     image_column: str | None = setting(None, "Column with the pictures; guessed if unset.")
     label_column: str | None = setting(None, "Column with the labels; guessed if unset.")
-    max_images: int | None = setting(None, "Use that many pictures, drawn at random.")
+    max_images: int | None = setting(None, "Use that many pictures, drawn at random.", least=1)
     skip_unreadable: bool = setting(False, "Leave out pictures that cannot be read; else they are an error.")
-    embed_batch_size: int = setting(64, "Pictures per forward pass.")
+    embed_batch_size: int = setting(64, "Pictures per forward pass.", least=1)
     cache_dir: str | None = setting(None, "Where embeddings are kept; a folder in the Hugging Face cache if unset.")
+
+    def __post_init__(self):
+        check_fields(self)
 
     def load(self, source: str | None, prefer: tuple[str, ...], split: str | None = None):
         """One split of a dataset, the first of `prefer` if none is named; `None` without a source. Of a row of the
@@ -185,55 +186,6 @@ def expert(help: str):
     return typer.Option(help=help, hidden=True)
 
 
-def fail(message: str, quiet: bool = False) -> None:
-    if not quiet:
-        print(f"Error: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-@contextmanager
-def reporting(run: RunOptions) -> Iterator[None]:
-    """Remarks go to stderr; foreseen errors become one line there and exit code 1."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger = logging.getLogger(ht.__name__)
-    before = logger.level
-    logger.addHandler(handler)
-    quiet = run.quiet or not run.main_process
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
-    try:
-        with _silence() if quiet else nullcontext():
-            yield
-    except (ValueError, OSError) as error:
-        if run.debug or isinstance(error, BrokenPipeError):  # `| head` closed the pipe: typer leaves quietly
-            raise
-        fail(str(error) or type(error).__name__)
-    finally:
-        run.held.close()
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-
-
-_QUIET = {
-    **dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1"),
-    **dict.fromkeys(("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"), "error"),
-}
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No bars and remarks of the libraries either: they read these variables when a command imports them."""
-    added = {name: value for name, value in _QUIET.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name in added:
-            del os.environ[name]
-
-
 @dataclass
 class Result:
     """What a command has to say.
@@ -272,11 +224,14 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
         if config_file:
             parameters += _from_elsewhere(parameters)
 
+        spelt = _spelling(parameters)
+
         def run_command(**values) -> None:
             run = RunOptions(**{item.name: values[item.name] for item in fields(RunOptions)})
             given = (item if isinstance(item, list) else [item] for item in values.values())
             run.inputs = [item for some in given for item in some if isinstance(item, str)]
-            with reporting(run):
+            quiet = run.quiet or not run.main_process
+            with reporting(quiet, run.debug, spelt) as said, run.held:
                 arguments = {name: value for name, value in values.items() if name in taken}
                 for name, kind in groups.items():
                     arguments[name] = _instance(kind, values)
@@ -285,11 +240,11 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
                     arguments["values"] = _plain({k: v for k, v in values.items() if k not in _NOT_SAVED})
                 result = function(**arguments)
                 if run.main_process:
-                    print(json.dumps(result.data, indent=2, default=str) if run.json else result.text)
+                    print(_json(result.data) if run.json else said(result.text), flush=True)
                 if result.failed:
                     if run.accelerator is not None:  # the first process that ends with an error ends the others
                         run.accelerator.wait_for_everyone()
-                    fail(result.failed, quiet=not run.main_process)
+                    fail(said(result.failed), quiet=not run.main_process)
 
         run_command.__name__, run_command.__doc__ = function.__name__, function.__doc__
         run_command.__signature__ = inspect.Signature(parameters)
@@ -298,6 +253,22 @@ def command(app: typer.Typer, panel: str, *, config_file: bool = True) -> Callab
         return function
 
     return register
+
+
+def _spelling(parameters: list[inspect.Parameter]) -> dict[str, str]:
+    """How the command line names an option, by its name in Python."""
+    found = {}
+    for item in parameters:
+        about = item.annotation.__metadata__[0]
+        if isinstance(about, typer.models.OptionInfo):
+            dashed = f"--{item.name.replace('_', '-')}"
+            found[item.name] = f"--set {item.name}=VALUE" if about.hidden else dashed
+    return found
+
+
+def _json(data: dict) -> str:
+    """JSON has no NaN: null."""
+    return json.dumps(json.loads(json.dumps(data, default=str), parse_constant=lambda _: None), indent=2)
 
 
 def _parameters(kind: type) -> Iterator[inspect.Parameter]:
@@ -343,11 +314,11 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
     if path is None:
         return
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = read_yaml(path) or {}
     except OSError as error:
         fail(f"cannot read the config {str(path)!r}: {error.strerror}.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fail(f"{path} is not valid YAML: {error}")
+    except ValueError as error:
+        fail(str(error))
     if not isinstance(content, dict):
         fail(f"{path} must hold 'option: value' lines, not a {type(content).__name__}.")
     _take(context, {str(key): value for key, value in content.items()}, str(path))
@@ -374,14 +345,15 @@ def key_values(entries: list[str] | None, option: str) -> dict:
         if not found or not key.strip():
             raise ValueError(f"{option} takes key=value, got {entry!r}.")
         try:
-            content[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            content[key.strip()] = parse_yaml(value, key)
+        except ValueError:
             content[key.strip()] = value
     return content
 
 
 def _take(context: typer.Context, content: dict, where: str, wins: bool = False) -> None:
-    content = {key.replace("-", "_"): value for key, value in content.items()}
+    # As on the command line: `epochs: 1.5` is no whole number there, and `true` none either.
+    content = {key.replace("-", "_"): _as_typed(value) for key, value in content.items()}
     known = [option.name for option in context.command.params if option.name not in ("config", "set", "help")]
     unknown = [key for key in content if key not in known]
     if unknown:
@@ -392,6 +364,12 @@ def _take(context: typer.Context, content: dict, where: str, wins: bool = False)
         fail(f"{where}: {bare} must be a list, got {content[bare]!r}; write [{content[bare]}].")
     before = context.default_map or {}
     context.default_map = {**before, **content} if wins else {**content, **before}
+
+
+def _as_typed(value):
+    if isinstance(value, list):
+        return [_as_typed(one) for one in value]
+    return value if value is None or isinstance(value, dict) else str(value)
 
 
 def _from_elsewhere(parameters: list[inspect.Parameter]) -> Iterator[inspect.Parameter]:

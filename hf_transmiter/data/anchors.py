@@ -20,6 +20,7 @@ import torch
 from ..hub.checks import as_list, check_json, load_json
 from ..hub.files import replace_file
 from ..hub.rules import MOST_CHARACTERS, MOST_NAMES, MOST_TEMPLATES
+from ..settings import check_number
 from .class_names import listed
 from .vocabulary import NUM_ANCHORS, choose_auxiliary, load_vocabulary, name_key, universal_vocabulary
 
@@ -196,7 +197,7 @@ class Anchors:
             ValueError: more task names than `num_anchors`, a vocabulary too small for it, or what
                 [`choose_auxiliary`] and [`Anchors`] refuse.
         """
-        task = _strings(task, "task")
+        task, num_anchors = _strings(task, "task"), check_number("num_anchors", num_anchors, least=1)
         taken = {name_key(name) for name in task}
         candidates = [name for name in load_vocabulary(vocabulary) if name_key(name) not in taken]
         if strategy != "all" and num_anchors < len(task):

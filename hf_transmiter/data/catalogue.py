@@ -15,10 +15,10 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import yaml
 from datasets import ClassLabel, Dataset
 
-from ..hub.checks import did_you_mean, simplified
+from ..hub.checks import did_you_mean, read_yaml, simplified
+from ..settings import shortened
 from .anchors import DEFAULT_TEMPLATES, read_templates
 from .class_names import check_names, match_names, read_class_file
 from .folders import SPLIT_WORDS
@@ -91,7 +91,7 @@ class DatasetSpec:
             value, (kind, words) = getattr(self, item.name), _KINDS[item.type.removesuffix(" | None")]
             optional = item.type.endswith("| None")
             if not (optional and value is None or _holds_words(value, kind)) or optional and value == "":
-                raise ValueError(f"{where}: {item.name} must be {words}, got {value!r}.")
+                raise ValueError(f"{where}: {item.name} must be {words}, got {shortened(value)}.")
         if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
             raise ValueError(f"{where}: revision must be a full commit of 40 hex digits, got {self.revision!r}.")
         if self.class_names is not None:
@@ -140,7 +140,7 @@ def _holds_words(value, kind: type) -> bool:
 @cache
 def catalogue() -> Mapping[str, DatasetSpec]:
     """The datasets of the two papers: {name: row}."""
-    content = yaml.safe_load((_FOLDER / "datasets.yaml").read_text(encoding="utf-8"))
+    content = read_yaml(_FOLDER / "datasets.yaml")
     return {name: _from_mapping({"name": name, **row}, _FOLDER) for name, row in content.items()}
 
 

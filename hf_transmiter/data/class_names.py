@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..hub.checks import nearest, simplified
+from ..hub.checks import nearest, read_text, simplified
 
 
 def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -29,7 +29,7 @@ def read_class_file(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str,
         ValueError: a name or spelling that occurs twice, or no name at all.
     """
     names, aliases = [], {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         name, *spellings = (part.strip() for part in line.split("\t"))
         if not name or name.startswith("#"):
             continue
@@ -52,10 +52,13 @@ def read_names(values: Sequence[str] | None) -> tuple[str, ...] | None:
     except OSError:  # a long list of names is no file name
         listed = False
     if listed:
-        lines = Path(values[0]).read_text(encoding="utf-8").splitlines()
+        lines = read_text(values[0]).splitlines()
     else:
         lines = values[0].split(",")
-    return tuple(line.strip() for line in lines if line.strip())
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise ValueError(f"there is no class name in {values[0]!r}.")
+    return names
 
 
 def check_names(names: Sequence[str], where: str) -> None:

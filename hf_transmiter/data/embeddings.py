@@ -30,10 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..encoders.pictures import SKIP, UnreadablePicture
 from ..hub.checks import as_list
 from ..hub.files import LOCK, beside, claim, digest, replace_file
+from ..settings import check_number
 from .class_names import label_places
 from .images import guess_columns, label_indices, stored_pictures
 
@@ -136,6 +137,8 @@ def embed_dataset(
         ValueError: no or several columns could be meant, the dataset is empty, labels are no indices, a picture cannot
             be read, or the model answers with infinite or undefined numbers; rows are named by their index.
     """
+    check_encoder("encoder", encoder)
+    batch_size = check_number("batch_size", batch_size, least=1)
     image_column, label_column = guess_columns(dataset, image_column, label_column, labels=labels)
     if not len(dataset):
         raise ValueError("the dataset is empty: there is no image to embed.")

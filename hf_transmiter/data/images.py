@@ -11,6 +11,7 @@ from glob import escape, glob
 from os.path import isfile
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import (
     ClassLabel,
     Dataset,
@@ -31,6 +32,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ..encoders.pictures import UnreadablePicture, read_picture
 from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, check_hub_id, hub_errors, split_revision
+from ..settings import check_number
 from .folders import DATA_FILES, Folder, read_folder
 
 
@@ -91,8 +93,7 @@ def load_images(
 def draw(dataset: Dataset, image_column: str, max_images: int | None, skip_unreadable: bool) -> Dataset:
     """The last steps of [`load_images`]: fewer pictures, and only those that can be read."""
     if max_images is not None:
-        if max_images < 1:
-            raise ValueError(f"max_images must be at least 1, got {max_images}.")
+        max_images = check_number("max_images", max_images, least=1)
         # Data from the Hub are often sorted by class.
         dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
     return _readable(dataset, image_column) if skip_unreadable else dataset
@@ -145,7 +146,7 @@ def guess_columns(
         ValueError: not one split of a dataset, a given column is missing, no image column is found, or several columns
             could be meant.
     """
-    check_split(dataset)
+    check_dataset(dataset)
     names, types = dataset.column_names, dataset.features
     if not names:
         raise ValueError("the dataset is empty: it has no columns.")
@@ -165,20 +166,20 @@ def guess_columns(
     return image_column, label_column
 
 
-def check_split(dataset, wanted: str = "a dataset") -> None:
+def check_dataset(dataset, name: str = "dataset") -> Dataset:
     """
     Raises:
         ValueError: something else than one split of a dataset; what to pass in its place is said.
     """
     if isinstance(dataset, Dataset):
-        return
-    how = "load_images reads folders, files and Hub ids"
+        return dataset
+    how = "load_split reads folders, files and Hub ids"
     if isinstance(dataset, dict) and dataset:  # a DatasetDict
-        how = f"pass one of its splits, such as dataset[{next(iter(dataset))!r}]"
+        how = f"pass one of its splits, such as {name}[{next(iter(dataset))!r}]"
     elif isinstance(dataset, IterableDataset):
         how = "load it without streaming, or take some of it, Dataset.from_list(list(dataset.take(1000)))"
-    kind = type(dataset).__name__
-    raise ValueError(f"dataset must be one split of {wanted}, not a {kind}: {how}.")
+    found = "None" if dataset is None else f"a {type(dataset).__name__}"
+    raise ValueError(f"{name} must be one split of a datasets.Dataset, not {found}: {how}.")
 
 
 def label_indices(dataset: Dataset, column: str) -> list[int]:
@@ -237,13 +238,15 @@ def list_splits(source: str, subset: str | None = None) -> list[str]:
 def _dataset_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (DatasetsError, RuntimeError) as error:  # the latter of a script, among others
+    except (DatasetsError, RuntimeError, pa.ArrowInvalid) as error:  # a script, which is not run; damaged files
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"cannot load the dataset {source!r}: {error.__cause__ or error}") from error
 
 
 def _locate(source: str, subset: str | None) -> tuple[Sequence[str], Callable[[str], Dataset]]:
     """Names of the splits, and what loads one of them."""
+    if not source.strip():
+        raise FileNotFoundError("the name of the dataset is empty: pass a Hub id, a folder or files.")
     if source.startswith(SANDBOX):
         from ..sandbox.data import SPLITS, load_dataset  # the synthetic world is not needed for real pictures
 
@@ -331,7 +334,7 @@ def _files(name: str) -> dict | None:
 def _choose(splits: Sequence[str], split: str | None, prefer: Sequence[str], source: str) -> str:
     known = ", ".join(splits)
     if split is not None:
-        if splits and not set(_SPLITS.findall(split)) <= set(splits):
+        if splits and not split.strip() or splits and not set(_SPLITS.findall(split)) <= set(splits):
             raise ValueError(f"{source!r} has no split {split!r}; there are {known}.")
         return split
     found = next((name for name in prefer if name in splits), splits[0] if len(splits) == 1 else None)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from ..hub.checks import as_list
+from ..settings import SEED, check_number
 from .class_names import listed
 
 
@@ -29,8 +30,7 @@ def few_shot(
     Raises:
         ValueError: `shots` < 1, a label outside `[0, num_classes)`, or classes with too few images (listed).
     """
-    if shots < 1:
-        raise ValueError(f"shots must be at least 1, got {shots}.")
+    shots, seed = check_number("shots", shots, least=1), check_number("seed", seed, **SEED)
     members = _by_class(labels, num_classes)
     short = [f"class {label} has {len(indices)}" for label, indices in members.items() if len(indices) < shots]
     if short and not allow_fewer:

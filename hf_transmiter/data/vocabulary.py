@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+from ..hub.checks import read_text
+from ..settings import check_number
+
 
 COMMON_NOUNS = "common-nouns"
 STRATEGIES = ("random", "farthest-point", "highest-spread", "spread-then-farthest", "all")
@@ -45,7 +48,7 @@ def load_vocabulary(source: str | os.PathLike | Sequence[str]) -> list[str]:
                 f'No vocabulary "{source}": it is neither "{COMMON_NOUNS}" nor a text file; pass that, the path of a '
                 "file with one name per line, or a list of names."
             )
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
         names, where = [line for line in lines if not line.lstrip().startswith("#")], f"vocabulary file {path}"
     else:
         names, where = list(source), "vocabulary list"
@@ -110,8 +113,7 @@ def choose_auxiliary(
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
     if strategy == "all":
         return list(range(len(candidates)))
-    if count < 0:
-        raise ValueError(f"The number of auxiliary names must not be negative, got {count}.")
+    count = check_number("the number of auxiliary names", count, least=0)
     if count > len(candidates):
         raise ValueError(
             f"{count} auxiliary names are wanted but the vocabulary offers only {len(candidates)}. Use a larger "

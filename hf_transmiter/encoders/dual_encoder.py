@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
+from ..settings import check_kind, check_number
 from .families import (
     aligned,
     check_family,
@@ -49,6 +50,7 @@ from .pictures import as_pictures, read_picture
 
 logger = logging.getLogger(__name__)
 
+_PICTURE = "a PIL image, a path or an array of uint8"
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -87,6 +89,7 @@ class DualEncoder:
     """
 
     def __init__(self, model: nn.Module, processor=None, name_or_path: str | None = None, revision: str | None = None):
+        check_kind("model", model, nn.Module, {(str, os.PathLike): "load it with DualEncoder.from_pretrained"})
         self.model = unwrap(model)
         config = getattr(self.model, "config", None)
         check_family(getattr(config, "model_type", None), f"The model ({type(self.model).__name__})")
@@ -238,7 +241,9 @@ class DualEncoder:
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
-        blocks, images = [torch.empty(0, self.embed_dim, device=self.device)], as_pictures(images)
+        images = as_pictures(images)
+        batch_size = check_number("batch_size", batch_size, least=1)
+        blocks = [torch.empty(0, self.embed_dim, device=self.device)]
         for start in range(0, len(images), batch_size):
             blocks.append(self.embed_pixels(self.preprocess(images[start : start + batch_size])))
         return torch.cat(blocks)
@@ -299,7 +304,7 @@ class DualEncoder:
 
     def _embed_lists(self, lists: Iterable[Sequence[str]], batch_size: int) -> Iterator[Tensor]:
         """Unit rows of the texts of each list; at the end one warning about all that were cut."""
-        cut = []
+        cut, batch_size = [], check_number("batch_size", batch_size, least=1)
         for texts in lists:
             blocks = [torch.empty(0, self.embed_dim, device=self.device)]
             for start in range(0, len(texts), batch_size):
@@ -408,3 +413,12 @@ def square_processor(processor: BaseImageProcessor, config: PreTrainedConfig) ->
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     kept = {name: getattr(processor, name) for name in kept}
     return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
+
+
+def check_encoder(name: str, value) -> "DualEncoder":
+    """
+    Raises:
+        TypeError: not a dual encoder; the message says how to make one of it.
+    """
+    hints = {(str, os.PathLike): "load it with DualEncoder.from_pretrained", nn.Module: "wrap it, DualEncoder(model)"}
+    return check_kind(name, value, DualEncoder, hints)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import PurePath
 
@@ -33,10 +33,17 @@ class UnreadablePicture(ValueError):
         self.fault = fault
 
 
-def as_pictures(pictures):
-    """A list of one, where one picture is given in place of several; an array of four axes is several."""
-    single = isinstance(pictures, _ONLY) and getattr(pictures, "ndim", 0) < 4
-    return [pictures] if single else pictures
+def as_pictures(pictures) -> Sequence:
+    """A list of one, where one picture is given in place of several; an array of four axes is several.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(pictures, _ONLY) and getattr(pictures, "ndim", 0) < 4:
+        return [pictures]
+    if not isinstance(pictures, Iterable):
+        raise TypeError(f"images must be pictures or one of these, not a {type(pictures).__name__}: see read_picture.")
+    return pictures if hasattr(pictures, "__len__") else list(pictures)
 
 
 def read_picture(picture, name: str = "the picture") -> Image.Image:

@@ -12,15 +12,15 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ..data.anchors import DEFAULT_TEMPLATES
-from ..data.images import check_split, guess_columns
+from ..data.images import check_dataset, guess_columns
 from ..data.vocabulary import NUM_ANCHORS
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..hub.checks import as_list
 from ..hub.scores import Score
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.refit import fewest_images
-from ..method.teacher import Teacher, task_names
+from ..method.teacher import Teacher, check_teacher, task_names
 from ..settings import ExtractionConfig
 from .evaluate import score_logits
 from .evidence import VISIBLE_GAIN, Evidence, paired_gain, recommend
@@ -32,7 +32,7 @@ from .task import Answer, Impossible, Task
 logger = logging.getLogger(__name__)
 
 NOTES = {LABELS: "needs labelled images", WEAK: "needs the weak model and its tuned version for every prediction"}
-_WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
+WEAK_ALONE = ("zero-shot weak", "tuned weak")  # no upgrade at all
 _KEEP = "Keep the strong model as it is"
 _IF_LABELLED = {"tuned strong": "re-tune the strong model", "linear probe": "a linear probe on it will do"}
 # What may go wrong with one method's data or settings; anything else is a fault of the program.
@@ -104,7 +104,7 @@ class Comparison:
         for name, row in self.rows.items():
             values = {key: None if math.isnan(one.value) else one.value for key, one in row.scores.items()}
             first = next(iter(row.scores.values()))
-            cost = {"seconds": first.seconds, "peak_mb": first.peak_mb, "bytes": row.size}
+            cost = {"seconds": first.seconds, "bytes": row.size}
             needs, split = [need for need in NEEDS if need in row.needs], first.split
             shape = {"models": row.models, "open_names": row.open_names}
             rows.append({"name": name, "scores": values, **cost, **shape, "needs": needs, "note": row.note})
@@ -177,16 +177,19 @@ def compare(
 
     Returns:
         [`Comparison`]: a row that is not possible, or fails for a foreseen reason, is among its `skipped`. What a
-        given `tuned_strong` cost is not known, so its scores have neither seconds nor memory.
+        given `tuned_strong` cost is not known, so its scores have no seconds.
 
     Raises:
         ValueError: no class names, the teacher only has stored logits or does not know a class, labelled images of
             a class that is not among the names, or two rows of one name.
     """
+    for name, model in (("weak", weak), ("strong", strong)):
+        check_encoder(name, model)
+    check_teacher(teacher)
+    for name, images in (("unlabelled", unlabelled), ("labelled", labelled), ("general", general), ("test", test)):
+        if images is not None or name == "test":
+            check_dataset(images, name)
     rows = _rows(variants)
-    for images in (test, unlabelled, labelled, general):
-        if images is not None:
-            check_split(images)
     columns = {key: embedding.get(key) for key in ("image_column", "label_column")}
     names = tuple(as_list(class_names or _names_of(test, teacher, columns), "class_names"))
     if unlabelled is None and guess_columns(test, **columns)[1] is None:
@@ -265,7 +268,7 @@ def _run(task: Task, variant: Variant, found: Comparison, split: str, base: Sequ
     # What was tuned in the image tower is extracted from images; a prompt's class vectors are there already.
     if ExtractionConfig in method.takes and not task.own_class_vectors:
         needs = {*needs, IMAGES}
-    alone = variant.method in _WEAK_ALONE
+    alone = variant.method in WEAK_ALONE
     note = None if alone else next((NOTES[need] for need in NOTES if need in needs), None)
     note = CONTROL if variant.method == UNTUNED else note
     if task.labels is None:

@@ -7,15 +7,13 @@ harmonic mean, and the *joint* accuracy over all classes, without which the two 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from ..data.embeddings import align_labels, embed_dataset
 from ..hub.adapter_files import SCORES
 from ..hub.card import write_card
 from ..hub.scores import THIS, Score, read_scores, write_scores
-from ..method.classifier import AnchorClassifier, seen_columns
+from ..method.classifier import AnchorClassifier, check_classifier, seen_columns
 from ..method.teacher import teacher_logits
 from .reliability import check_labels
 
@@ -92,6 +90,7 @@ def evaluate(
     Raises:
         ValueError: no labels, class names of the dataset that are not the classifier's, or logits that are not finite.
     """
+    check_classifier("classifier", classifier)
     table = embed_dataset(classifier.encoder, dataset, tower=classifier.reads_tower, **embedding)
     labels = align_labels(table, classifier.class_names)
     logits = teacher_logits(classifier, dataset, classifier.class_names, **embedding)
@@ -120,33 +119,10 @@ def record_scores(
 
 
 @contextmanager
-def measured() -> Iterable[dict[str, float]]:
-    """Wall seconds and peak memory (MB) of a block, in the dictionary it yields."""
-    process, found, done = psutil.Process(), {}, threading.Event()
-
-    def resident() -> int:
-        memory = process.memory_info()
-        return memory.rss - getattr(memory, "shared", 0)  # tables mapped from disk can be dropped at any time
-
-    start = peak = resident()
-    cuda = torch.cuda.is_available()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, resident())
-
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    since = time.perf_counter()
+def measured() -> Iterator[dict[str, float]]:
+    """Wall seconds of a block, in the dictionary it yields."""
+    found, since = {}, time.perf_counter()
     try:
         yield found
     finally:
         found["seconds"] = time.perf_counter() - since
-        done.set()
-        watcher.join()
-        peak = torch.cuda.max_memory_allocated() if cuda else max(peak, resident())
-        found["peak_mb"] = max(0.0, (peak - start) / 2**20)

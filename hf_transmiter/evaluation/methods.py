@@ -10,18 +10,26 @@ from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
-import yaml
 from torch import Tensor
 
 from ..data.anchors import Anchors
 from ..data.vocabulary import STRATEGIES
-from ..hub.checks import did_you_mean
+from ..hub.checks import did_you_mean, parse_yaml
 from ..method import attach
 from ..method.classifier import AnchorClassifier
 from ..method.label_tune import label_tune
 from ..method.transfer import transfer
 from ..method.tune import adapter_settings
-from ..settings import SOLVERS, ExtractionConfig, LabelTuningConfig, TransferConfig, TuningConfig, check_choice
+from ..settings import (
+    SOLVERS,
+    ExtractionConfig,
+    LabelTuningConfig,
+    TransferConfig,
+    TuningConfig,
+    check_choice,
+    check_fields,
+    shortened,
+)
 from ..tuners import TransMiterConfig
 from . import baselines
 from .task import Answer, Impossible, Task, stored_bytes
@@ -57,6 +65,7 @@ class RowSettings:
     strategy: str = "random"
 
     def __post_init__(self):
+        check_fields(self, {"num_anchors": {"least": 1}, "num_auxiliary": {"least": 0}})
         if self.solver is not None:
             check_choice("solver", self.solver, SOLVERS[:-1])
         check_choice("start", self.start, tuple(_STARTS))
@@ -91,7 +100,7 @@ class Variant:
             raise ValueError(f"there is no method {self.method!r}; {did_you_mean(self.method, METHODS)}")
         where, takes = f"the row {self.method!r}", METHODS[self.method].takes
         if not isinstance(self.settings, Mapping):
-            raise ValueError(f"{where} must hold settings by name, got {self.settings!r}.")
+            raise ValueError(f"{where} must hold settings by name, got {shortened(self.settings)}.")
         kinds = {key: kind for kind, keys in takes.items() for key in keys}
         others = {key: value for key, value in self.settings.items() if key not in kinds}
         if others and not METHODS[self.method].tunes:
@@ -121,14 +130,15 @@ class Variant:
         if isinstance(value, Variant):
             return value
         try:
-            found = yaml.safe_load(value) if isinstance(value, str) else value
-        except yaml.YAMLError:
+            found = parse_yaml(value, "a row") if isinstance(value, str) else value
+        except ValueError:
             found = None
         found = {found: {}} if isinstance(found, str) else found
         methods = [key for key in found if key != "name"] if isinstance(found, Mapping) else []
         if len(methods) != 1:
             raise ValueError(
-                f"a row is the name of a method or {{method: {{setting: value}}}}, with a name or not, got {value!r}."
+                "a row is the name of a method or {method: {setting: value}}, with a name or not, got "
+                f"{shortened(value)}."
             )
         return cls(methods[0], found[methods[0]] or {}, found.get("name"))
 

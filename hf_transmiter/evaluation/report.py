@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ..hub.files import replace_file, write_json
-from ..hub.scores import NOTHING, cell_text, column, mean_cost, metric_title, table
+from ..hub.scores import NOTHING, cell_text, column, mean_seconds, metric_title, table
 from . import figures
 from .analyse import AFTER, BEFORE, Knowledge, markdown
 from .methods import CONTROL, LABELS, NEEDS, STRONG
@@ -50,8 +50,7 @@ def comparison_table(found: Comparison) -> str:
     for metric in dict.fromkeys(score.metric for score in found.scores):
         scores = {name: row.scores.get(metric) for name, row in found.rows.items()}
         columns[cell_text(metric_title(metric))] = column(scores, None, found.notes, metric)
-    for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
-        columns[title] = [mean_cost(found.scores, row, name) for row in found.rows]
+    columns["seconds"] = [mean_seconds(found.scores, row) for row in found.rows]
     columns["size"] = [_size(row.size) for row in found.rows.values()]
     said = {True: "yes", False: "no", None: NOTHING}
     columns["any class names"] = [said[row.open_names] for row in found.rows.values()]
@@ -63,8 +62,8 @@ def comparison_table(found: Comparison) -> str:
 
 
 _TABLE_LEGEND = (
-    "Scores in percent; seconds and memory of making it, without embedding the images; size: what is stored beside "
-    "the pre-trained models; bold: best of the methods that need neither labels nor several models at run time.\n"
+    "Scores in percent; seconds of making it, without embedding the images; size: what is stored beside the "
+    "pre-trained models; bold: best of the methods that need neither labels nor several models at run time.\n"
 )
 
 

@@ -150,14 +150,12 @@ class Task:
 
     @contextmanager
     def charged(self) -> Iterator[dict[str, float]]:
-        """Seconds and peak memory (MB) of a method, in the dictionary it yields; what an earlier method has made
-        already is charged again, as if this one were alone."""
+        """Seconds of a method, in the dictionary it yields; what an earlier method has made already is charged again,
+        as if this one were alone."""
         self._reused = {}
         with measured() as cost:
             yield cost
-        costs = [cost, *self._reused.values()]
-        cost["seconds"] = sum(one["seconds"] for one in costs)
-        cost["peak_mb"] = max(one["peak_mb"] for one in costs)
+        cost["seconds"] += sum(one["seconds"] for one in self._reused.values())
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """Made when first asked for."""

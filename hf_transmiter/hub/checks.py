@@ -12,9 +12,11 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from .rules import KINDS, METHODS, SHORT, Misfit
@@ -23,6 +25,7 @@ from .rules import KINDS, METHODS, SHORT, Misfit
 MAX_JSON_BYTES = 8 * 2**20  # parsed, the worst JSON takes twenty times its size
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_DEPTH = 32
+MAX_YAML_VALUES = 100_000
 FLOATING = ("F64", "F32", "F16", "BF16")
 KEY_PREFIX = "base_model.model.transmiter.transmiter_"  # of a tensor's name in a saved adapter
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
@@ -86,6 +89,86 @@ def _depth(value) -> int:
     if not isinstance(value, dict | list):
         return 0
     return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey (control characters, other directions of writing, invisible letters),
+    which is shown as Python would write it; line ends and tabs stay."""
+
+    def shown(match: re.Match) -> str:
+        letter = match[0]
+        kept = letter in "\n\t\u200c\u200d" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return letter if kept else letter.encode("unicode_escape").decode()
+
+    return re.sub(r"[^ -~]", shown, text)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no UTF-8, with or without the mark that Windows puts in front.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8."
+        ) from error
+
+
+def parse_yaml(text: str | bytes, where: str):
+    """The value of a YAML text, whoever wrote it. `where` is what to call it in an error.
+
+    Raises:
+        ValueError: too large (also by its aliases, before they are expanded), too deep, not YAML, or a key twice
+            in one mapping.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{where} holds more than {MAX_JSON_BYTES:,} bytes, too much for what it should be.")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > MAX_YAML_VALUES:
+            raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES:,} values")
+        value = loader.construct_document(node)
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError
+    except RecursionError:
+        raise ValueError(f"{where} is not valid YAML: it is nested more than {MAX_DEPTH} deep.") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    return value
+
+
+def _expanded(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
+    """How many values it would hold with every alias written out."""
+    if node not in known:
+        known[node] = None
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in inner if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) > len(set(keys)) else None
+            if twice is not None:
+                raise ValueError(f"the key {SHORT.repr(twice)} is there twice")
+            inner = [each for pair in inner for each in pair]
+        known[node] = 1 + sum(_expanded(each, known) for each in inner)
+    if known[node] is None:
+        raise ValueError("an alias stands inside what it stands for")
+    return known[node]
+
+
+def read_yaml(path: str | os.PathLike):
+    """The value of a YAML file, see [`parse_yaml`].
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: what [`parse_yaml`] refuses.
+    """
+    with open(path, "rb") as file:
+        return parse_yaml(file.read(MAX_JSON_BYTES + 1), str(path))
 
 
 def load_json(path: str | os.PathLike, kind: str | None = None):

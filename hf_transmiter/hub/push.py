@@ -60,9 +60,13 @@ def push(
         OSError: the Hub refuses or cannot be reached.
     """
     folder, tags = Path(folder), as_list(tags, "tags")
+    if subfolder is not None and (license is not None or tags):
+        raise ValueError("license and tags are for the card, which no subfolder has: leave them out.")
     if not any((folder / file).is_file() for file in (CONFIG, BRIDGE)):
         raise FileNotFoundError(f"there is neither {CONFIG} nor {BRIDGE} in {str(folder)!r}: nothing to share.")
     refuse_links_out(folder, SHARED)
+    if (folder / CONFIG).is_file():
+        load_json(folder / CONFIG, "adapter_config")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / (subfolder or "")
         place.mkdir(parents=True, exist_ok=True)

@@ -241,7 +241,7 @@ _SCORE = _record(
     {
         **dict.fromkeys(("method", "split", "metric"), _FILLED),
         "value": _or_null(_NUMBER),
-        **dict.fromkeys(("std", "seconds", "peak_mb"), _or_null(_number("a finite number of at least 0", least=0))),
+        **dict.fromkeys(("std", "seconds"), _or_null(_number("a finite number of at least 0", least=0))),
         "seeds": _FROM_ONE,
         "dataset": _or_null(_FILLED),
         "num_images": _or_null(_FROM_ONE),

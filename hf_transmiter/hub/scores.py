@@ -28,9 +28,9 @@ _OPTIONAL = ("dataset", "num_images")  # left out where they are not known
 
 @dataclass(frozen=True)
 class Score:
-    """One number. `value` in percent; `std` over seeds (0 with one); `seconds` and `peak_mb` (resident memory on top
-    of what was there, or GPU memory) of making the method, without embedding the images, which all methods share;
-    `dataset` (Hub id, ``id@revision`` too, or ``sandbox:NAME``) and `num_images` say what it was scored on."""
+    """One number. `value` in percent; `std` over seeds (0 with one); `seconds` of making the method, without
+    embedding the images, which all methods share; `dataset` (Hub id, ``id@revision`` too, or ``sandbox:NAME``) and
+    `num_images` say what it was scored on."""
 
     method: str
     split: str
@@ -38,7 +38,6 @@ class Score:
     value: float
     std: float = 0.0
     seconds: float | None = None
-    peak_mb: float | None = None
     seeds: int = 1
     dataset: str | None = None
     num_images: int | None = None
@@ -61,7 +60,6 @@ def aggregate(runs: Sequence[Sequence[Score]]) -> list[Score]:
             value=statistics.fmean(s.value for s in same),
             std=statistics.stdev([s.value for s in same]) if len(same) > 1 else 0.0,
             seconds=mean(s.seconds for s in same),
-            peak_mb=mean(s.peak_mb for s in same),
             seeds=len(same),
         )
         for same in rows.values()
@@ -78,8 +76,8 @@ def markdown_table(
 
     Rows and columns keep the order of first appearance. The best value of a column (of a calibration error the lowest;
     confidence and agreement have none) is bold, all of them if they tie as printed; a method with a note has an
-    advantage (a ceiling, labels, the weak model at run time), so it is marked and never bold. Seconds and peak memory
-    are means over the method's rows, and left out if none is known.
+    advantage (a ceiling, labels, the weak model at run time), so it is marked and never bold. Seconds are means over
+    the method's rows, and left out if none is known.
 
     Args:
         scores (`Sequence[Score]`): at most one per method, split and metric, see [`aggregate`].
@@ -102,11 +100,10 @@ def markdown_table(
     for split, metric in columns:
         body.append(column({m: cells.get((m, split, metric)) for m in methods}, baseline, notes, metric))
     header = ["method", *(cell_text(f"{split} {metric_title(metric)}") for split, metric in columns)]
-    for name, title in (("seconds", "seconds"), ("peak_mb", "peak MB")):
-        costs = [mean_cost(scores, method, name) for method in methods]
-        if set(costs) != {NOTHING}:
-            header.append(title)
-            body.append(costs)
+    costs = [mean_seconds(scores, method) for method in methods]
+    if set(costs) != {NOTHING}:
+        header.append("seconds")
+        body.append(costs)
     return table(header, zip(*body, strict=True)) + "\n\n" + _legend(scores, baseline, marks)
 
 
@@ -160,13 +157,13 @@ def column(
     return texts
 
 
-def mean_cost(scores: Sequence[Score], method: str, name: str) -> str:
-    values = [getattr(score, name) for score in scores if score.method == method]
+def mean_seconds(scores: Sequence[Score], method: str) -> str:
+    values = [score.seconds for score in scores if score.method == method]
     values = [value for value in values if value is not None and not math.isnan(value)]
     if not values:
         return NOTHING
     value = statistics.fmean(values)
-    return f"{value:.1f}" if name == "seconds" and value < 100 else f"{value:.0f}"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _legend(scores: Sequence[Score], baseline: str | None, marks: Mapping[str, str]) -> str:
@@ -213,5 +210,8 @@ def read_scores(path: str | os.PathLike) -> list[Score]:
         FileNotFoundError: there is no such file.
         ValueError: not JSON, too large, not a list of objects, a key missing or unknown, a value of the wrong kind.
     """
-    rows = load_json(path, "scores")
+    rows = load_json(path)
+    if isinstance(rows, list):  # earlier files have memory, too
+        rows = [{k: v for k, v in row.items() if k != "peak_mb"} if isinstance(row, dict) else row for row in rows]
+    check_json(rows, "scores", str(path))
     return [Score(**row | {key: math.nan for key in ("value", "std") if row[key] is None}) for row in rows]

@@ -33,7 +33,7 @@ from ..hub.files import fill_folder, read_metadata_json, read_tensors, replace_f
 from ..hub.provenance import library_versions
 from ..hub.push import push
 from ..hub.repo import fetch, public_name
-from ..settings import BETA
+from ..settings import BETA, PULL, check_number
 from .moments import CrossMoment, sum_dataset
 
 
@@ -138,6 +138,7 @@ class Bridge:
             ValueError: an unknown space, a logit-space bridge without images, or a beta in embedding space.
             TypeError: a keyword that `embed_dataset` does not have.
         """
+        check_number("beta", beta if beta_per_image is None else beta_per_image, float, **PULL)
         if space not in ("embedding", "logit"):
             raise ValueError(f"space must be 'embedding' or 'logit', got {space!r}.")
         if dataset is None and space == "logit":
@@ -493,8 +494,7 @@ class Bridge:
         return cls.load(path)
 
     def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
-        """Uploads what [`save_pretrained`] writes, in one commit; the repository ``user/name`` is made if it is not
-        there. Options are those of [`push`]: `private`, `commit_message`, `create_pr`, `token`, ..."""
+        """Uploads what [`save_pretrained`] writes, in one commit; options are those of [`push`]."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / BRIDGE)
             return push(folder, repo_id, **options)

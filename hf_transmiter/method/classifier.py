@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..data.anchors import Anchors
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..encoders.pictures import as_pictures
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
 from ..hub.card import write_card
@@ -22,6 +22,7 @@ from ..hub.checks import as_list
 from ..hub.files import fill_folder
 from ..hub.push import push
 from ..hub.repo import fetch, split_revision
+from ..settings import check_kind, check_number
 from ..tuners import TransMiterConfig, TransMiterLayer
 from ..tuners.injection import save_adapter
 from ..tuners.prompts import image_conditioned, image_conditioned_logits
@@ -41,6 +42,16 @@ def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list
     if seen is not None and not len(seen):
         raise ValueError("seen_classes is empty: leave it out where the tuning saw all classes.")
     return [class_names.index(name) for name in (class_names if seen is None else dict.fromkeys(seen))]
+
+
+def check_classifier(name: str, value) -> AnchorClassifier:
+    """
+    Raises:
+        TypeError: not a classifier; the message says how to make one of it.
+    """
+    path, model = (str, os.PathLike), (nn.Module, DualEncoder)
+    hints = {path: "load it with AnchorClassifier.from_pretrained", model: "pass AnchorClassifier(encoder, anchors)"}
+    return check_kind(name, value, AnchorClassifier, hints)
 
 
 class AnchorClassifier(nn.Module):
@@ -65,7 +76,8 @@ class AnchorClassifier(nn.Module):
 
     def __init__(self, encoder: DualEncoder, anchors: Anchors, text_embeds: Tensor | None = None):
         super().__init__()
-        self.encoder, self.anchors = encoder, anchors
+        names = {(str, list, tuple): "make some of your class names, Anchors(('cat', 'dog'))"}
+        self.encoder, self.anchors = check_encoder("encoder", encoder), check_kind("anchors", anchors, Anchors, names)
         self.model = encoder.model
         self._calibration: CalibrationPack | None = None
         self.facts: TeacherFacts | None = None  # of a model that was tuned: what it was made of
@@ -200,6 +212,7 @@ class AnchorClassifier(nn.Module):
             images (`Sequence` of whatever [`read_picture`] reads, or one of these): the pictures.
             class_names (`Sequence[str]`, *optional*): asked this once, see [`set_classes`].
         """
+        top_k, batch_size = check_number("top_k", top_k, least=1), check_number("batch_size", batch_size, least=1)
         if class_names:
             asked = AnchorClassifier(self.encoder, self.anchors)
             asked.transmiter = self.transmiter

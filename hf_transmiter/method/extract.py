@@ -17,7 +17,8 @@ from torch.nn.utils.parametrizations import orthogonal
 from ..algebra import check_finite, discriminant_head, ridge, total
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
-from ..encoders.dual_encoder import DualEncoder
+from ..data.images import check_dataset
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..encoders.identity import ModelId
 from ..hub.provenance import library_versions, named_dataset
 from ..settings import ExtractionConfig
@@ -28,7 +29,15 @@ from ..tuners.transmiter.layer import refine
 from .classifier import AnchorClassifier, seen_columns
 from .refit import fit_image_side
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, as_classifier, same_image_tower, task_names, teacher_class_vectors, teacher_logits
+from .teacher import (
+    Teacher,
+    as_classifier,
+    check_teacher,
+    same_image_tower,
+    task_names,
+    teacher_class_vectors,
+    teacher_logits,
+)
 
 
 IMAGE_PENALTY = 3.0  # of the ridge, in mean variances: directions that only the weak model has do not carry over
@@ -80,6 +89,10 @@ def extract(
         ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
             begin with the class names, unknown names in `seen_classes`, or logits that are not finite.
     """
+    check_encoder("weak", weak)
+    check_teacher(teacher)
+    if dataset is not None:
+        check_dataset(dataset)
     config = config or ExtractionConfig()
     if class_names is None and anchors is not None and anchors.task:
         class_names = anchors.task

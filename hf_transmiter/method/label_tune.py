@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from ..data.embeddings import FeatureTable, align_labels, embed_dataset
 from ..hub.provenance import library_versions
-from ..settings import LabelTuningConfig
+from ..settings import LabelTuningConfig, check_read
 from ..training.loop import fit
-from .classifier import AnchorClassifier, seen_columns
+from .classifier import AnchorClassifier, check_classifier, seen_columns
 
 
 def label_tune(
@@ -43,6 +43,7 @@ def label_tune(
     Raises:
         ValueError: no adapter, no labels, unknown names in `seen_classes`, or a label outside them.
     """
+    check_classifier("adapter", adapter)
     config, source = config or LabelTuningConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to tune: attach one with add_adapter, or pass what transfer returned.")
@@ -62,6 +63,8 @@ def label_tune(
             f"image {row} has label {int(table.labels[row])}, which is not one of the {len(columns)} classes tuned "
             "here: select the images of those classes first, or pass seen_classes."
         )
+    if source.form != "mlp":
+        check_read(config, "a linear adapter", ("train_basis",))
     moved = source.train_basis or config.train_basis  # such a basis is no longer orthonormal
     told = {"train_basis": moved, "inference_mode": False}
     if source.image_side and source.text_side:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..algebra import guessing
 from ..data.anchors import Anchors
 from ..data.class_names import label_places
 from ..data.embeddings import FeatureTable, embed_dataset
@@ -146,8 +147,12 @@ def what_was_learnt(
         found["warning"] = (
             f"nothing was learnt: {kind} is {scores[0]:.1f} % on held-out images, {scores[1]:.1f} % before"
         )
+    elif labels is not None and kind == "accuracy":
+        chance = guessing(scores[0], len(labels), len(classifier.class_names))
+        if chance is not None:
+            found["warning"] = f"nothing was learnt: accuracy is {scores[0]:.1f} %, and guessing has {chance:.1f} %"
     if found["warning"]:
-        found["warning"] += "; try more epochs or a higher learning rate, and look at the labels."
+        found["warning"] += "; try more epochs or another learning rate, and look at the labels."
         logger.warning(found["warning"])
     return found
 

@@ -99,7 +99,7 @@ def load_teacher_and_weak(
         elif adapter is not None:
             weak, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
         if not weak:
-            raise ValueError(f"{source!r} does not say which model it was tuned from: name it with --weak.")
+            raise ValueError(f"{source!r} does not say which model it was tuned from: name it with `weak`.")
     encoder = load_encoder(weak, revision, device, dtype)
     return load_teacher(source, encoder), encoder
 
@@ -130,7 +130,7 @@ def load_classifier(
         if encoder is None:
             base = adapter.get("base_model_name_or_path")
             if not base:
-                raise ValueError(f"{source!r} does not say which model it belongs to: name it with --base-model.")
+                raise ValueError(f"{source!r} does not say which model it belongs to: name it with `base_model`.")
             encoder = load_encoder(base, adapter.get("revision"), device, dtype)
         if adapter.get("peft_type") == PeftType.TRANSMITER:
             name, revision = split_revision(source)

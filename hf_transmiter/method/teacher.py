@@ -48,12 +48,30 @@ def as_classifier(
         if layer is not None and layer.active_name is not None:
             templates = PROMPTED
         return AnchorClassifier(teacher, Anchors(class_names, (), templates))
-    if isinstance(teacher, (CalibrationPack, Tensor, str, os.PathLike)):
-        return None
-    raise TypeError(
-        f"a teacher is an AnchorClassifier, a tuned dual encoder, a CalibrationPack or its file, logits (N, C), or a "
-        f"list of these, not {type(teacher).__name__}."
-    )
+    check_teacher(teacher)
+    return None
+
+
+def check_teacher(teacher: Teacher) -> None:
+    """
+    Raises:
+        TypeError: not a kind of [`Teacher`], or a folder, which has to be loaded first.
+    """
+    if isinstance(teacher, (list, tuple)):
+        for one in teacher:
+            check_teacher(one)
+        return
+    if isinstance(teacher, (str, os.PathLike)) and os.path.isdir(teacher):
+        raise TypeError(
+            f"a teacher is a model and not the name of its folder: load {os.fspath(teacher)!r} first, with "
+            "load_teacher of hf_transmiter.method.saved."
+        )
+    known = (AnchorClassifier, DualEncoder, CalibrationPack, Tensor, str, os.PathLike)
+    if not isinstance(teacher, known) and not (isinstance(teacher, nn.Module) and is_dual_encoder(teacher)):
+        raise TypeError(
+            "a teacher is an AnchorClassifier, a tuned dual encoder, a CalibrationPack or its file, logits (N, C), or "
+            f"a list of these, not {type(teacher).__name__}."
+        )
 
 
 def task_names(

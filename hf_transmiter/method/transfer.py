@@ -7,6 +7,7 @@ what the tuned model and the strong one say together. Every closed form ends in 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -16,18 +17,18 @@ from torch.nn.functional import normalize
 
 from ..data.anchors import Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
-from ..data.images import check_split
-from ..encoders.dual_encoder import DualEncoder
+from ..data.images import check_dataset
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import without_paths
 from ..hub.provenance import library_versions, named_dataset
-from ..settings import TransferConfig, check_read
+from ..settings import TransferConfig, check_kind, check_read
 from ..tuners import TransMiterConfig
 from .bridge import Bridge
-from .classifier import AnchorClassifier, seen_columns
+from .classifier import AnchorClassifier, check_classifier, seen_columns
 from .experts import expert_logits
 from .refit import ImageSide, fewest_images, refit
-from .teacher import Teacher
+from .teacher import Teacher, check_teacher
 
 
 logger = logging.getLogger(__name__)
@@ -75,17 +76,27 @@ def transfer(
             names in `seen_classes`, too few images for a refit that was asked for, or a calibration pack of other
             class names.
     """
+    check_classifier("adapter", adapter)
+    check_encoder("strong", strong)
+    if dataset is not None:
+        check_dataset(dataset)
+    if bridge is not None:
+        check_kind("bridge", bridge, Bridge, {(str, os.PathLike): "load it with Bridge.from_pretrained"})
     config, source = config or TransferConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
-    if dataset is not None:
-        check_split(dataset)
+    if teacher is not None:
+        check_teacher(teacher)
+        if dataset is None or config.refit is False:
+            raise ValueError("a teacher labels the images of a refit: pass unlabelled images, or leave teacher out.")
     seen = seen_columns(source.class_names, seen_classes)
     all_seen = len(set(seen)) == len(source.class_names)
     weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding, "labels": False}
     space = "logit" if source.form == "mlp" else "embedding"
     if config.refit and (dataset is None or space == "logit"):
         raise ValueError("a refit is of a linear adapter, to unlabelled images: pass images, or leave refit out.")
+    if space == "logit":
+        check_read(config, "the transfer of a published adapter", ("zero_shot_weight",))
     wanted = space == "embedding" and dataset is not None and config.refit is not False
     few = dataset is not None and len(dataset) < fewest_images(len(seen))
     if wanted and few and config.refit is None:

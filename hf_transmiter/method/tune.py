@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
-from ..data.images import check_split, guess_columns
-from ..encoders.dual_encoder import DualEncoder
+from ..data.images import check_dataset, guess_columns
+from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import did_you_mean
-from ..settings import METHODS, VISION_LINEARS, TuningConfig
+from ..settings import METHODS, VISION_LINEARS, TuningConfig, check_number
 from ..training.batches import Pixels, forward_pass, frozen_images, learns, trained_images
 from ..training.loop import fit, gaussian_epoch_weights, project_gradient
 from ..training.objectives import losses
@@ -35,7 +35,7 @@ from ..tuners.prompts import PromptConfig, layers, phrase_token_ids, prompt_laye
 from .classifier import AnchorClassifier
 from .lessons import draw_few_shot, held_out_loss, labelled_lesson, taught_by, taught_lesson, what_was_learnt
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, as_classifier, same_image_tower, task_names
+from .teacher import Teacher, as_classifier, check_teacher, same_image_tower, task_names
 
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,14 @@ def tune(
     >>> upgraded = tune(strong, load_dataset("mteb/dtd", split="train"), teacher=tuned, weak=weak)  # no label is read
     ```
     """
-    check_split(dataset, "a datasets.Dataset")
+    check_encoder("model", model)
+    check_dataset(dataset)
+    if weak is not None:
+        check_encoder("weak", weak)
+        if teacher is None:
+            raise ValueError("weak is what a teacher was before its tuning: pass the teacher, too, or leave weak out.")
+    if teacher is not None:
+        check_teacher(teacher)
     if isinstance(teacher, (str, os.PathLike)):
         teacher = CalibrationPack.load(teacher)
     if teacher is None:
@@ -281,11 +288,15 @@ def _fitting(teacher: Teacher | None, weak: DualEncoder | None, names: Sequence[
 
 def _with_adapter(weak: DualEncoder, names: Sequence[str], adapter: Mapping, config: TuningConfig) -> DualEncoder:
     """A copy of the model with a fresh adapter, the only part of it that trains."""
-    found = _peft_config(weak, names, adapter, config.seed)
     model = copy.deepcopy(weak.model).eval().requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # LoRA draws its start from the global generator
-        inject(model, found)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # LoRA draws its start from the global generator
+            inject(model, _peft_config(weak, names, adapter, config.seed))
+    except ValueError:
+        raise
+    except Exception as error:  # whatever PEFT and torch run into with these options
+        raise ValueError(f"the options of {adapter['method']} make no adapter of this model: {error}") from error
     return DualEncoder(model, weak.processor, weak.name_or_path, weak.revision)
 
 
@@ -311,6 +322,9 @@ def adapter_settings(adapter: str | Mapping | PeftConfig) -> dict:
         if name not in ("method", *own):
             near = did_you_mean(str(name), [*own, *TuningConfig.__dataclass_fields__])
             raise ValueError(f"neither {kind.__name__} nor TuningConfig has an option {name!r}; {near}")
+    for item in _options(kind):
+        if item.name in adapter and item.type in ("int", "float", int, float):
+            check_number(item.name, adapter[item.name], float)
     found = {**_usual(kind), **adapter, "method": method}
     found = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in found.items()}
     if found.get("init_phrase") is not None:

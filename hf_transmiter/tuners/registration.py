@@ -2,6 +2,7 @@
 
 import enum
 import re
+import warnings
 from collections.abc import Mapping
 
 import peft
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from ..algebra import check_finite
 
+
+# PEFT asks every model for a name that transformers 5 warns of; whoever loads an adapter can do nothing about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 TESTED = "peft 0.21.2 with transformers 5.23.0 and 5.24.0, peft 0.21.0 with transformers 5.22.0"
 """Pairs that the whole test suite has passed with."""

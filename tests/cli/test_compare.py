@@ -54,7 +54,7 @@ def test_a_folder_with_labels(command, out):
     data = ("--dataset", out / "photos", "--unlabelled", out / "photos", "--labelled", out / "photos")
     result = run(*command, *data, *rows(*ROWS), "--shots", "48", "--output-dir", out / "report")
     header, _, *table = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    assert header.startswith("| method | accuracy | ECE | seconds | peak MB | size | any class names | labels |")
+    assert header.startswith("| method | accuracy | ECE | seconds | size | any class names | labels |")
     assert [line.split(" | ")[0].strip("| ") for line in table] == list(ROWS)
     verdict = result.stdout.splitlines()[0]
     assert verdict.startswith(("Take refit: refit scores ", "Keep the strong model as it is: refit scores "))

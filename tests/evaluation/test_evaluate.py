@@ -78,12 +78,10 @@ def test_evaluate_equals_counting_predictions(encoder, make_dataset):
     assert len(embed_dataset(encoder, dataset, progress=False)) == 15
 
 
-def test_measured_sees_time_and_memory():
+def test_measured_sees_time():
     with measured() as cost:
-        block = torch.ones(30_000_000)
         time.sleep(0.05)
-        del block
-    assert cost["seconds"] >= 0.05 and cost["peak_mb"] > 60
+    assert 0.05 <= cost["seconds"] < 5 and set(cost) == {"seconds"}
 
 
 def test_an_adapter_that_reads_the_tower(encoder, make_dataset, tmp_path):

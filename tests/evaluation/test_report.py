@@ -47,24 +47,24 @@ def test_report_refuses_figures_outside_of_it(tmp_path):
 
 def test_a_comparison_says_what_each_method_costs_and_needs():
     rows = {}
-    for name, accuracy, ece, seconds, peak, *about in (
-        ("zero-shot strong", 60.0, 5.0, 0.01, 0.2, (), None, 0),
-        ("refit", 70.0, 9.0, 2.0, 30.0, {"task images"}, None, 28_300),
-        ("a|probe", 80.0, 3.0, 140.0, 30.0, {"labels", "backprop"}, "needs labels", None),
+    for name, accuracy, ece, seconds, *about in (
+        ("zero-shot strong", 60.0, 5.0, 0.01, (), None, 0),
+        ("refit", 70.0, 9.0, 2.0, {"task images"}, None, 28_300),
+        ("a|probe", 80.0, 3.0, 140.0, {"labels", "backprop"}, "needs labels", None),
     ):
         values = {"accuracy": accuracy, "ece": ece}
-        scores = {key: Score(name, "test", key, one, seconds=seconds, peak_mb=peak) for key, one in values.items()}
+        scores = {key: Score(name, "test", key, one, seconds=seconds) for key, one in values.items()}
         rows[name] = Row(None, scores, *about, open_names={"zero-shot strong": True, "refit": False}.get(name))
     found = Comparison(rows, None, ("a", "b"), skipped={"EFT": "it failed: a | b"})
     lines = [line for line in comparison_table(found).splitlines() if line.startswith("|")]
     assert lines[0] == (
-        "| method | accuracy | ECE | seconds | peak MB | size | any class names | labels | task images | "
+        "| method | accuracy | ECE | seconds | size | any class names | labels | task images | "
         "backprop | weak model at run time |"
     )
     # The highest accuracy and the lowest calibration error of those that need no labels.
-    assert lines[2] == "| zero-shot strong | 60.0 | **5.0** | 0.0 | 0 | 0 | yes | no | no | no | no |"
-    assert lines[3] == "| refit | **70.0** | 9.0 | 2.0 | 30 | 28 kB | no | no | yes | no | no |"
-    assert lines[4] == "| a\\|probe | 80.0 | 3.0 | 140 | 30 | – | – | yes | no | yes | no |"
+    assert lines[2] == "| zero-shot strong | 60.0 | **5.0** | 0.0 | 0 | yes | no | no | no | no |"
+    assert lines[3] == "| refit | **70.0** | 9.0 | 2.0 | 28 kB | no | no | yes | no | no |"
+    assert lines[4] == "| a\\|probe | 80.0 | 3.0 | 140 | – | – | yes | no | yes | no |"
     assert comparison_table(found).endswith("\nNot in the table:\n\n- EFT: it failed: a \\| b\n")
     known = {row["name"]: (row["models"], row["open_names"]) for row in found.to_dict()["rows"]}
     assert known == {"zero-shot strong": (1, True), "refit": (1, False), "a|probe": (1, None)}
@@ -87,7 +87,7 @@ def test_whose_names_stay_open(at_hand):
 
 def test_the_ways_that_are_drawn_need_no_labels(tmp_path, drawn):  # noqa: F811
     def row(name, score, **about):
-        one = Score(name, "test", "agreement", score, seconds=None if name == "refit" else 1.0, peak_mb=0.0)
+        one = Score(name, "test", "agreement", score, seconds=None if name == "refit" else 1.0)
         return Row(None, {"agreement": one}, **about)
 
     found = Comparison({"zero-shot strong": row("zero-shot strong", 40.0)}, None, ("a", "b"), recommended="refit")

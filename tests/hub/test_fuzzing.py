@@ -303,7 +303,6 @@ SCORE = {
     "value": 62.5,
     "std": 0.5,
     "seconds": 1.5,
-    "peak_mb": 20.0,
 }
 SCORES = [SCORE | {"seeds": 3}, SCORE | {"value": None, "seeds": 1, "dataset": "user/cats", "num_images": 40}]
 TEACHER = {

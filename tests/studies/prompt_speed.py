@@ -18,11 +18,11 @@ import sys
 import time
 
 import torch
+from resident import measured
 from transformers import CLIPModel
 
 from hf_transmiter import sandbox
 from hf_transmiter.encoders.dual_encoder import DualEncoder
-from hf_transmiter.evaluation.evaluate import measured
 from hf_transmiter.method import tune as tuning
 from hf_transmiter.method.tune import tune
 from hf_transmiter.settings import TuningConfig

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from resident import measured
 from torch.nn.functional import normalize
 
 from hf_transmiter.data.embeddings import FeatureTable
-from hf_transmiter.evaluation.evaluate import measured
 from hf_transmiter.method.extract import closed_form, gradient
 from hf_transmiter.method.moments import image_pairs, sum_pairs
 from hf_transmiter.method.refit import refit

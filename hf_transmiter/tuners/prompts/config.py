@@ -8,12 +8,18 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 
 from ...data.class_names import check_names
-from ...settings import check_choice
+from ...settings import SEED, check_choice, check_fields
 from ..registration import PeftType
 
 
 POSITIONS = ("end", "middle", "front")
 CLASS_EMBEDS = ("tokens", "mean_token", "text_feature")
+_LIMITS = {
+    "n_ctx": {"most": 10_000},
+    **dict.fromkeys(("n_vision", "heads", "text_depth", "depth"), {"least": 1, "most": 10_000}),
+    **dict.fromkeys(("vision_depth", "layer"), {"least": 0, "most": 10_000}),
+    "seed": SEED,
+}
 
 
 @dataclass
@@ -40,7 +46,7 @@ class PromptConfig(PeftConfig):
         provenance (`dict`, *optional*): what it was trained on, filled in by `tune`.
 
     Raises:
-        ValueError: M < 1, a phrase of more than M tokens, or a repeated or empty class name.
+        ValueError: a number outside its limits, a phrase of more than M tokens, or a repeated or empty class name.
     """
 
     kind: ClassVar[PeftType | None] = None
@@ -66,6 +72,7 @@ class PromptConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.kind
+        check_fields(self, _LIMITS)
         if self.n_ctx is None and self.init_phrase is None and self.init_token_ids is None:
             self.n_ctx = 16
         if self.init_token_ids is not None:
@@ -138,8 +145,6 @@ class CoOpConfig(PromptConfig):
         check_choice("position", self.position, POSITIONS)
         if self.class_specific and not self.class_names:
             raise ValueError("class-specific contexts belong to classes: pass class_names.")
-        if self.layer < 0:
-            raise ValueError(f"layer must not be negative, got {self.layer}.")
         if self.layer and (self.class_specific or self.position != "end"):
             raise ValueError("a context at a deeper layer is shared by all classes and stands before the name.")
         if self.layer and self.init_phrase is None and self.init_token_ids is None:
@@ -222,8 +227,6 @@ class ContCoOpConfig(PromptConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choice("class_embed", self.class_embed, CLASS_EMBEDS)
-        if self.heads is not None and self.heads < 1:
-            raise ValueError(f"heads must be at least 1, got {self.heads}.")
 
 
 @dataclass
@@ -258,14 +261,6 @@ class IVLPConfig(DeepPromptConfig):
     n_vision: int = 4
     text_depth: int = 9
     vision_depth: int = 9
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.text_depth < 1 or self.vision_depth < 0 or self.n_vision < 1:
-            raise ValueError(
-                f"text_depth and n_vision must be at least 1 and vision_depth at least 0, got {self.text_depth}, "
-                f"{self.n_vision} and {self.vision_depth}."
-            )
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -305,11 +300,6 @@ class MaPLeConfig(DeepPromptConfig):
 
     n_ctx: int | None = 2
     depth: int = 9
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}.")
 
     @property
     def depths(self) -> tuple[int, int]:

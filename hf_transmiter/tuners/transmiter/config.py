@@ -9,10 +9,18 @@ from peft import PeftConfig
 
 from ...data.anchors import DEFAULT_TEMPLATES, Anchors
 from ...hub.adapter_files import read_config
+from ...settings import check_fields
 from ..registration import PeftType
 
 
 FORMS = ("mlp", "linear")
+_LIMITS = {
+    **dict.fromkeys(("image_side", "text_side"), {"least": 0, "most": 1_000_000}),
+    "width": {"least": 1, "most": 1_000_000},
+    "mlp_ratio": {"least": 1, "most": 64},
+    "embed_dim": {"least": 1, "most": 65_536},
+    "seed": {"least": -(2**63), "most": 2**64 - 1},
+}
 
 
 @dataclass
@@ -81,6 +89,7 @@ class TransMiterConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.TRANSMITER
+        check_fields(self, _LIMITS)
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, got {self.form!r}.")
         if not self.class_names:
