@@ -136,7 +136,7 @@ def embed_dataset(
     class_names = None if labels is None else getattr(dataset.features[label_column], "names", None)
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    facts = [encoder.fingerprint, dataset._fingerprint, str(dataset.split), image_column, PART_ROWS]
+    facts = [encoder.cache_key, dataset._fingerprint, str(dataset.split), image_column, PART_ROWS]
     keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
     fingerprint = dataset._fingerprint
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
@@ -226,14 +226,10 @@ def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) ->
                 raise ValueError(f"the image in row {row} cannot be read: {error}") from error
         raise
     try:
-        block = encoder.embed_pixels(encoder.preprocess(images), tower).cpu()
+        pixels = encoder.preprocess(images)
     except ValueError as error:
         raise ValueError(f"in the batch of rows {rows.start} to {rows.stop - 1}: {error}") from error
-    finite = torch.isfinite(block).all(dim=1)
-    if not finite.all():
-        row = rows[int((~finite).nonzero()[0])]
-        raise ValueError(f"the embedding of row {row} is not finite: try float32 or bfloat16 weights.")
-    return block.float()
+    return encoder.embed_pixels(pixels, tower, rows.start).cpu()
 
 
 def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:

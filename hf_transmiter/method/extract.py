@@ -6,6 +6,7 @@ tuning put it: a tuned image tower becomes an image side, a prompt or a head bec
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -28,8 +29,18 @@ from ..tuners.transmiter.layer import refine
 from .classifier import AnchorClassifier, seen_columns
 from .refit import fit_image_side
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, as_classifier, same_image_tower, teacher_class_vectors, teacher_logits
+from .teacher import (
+    Teacher,
+    as_classifier,
+    check_weak,
+    is_untuned,
+    same_image_tower,
+    teacher_class_vectors,
+    teacher_logits,
+)
 
+
+logger = logging.getLogger(__name__)
 
 IMAGE_PENALTY = 3.0  # of the ridge, in mean variances: directions that only the weak model has do not carry over
 LINEAR = (
@@ -76,10 +87,16 @@ def extract(
         accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Raises:
-        ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
+        ValueError: a weak model that is tuned already, see [`check_weak`]; no class names or images where they are
+            needed, more classes than anchors, anchors that do not
             begin with the class names, unknown names in `seen_classes`, or logits that are not finite.
     """
     config = config or ExtractionConfig()
+    check_weak(weak, teacher)
+    if is_untuned(weak, teacher):
+        logger.warning(
+            "the teacher answers as the weak model does: nothing was tuned, and there is nothing to extract."
+        )
     class_names = _class_names(class_names, anchors, teacher, dataset)
     if anchors is None:
         published = config.solver == "gradient"

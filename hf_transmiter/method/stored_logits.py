@@ -68,7 +68,11 @@ class CalibrationPack:
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file; float16 logits, the rest as metadata. Atomic."""
+        """Writes one safetensors file; float16 logits, the rest as metadata. Atomic.
+
+        Raises:
+            ValueError: a logit beyond the numbers of float16 (65,504).
+        """
         metadata = {
             "format": _FORMAT,
             "class_names": json.dumps(self.class_names),
@@ -77,6 +81,8 @@ class CalibrationPack:
         }
         tensors = {"logits": self.logits, "weak_logits": self.weak_logits}
         tensors = {key: t.to(torch.float16).contiguous() for key, t in tensors.items() if t is not None}
+        for key, tensor in tensors.items():
+            check_finite(tensor, f"{key} as float16, in which they are saved (numbers up to 65,504),")
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod

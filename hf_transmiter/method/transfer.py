@@ -70,13 +70,14 @@ def transfer(
         accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Raises:
-        ValueError: no adapter, a bridge of another pair or space, an adapter that needs images without any, unknown
-            names in `seen_classes`, too few images for a refit that was asked for, or a calibration pack of other
-            class names.
+        ValueError: no adapter, or its model was changed since; a bridge of another pair or space, an adapter that
+            needs images without any, unknown names in `seen_classes`, too few images for a refit that was asked for,
+            or a calibration pack of other class names.
     """
     config, source = config or TransferConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
+    adapter.check_model()
     seen = seen_columns(source.class_names, seen_classes)
     all_seen = len(set(seen)) == len(source.class_names)
     weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding}

@@ -9,7 +9,7 @@ from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..algebra import check_finite
+from ..algebra import check_weights
 
 
 TESTED = "peft 0.21.2 with transformers 5.23.0 and 5.24.0, peft 0.21.0 with transformers 5.22.0"
@@ -129,7 +129,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for key, tensor in own.items():
             if tensor.shape != tensors[key].shape:
                 raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}.")
-            check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}")
+        check_weights(tensors, "the weights '{}'")
 
 
 class Tuner(BaseTuner):
