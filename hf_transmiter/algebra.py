@@ -7,7 +7,7 @@ memory does not grow with N, and every sum can be added up over processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -23,18 +23,45 @@ EPS = 1e-6  # of the published standardisation (arXiv 2508.08604, section 3)
 
 
 def check_finite(rows: Tensor, what: str) -> Tensor:
-    """Returns `rows` unchanged.
+    """Returns `rows` (N, ...) unchanged, or a vector or number.
 
     Raises:
         ValueError: a value is NaN or infinite; the message names the first such row.
     """
-    bad = ~torch.isfinite(rows).flatten(1).all(1)
-    if bad.any() and len(bad) == 1:  # weights, not images
-        raise ValueError(f"{what} hold NaN or infinite values.")
+    finite = torch.isfinite(rows.detach())
+    bad = ~(finite.flatten(1).all(1) if rows.ndim > 1 else finite.all().reshape(1))
+    if bad.any() and len(bad) == 1:
+        raise ValueError(f"{what} hold NaN or infinite values: they are damaged; load or make them anew.")
     if bad.any():
         raise ValueError(
             f"{what} hold NaN or infinite values, first in row {int(bad.nonzero()[0])} (in {int(bad.sum())} rows); "
             "look at that image, or compute in float32 if the model runs in half precision."
+        )
+    return rows
+
+
+def check_weights(tensors: Mapping[str, Tensor], what: str) -> None:
+    """
+    Raises:
+        ValueError: a value of one of the floating-point tensors is NaN or infinite; `what` says whose they are, with
+            the tensor's name in place of ``{}``.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta:
+            check_finite(tensor.reshape(-1), what.replace("{}", name))
+
+
+def check_unit(rows: Tensor, what: str, whose, first: int = 0) -> Tensor:
+    """Returns embeddings (N, d) that were divided by their length, unchanged; `first` is the number of the first one.
+
+    Raises:
+        ValueError: one is no unit row: NaN, or zero because its length was infinite or nothing. The message names it.
+    """
+    bad = ~((rows.float().norm(dim=-1) - 1).abs() < 0.1)
+    if bad.any():
+        raise ValueError(
+            f"{whose}: the {what} embedding of row {first + int(bad.nonzero()[0])} is not finite, or zero: look at "
+            f"that {what}, compute in float32 if the model runs in half precision, or load the model anew."
         )
     return rows
 

@@ -297,7 +297,7 @@ class Workshop:
 
     def made_from(self, cell: Cell) -> dict:
         """Fingerprints of the models and images of a cell. Raises what loading them raises."""
-        models = {name: self.encoder(name).fingerprint for name in cell.pair}
+        models = {name: self.encoder(name).cache_key for name in cell.pair}
         images = [self.few_shots(cell), *map(self.images, cell.scored), self.general()]
         return {"models": models, "images": [None if one is None else _identity(one) for one in images]}
 
@@ -316,7 +316,7 @@ class Workshop:
         self.few_shots(cell)  # says what is wrong with them
         templates = starting_templates(cell.how["adapter"]["method"], cell.parts.train.spec.templates)
         names = train.features["label"].names
-        facts = [encoder.fingerprint, train._fingerprint, names, list(templates), cell.facts["tuning"]]
+        facts = [encoder.cache_key, train._fingerprint, names, list(templates), cell.facts["tuning"]]
         words = [cell.parts.train.spec.name, cell.tuning.name, f"{cell.shots}-shot", f"seed-{cell.seed}"]
         folder = self.output_dir / TUNED / "-".join([*map(slug, words), digest(facts)])
         if (folder / TEACHER_FILE).is_file():

@@ -147,7 +147,7 @@ def embed_dataset(
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     fingerprint = content_fingerprint(dataset, image_column)
-    facts = [encoder.fingerprint, fingerprint, str(dataset.split), image_column, PART_ROWS]
+    facts = [encoder.cache_key, fingerprint, str(dataset.split), image_column, PART_ROWS]
     keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
         *keys, fingerprint = broadcast_object_list([*keys, fingerprint])
@@ -312,12 +312,7 @@ def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) ->
         pixels = encoder.preprocess(stored())
     except UnreadablePicture as error:
         raise ValueError(f"the image in row {row} cannot be read{error.fault}{SKIP}.") from error
-    block = encoder.embed_pixels(pixels, tower).cpu()
-    finite = torch.isfinite(block).all(dim=1)
-    if not finite.all():
-        row = rows[int((~finite).nonzero()[0])]
-        raise ValueError(f"the embedding of row {row} is not finite: try float32 or bfloat16 weights.")
-    return block.float()
+    return encoder.embed_pixels(pixels, tower, rows.start).cpu()
 
 
 def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:

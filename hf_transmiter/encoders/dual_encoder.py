@@ -7,10 +7,12 @@ With unit rows ``x`` (B, d) for images and ``a`` (K, d) for texts, the model's l
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
+from ..algebra import check_finite, check_unit
 from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, cached_commit, check_hub_id, hub_errors, is_open_clip, model_location, split_revision
 from ..settings import check_kind, check_number
@@ -42,7 +45,7 @@ from .families import (
     unit_rows,
     unwrap,
 )
-from .identity import model_fingerprint, vocabulary_hash
+from .identity import model_fingerprint, text_version, vocabulary_hash
 from .open_clip import OpenClipModel
 from .open_clip import load_processor as load_open_clip_processor
 from .pictures import as_pictures, read_picture
@@ -55,18 +58,29 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
+# Passes under way by model, and the modules that train again after the last one; several threads may share a model.
+_PASSES: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
 @contextmanager
 def _frozen_pass(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout inside; every module gets its own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with _LOCK:
+        passes = _PASSES.setdefault(model, [0, []])
+        if not passes[0]:
+            passes[1] = [module for module in model.modules() if module.training]
+            model.eval()
+        passes[0] += 1
     try:
         # Not inference_mode: its tensors could not be saved for a later backward.
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        with _LOCK:
+            passes[0] -= 1
+            for module in passes[1] if not passes[0] else ():
+                module.training = True
 
 
 class DualEncoder:
@@ -159,18 +173,20 @@ class DualEncoder:
     def tower_dim(self) -> int:
         """Width ``2D`` of what [`embed_pixels`] gives of the vision tower beside ``x``; 0 for models that give no
         tokens."""
-        blank = torch.zeros(1, 3, self.image_size, self.image_size)
+        blank = torch.ones(1, 3, self.image_size, self.image_size)
         return self.embed_pixels(blank, tower=True).shape[1] - self.embed_dim
 
     @property
     def logit_scale(self) -> Tensor:
         """The factor ``s`` of the logits (0-dimensional float32, detached)."""
-        return logit_scale_and_bias(self.model)[0].detach().float()
+        scale = logit_scale_and_bias(self.model)[0].detach().float()
+        return check_finite(scale.reshape(1), f"{self}: values of the logit scale").reshape(())
 
     @property
     def logit_bias(self) -> float:
         """The bias ``b`` of the logits; 0.0 outside the SigLIP families."""
-        return float(logit_scale_and_bias(self.model)[1])
+        bias = torch.as_tensor(logit_scale_and_bias(self.model)[1], dtype=torch.float32)
+        return float(check_finite(bias.detach().reshape(1), f"{self}: values of the logit bias"))
 
     @property
     def context_length(self) -> int:
@@ -202,15 +218,21 @@ class DualEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of what the embeddings depend on: weights, config, processor settings, adapters and which of
-        them are active; not of modules added to the root beside the two towers (a head on the logits)."""
-        return self.fingerprint_in(None)
-
-    def fingerprint_in(self, dtype: torch.dtype | None) -> str:
-        """The [`fingerprint`] that the model would have in another floating-point type."""
+        """64 hex digits for what the embeddings depend on: weights, config, processor settings, adapters and which of
+        them are active; not modules added to the root beside the two towers (a head on the logits)."""
         # Only what differs from transformers' defaults: a later version that adds an entry changes nothing.
-        settings = [self.model.config.to_diff_dict(), self._processor_facts]
-        return model_fingerprint(self.model, settings, dtype)
+        return model_fingerprint(self.model, [self.model.config.to_diff_dict(), self._processor_facts])
+
+    @property
+    def text_version(self) -> tuple:
+        """Changes with every change of what texts are embedded with: weights, where they lie, adapters. Of this
+        process only."""
+        return text_version(self.model)
+
+    @property
+    def cache_key(self) -> str:
+        """What computed embeddings depend on: the fingerprint, and the type they are computed in."""
+        return f"{self.fingerprint} {self.dtype}"
 
     def preprocess(self, images) -> Tensor:
         """Pictures to pixels: (B, 3, S, S) normalised float32 on the CPU, S = `image_size`; see [`square_processor`].
@@ -232,18 +254,24 @@ class DualEncoder:
             raise ValueError("no images were given.")
         return torch.cat(pixels)
 
-    def embed_pixels(self, pixel_values: Tensor, tower: bool = False) -> Tensor:
+    def embed_pixels(self, pixel_values: Tensor, tower: bool = False, first: int = 0) -> Tensor:
         """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device; with
-        `tower` to rows ``[x | h]`` (B, d + 2D) of what the vision tower saw, see [`feature_rows`]."""
+        `tower` to rows ``[x | h]`` (B, d + 2D) of what the vision tower saw, see [`feature_rows`].
+
+        Raises:
+            ValueError: numbers that are not finite come out; the message names the row, counted from `first`.
+        """
         inputs = image_inputs(self.model, pixel_values.to(self.device, self.dtype))
         with _frozen_pass(self.model):
-            return feature_rows(self.model.get_image_features(**inputs), tower)
+            rows = feature_rows(self.model.get_image_features(**inputs), tower)
+        check_unit(rows[:, : self.embed_dim], "image", self, first)
+        return check_finite(rows, f"{self}: tower features")
 
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
         images = as_pictures(images)
         batch_size = check_number("batch_size", batch_size, least=1)
-        blocks = [torch.empty(0, self.embed_dim, device=self.device)]
+        blocks = [torch.empty(0, self.embed_dim, dtype=torch.float32, device=self.device)]
         for start in range(0, len(images), batch_size):
             blocks.append(self.embed_pixels(self.preprocess(images[start : start + batch_size])))
         return torch.cat(blocks)
@@ -306,12 +334,13 @@ class DualEncoder:
         """Unit rows of the texts of each list; at the end one warning about all that were cut."""
         cut, batch_size = [], check_number("batch_size", batch_size, least=1)
         for texts in lists:
-            blocks = [torch.empty(0, self.embed_dim, device=self.device)]
+            blocks = [torch.empty(0, self.embed_dim, dtype=torch.float32, device=self.device)]
             for start in range(0, len(texts), batch_size):
                 inputs, too_long = self._tokenize(list(texts[start : start + batch_size]))
                 cut += too_long
                 with _frozen_pass(self.model):
-                    blocks.append(unit_rows(self.model.get_text_features(**inputs)))
+                    rows = unit_rows(self.model.get_text_features(**inputs))
+                blocks.append(check_unit(rows, "text", self, start))
             yield torch.cat(blocks)
         if cut:
             logger.warning(

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .families import EMBEDDING_PARTS
+from .families import EMBEDDING_PARTS, TEXT_PARTS
 
 
 # Config entries that say where or with what a model was saved, not what it computes.
@@ -35,22 +35,17 @@ class ModelId:
 
     @classmethod
     def of(cls, encoder) -> ModelId:
-        return cls(encoder.name_or_path, encoder.revision, encoder.fingerprint)
+        """With adapters in its towers a model is no revision of anything."""
+        revision = None if active_adapters(encoder.model) else encoder.revision
+        return cls(encoder.name_or_path, revision, encoder.fingerprint)
 
     def is_of(self, encoder) -> bool:
-        """Whether `encoder` is this model: the very revision of it with no adapter in its towers, or equal weights
-        and processor. A model in float32 is also compared as it would be in half precision; of one in half precision,
-        whose float32 weights are not known, the name decides, and the revision where both are known."""
-        adapted = any(active for _, active, *_ in _adapter_state(encoder.model))
-        if self.name is not None and self.name == encoder.name_or_path and not adapted:
-            if self.revision is not None and self.revision == encoder.revision:
-                return True
-            if encoder.dtype != torch.float32 and None in (self.revision, encoder.revision):
-                return True
-        if encoder.fingerprint == self.fingerprint:
+        """Whether `encoder` is this model, in whatever floating-point type either was loaded: the very revision of it
+        with no adapter in its towers, or equal weights and processor."""
+        named = None not in (self.name, self.revision) and not active_adapters(encoder.model)
+        if named and (self.name, self.revision) == (encoder.name_or_path, encoder.revision):
             return True
-        halves = (torch.bfloat16, torch.float16) if encoder.dtype == torch.float32 else ()
-        return any(encoder.fingerprint_in(dtype) == self.fingerprint for dtype in halves)
+        return same_model(self.fingerprint, encoder.fingerprint)
 
     def check(self, encoder, role: str) -> None:
         """
@@ -65,31 +60,64 @@ class ModelId:
             )
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters in the towers (or on their embeddings) that are switched on, or merged into weights."""
+    return sorted({name for _, active, merged, _ in _adapter_state(model) for name in (*active, *merged)})
+
+
+def check_untuned(encoder, role: str = "weak") -> None:
+    """
+    Raises:
+        ValueError: adapters are active in `encoder`, so that it is not what it was before a tuning.
+    """
+    found = active_adapters(encoder.model)
+    if found:
+        raise ValueError(
+            f"the {role} model {encoder.name_or_path!r} has an adapter switched on ({', '.join(map(repr, found))}): "
+            "PEFT changes a model in place, and this one should be as it was before the tuning. Load it anew, "
+            "DualEncoder.from_pretrained(...), or merge an adapter that belongs to it (merge_and_unload)."
+        )
+
+
 def vocabulary_hash(tokenizer) -> str:
     """SHA-256 of a tokenizer's tokens and their ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def model_fingerprint(model: nn.Module, settings, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 over `settings`, the adapters active in the towers (or on their embeddings), and the values of every
-    tensor in them.
+def model_fingerprint(model: nn.Module, settings) -> str:
+    """64 hex digits of `settings`, the adapters active in the towers (or on their embeddings), and the values of every
+    tensor in them: 24 of the values as they are, 20 as bfloat16 has them, 20 as float16 has them. See [`same_model`].
 
     Equal across processes and machines. Values are read once; later calls read again only tensors that were
     replaced or written in place (as optimizers and `load_state_dict` do; a write through ``.data`` goes unseen).
 
     Args:
         settings: anything made of dicts, lists and plain values; where it was saved and by which version is ignored.
-        dtype (`torch.dtype`, *optional*): floating-point values as they would be in this type.
     """
     facts = [_without_provenance(settings), list(_adapter_state(model))]
     state = model.state_dict(keep_vars=True).items()
     values = [value for name, value in state if name.split(".", 1)[0] in EMBEDDING_PARTS and torch.is_tensor(value)]
-    tensors = []
-    for tensor in (*values, *(part for module in model.modules() for part in _embedding_parts(module))):
-        read = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        tensors.append(f"{read.dtype} {tuple(read.shape)} {_tensor_digest(read)}")
+    values += [part for module in model.modules() for part in _embedding_parts(module)]
+    digests = [[f"{tuple(value.shape)} {digest}" for digest in _tensor_digests(value)] for value in values]
     # Sorted by value, not by name: transformers renames modules between versions, saved fingerprints must outlive it.
-    return hashlib.sha256(json.dumps([facts, sorted(tensors)], sort_keys=True).encode()).hexdigest()
+    texts = (json.dumps([facts, sorted(each)], sort_keys=True) for each in zip(*digests, strict=True))
+    exact, *rounded = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return exact[:24] + "".join(digest[:20] for digest in rounded)
+
+
+def text_version(model: nn.Module) -> tuple:
+    """What changes whenever the text tower does: where its tensors lie, how often they were written to, which adapters
+    are active. Quick to tell, and of this process only."""
+    tensors = (p for part in TEXT_PARTS if hasattr(model, part) for p in getattr(model, part).state_dict().values())
+    state = json.dumps([entry for entry in _adapter_state(model) if entry[0].split(".", 1)[0] in TEXT_PARTS])
+    return state, tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+def same_model(a: str, b: str) -> bool:
+    """Whether two fingerprints are of one model: equal as they are, or the one as half precision has the other."""
+    if a == b or len(a) != 64 or len(b) != 64:
+        return a == b
+    return a[:20] in (b[:20], b[24:44], b[44:]) or b[:20] in (a[24:44], a[44:])
 
 
 def _without_provenance(value):
@@ -116,10 +144,15 @@ def _adapter_state(model: nn.Module) -> Iterator[list]:
             yield [name, active, list(module.merged_adapters), scaling]
 
 
-def _tensor_digest(tensor: Tensor) -> str:
-    version = (tensor.data_ptr(), tensor._version)
+def _tensor_digests(tensor: Tensor) -> list[str]:
+    """Of the values as they are, as bfloat16 has them, and as float16 has them; each written in float32."""
+    version = (tensor.data_ptr(), tensor._version, tensor.dtype)
     known = _DIGESTS.get(tensor)
     if known is None or known[0] != version:
-        values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        known = _DIGESTS[tensor] = (version, hashlib.sha256(values.data).hexdigest())
+        values = tensor.detach().cpu().contiguous()
+        forms = [values] * 3
+        if tensor.is_floating_point():
+            forms = [values.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        read = [form.view(-1).view(torch.uint8).numpy() for form in forms]
+        known = _DIGESTS[tensor] = (version, [hashlib.sha256(form.data).hexdigest() for form in read])
     return known[1]

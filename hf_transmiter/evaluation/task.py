@@ -23,7 +23,7 @@ from ..hub.checks import as_list
 from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.extract import extract
-from ..method.teacher import Teacher, as_classifier, teacher_class_vectors, teacher_logits
+from ..method.teacher import Teacher, as_classifier, check_weak, teacher_class_vectors, teacher_logits
 from ..method.tune import starting_templates, tune
 from ..settings import ExtractionConfig, TuningConfig, split_tuning
 from ..tuners.prompts import prompt_layer
@@ -97,6 +97,7 @@ class Task:
             raise ValueError(
                 f"seen_classes holds {unknown[0]!r}, which is not among the {len(self.names)} class names."
             )
+        check_weak(self.weak, self.teacher)
         self._made: dict[str, tuple] = {}
         self._reused: dict[str, dict] = {}
         for model in (self.weak, self.strong):
@@ -224,7 +225,7 @@ class Task:
     def untuned(self) -> Teacher:
         """The zero-shot weak model as a teacher of the tuned model's kind: with class vectors, or by what it says."""
         if self.own_class_vectors:
-            return AnchorClassifier(self.weak, Anchors(self.names, (), self.templates))
+            return AnchorClassifier(self.weak, Anchors(self.names, (), self.templates), self.text[self.weak])
         return self.weak.logits(self.table(self.weak, "unlabelled").embeds, self.text[self.weak])
 
     def prompting(self, prompted: DualEncoder) -> AnchorClassifier:

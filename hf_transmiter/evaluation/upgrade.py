@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data.anchors import PROMPTED, Anchors
 from ..data.embeddings import align_labels, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
+from ..encoders.identity import ModelId
 from ..hub.adapter_files import TEACHER_FILE, TeacherFacts
 from ..method.attach import Incompatible, attach, read_config
 from ..method.classifier import AnchorClassifier
@@ -137,7 +138,7 @@ def _facts(source: str, encoder: DualEncoder, role: str) -> TeacherFacts:
     facts = TeacherFacts.read(source)
     if facts is None:
         raise ValueError(f"{source!r} holds no {TEACHER_FILE}: pass what `tune` or `tuned.save_pretrained` wrote.")
-    if facts.fingerprint != encoder.fingerprint:
+    if not ModelId(facts.weak, facts.revision, facts.fingerprint).is_of(encoder):
         name = encoder.name_or_path
         raise ValueError(f"{source!r} was not tuned from {name!r}: pass its model as the {role} one.")
     return facts

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..algebra import ORTHOGONALITY, check_finite, check_semi_orthogonal
+from ..algebra import ORTHOGONALITY, check_semi_orthogonal, check_weights
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
-from ..encoders.identity import ModelId
+from ..encoders.identity import ModelId, check_untuned, same_model
 from ..hub.adapter_files import BRIDGE
 from ..hub.card import write_card
 from ..hub.files import fill_folder, read_metadata_json, read_tensors, replace_file
@@ -147,6 +147,7 @@ class Bridge:
             raise ValueError("a bridge in embedding space does not read beta: leave that out, or build one of logits.")
         if space == "logit" and names is not None:
             raise ValueError("a bridge of logits does not read names: pass them as anchors.")
+        check_untuned(weak)
         few, anchors = None not in (dataset, anchors) and space == "embedding", anchors or Anchors.universal()
         moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **embedding)
         joined = []
@@ -245,7 +246,7 @@ class Bridge:
         Raises:
             ValueError: `then` begins at another model or is in another space, or the anchors differ (logit space).
         """
-        if self.strong.fingerprint != then.weak.fingerprint:
+        if not same_model(self.strong.fingerprint, then.weak.fingerprint):
             raise ValueError(
                 f"these bridges do not meet: one ends at {self.strong.name!r} (revision {self.strong.revision}), the "
                 f"other begins at {then.weak.name!r} (revision {then.weak.revision})."
@@ -432,9 +433,8 @@ class Bridge:
         """Reads what [`save`] wrote, and checks it: first the header, then values, then that the map is one.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: not a bridge, a damaged one, shapes that do not fit, values that are not finite, or a matrix
-                that is not (semi-)orthogonal; of a composed bridge, one that makes rows longer.
+            FileNotFoundError, ValueError: no such file; not a bridge, a damaged one, shapes that do not fit, values
+                that are not finite, or a matrix that is not (semi-)orthogonal (composed: makes rows longer).
         """
         tensors, metadata = read_tensors(path, _FORMAT, "bridge", "Bridge.save", _SHAPES)
         facts = read_metadata_json(path, metadata, "bridge", "bridge")
@@ -442,9 +442,9 @@ class Bridge:
             facts["anchors"] = Anchors.from_dict(facts["anchors"], f"anchors in {path}")
         facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
         facts["through"] = tuple(facts.get("through", ()))
-        for key, tensor in tensors.items():
-            check_finite(tensor.reshape(1, -1), f"{key} of {path}")
         bridge = cls(**{key: tensor.float() for key, tensor in tensors.items()}, **facts)
+        factors = torch.tensor([bridge.scale, bridge.scale_back or 0.0, bridge.beta], dtype=torch.float64)
+        check_weights({**tensors, "factors": factors}, f"{{}} of {path}")
         matrix, logit = bridge.matrix, bridge.space == "logit"
         if logit and len(set(matrix.shape) | {len(bridge.anchors or matrix)}) > 1:
             raise ValueError(f"{path}: the matrix {tuple(matrix.shape)} does not fit the anchors.")

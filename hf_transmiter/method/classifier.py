@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
+from ..algebra import check_finite
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.identity import ModelId
 from ..encoders.pictures import as_pictures
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
 from ..hub.card import write_card
@@ -82,8 +84,8 @@ class AnchorClassifier(nn.Module):
         self._calibration: CalibrationPack | None = None
         self.facts: TeacherFacts | None = None  # of a model that was tuned: what it was made of
         self._saved: tuple[str, dict] | None = None  # the repository an adapter was loaded from
-        # Other names than the adapter's, with their texts or, of its own names, their columns; see set_classes.
-        self._asked: tuple[tuple[str, ...], Tensor | list[int]] | None = None
+        # Other names than the adapter's, with their own anchors or, of its own names, their columns; see set_classes.
+        self._asked: tuple[tuple[str, ...], Anchors | list[int]] | None = None
         self.register_module("transmiter", None)  # the adapter's layer
         if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
             raise ValueError(
@@ -91,6 +93,7 @@ class AnchorClassifier(nn.Module):
                 f"got {tuple(text_embeds.shape)}."
             )
         self.register_buffer("_text_embeds", text_embeds, persistent=False)
+        self._embedded: tuple | None = None  # what they are of; `None` where they were given
 
     def __repr__(self) -> str:
         adapter = f", {self.adapter_config.form} adapter" if self.adapter_config else ""
@@ -98,10 +101,24 @@ class AnchorClassifier(nn.Module):
 
     @property
     def text_embeds(self) -> Tensor:
-        """(K, d) unit text embeddings of the anchors."""
-        if self._text_embeds is None:
-            self._text_embeds = self.encoder.embed_names(self.anchors.names, self.anchors.templates)
-        return self._text_embeds
+        """(K, d) unit text embeddings of the anchors, made anew when the text tower or its adapters have changed."""
+        return self._text_embeds if self.text_embeds_given else self._embed(self.anchors)
+
+    @property
+    def text_embeds_given(self) -> bool:
+        """Whether the anchors' embeddings were passed, and are not those of the encoder."""
+        return self._text_embeds is not None and self._embedded is None
+
+    def _embed(self, anchors: Anchors) -> Tensor:
+        """(K, d) of these anchors; those of the last call are kept. Several threads may call it."""
+        wanted, known = (anchors, self.encoder.text_version), self._embedded  # read first, written last
+        embeds = self._text_embeds
+        if known != wanted:
+            embeds = self.encoder.embed_names(anchors.names, anchors.templates)
+            if not self.text_embeds_given:
+                self._text_embeds = embeds
+                self._embedded = wanted
+        return embeds
 
     @property
     def adapter_config(self) -> TransMiterConfig | None:
@@ -154,11 +171,12 @@ class AnchorClassifier(nn.Module):
         names, config = Anchors(tuple(class_names)).task, self.adapter_config
         if config is None:
             self.anchors, self._text_embeds = Anchors(names, (), self.anchors.templates), None
+            self._embedded = None
         elif set(names) <= set(config.class_names):
             columns = seen_columns(config.class_names, names)
             self._asked = None if list(names) == config.class_names else (names, columns)
         elif self.open_vocabulary:
-            self._asked = names, self.encoder.embed_names(names, config.templates)
+            self._asked = names, Anchors(names, (), config.templates)
         else:
             new = [name for name in names if name not in config.class_names]
             raise ValueError(
@@ -176,24 +194,27 @@ class AnchorClassifier(nn.Module):
             # Unit rows once more, as the layer does on the model itself: the same logits to the bit.
             logits = self.classify(normalize(rows, dim=-1) if self.transmiter.is_head else rows)
             return CLIPOutput(logits_per_image=logits, image_embeds=self.transmiter.adapt(rows))
-        return CLIPOutput(logits_per_image=self._anchor_logits(rows, len(self.anchors)), image_embeds=rows)
+        logits = check_finite(self._anchor_logits(rows, len(self.anchors)), f"logits of {self}")
+        return CLIPOutput(logits_per_image=logits, image_embeds=rows)
 
     def classify(self, rows: Tensor) -> Tensor:
         """Task logits (B, C) from unit image embeddings (B, d), or rows (B, d + 2D) of the tower for an adapter that
         [`reads_tower`]: the head alone, for cached features."""
-        if self._asked is not None and isinstance(self._asked[1], list):
-            return self.transmiter(rows, self.encoder.logit_scale, self.encoder.logit_bias)[:, self._asked[1]]
-        if self._asked is not None:
-            return self.encoder.logits(self.transmiter.adapt(rows), self._asked[1].to(rows.device))
-        if self.transmiter is not None:
-            return self.transmiter(rows, self.encoder.logit_scale, self.encoder.logit_bias)
-        return self._anchor_logits(rows[:, : self.encoder.embed_dim], len(self.class_names))
+        asked = None if self._asked is None else self._asked[1]
+        if isinstance(asked, Anchors):
+            logits = self.encoder.logits(self.transmiter.adapt(rows), self._embed(asked).to(rows.device))
+        elif self.transmiter is not None:
+            logits = self.transmiter(rows, self.encoder.logit_scale, self.encoder.logit_bias)
+            logits = logits if asked is None else logits[:, asked]
+        else:
+            logits = self._anchor_logits(rows[:, : self.encoder.embed_dim], len(self.class_names))
+        return check_finite(logits, f"logits of {self}")
 
     def _anchor_logits(self, image_embeds: Tensor, columns: int) -> Tensor:
         """(B, columns) over the first anchors; with class vectors of each image's own where it makes them (CoCoOp)."""
         layer = image_conditioned(self.model)
         if layer is None:
-            return self.encoder.logits(image_embeds, self.text_embeds[:columns])
+            return self.encoder.logits(image_embeds, self.text_embeds[:columns].to(image_embeds.device))
         if len(self.anchors.templates) > 1:
             raise ValueError("class vectors of each image's own (CoCoOp) are made from one template, '{}.'.")
         names = [name.replace("_", " ") for name in self.anchors.names[:columns]]
@@ -236,9 +257,10 @@ class AnchorClassifier(nn.Module):
                 the identity when omitted.
         """
         encoder = self.encoder
-        config.base_model_name_or_path, config.revision = encoder.name_or_path, encoder.revision
-        config.base_fingerprint = encoder.fingerprint
-        check_base(config, encoder.model, encoder)
+        made_for = ModelId.of(encoder)
+        config.base_model_name_or_path, config.revision = made_for.name, made_for.revision
+        config.base_fingerprint = made_for.fingerprint
+        self.check_model(config)
         config.embed_dim = encoder.embed_dim
         self.calibration = self._asked = None  # of the adapter before
         self.transmiter = TransMiterLayer.holding(config, tensors, encoder.device)
@@ -247,6 +269,14 @@ class AnchorClassifier(nn.Module):
             embeds = self.text_embeds if known else encoder.embed_names(config.anchors.names, config.templates)
             self.transmiter.set_anchors("default", embeds)
         return self.requires_grad_(False)
+
+    def check_model(self, config: TransMiterConfig | None = None) -> None:
+        """Whether the model is still the one that the adapter was made for.
+
+        Raises:
+            ValueError: it is another, or was changed in place, by PEFT, say.
+        """
+        check_base(config or self.adapter_config, self.encoder.model, self.encoder)
 
     def adapter_tensors(self) -> tuple[dict, dict[str, Tensor]]:
         """Configuration and weights of the adapter, as `read_adapter` reads them from files.

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..algebra import coverage, even_labels
+from ..algebra import check_finite, coverage, even_labels
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
 from .classifier import AnchorClassifier
 from .stored_logits import CalibrationPack
-from .teacher import Teacher, teacher_logits
+from .teacher import Teacher, check_weak, teacher_logits
 
 
 EVEN = 0.5  # coverage of the classes; images of fewer than that do not tell how often each is asked for
@@ -57,7 +57,7 @@ def expert_logits(
         return teacher_logits(teacher, dataset, names, table=table)
     tuned, zero_shot = tuned_and_weak_logits(teacher, weak, dataset, names, table=table, **options)
     said = teacher_logits(_zero_shot(strong, names, templates), dataset, names, weak=strong, table=table, **options)
-    return 2 * tuned + said - zero_shot
+    return check_finite(2 * tuned + said - zero_shot, "what the tuned and the strong model say together")
 
 
 def soft_labels(label_logits: Tensor, even: bool | None = None) -> Tensor:
@@ -93,6 +93,7 @@ def tuned_and_weak_logits(
         weak = teacher.encoder
     if weak is None:
         raise ValueError("these labels need the weak model as it was before its tuning: pass weak=.")
+    check_weak(weak, teacher)
     own = embed_dataset(weak, dataset, **{**embedding, "labels": False})
     options = {"templates": templates, "weak": weak, "table": own, **embedding}
     return tuple(

@@ -6,6 +6,7 @@ tuning put it: a tuned image tower becomes an image side, a prompt or a head bec
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -33,12 +34,16 @@ from .teacher import (
     Teacher,
     as_classifier,
     check_teacher,
+    check_weak,
+    is_untuned,
     same_image_tower,
     task_names,
     teacher_class_vectors,
     teacher_logits,
 )
 
+
+logger = logging.getLogger(__name__)
 
 IMAGE_PENALTY = 3.0  # of the ridge, in mean variances: directions that only the weak model has do not carry over
 # Share of a change that is linear in x: of a tuned head all of it, of a tuned image tower 0.45 to 0.67
@@ -86,7 +91,8 @@ def extract(
         accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Raises:
-        ValueError: no class names or images where they are needed, more classes than anchors, anchors that do not
+        ValueError: a weak model that is tuned already, see [`check_weak`]; no class names or images where they are
+            needed, more classes than anchors, anchors that do not
             begin with the class names, unknown names in `seen_classes`, or logits that are not finite.
     """
     check_encoder("weak", weak)
@@ -94,6 +100,11 @@ def extract(
     if dataset is not None:
         check_dataset(dataset)
     config = config or ExtractionConfig()
+    check_weak(weak, teacher)
+    if is_untuned(weak, teacher):
+        logger.warning(
+            "the teacher answers as the weak model does: nothing was tuned, and there is nothing to extract."
+        )
     if class_names is None and anchors is not None and anchors.task:
         class_names = anchors.task
     class_names = task_names(class_names, teacher, dataset, embedding)

@@ -28,7 +28,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..algebra import check_finite
+from ..algebra import check_finite, check_weights
 from ..encoders.dual_encoder import load_image_processor, square_processor
 from ..encoders.families import (
     IMAGE_PARTS,
@@ -160,6 +160,8 @@ class TransMiterForImageClassification(PreTrainedModel):
         inputs = image_inputs(self.encoder, pixel_values.to(self.encoder.dtype))
         rows = feature_rows(self.encoder.get_image_features(**inputs), self.transmiter.reads_tower)
         logits = self.transmiter(rows, *logit_scale_and_bias(self.encoder))
+        if not (self.training or torch.compiler.is_exporting() or logits.is_meta):
+            check_finite(logits, "logits of the classifier")
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -168,12 +170,13 @@ class TransMiterForImageClassification(PreTrainedModel):
         image processor's file. Keywords are those of transformers; for the Hub, call `push_to_hub`.
 
         Raises:
-            ValueError: the folder holds an adapter, or `push_to_hub` was given.
+            ValueError: the folder holds an adapter, weights are not finite, or `push_to_hub` was given.
         """
         if (Path(save_directory) / CONFIG).is_file():
             raise ValueError(f"{save_directory} holds an adapter: save the classifier to a folder of its own.")
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained writes to a folder only: call push_to_hub(repo_id).")
+        check_weights(self.state_dict(), "the classifier's weights '{}'")
         # One file whose names are the model's own: what from_pretrained compares before it loads.
         kwargs |= {"max_shard_size": "1000GB", "save_original_format": False}
 
@@ -250,8 +253,7 @@ class TransMiterForImageClassification(PreTrainedModel):
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(f"{source!r} lacks the weights {missing}: fetch it again.")
-        for key, tensor in model.transmiter.tensors("default").items():
-            check_finite(tensor.reshape(1, -1), f"the classifier's weights {key!r}")
+        check_weights(model.state_dict(), "the classifier's weights '{}'")
         if fetch(source, "preprocessor_config.json", **hub) is not None:
             model.image_processor = load_image_processor(source, **hub)
         model = aligned(model).requires_grad_(False)

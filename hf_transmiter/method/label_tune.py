@@ -41,12 +41,14 @@ def label_tune(
         **embedding: passed to `embed_dataset`.
 
     Raises:
-        ValueError: no adapter, no labels, unknown names in `seen_classes`, or a label outside them.
+        ValueError: no adapter, or its model was changed since; no labels, unknown names in `seen_classes`, or a label
+            outside them.
     """
     check_classifier("adapter", adapter)
     config, source = config or LabelTuningConfig(), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to tune: attach one with add_adapter, or pass what transfer returned.")
+    adapter.check_model()
     table = dataset
     if not isinstance(dataset, FeatureTable):
         options = {"tower": adapter.reads_tower, "accelerator": accelerator, "progress": progress}

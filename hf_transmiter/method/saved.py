@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file
 
+from ..algebra import check_weights
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors, read_templates
 from ..encoders.dual_encoder import DualEncoder, load_encoder
 from ..encoders.identity import ModelId
@@ -58,6 +60,7 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
         raise FileNotFoundError(f"{source!r} has no adapter_model.safetensors, and no other weights are read.")
     refuse_pickles(name)
     check_adapter_tensors(weights, adapter)
+    check_weights(load_file(weights), f"{{}} of {source}")
     try:
         model = PeftModel.from_pretrained(copy.deepcopy(weak.model), name, revision=revision)
     except OSError:  # of the Hub

@@ -72,7 +72,7 @@ class CalibrationPack:
         """Writes one safetensors file; float16 logits, the rest as metadata. Atomic.
 
         Raises:
-            ValueError: what [`load`] would refuse.
+            ValueError: what [`load`] would refuse, or a logit beyond the numbers of float16 (65,504).
         """
         metadata = {
             "format": _FORMAT,
@@ -82,6 +82,8 @@ class CalibrationPack:
         }
         tensors = {"logits": self.logits, "weak_logits": self.weak_logits}
         tensors = {key: t.to(torch.float16).contiguous() for key, t in tensors.items() if t is not None}
+        for key, tensor in tensors.items():
+            check_finite(tensor, f"{key} as float16, in which they are saved (numbers up to 65,504),")
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), type(self).load)
 
     @classmethod

@@ -14,6 +14,7 @@ from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.images import guess_columns
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import is_dual_encoder, unwrap
+from ..encoders.identity import check_untuned
 from ..hub.checks import as_list
 from ..tuners.prompts import image_conditioned, prompt_layer
 from .classifier import AnchorClassifier
@@ -99,6 +100,33 @@ def task_names(
     _, label_column = guess_columns(dataset, **columns)
     names = getattr(dataset.features.get(label_column), "names", None)
     return names and tuple(names)
+
+
+def check_weak(weak: DualEncoder, teacher: Teacher) -> None:
+    """Whether `weak` is what the teacher was before its tuning, as far as that can be told.
+
+    Raises:
+        ValueError: adapters are switched on in the weak model, or a bare teacher has its very weights.
+    """
+    check_untuned(weak)
+    own = {id(parameter) for parameter in weak.model.parameters()}
+    for one in teacher if isinstance(teacher, (list, tuple)) else [teacher]:
+        if isinstance(one, AnchorClassifier) or not isinstance(one, (DualEncoder, nn.Module)):
+            continue  # names are asked as its maker chose, or an adapter is on it
+        model = one.model if isinstance(one, DualEncoder) else unwrap(one)
+        if all(id(parameter) in own for parameter in model.parameters()):
+            raise ValueError(
+                "the teacher and the weak model are one and the same model in memory, so that nothing was tuned "
+                "between them (PEFT changes a model in place): load the weak model anew, "
+                f"DualEncoder.from_pretrained({weak.name_or_path!r})."
+            )
+
+
+def is_untuned(weak: DualEncoder, teacher: Teacher) -> bool:
+    """Whether a teacher is a copy of the weak model, or what that says by itself."""
+    encoder = teacher if isinstance(teacher, DualEncoder) else getattr(teacher, "encoder", None)
+    chosen = isinstance(teacher, AnchorClassifier) and (teacher.adapter_config or teacher.text_embeds_given)
+    return encoder is not None and not chosen and encoder.fingerprint == weak.fingerprint
 
 
 def _columns(teacher: AnchorClassifier | CalibrationPack, class_names: Sequence[str]) -> list[int]:

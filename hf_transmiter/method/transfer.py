@@ -72,9 +72,9 @@ def transfer(
         accelerator, progress, **embedding: as in [`embed_dataset`].
 
     Raises:
-        ValueError: no adapter, a bridge of another pair or space, an adapter that needs images without any, unknown
-            names in `seen_classes`, too few images for a refit that was asked for, or a calibration pack of other
-            class names.
+        ValueError: no adapter, or its model was changed since; a bridge of another pair or space, an adapter that
+            needs images without any, unknown names in `seen_classes`, too few images for a refit that was asked for,
+            or a calibration pack of other class names.
     """
     check_classifier("adapter", adapter)
     check_encoder("strong", strong)
@@ -89,6 +89,7 @@ def transfer(
         check_teacher(teacher)
         if dataset is None or config.refit is False:
             raise ValueError("a teacher labels the images of a refit: pass unlabelled images, or leave teacher out.")
+    adapter.check_model()
     seen = seen_columns(source.class_names, seen_classes)
     all_seen = len(set(seen)) == len(source.class_names)
     weak, options = adapter.encoder, {"accelerator": accelerator, "progress": progress, **embedding, "labels": False}

@@ -153,6 +153,7 @@ def fit(
                 state.save(epoch + 1)
     for p, kept in zip(run.parameters, run.averages if best is None else best.parameters, strict=False):
         p.data.copy_(kept)
+    run.check()
     if run.rank == 0 and not keep_checkpoint:
         state.remove()
     return losses
@@ -196,6 +197,12 @@ class _Run:
                 raise ValueError(f"epoch_weights must add up to 1, got {sum(self.weights)}: divide them by that.")
             self.averages = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.parameters]
 
+    def check(self) -> None:
+        """Raises a `ValueError` where a weight is not finite: the loss only shows what came before the last step."""
+        rate = f"lower the learning rate ({self.config.lr:g}), or load the model in float32"
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise ValueError(f"the weights became NaN or infinite in training: {rate}.")
+
     def epoch(self, epoch: int, bar: tqdm) -> float:
         """Goes through the examples once; their mean loss."""
         generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 0))
@@ -213,6 +220,7 @@ class _Run:
             self.optimizer.step()
             epoch_loss += float(losses[0]) * len(indices)
             bar.update()
+        self.check()
         for p, average in zip(self.parameters, self.averages, strict=False):
             average.add_(p.detach().float(), alpha=self.weights[epoch])
         return epoch_loss / self.num_examples

@@ -15,13 +15,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from ..algebra import check_weights
 from ..hub.adapter_files import CONFIG, WEIGHTS
 from ..hub.checks import load_json
 from ..hub.files import replace_file
 
 
 def inject(model: nn.Module, config: PeftConfig) -> None:
-    """Puts an adapter into a model, in place, and makes it the one that answers; every other parameter is frozen.
+    """Puts an adapter into a model, in place, and makes it the one that answers; every other parameter is frozen. Its
+    weights are float32 whatever the model's are: half precision is too coarse for an optimizer's steps.
 
     Raises:
         ValueError: there are adapters inside already, or the model is none that the method fits.
@@ -30,6 +32,9 @@ def inject(model: nn.Module, config: PeftConfig) -> None:
         raise ValueError("the model has adapters already: merge or unload them before adding one.")
     config.base_model_name_or_path = getattr(model, "name_or_path", None)
     inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -37,7 +42,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     it) in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
-        ValueError: there is no adapter in the model, or its configuration would be refused on loading.
+        ValueError: there is no adapter in the model, its weights are not finite, or its configuration would
+            be refused on loading.
     """
     names = (name for layer in model.modules() if isinstance(layer, BaseTunerLayer) for name in layer.active_adapters)
     folder, name = Path(folder), next(names, None)
@@ -45,6 +51,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError("there is no adapter to save: tune the model, or attach an adapter to it.")
     # Not "auto": PEFT would ask the Hub whether the vocabulary grew. Adapters here never resize it.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    check_weights(state, "the weights '{}'")
     tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
     save = model.peft_config[name].save_pretrained  # into a folder, under the usual name
     replace_file(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))

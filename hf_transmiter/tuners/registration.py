@@ -10,7 +10,7 @@ from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..algebra import check_finite
+from ..algebra import check_weights
 
 
 # PEFT asks every model for a name that transformers 5 warns of; whoever loads an adapter can do nothing about it.
@@ -133,7 +133,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for key, tensor in own.items():
             if tensor.shape != tensors[key].shape:
                 raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}.")
-            check_finite(tensors[key].reshape(1, -1), f"the weights {key!r}")
+        check_weights(tensors, "the weights '{}'")
 
 
 class Tuner(BaseTuner):

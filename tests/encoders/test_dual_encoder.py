@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.encoders.families import dummy_text_inputs, image_inputs, is_dual_encoder, logit_scale_and_bias
+from hf_transmiter.encoders.identity import ModelId
 
 
 TEXTS = ["a photo of a cat.", "dog", "this is the big old ship"]
@@ -112,7 +113,9 @@ def test_half_precision(family, model_dir, make_images, dtype):
     whole = DualEncoder.from_pretrained(model_dir(family))
     half = DualEncoder.from_pretrained(model_dir(family), dtype=dtype)
     assert half.dtype == dtype and half.fingerprint != whole.fingerprint
-    assert whole.fingerprint_in(dtype) == half.fingerprint and whole.fingerprint_in(None) == whole.fingerprint
+    assert ModelId.of(whole).is_of(half) and ModelId.of(half).is_of(whole)
+    other = DualEncoder.from_pretrained(model_dir(family, seed=1), dtype=dtype)
+    assert not ModelId.of(whole).is_of(other) and not ModelId.of(other).is_of(whole)
     pixels = whole.preprocess(make_images(2))
     for ours, exact in (
         (half.embed_pixels(pixels), whole.embed_pixels(pixels)),

@@ -314,7 +314,7 @@ def test_a_strangers_weights(saved):
         save_file({**weights, **changed}, path, metadata={"format": "pt"})
 
     write(**{down: weights[down] * float("nan")})
-    with pytest.raises(ValueError, match="the classifier's weights 'down.weight'"):
+    with pytest.raises(ValueError, match="the classifier's weights 'transmiter.transmiter_down.default.weight'"):
         load(folder)
     write(**{down: weights[down][:1].clone()})
     with pytest.raises(ValueError, match="are not those of the model in its config.json"):

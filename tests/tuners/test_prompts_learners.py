@@ -20,6 +20,7 @@ from hf_transmiter.tuners import (
     PromptSRCConfig,
     set_classes,
 )
+from hf_transmiter.tuners.prompts.layer import as_base
 from hf_transmiter.tuners.prompts.model import TOKEN_TABLES
 
 
@@ -233,7 +234,7 @@ def test_layer_changes_its_positions_only(encoders, prompted, family):
     attention.register_forward_pre_hook(lambda _, args, given: seen.append(given["hidden_states"]), with_kwargs=True)
     for name in NAMES:
         features(model, encoder, [name])
-        with layer.as_base():
+        with as_base():
             features(model, encoder, [f"{PHRASE} {name}"])
         changed = ((seen[-2] - seen[-1]).abs() > 1e-5).any(-1)[0]
         assert changed.nonzero()[:, 0].tolist() == list(range(layer.start, layer.start + 4))

@@ -23,6 +23,7 @@ from hf_transmiter.tuners import (
     set_classes,
 )
 from hf_transmiter.tuners.prompts import class_vectors, image_conditioned, image_conditioned_logits, prompt_layer
+from hf_transmiter.tuners.prompts.layer import images_seen
 
 
 LEARNERS = {
@@ -143,7 +144,7 @@ def test_image_conditioned_in_parts(encoders, stirred, make_images):
             close(got[part], expected[part], atol=1e-5)
         with torch.no_grad():
             close(image_conditioned_logits(model, layer, images, inputs, chunk_size=size), whole.detach())
-    assert layer.images is None
+    assert images_seen() is None
 
 
 def test_image_conditioned_logits_are_not_rounded(encoders, stirred):

@@ -14,11 +14,12 @@ from hf_transmiter.tuners.prompts.texts import (
     class_inputs,
     end_token_id,
     final_token_ids,
+    find_rows,
     name_lengths,
     phrase_token_ids,
     start_tokens,
     text_ends,
-    text_keys,
+    without_padding,
 )
 
 
@@ -79,7 +80,11 @@ def test_ends_by_mask_and_by_end_token(texts, extra):
         assert torch.equal(text_ends(ids, mask, None), expected)
         assert torch.equal(text_ends(ids, mask, END), expected)
         assert torch.equal(text_ends(ids, None, END), expected)
-        assert text_keys(ids, expected) == [tuple(text) for text in texts]
+        rows = without_padding(ids, expected)
+        assert [[token for token in row if token >= 0] for row in rows.tolist()] == texts
+        place, known = find_rows(torch.cat([rows, torch.full_like(rows[:1], END)]), rows)
+        assert known.tolist() == [True] * len(texts) + [texts == [[END]]]
+        assert [texts[i] for i in place[:-1]] == texts
 
 
 @given(words)

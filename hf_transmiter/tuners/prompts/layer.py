@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -16,21 +17,54 @@ from .texts import (
     arrange,
     class_inputs,
     end_token_id,
+    holds,
     load_tokenizer,
     name_lengths,
     start_tokens,
     text_ends,
-    text_keys,
+    without_padding,
 )
 
 
 NO_TOKENIZER = "there is no tokenizer beside this model: call set_classes(model, class_names, tokenizer=...)."
 
 
+# What belongs to one call. Never on a module: several threads may share a model, and copies of it for several devices
+# share its hooks.
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)  # inside a call that must see the base model
+_VECTORS: ContextVar[Tensor | None] = ContextVar("vectors", default=None)  # for the slots of the text under way
+_IMAGES: ContextVar[Tensor | None] = ContextVar("images", default=None)  # see `seeing`
+
+
+@contextmanager
+def _inside(variable: ContextVar, value) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def as_base():
+    """Inside, a model answers as if there were no prompt learner on it."""
+    return _inside(_PLAIN, True)
+
+
+def seeing(images: Tensor):
+    """Inside, each text of a batch belongs to one of these unit image embeddings (B, d)."""
+    return _inside(_IMAGES, images)
+
+
+def images_seen() -> Tensor | None:
+    """The images of [`seeing`], if inside."""
+    return _IMAGES.get()
+
+
 class Texts(NamedTuple):
-    """Texts without slots: ids (B, L), positions of their end tokens (B,), which tokens are the name (B, L)."""
+    """Texts without slots: ids and mask (B, L), positions of their ends (B,), which tokens are the name (B, L)."""
 
     ids: Tensor
+    mask: Tensor | None
     ends: Tensor
     named: Tensor
 
@@ -61,16 +95,14 @@ class PromptLayer(AdapterLayer):
         self.start, self.end_id = start_tokens(model_config), end_token_id(model_config)
         self.reads_every_position = model_config.model_type == "siglip"
         self.class_texts: dict[str, dict[str, Tensor]] = {}
-        self.class_rows: dict[str, dict[tuple[int, ...], int]] = {}
-        self.plain = False  # inside a call that must see the base model
-        self.texts: Texts | None = None  # of the call under way
+        self.class_rows: dict[str, Tensor] = {}  # (C, L), see `without_padding`
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
     @property
     def active_name(self) -> str | None:
         """The adapter that answers: the first active one held here, none while adapters are disabled."""
-        return None if self.disable_adapters or self.plain else super().active_name
+        return None if self.disable_adapters or _PLAIN.get() else super().active_name
 
     @property
     def active_config(self) -> PromptConfig | None:
@@ -136,12 +168,13 @@ class PromptLayer(AdapterLayer):
                 )
             all_names = class_inputs(config.class_names, tokenizer, family, self.positions, config.n_ctx)
             ids = all_names["input_ids"]
-            keys = text_keys(ids, text_ends(ids, all_names.get("attention_mask"), self.end_id))
-            rows = {key: row for row, key in enumerate(keys)}
+            rows = without_padding(ids, text_ends(ids, all_names.get("attention_mask"), self.end_id))
+            keys = list(map(tuple, rows.tolist()))
+            last = {key: row for row, key in enumerate(keys)}
             for row, key in enumerate(keys):
-                if rows[key] != row:
+                if last[key] != row:
                     raise ValueError(
-                        f"the class names {config.class_names[row]!r} and {config.class_names[rows[key]]!r} are the "
+                        f"the class names {config.class_names[row]!r} and {config.class_names[last[key]]!r} are the "
                         "same text to the tokenizer: class-specific contexts need names that read differently."
                     )
             self.class_rows[name] = rows
@@ -151,8 +184,8 @@ class PromptLayer(AdapterLayer):
 
     # ---- what a learner fills ---------------------------------------------------------------------------------------
 
-    def context(self, name: str) -> Tensor | None:
-        """(M, width), or (B, M, width) for the texts of the call under way: the vectors in the slots."""
+    def context(self, name: str, texts: Texts, tower: nn.Module) -> Tensor | None:
+        """(M, width), or (B, M, width) for these texts: the vectors in the slots."""
         return self.part("ctx", name)
 
     def text_prompt(self, name: str, layer: int) -> Tensor | None:
@@ -171,7 +204,7 @@ class PromptLayer(AdapterLayer):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids (B, L), slots negative, to embeddings (B, L, width)."""
-        context = None if self.active_name is None else self.context(self.active_name)
+        context = _VECTORS.get()
         if context is None:
             return self.base_layer(input_ids)
         embeds = self.base_layer(input_ids.clamp(min=0))
@@ -180,7 +213,7 @@ class PromptLayer(AdapterLayer):
             vectors = context[slots]
         else:
             vectors = context.gather(1, slots.unsqueeze(-1).expand(-1, -1, context.shape[-1]))
-        return torch.where((input_ids < 0).unsqueeze(-1), vectors.to(embeds.dtype), embeds)
+        return torch.where((input_ids < 0).unsqueeze(-1), vectors.to(embeds), embeds)
 
     def insert(self, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the text tower's forward: slots enter ids and mask; the tower counts positions anew.
@@ -195,14 +228,18 @@ class PromptLayer(AdapterLayer):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.active_name is None or ids is None:
             return None
-        config = self.active_config
-        slots = torch.tensor(self.slot_ids(config), device=ids.device).expand(len(ids), -1)
+        # The tower's own layer: of a copy for another device the hooks are those of the original.
+        self, config = (
+            next(module for module in tower.modules() if isinstance(module, PromptLayer)),
+            self.active_config,
+        )
+        slots = torch.tensor(self.slot_ids(config), device=ids.device).expand(ids.shape[0], -1)
         count = slots.shape[1]
         ids, mask, ends = self._cut(ids, mask, self.positions - count)
         names = name_lengths(ids, ends, self.start, config.period_id) if config.reads_names else torch.ones_like(ends)
         place = torch.arange(ids.shape[1], device=ids.device)
-        self.texts = Texts(ids, ends, (place >= self.start) & (place < self.start + names[:, None]))
-        self._read(tower, ids, mask)
+        texts = Texts(ids, mask, ends, (place >= self.start) & (place < self.start + names[:, None]))
+        _VECTORS.set(self.context(self.active_name, texts, tower))
         before = {"end": count, "middle": count // 2, "front": 0}[getattr(config, "position", "end")]
         order = arrange(ids.shape[1], self.start, count, before, names)
         kwargs["input_ids"] = torch.cat([ids, slots], 1).gather(1, order)
@@ -213,15 +250,19 @@ class PromptLayer(AdapterLayer):
         kwargs.pop("token_type_ids", None)
         return (), kwargs
 
-    def _read(self, tower: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
-        """Called with every batch of texts (padding cut) before its slots go in."""
+    def finish(self, tower: nn.Module, args: tuple, output) -> None:
+        """After the text tower's forward, also one that failed."""
+        _VECTORS.set(None)
 
     def _cut(self, ids: Tensor, mask: Tensor | None, room: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Drops padding, never words; returns ids and mask (B, L) with L <= room, and the texts' last positions."""
-        if mask is not None and not mask[:, 0].all():
+        if mask is not None and not holds(mask[:, 0].all(), "texts must be padded on the right"):
             raise ValueError("texts must be padded on the right: the context goes after their first token.")
         known = self.active_config.end_id  # the tokenizer's own, which a model's configuration may have wrong
         ends = text_ends(ids, mask, self.end_id if known is None else known)
+        if torch.compiler.is_exporting():  # lengths are not known
+            holds(ends.max() < room, f"a text has more than {room} tokens")
+            return ids[:, :room], None if mask is None else mask[:, :room], ends
         longest = int(ends.max()) + 1
         if longest > room:
             raise ValueError(
@@ -255,7 +296,7 @@ class PromptLayer(AdapterLayer):
             return None
         if self.active_name not in self.class_texts:
             self.set_classes(self.active_name, config.class_names, load_tokenizer(root), root.config.model_type)
-        device = self.get_base_layer().weight.device
+        device = root.device if kwargs.get("pixel_values") is None else kwargs["pixel_values"].device
         texts = {key: value.to(device) for key, value in self.class_texts[self.active_name].items()}
         return args, {**kwargs, **texts}
 
@@ -265,6 +306,7 @@ class PromptLayer(AdapterLayer):
         self.hooks = [
             root.register_forward_pre_hook(self.fill_texts, with_kwargs=True),
             text.register_forward_pre_hook(self.insert, with_kwargs=True),
+            text.register_forward_hook(self.finish, always_call=True),
         ]
         prompted = [(text, self.before_text_layer)]
         if takes_image_prompts(root):
@@ -275,15 +317,6 @@ class PromptLayer(AdapterLayer):
                 # Bound methods and partials of them survive deepcopy and pickle; closures would not.
                 bound = functools.partial(hook, index)
                 self.hooks.append(layer.register_forward_pre_hook(bound, with_kwargs=True))
-
-    @contextmanager
-    def as_base(self):
-        """Inside, the model answers as if there were no adapter here."""
-        self.plain = True
-        try:
-            yield
-        finally:
-            self.plain = False
 
 
 def takes_image_prompts(root: nn.Module) -> bool:
@@ -311,5 +344,5 @@ def _with_hidden(args: tuple, kwargs: dict, change) -> tuple[tuple, dict]:
 
 def _put(hidden: Tensor, prompt: Tensor, start: int, stop: int) -> Tensor:
     """Hidden states (B, L, width) with the prompt (n, width) in place of those from `start` to `stop`."""
-    rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
+    rows = prompt.to(hidden).expand(hidden.shape[0], -1, -1)
     return torch.cat([hidden[:, :start], rows, hidden[:, stop:]], 1)

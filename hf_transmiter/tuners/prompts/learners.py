@@ -8,9 +8,9 @@ from torch.nn.functional import linear, relu, scaled_dot_product_attention
 
 from ...encoders.families import shared_width
 from .config import ContCoOpConfig, DeepPromptConfig, IVLPConfig, MaPLeConfig, PromptConfig
-from .layer import NO_TOKENIZER, PromptLayer, layers
+from .layer import NO_TOKENIZER, PromptLayer, Texts, as_base, images_seen, layers
 from .logits import image_conditioned_logits
-from .texts import start_token_id, start_tokens, text_keys
+from .texts import find_rows, holds, start_token_id, start_tokens, without_padding
 
 
 class CoOpLayer(PromptLayer):
@@ -38,7 +38,7 @@ class CoOpLayer(PromptLayer):
             lambda layer, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
         try:
-            with self.as_base(), torch.no_grad():
+            with as_base(), torch.no_grad():
                 root.text_model(input_ids=ids)
         finally:
             hook.remove()
@@ -50,7 +50,7 @@ class CoOpLayer(PromptLayer):
     def text_prompt(self, name: str, layer: int) -> Tensor | None:
         return self.part("ctx", name) if layer and layer == self.configs[name].layer else None
 
-    def context(self, name: str) -> Tensor | None:
+    def context(self, name: str, texts: Texts, tower: nn.Module) -> Tensor | None:
         config = self.configs[name]
         if config.layer:
             return None
@@ -58,11 +58,11 @@ class CoOpLayer(PromptLayer):
             return self.part("ctx", name)
         if name not in self.class_rows:
             raise ValueError(NO_TOKENIZER)
-        rows = [self.class_rows[name].get(key) for key in text_keys(self.texts.ids, self.texts.ends)]
-        if None in rows:
+        rows, known = find_rows(without_padding(texts.ids, texts.ends), self.class_rows[name])
+        if not holds(known.all(), "a text is none of the classes of the contexts"):
             raise ValueError(
-                f"text {rows.index(None)} of the batch is none of the {len(config.class_names)} classes of these "
-                "class-specific contexts: ask about '{}.' filled with one of class_names."
+                f"text {int(known.int().argmin())} of the batch is none of the {len(config.class_names)} classes of "
+                "these class-specific contexts: ask about '{}.' filled with one of class_names."
             )
         return self.part("ctx", name)[rows]
 
@@ -80,21 +80,17 @@ class CoCoOpLayer(PromptLayer):
     modules_of = ("down", "up")
     reads_images = True
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.images: Tensor | None = None  # (B, d): one unit image embedding per text of the call under way
-
     def initial(self, config: PromptConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
         context, d = self.initial_context(config), shared_width(root)
         hidden = max(d // 16, 1)
         return {"ctx": context, "down": nn.Linear(d, hidden), "up": nn.Linear(hidden, context.shape[1])}
 
-    def context(self, name: str) -> Tensor:
-        context = self.part("ctx", name)
-        if self.images is None:
+    def context(self, name: str, texts: Texts, tower: nn.Module) -> Tensor:
+        context, images = self.part("ctx", name), images_seen()
+        if images is None:
             return context
         down = self.part("down", name)
-        shift = self.part("up", name)(relu(down(self.images.to(down.weight.dtype))))
+        shift = self.part("up", name)(relu(down(images.to(down.weight.dtype))))
         return context + shift[:, None]
 
     def attach(self, root: nn.Module) -> None:
@@ -130,10 +126,6 @@ class ContCoOpLayer(PromptLayer):
     prefix = "contcoop_"
     modules_of = ("norm_q", "norm_k", "query", "key", "value", "out")
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.features: Tensor | None = None  # (B, width) pooled states, for class_embed="text_feature"
-
     def initial(self, config: ContCoOpConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
         context = self.initial_context(config)
         width = context.shape[1]
@@ -149,10 +141,10 @@ class ContCoOpLayer(PromptLayer):
     def _heads(config: ContCoOpConfig, width: int) -> int:
         return config.heads or max(width // 64, 1)
 
-    def context(self, name: str) -> Tensor:
+    def context(self, name: str, texts: Texts, tower: nn.Module) -> Tensor:
         config = self.configs[name]
-        context = self.part("ctx", name).expand(len(self.texts.ids), -1, -1)
-        embeds, mask = self._class_embeds(config, context.dtype)
+        context = self.part("ctx", name).expand(texts.ids.shape[0], -1, -1)
+        embeds, mask = self._class_embeds(config, context.dtype, texts, tower)
         query, keys = self.part("norm_q", name)(context), self.part("norm_k", name)(embeds)
         heads = self._heads(config, query.shape[-1])
 
@@ -163,22 +155,25 @@ class ContCoOpLayer(PromptLayer):
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         return context + self.part("out", name)(attended.transpose(1, 2).flatten(2))
 
-    def _class_embeds(self, config: ContCoOpConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _class_embeds(
+        self, config: ContCoOpConfig, dtype: torch.dtype, texts: Texts, tower: nn.Module
+    ) -> tuple[Tensor, Tensor]:
         """E (B, L, width) and which of its rows count (B, L), from the base model as it is now."""
-        ids, named = self.texts.ids, self.texts.named
+        ids, named = texts.ids, texts.named
         if config.class_embed == "text_feature":
-            return self.features.to(dtype)[:, None], torch.ones_like(named[:, :1])
+            return self._features(config, texts, tower).to(dtype)[:, None], torch.ones_like(named[:, :1])
         embeds = self.base_layer(ids).to(dtype)
         if config.class_embed == "tokens":
             return embeds, named
         weight = named / named.sum(1, keepdim=True)
         return (weight[..., None].to(dtype) * embeds).sum(1, keepdim=True), torch.ones_like(named[:, :1])
 
-    def _read(self, tower: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
-        config = self.active_config
-        if config.class_embed != "text_feature":
-            return
-        words = torch.tensor([config.init_token_ids or []], dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
+    def _features(self, config: ContCoOpConfig, texts: Texts, tower: nn.Module) -> Tensor:
+        """(B, width): the base model's pooled states of the phrase and the names."""
+        ids, mask = texts.ids, texts.mask
+        words = torch.tensor([config.init_token_ids or []], dtype=ids.dtype, device=ids.device).expand(
+            ids.shape[0], -1
+        )
         ids = torch.cat([ids[:, : self.start], words, ids[:, self.start :]], 1)
         if mask is not None:
             mask = torch.cat(
@@ -187,16 +182,17 @@ class ContCoOpLayer(PromptLayer):
         if self.reads_every_position:  # the end token fills them: as many as the text with its context will have
             extra = config.n_ctx - words.shape[1]
             ids, mask = (x if x is None else torch.cat([x, x[:, -1:].expand(-1, extra)], 1) for x in (ids, mask))
-        with self.as_base(), torch.no_grad():
+        with as_base(), torch.no_grad():
             output = tower(input_ids=ids, attention_mask=mask)
         pooled = output.pooler_output
-        self.features = output.last_hidden_state[:, 0] if pooled is None else pooled
+        features = output.last_hidden_state[:, 0] if pooled is None else pooled
         width = self.get_base_layer().embedding_dim
-        if self.features.shape[1] != width:
+        if features.shape[1] != width:
             raise ValueError(
                 f"class_embed='text_feature' needs pooled text states as wide as tokens ({width}), this tower's have "
-                f"{self.features.shape[1]}: use 'tokens' or 'mean_token'."
+                f"{features.shape[1]}: use 'tokens' or 'mean_token'."
             )
+        return features
 
 
 class DeepPromptLayer(PromptLayer):

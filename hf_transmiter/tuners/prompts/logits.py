@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from ...encoders.families import logit_scale_and_bias, unwrap
-from .layer import PromptLayer
+from .layer import PromptLayer, seeing
 from .texts import load_tokenizer
 
 
@@ -86,16 +86,14 @@ def image_conditioned_logits(
     scale, bias = logit_scale_and_bias(root)
 
     def encode(x: Tensor, **texts: Tensor) -> Tensor:
-        repeated = {key: value.repeat(len(x), 1) for key, value in texts.items()}
-        layer.images = x.repeat_interleave(len(texts["input_ids"]), 0)
-        try:
+        repeated = {key: value.repeat(x.shape[0], 1) for key, value in texts.items()}
+        with seeing(x.repeat_interleave(len(texts["input_ids"]), 0)):
             features = root.get_text_features(**repeated).pooler_output.float()
-        finally:
-            layer.images = None
         with torch.autocast(x.device.type, enabled=False):  # it would round the cosines
-            return torch.einsum("bd,bcd->bc", x.float(), normalize(features, dim=-1).unflatten(0, (len(x), -1)))
+            return torch.einsum("bd,bcd->bc", x.float(), normalize(features, dim=-1).unflatten(0, (x.shape[0], -1)))
 
-    several = images.split(max(1, chunk_size // count))
+    # The number of images is not known while a model is exported.
+    several = (images,) if torch.compiler.is_exporting() else images.split(max(1, chunk_size // count))
     parts = [inputs] if count <= chunk_size else _parts(inputs, chunk_size)
     save = torch.is_grad_enabled() and len(several) * len(parts) > 1
 

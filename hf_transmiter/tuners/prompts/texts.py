@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoTokenizer
 
 from ...data.class_names import check_names
@@ -72,16 +73,33 @@ def text_ends(ids: Tensor, mask: Tensor | None, end_id: int | None) -> Tensor:
     """
     if mask is not None:
         return mask.long().sum(1) - 1
-    if end_id is not None and bool((ids == end_id).any(1).all()):
+    if end_id is not None and holds((ids == end_id).any(1).all(), "a text has no end token"):
         return (ids == end_id).int().argmax(1)
     differs = ids != ids[:, -1:]
     last = ids.shape[1] - differs.flip(1).int().argmax(1)
     return last.where(differs.any(1), torch.zeros_like(last))
 
 
-def text_keys(ids: Tensor, ends: Tensor) -> list[tuple[int, ...]]:
-    """Each text's tokens without padding, to look it up by."""
-    return [tuple(row[: end + 1]) for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
+def holds(condition: Tensor, otherwise: str) -> bool:
+    """Whether a condition (a 0-dimensional tensor) holds. While a model is exported its value is not known: it becomes
+    part of the program, which then fails with `otherwise`."""
+    if not torch.compiler.is_exporting():
+        return bool(condition)
+    torch._assert_async(condition, otherwise)
+    return True
+
+
+def without_padding(ids: Tensor, ends: Tensor) -> Tensor:
+    """(B, L): -1 behind each text's end, so that texts are compared by their tokens."""
+    return ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) > ends[:, None], -1)
+
+
+def find_rows(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,): where each row [`without_padding`] is in a table of them, and whether it is there at all."""
+    width = max(rows.shape[1], table.shape[1])
+    rows, table = (pad(each, (0, width - each.shape[1]), value=-1) for each in (rows, table.to(rows.device)))
+    equal = (rows[:, None] == table).all(-1)
+    return equal.int().argmax(1), equal.any(1)
 
 
 def name_lengths(ids: Tensor, ends: Tensor, start: int, period_id: int | None) -> Tensor:
@@ -101,7 +119,7 @@ def arrange(length: int, start: int, slots: int, before: int, names: Tensor) -> 
         start, before (`int`): tokens and slots ahead of the name.
         names (`Tensor`): (B,) tokens of each name; plays no part when all slots are ahead of it.
     """
-    place = torch.arange(length + slots, device=names.device).expand(len(names), -1)
+    place = torch.arange(length + slots, device=names.device).expand(names.shape[0], -1)
     after = start + before + names[:, None]  # first place behind the name
     order = torch.where(place < start + before, length + place - start, place - before)
     order = torch.where(place >= after, length + place - start - names[:, None], order)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -11,6 +13,9 @@ from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import dummy_text_inputs, logit_scale_and_bias, token_rows, unit_rows
 from ..registration import AdapterLayer
 from .config import TransMiterConfig
+
+
+_EMBEDDING = threading.Lock()  # of a fresh adapter's names, which the first call brings about
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -47,20 +52,20 @@ class TransMiterLayer(AdapterLayer):
     prefix = "transmiter_"
     parts = ("anchors", "basis", "image_map", "image_shift", "class_vectors", "bias")
     modules_of = ("norm", "up", "down")
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "fresh")
     # BaseTunerLayer reads these off a wrapped layer; this one wraps none.
     weight = bias = None
 
     def __init__(self):
         super().__init__()
         self.frozen_peft_weight_names = {}
-        self.dummy_text: dict[str, Tensor] | None = None
+        self.fresh: dict[str, bool] = {}  # whether an adapter's names are still to be embedded
 
     def update_layer(self, name: str, config: TransMiterConfig, like: Tensor) -> None:
         """Adds an adapter that starts as the identity, on the device of `like`, in float32."""
         k, c, d = config.anchors.num_anchors, len(config.class_names), config.embed_dim
         generator = torch.Generator().manual_seed(config.seed)
-        self.configs[name] = config
+        self.configs[name], self.fresh[name] = config, True
         parts, frozen = {"anchors": torch.zeros(k, d)}, ("transmiter_anchors",)
         if config.form == "linear":
             image, text = config.widths
@@ -106,12 +111,21 @@ class TransMiterLayer(AdapterLayer):
         if name in self.transmiter_class_vectors:
             vectors = self.transmiter_class_vectors[name]
             vectors.data[:, : embeds.shape[1]] = embeds[: len(vectors)]
+        self.fresh[name] = False
 
     def set_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites all weights of one adapter by what [`tensors`] of another one gave, which is checked."""
         self.check_tensors(name, tensors)
         for key, tensor in self.tensors(name).items():
             tensor.copy_(tensors[key])
+        self.fresh[name] = not tensors["anchors"].any()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self.configs:
+            anchors = state_dict.get(f"{prefix}transmiter_anchors.{name}")
+            if anchors is not None and not anchors.is_meta:
+                self.fresh[name] = not anchors.any()
 
     @property
     def reads_tower(self) -> bool:
@@ -141,7 +155,8 @@ class TransMiterLayer(AdapterLayer):
             ValueError: the rows lack what the adapter reads.
         """
         self._check(rows)
-        matrix, shift = (self.part(part, self.active_name) for part in ("image_map", "image_shift"))
+        # A copy of the model for another device has this layer's hooks.
+        matrix, shift = (self.part(part, self.active_name).to(rows.device) for part in ("image_map", "image_shift"))
         return nn.functional.linear(rows[:, : matrix.shape[1]].to(matrix.dtype), matrix, shift)
 
     def adapt(self, rows: Tensor) -> Tensor:
@@ -229,21 +244,20 @@ class TransMiterLayer(AdapterLayer):
             )
         if args or kwargs.get("input_ids") is not None or kwargs.get("pixel_values") is None or not self.active_name:
             return None
-        if self.dummy_text is None:
-            self.dummy_text = dummy_text_inputs(root, kwargs["pixel_values"].device)
-        return args, {**kwargs, **self.dummy_text}
+        text = dummy_text_inputs(root, kwargs["pixel_values"].device)
+        text["input_ids"].transmiter_dummy = True
+        return args, {**kwargs, **text}
 
     def answer(self, root: nn.Module, args: tuple, kwargs: dict, output):
         """After the root's forward: logits over the saved class names, unless the caller brought own texts."""
-        name = self.active_name
-        own_text = kwargs.get("input_ids") is not (self.dummy_text or {}).get("input_ids")
-        if name is None or args or own_text or kwargs.get("pixel_values") is None:
+        self = getattr(root, "transmiter", self)  # of a copy for another device its own
+        name, dummy = self.active_name, getattr(kwargs.get("input_ids"), "transmiter_dummy", False)
+        if name is None or args or not dummy:
             return None
         if not isinstance(output, ModelOutput):
             raise ValueError("a TransMiter adapter answers in a ModelOutput: call the model with return_dict=True.")
-        if not self.transmiter_anchors[name][0].any():  # a fresh adapter: the names were not embedded yet
-            anchors = self.configs[name].anchors
-            self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))
+        if self.fresh[name]:
+            self._embed_names(name, root)
         scale, bias = logit_scale_and_bias(root)
         if self.is_head:
             rows = nn.functional.normalize(output["image_embeds"].float(), dim=-1)
@@ -255,3 +269,16 @@ class TransMiterLayer(AdapterLayer):
             output["text_embeds"] = self.transmiter_anchors[name][: logits.shape[1]].to(rows.dtype)
             output["logits_per_text"] = logits.T
         return output
+
+    def _embed_names(self, name: str, root: nn.Module) -> None:
+        """Gives a fresh adapter its anchors.
+
+        Raises:
+            ValueError: while the model is exported, when it is too late.
+        """
+        if torch.compiler.is_exporting():
+            raise ValueError("the adapter's names are not embedded yet: call the model once before it is exported.")
+        with _EMBEDDING:
+            if self.fresh[name]:
+                anchors = self.configs[name].anchors
+                self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))

@@ -23,9 +23,8 @@ logger = logging.getLogger(__name__)
 def check_base(config: TransMiterConfig, model: nn.Module, encoder: DualEncoder | None = None) -> None:
     """Whether an adapter was made for `model`: of its embedding width and, with the `encoder` around it, its weights.
 
-    A raw model brings no processor, without which its fingerprint is not known: there the name decides. A folder of
-    another name may hold a copy, and of weights in half precision it is not known what they were in float32: what
-    cannot be told is a warning.
+    A raw model brings no processor, without which its fingerprint is not known: there the name decides, and a folder
+    of another name, which may hold a copy, is a warning.
 
     Raises:
         ValueError: it is another model.
@@ -41,10 +40,11 @@ def check_base(config: TransMiterConfig, model: nn.Module, encoder: DualEncoder 
     elif not same:
         revision = f" (revision {config.revision})" if config.revision else ""
         widths = "" if fits else f", whose embeddings have width {width} and not {config.embed_dim}"
+        changed = " with other weights, or adapters switched on" if name == made_for and fits else ""
         raise ValueError(
-            f"the adapter was made for {made_for!r}{revision}, this is {name!r}{widths}: load that model, or carry "
-            f"the adapter over: hf-transmiter transfer ADAPTER --strong {name or 'MODEL'} --output-dir out/upgraded "
-            "(hf_transmiter.transfer)."
+            f"the adapter was made for {made_for!r}{revision}, this is {name!r}{widths}{changed}: load that model, or "
+            f"carry the adapter over: hf-transmiter transfer ADAPTER --strong {name or 'MODEL'} --output-dir "
+            "out/upgraded (hf_transmiter.transfer)."
         )
 
 
@@ -55,10 +55,8 @@ def _is_same(config: TransMiterConfig, name: str | None, encoder: DualEncoder | 
     if encoder is None or config.base_fingerprint is None:
         if named:
             return True
-    elif ModelId(made_for, config.revision, config.base_fingerprint).is_of(encoder):
-        return True
-    elif encoder.dtype == torch.float32:
-        return False
+    else:
+        return ModelId(made_for, config.revision, config.base_fingerprint).is_of(encoder)
     # Two ids of the Hub are two models; a folder may hold either.
     ids = name is not None and not named and all(public_name(each) == each for each in (name, made_for))
     return False if ids else None
