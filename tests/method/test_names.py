@@ -1,5 +1,6 @@
 """Names are matched by name, never by their place; one string is never a list of them."""
 
+import copy
 import json
 
 import datasets
@@ -12,6 +13,7 @@ from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import FeatureTable, align_labels, embed_dataset
 from hf_transmiter.data.images import load_images
 from hf_transmiter.data.splits import base_names
+from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.analyse import analyse
 from hf_transmiter.evaluation.compare import compare
 from hf_transmiter.evaluation.evaluate import evaluate
@@ -81,7 +83,7 @@ def test_names_that_do_not_fit_are_listed(encoder, make_dataset, adapter, option
     with pytest.raises(ValueError, match=said):
         analyse(adapter, data, **options)
     with pytest.raises(ValueError, match=f"the test images: {said}"):
-        compare(encoder, encoder, encoder, data, class_names=NAMES, variants=["tuned weak"], **options)
+        compare(encoder, encoder, adapter, data, class_names=NAMES, variants=["tuned weak"], **options)
     with pytest.raises(ValueError, match="all match 'cat'"):
         align_labels(FeatureTable(torch.zeros(2, 4), [0, 1], ["Cat", "CAT"]), NAMES)
 
@@ -155,23 +157,24 @@ def test_a_prompt_that_peft_saved_knows_its_names(encoder, model_dir, make_datas
 def bare_strings(encoder, data, adapter, tmp_path):
     """{what: a call that is given one string where a list is wanted}"""
     quiet = {"progress": False, "cache_dir": tmp_path}
-    inject(encoder.model, CoOpConfig(init_phrase=None, n_ctx=2))
+    other = DualEncoder(copy.deepcopy(encoder.model), encoder.processor)
+    inject(other.model, CoOpConfig(init_phrase=None, n_ctx=2))
     return {
         "class_names of tune": lambda: tune(encoder, data, class_names="lined", **quiet),
         "templates of tune": lambda: tune(encoder, data, templates="a {}", **quiet),
-        "class_names of extract": lambda: extract(encoder, encoder, data, class_names="lined", **quiet),
-        "templates of extract": lambda: extract(encoder, encoder, data, templates="a {}", **quiet),
-        "seen_classes of extract": lambda: extract(encoder, encoder, data, seen_classes="cat", **quiet),
+        "class_names of extract": lambda: extract(encoder, other, data, class_names="lined", **quiet),
+        "templates of extract": lambda: extract(encoder, other, data, templates="a {}", **quiet),
+        "seen_classes of extract": lambda: extract(encoder, other, data, seen_classes="cat", **quiet),
         "seen_classes of transfer": lambda: transfer(adapter, encoder, seen_classes="cat"),
         "seen_classes of evaluate": lambda: evaluate(adapter, data, seen_classes="cat", **quiet),
         "seen_classes of label_tune": lambda: label_tune(adapter, data, seen_classes="cat", **quiet),
-        "class_names of compare": lambda: compare(encoder, encoder, encoder, data, class_names="lined", **quiet),
-        "templates of compare": lambda: compare(encoder, encoder, encoder, data, templates="a {}", **quiet),
-        "seen_classes of compare": lambda: compare(encoder, encoder, encoder, data, seen_classes="cat", **quiet),
-        "variants of compare": lambda: compare(encoder, encoder, encoder, data, variants="refit", **quiet),
+        "class_names of compare": lambda: compare(encoder, encoder, other, data, class_names="lined", **quiet),
+        "templates of compare": lambda: compare(encoder, encoder, other, data, templates="a {}", **quiet),
+        "seen_classes of compare": lambda: compare(encoder, encoder, other, data, seen_classes="cat", **quiet),
+        "variants of compare": lambda: compare(encoder, encoder, other, data, variants="refit", **quiet),
         "predict": lambda: adapter.predict(data[0]["image"], class_names="lined"),
         "set_classes": lambda: adapter.set_classes("lined"),
-        "set_classes of a prompt": lambda: set_classes(encoder.model, "lined", encoder.processor.tokenizer),
+        "set_classes of a prompt": lambda: set_classes(other.model, "lined", encoder.processor.tokenizer),
         "class_names of as_classifier": lambda: as_classifier(encoder, "lined"),
         "task": lambda: Anchors("lined"),
         "templates": lambda: Anchors(("lined",), templates="a {}"),
