@@ -42,8 +42,11 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def is_fixed(path: Path) -> bool:
-    """Whether a folder can be filled, but not replaced: it is a mount point, or nothing can be made beside it."""
-    return path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    """Whether a folder can be filled, but not replaced: it is the current folder or holds it, is a mount point, or
+    nothing can be made beside it."""
+    path = Path(os.path.realpath(path))
+    inside = Path(os.path.realpath(os.curdir)).is_relative_to(path)
+    return path.is_dir() and (inside or os.path.ismount(path) or not os.access(path.parent, os.W_OK))
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -212,8 +215,8 @@ def claim(path: str | os.PathLike) -> Iterator[None]:
         if os.path.islink(path) and not place.exists():
             raise OSError(f"it is a link to {place}, which is not there")
         new = [folder for folder in place.parents if not folder.exists()]
-        place.parent.mkdir(parents=True, exist_ok=True)
         place.exists()  # or its name is too long
+        place.parent.mkdir(parents=True, exist_ok=True)
         lock = beside(place, LOCK)
         held = _locked(lock)
     except BlockingIOError:
