@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOCK = "checkpoint.safetensors", "hf-transmiter.lock"
 """Endings of what lies [`beside`] a place while it is made."""
 _LONGEST = 100  # bytes of a name that a hidden one is made from
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_TEMPORARY = re.compile(r"(\..+\.)([0-9a-f]{32}|\d+)\.tmp")  # once there were process ids
 
 
 def is_fixed(path: Path) -> bool:
@@ -263,18 +263,22 @@ def _locked(path: Path) -> int | None:
 
 def _clear(place: Path, lock: Path) -> None:
     """Takes away what killed runs left of a place that is claimed."""
-    earlier, own = beside(place, "earlier"), lock.name.removesuffix(LOCK)
+    earlier, stem = beside(place, "earlier"), lock.name.removesuffix(LOCK)
     if earlier.is_dir() and not place.exists():
         os.replace(earlier, place)
-    mine = re.compile(re.escape(own) + rf"({re.escape(CHECKPOINT)}\.)?[0-9a-f]{{32}}\.tmp|{re.escape(earlier.name)}")
-    found = [path for path in lock.parent.iterdir() if mine.fullmatch(path.name)]
-    for path in (*place.glob(".*.tmp"), *place.glob("*/.*.tmp")):
-        if _TEMPORARY.fullmatch(path.name) and not _is_held(path.with_name(path.name[:-36] + LOCK)):
+    found = [earlier]
+    for path in (*lock.parent.glob(".*.tmp"), *place.glob(".*.tmp"), *place.glob("*/.*.tmp")):
+        name, inside = _TEMPORARY.fullmatch(path.name), path.is_relative_to(place)
+        own = name and name[1] in (stem, f"{stem}{CHECKPOINT}.")
+        if own or (name and inside and not _is_held(path.with_name(name[1] + LOCK))):
             found.append(path)
     for path in (*place.glob(f".*.{LOCK}"), *place.glob(f"*/.*.{LOCK}")):
         path == lock or _is_held(path)
     for path in found:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _is_held(lock: Path) -> bool:

@@ -211,9 +211,10 @@ def test_leftovers_are_cleared_by_the_next_claim(tmp_path):
     path, ending = tmp_path / "out", "0123456789abcdef0123456789abcdef.tmp"
     (path / "cells").mkdir(parents=True)
     left = [beside(path, ending), path / f".a.json.{ending}", path / "cells" / f".b.json.{ending}"]
-    left += [tmp_path / f".out.checkpoint.safetensors.{ending}"]
+    left += [tmp_path / f".out.checkpoint.safetensors.{ending}", path / ".b.safetensors.4711.tmp"]
     other = [tmp_path / f".out2.{ending}", tmp_path / ".out.checkpoint.safetensors", tmp_path / ".out.tmp"]
     held = path / "cells" / f".c.{ending}"
+    (path / ".c.safetensors.4711.tmp").write_text("half")  # an earlier version had files
     for folder in (*left, *other):
         folder.mkdir()
         (folder / "half").write_text("half")
@@ -221,7 +222,7 @@ def test_leftovers_are_cleared_by_the_next_claim(tmp_path):
         held.mkdir()
         with claim(path):
             pass
-        assert not [folder for folder in left if folder.exists()]
+        assert not [folder for folder in left if folder.exists()] and [p.name for p in path.iterdir()] == ["cells"]
         assert not [folder for folder in (*other, held) if not folder.exists()]
 
 
