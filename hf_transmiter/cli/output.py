@@ -71,7 +71,7 @@ class OutputOptions:
             read = next((name for name in run.inputs if place in _with_parents(name)), None)
             if read is not None:
                 raise FileExistsError(f"{path} is read by this run ({read}): choose another folder.")
-            self.replaces = frozenset() if file else frozenset(entry.name for entry in place.iterdir())
+            self.replaces = frozenset(ht.entries(place))
 
     def holds(self, values: dict, made_from: str) -> bool:
         """Whether an earlier run with these settings, and of the same content, filled the folder."""
