@@ -45,7 +45,7 @@ _EXPORTS = {
 _FOR_THE_COMMAND_LINE = {
     "algebra": ("guessing",),
     "hub.adapter_files": ("content_digest", "is_bridge", "is_transmiter"),
-    "hub.files": ("CHECKPOINT", "beside", "claim", "is_fixed", "replace_folder"),
+    "hub.files": ("CHECKPOINT", "beside", "claim", "entries", "is_fixed", "replace_folder"),
     "hub.repo": ("public_name", "split_revision"),
     "hub.scores": ("markdown_table",),
     "encoders.dual_encoder": ("load_encoder",),

@@ -46,6 +46,7 @@ class Case:
     place: str = "out"
     before: list[str] = field(default_factory=list)  # other words for what is overwritten
     in_place: bool = False
+    of: str | None = None  # what is there to begin with
 
 
 DATA = ["--dataset", "{root}/pictures"]
@@ -73,6 +74,9 @@ CASES = {
     "bridge, a file": Case(BRIDGE, "--output", "out.safetensors", before=["--max-images", "9"]),
     "compare": Case([*COMPARE, "--methods", "EFT", "--methods", "bridge from task images"]),
     "evaluate --analyse": Case(["evaluate", "{root}/adapter", *DATA, "--split", "train", "--analyse"]),
+    "evaluate --record": Case(
+        ["evaluate", *DATA, "--split", "train", "--record"], option="--", in_place=True, of="adapter"
+    ),
     "bench": Case(["bench", "--config", "{root}/bench.yaml"], in_place=True),
 }
 # What holds cells that are kept has no --overwrite.
@@ -167,7 +171,10 @@ def contents(place: Path) -> dict | None:
             name = path.name if place.is_file() else str(path.relative_to(place))
             found[name] = load_file(path) if path.suffix == ".safetensors" else None
             if path.suffix == ".json":
-                json.loads(path.read_text())
+                value = json.loads(path.read_text())
+                found[name] = (
+                    {"scores": torch.tensor([score["value"] for score in value])} if "scores" in name else None
+                )
     return found
 
 
@@ -201,10 +208,15 @@ def test_killed_anywhere(root, tmp_path, name, over):
 
     def command(folder: Path, *more: str) -> list[str]:
         cache = ["--cache-dir", str(folder.parent / f"{folder.name}-cache")]
-        return [*filled(case.words, root), *more, case.option, str(folder / case.place), *cache]
+        return [*filled(case.words, root), *more, *cache, case.option, str(folder / case.place)]
+
+    def begin(folder: Path) -> None:
+        folder.mkdir()
+        if case.of:
+            shutil.copytree(root / case.of, folder / case.place)
 
     whole = tmp_path / "whole"
-    whole.mkdir()
+    begin(whole)
     seconds, steps = finished(command(whole), said)
     reference, old = contents(whole / case.place), None
     again = ["--overwrite"] if over else []
@@ -214,7 +226,7 @@ def test_killed_anywhere(root, tmp_path, name, over):
         old = contents(tmp_path / "old" / case.place)
     for number in range(round(KILLS / len(RUNS)) or 1):
         folder = tmp_path / f"run-{number}"
-        folder.mkdir()
+        begin(folder)
         if over:
             source, target = tmp_path / "old" / case.place, folder / case.place
             shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)

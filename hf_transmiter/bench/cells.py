@@ -33,7 +33,7 @@ from ..evaluation.drift import feature_drift
 from ..evaluation.methods import LABELS, METHODS, NEEDS, Variant
 from ..evaluation.upgrade import ZERO_SHOT, score_upgrade
 from ..hub.adapter_files import CONFIG, TEACHER_FILE, WEIGHTS
-from ..hub.files import CHECKPOINT, beside, replace_file, replace_folder
+from ..hub.files import CHECKPOINT, beside, entries, replace_file, replace_folder
 from ..hub.repo import public_name
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_teacher
@@ -334,7 +334,7 @@ class Workshop:
             tuned.save_pretrained(made)
             (made / WHOLE).write_text(_digest_of(made))
 
-        replace_folder(folder, save, replaces=[path.name for path in folder.glob("*")])
+        replace_folder(folder, save, replaces=entries(folder))
         options["checkpoint"].unlink(missing_ok=True)
         return folder
 

@@ -55,8 +55,8 @@ class OutputOptions:
         path, place = self.output_dir, self.place
         if not file and ht.is_fixed(place):
             raise FileExistsError(
-                f"{path} can be filled, but not written in one step (it is a mount point, or nothing can be made "
-                "beside it): choose a folder in it."
+                f"{path} can be filled, but not written in one step (it is the current folder, a mount point, or "
+                "nothing can be made beside it): choose a folder in it."
             )
         run.held.enter_context(ht.claim(path))
         written = (file.stat().st_mtime_ns for file in (self.checkpoint, place / SETTINGS_FILE) if file.is_file())
@@ -71,7 +71,7 @@ class OutputOptions:
             read = next((name for name in run.inputs if place in _with_parents(name)), None)
             if read is not None:
                 raise FileExistsError(f"{path} is read by this run ({read}): choose another folder.")
-            self.replaces = frozenset() if file else frozenset(entry.name for entry in place.iterdir())
+            self.replaces = frozenset(ht.entries(place))
 
     def holds(self, values: dict, made_from: str) -> bool:
         """Whether an earlier run with these settings, and of the same content, filled the folder."""

@@ -38,12 +38,15 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOCK = "checkpoint.safetensors", "hf-transmiter.lock"
 """Endings of what lies [`beside`] a place while it is made."""
 _LONGEST = 100  # bytes of a name that a hidden one is made from
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_TEMPORARY = re.compile(r"(\..+\.)([0-9a-f]{32}|\d+)\.tmp")  # once there were process ids
 
 
 def is_fixed(path: Path) -> bool:
-    """Whether a folder can be filled, but not replaced: it is a mount point, or nothing can be made beside it."""
-    return path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    """Whether a folder can be filled, but not replaced: it is the current folder or holds it, is a mount point, or
+    nothing can be made beside it."""
+    path = Path(os.path.realpath(path))
+    inside = Path(os.path.realpath(os.curdir)).is_relative_to(path)
+    return path.is_dir() and (inside or os.path.ismount(path) or not os.access(path.parent, os.W_OK))
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -108,8 +111,8 @@ def replace_file(
 def replace_folder(path: str | os.PathLike, write: Callable[[Path], object], replaces: Collection[str] = ()) -> None:
     """Calls `write(temporary)` and moves the folder it filled to `path` in one step; missing folders are made.
 
-    Of a folder that is there the entries named in `replaces` go. All others are kept beside what was written. A link
-    to a folder stays a link.
+    Of a folder that is there those of its [`entries`] go that are in `replaces`. All others are kept beside what was
+    written. A link to a folder stays a link.
 
     Raises:
         FileExistsError: one of the others has a name that was written, too; what was written is in another folder.
@@ -126,21 +129,48 @@ def replace_folder(path: str | os.PathLike, write: Callable[[Path], object], rep
         except OSError:
             if not path.is_dir() or is_fixed(path):
                 raise
-        kept = [entry.name for entry in path.iterdir() if entry.name not in replaces]
-        twice = next((name for name in kept if os.path.lexists(made / name)), None)
+        kept = sorted(entries(path) - set(replaces))
+        twice = next((name for name in kept if _is_taken(made / name, path / name)), None)
         if twice is not None:
             aside = next(p for i in range(2, 10**6) if not os.path.lexists(p := path.with_name(f"{path.name}-{i}")))
             os.replace(made, aside)
             raise FileExistsError(f"{path / twice} arrived while this was made, and stays: the result is in {aside}.")
         for name in kept:
-            _copy(path / name, made / name)
+            _keep(path / name, made / name)
         _exchange(made, path)
-        for entry in list(made.iterdir()):  # now the folder that was there
-            if entry.name not in replaces and entry.name not in kept:  # it arrived in the very last moment
-                os.replace(entry, path / entry.name)
-                kept.append(entry.name)
-        if kept:
-            logger.warning("%s had other files by now, which are kept: %s.", path, ", ".join(sorted(kept)[:5]))
+        late = sorted(entries(made) - set(replaces) - set(kept))  # of the folder that was there: in this very moment
+        for name in late:
+            _keep(made / name, path / name)
+        if kept or late:
+            shown = [name for name in (*kept, *late) if os.path.dirname(name) not in kept]
+            logger.warning("%s had other files by now, which are kept: %s.", path, ", ".join(shown[:5]))
+
+
+def entries(folder: Path) -> set[str]:
+    """Relative paths of all that is in a folder."""
+    found = ((root, name) for root, *names in os.walk(folder) for some in names for name in some)
+    return {os.path.relpath(os.path.join(root, name), folder) for root, name in found}
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_taken(target: Path, source: Path) -> bool:
+    """Whether something is where a file or folder would be put, other than a folder for a folder."""
+    return target.parent.is_file() or (os.path.lexists(target) and not (_is_folder(target) and _is_folder(source)))
+
+
+def _keep(source: Path, target: Path) -> None:
+    """A file is kept by a link to the same content, where the filesystem has them; of a folder only that it is one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if _is_folder(source):
+        target.mkdir(exist_ok=True)
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def write_json(path: str | os.PathLike, value, kind: str | None = None, **style) -> None:
@@ -170,21 +200,6 @@ def fill_folder(path: str | os.PathLike, write: Callable[[Path], object], *, rea
                 os.replace(entry, path / entry.name)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """By links to the same content, where the filesystem has them."""
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(source, target, follow_symlinks=False)
-
-    if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True, copy_function=link)
-    else:
-        link(os.fspath(source), os.fspath(target))
-
-
 def _exchange(made: Path, path: Path) -> None:
     """Two folders take each other's place: in one step on Linux, else in three, which [`claim`] can undo."""
     with suppress(AttributeError):  # a C library without it
@@ -212,8 +227,8 @@ def claim(path: str | os.PathLike) -> Iterator[None]:
         if os.path.islink(path) and not place.exists():
             raise OSError(f"it is a link to {place}, which is not there")
         new = [folder for folder in place.parents if not folder.exists()]
-        place.parent.mkdir(parents=True, exist_ok=True)
         place.exists()  # or its name is too long
+        place.parent.mkdir(parents=True, exist_ok=True)
         lock = beside(place, LOCK)
         held = _locked(lock)
     except BlockingIOError:
@@ -260,18 +275,22 @@ def _locked(path: Path) -> int | None:
 
 def _clear(place: Path, lock: Path) -> None:
     """Takes away what killed runs left of a place that is claimed."""
-    earlier, own = beside(place, "earlier"), lock.name.removesuffix(LOCK)
+    earlier, stem = beside(place, "earlier"), lock.name.removesuffix(LOCK)
     if earlier.is_dir() and not place.exists():
         os.replace(earlier, place)
-    mine = re.compile(re.escape(own) + rf"({re.escape(CHECKPOINT)}\.)?[0-9a-f]{{32}}\.tmp|{re.escape(earlier.name)}")
-    found = [path for path in lock.parent.iterdir() if mine.fullmatch(path.name)]
-    for path in (*place.glob(".*.tmp"), *place.glob("*/.*.tmp")):
-        if _TEMPORARY.fullmatch(path.name) and not _is_held(path.with_name(path.name[:-36] + LOCK)):
+    found = [earlier]
+    for path in (*lock.parent.glob(".*.tmp"), *place.glob(".*.tmp"), *place.glob("*/.*.tmp")):
+        name, inside = _TEMPORARY.fullmatch(path.name), path.is_relative_to(place)
+        own = name and name[1] in (stem, f"{stem}{CHECKPOINT}.")
+        if own or (name and inside and not _is_held(path.with_name(name[1] + LOCK))):
             found.append(path)
     for path in (*place.glob(f".*.{LOCK}"), *place.glob(f"*/.*.{LOCK}")):
         path == lock or _is_held(path)
     for path in found:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _is_held(lock: Path) -> bool:

@@ -21,6 +21,7 @@ from hf_transmiter.encoders.dual_encoder import load_encoder
 from hf_transmiter.evaluation.drift import feature_drift
 from hf_transmiter.evaluation.methods import METHODS
 from hf_transmiter.hub.adapter_files import TEACHER_FILE
+from hf_transmiter.hub.files import claim
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -228,6 +229,65 @@ def test_what_cannot_be_read_is_made_again(content, finished, tmp_path, caplog):
     assert "cannot be read" in caplog.text and "holds something else" in caplog.text
     assert run(content, output).made == 2
     assert measured(content, output) == measured(content, finished[0])
+
+
+def test_a_number_that_changed_is_made_again(content, finished, tmp_path, caplog):
+    """A cell that is still JSON, with another score."""
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    cell = sorted((output / "cells").iterdir())[0]
+    found = json.loads(cell.read_text())
+    found["rows"]["EFT"]["metrics"]["accuracy"] += 1
+    cell.write_text(json.dumps(found))
+    assert run(content, output).made == 1 and "holds something else" in caplog.text
+    assert measured(content, output) == measured(content, finished[0])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "teacher.json", "digest.txt"])
+def test_a_tuned_model_that_is_damaged_is_made_again(content, finished, tmp_path, caplog, name):
+    output, one = tmp_path / "out", {**content, "seeds": [1]}
+    shutil.copytree(finished[0], output)
+    (folder,) = (output / "tuned").glob("*seed-1*")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damaged = bytearray(whole[name])
+    damaged[-9] ^= 1
+    (folder / name).write_bytes(damaged)
+    for path in (output / "cells").iterdir():
+        path.unlink()
+    assert run(one, output).made == 1 and f"{folder} is damaged and will be made again" in caplog.text
+    assert measured(one, output) == measured(one, finished[0])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_a_picture_that_was_replaced_under_its_name(content, tmp_path, make_dataset):
+    pictures = tmp_path / "pictures"
+    for split, count in (("train", 24), ("test", 20)):
+        for number, row in enumerate(make_dataset(count, bench_folder.NAMES)):
+            folder = pictures / split / bench_folder.NAMES[row["label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{number}.bmp")
+    own = {**content, "datasets": [{"name": "own", "source": str(pictures)}], "seeds": [1]}
+    run(own, tmp_path / "out")
+    assert run(own, tmp_path / "out").made == 0
+    picture, times = pictures / "test" / "cat" / "0.bmp", (pictures / "test" / "cat" / "0.bmp").stat()
+    shutil.copyfile(pictures / "test" / "dog" / "1.bmp", picture)
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run(own, tmp_path / "out").made == 1
+
+
+def test_two_runs_into_one_folder(content, finished, tmp_path):
+    with claim(tmp_path / "out"), pytest.raises(BlockingIOError, match="another run is writing to"):
+        run(content, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_among_the_figures_stays(content, finished, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    (output / "figures").mkdir()
+    (output / "figures" / "notes.txt").write_text("mine")
+    run(content, output)
+    assert (output / "figures" / "notes.txt").read_text() == "mine"
 
 
 def test_a_folder_of_somebody_else(content, tmp_path):

@@ -97,10 +97,19 @@ def test_a_mount_point_is_told_at_once(here, tmp_path, no_work):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"]).returncode:
         pytest.skip("no mounts here")
     try:
-        assert "it is a mount point" in error(*commands(here)["extract"], tmp_path / "disk")
+        assert "a mount point" in error(*commands(here)["extract"], tmp_path / "disk")
         assert list((tmp_path / "disk").iterdir()) == []
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_the_current_folder_is_not_replaced(here, tmp_path, no_work, monkeypatch):
+    """Whoever is in it would be nowhere."""
+    (tmp_path / "here" / "deeper").mkdir(parents=True)
+    for place in ("here", "here/deeper"):
+        monkeypatch.chdir(tmp_path / place)
+        assert "it is the current folder" in error(*commands(here)["extract"], ".")
+    assert "it is the current folder" in error(*commands(here)["extract"], "..")
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -57,33 +57,43 @@ def test_a_folder_is_there_at_once(tmp_path, there):
 def test_what_is_replaced_goes_and_what_arrived_stays(tmp_path, either_way, caplog):
     """In the middle of the work, and a folder and a link as well."""
     path = tmp_path / "out"
-    path.mkdir()
-    (path / "old.txt").write_text("old")
-    (path / "new.txt").write_text("old")
+    (path / "figures").mkdir(parents=True)
+    for name in ("old.txt", "new.txt", "figures/old.png"):
+        (path / name).write_text("old")
+    there = files.entries(path)
+    assert there == {"old.txt", "new.txt", "figures", "figures/old.png"}
 
     def write(folder):
         fill(folder)
+        (path / "figures" / "mine.png").write_text("mine")
+        (path / "inside").mkdir()
+        (path / "inside" / "mine.txt").write_text("mine")
+        (path / "empty").mkdir()
         (path / "thesis.txt").write_text("mine")
         (path / "photos").mkdir()
         (path / "photos" / "cat.jpg").write_text("cat")
         (path / "link").symlink_to("photos")
 
-    replace_folder(path, write, replaces=["old.txt", "new.txt"])
-    assert tree(path) == {**NEW, "thesis.txt": "mine", "photos/cat.jpg": "cat"}
-    assert os.readlink(path / "link") == "photos" and "are kept: link, photos, thesis.txt" in caplog.text
+    replace_folder(path, write, there)
+    mine = {"figures/mine.png": "mine", "inside/mine.txt": "mine", "thesis.txt": "mine", "photos/cat.jpg": "cat"}
+    assert tree(path) == {**NEW, **mine} and (path / "empty").is_dir()
+    assert os.readlink(path / "link") == "photos"
+    assert "are kept: empty, figures/mine.png, inside, link, photos." in caplog.text
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", ["new.txt", "inside"])
+@pytest.mark.parametrize("name", ["new.txt", "inside", "inside/new.txt", "new.txt/mine"])
 def test_what_arrived_under_a_name_that_was_written_stays(tmp_path, name):
     path = tmp_path / "out"
 
     def write(folder):
         fill(folder)
-        path.mkdir()
+        (path / name).parent.mkdir(parents=True)
         (path / name).write_text("mine")
 
-    with pytest.raises(FileExistsError, match=rf"out/{name} arrived while .* the result is in .*out-2\."):
+    with pytest.raises(
+        FileExistsError, match=rf"out/{name.removesuffix('/mine')} arrived while .* the result is in .*out-2\."
+    ):
         replace_folder(path, write)
     assert tree(path) == {name: "mine"} and tree(tmp_path / "out-2") == NEW
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "out-2"]
@@ -211,9 +221,10 @@ def test_leftovers_are_cleared_by_the_next_claim(tmp_path):
     path, ending = tmp_path / "out", "0123456789abcdef0123456789abcdef.tmp"
     (path / "cells").mkdir(parents=True)
     left = [beside(path, ending), path / f".a.json.{ending}", path / "cells" / f".b.json.{ending}"]
-    left += [tmp_path / f".out.checkpoint.safetensors.{ending}"]
+    left += [tmp_path / f".out.checkpoint.safetensors.{ending}", path / ".b.safetensors.4711.tmp"]
     other = [tmp_path / f".out2.{ending}", tmp_path / ".out.checkpoint.safetensors", tmp_path / ".out.tmp"]
     held = path / "cells" / f".c.{ending}"
+    (path / ".c.safetensors.4711.tmp").write_text("half")  # an earlier version had files
     for folder in (*left, *other):
         folder.mkdir()
         (folder / "half").write_text("half")
@@ -221,7 +232,7 @@ def test_leftovers_are_cleared_by_the_next_claim(tmp_path):
         held.mkdir()
         with claim(path):
             pass
-        assert not [folder for folder in left if folder.exists()]
+        assert not [folder for folder in left if folder.exists()] and [p.name for p in path.iterdir()] == ["cells"]
         assert not [folder for folder in (*other, held) if not folder.exists()]
 
 
@@ -239,7 +250,7 @@ def test_an_exchange_that_was_cut_short_is_undone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
-        replace_folder(path, lambda folder: (folder / "newer.txt").write_text("newer"), replaces=["new.txt", "inside"])
+        replace_folder(path, lambda folder: (folder / "newer.txt").write_text("newer"), replaces=files.entries(path))
     monkeypatch.setattr(os, "replace", real)
     assert not path.exists()
     with claim(path):
