@@ -203,9 +203,8 @@ def _usual(names: list[str], usual: tuple[str, ...]) -> list[str]:
 
 def _only(argument: str, candidates: list[str], names: list[str]) -> str | None:
     if len(candidates) > 1:
-        raise ValueError(
-            f"{argument} could be {' or '.join(candidates)} (columns: {', '.join(names)}): pass {argument}=."
-        )
+        found, option = " or ".join(candidates), argument.replace("_", "-")
+        raise ValueError(f"{argument} could be {found} (columns: {', '.join(names)}): pass {argument}= (--{option}).")
     return candidates[0] if candidates else None
 
 
