@@ -101,7 +101,7 @@ def draw(dataset: Dataset, image_column: str, max_images: int | None, skip_unrea
 def _readable(dataset: Dataset, image_column: str) -> Dataset:
     """The rows whose picture can be decoded; the others are listed in the log.
 
-    `datasets` caches the outcome with data from files, so a second look costs nothing.
+    `datasets` caches the outcome with the files of a data set, so a second look costs nothing.
     """
     faults = stored_pictures(dataset, image_column).map(
         _fault, input_columns=[image_column], remove_columns=[image_column], desc="Decoding every picture"
