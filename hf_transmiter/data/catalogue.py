@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import chain
@@ -267,7 +268,9 @@ def load_split(
     dataset = open_split(spec.location, split, subset=spec.subset)
     where = f"dataset {spec.name!r}, split {split!r}"
     try:
-        image, label = guess_columns(dataset, spec.image_column, spec.label_column)
+        image, label = guess_columns(dataset, spec.image_column, labels=False)[0], spec.label_column
+        with suppress(ValueError if role == "unlabelled" and label is None else ()):
+            label = guess_columns(dataset, image, label)[1]
         rows = _middle_frames(dataset, spec) if spec.frame_column else None
         labels, names = _labels(dataset, label, spec, role)
     except ValueError as error:
@@ -304,6 +307,8 @@ def _labels(
         labels = np.array([order[value] for value in values])
     elif all(isinstance(value, int) for value in values):
         labels = np.array(values)
+    elif role == "unlabelled":
+        return None, ()
     else:
         raise ValueError(f"column {column!r} holds {kind}, neither whole numbers nor words.")
     if names is None and spec.class_names is None:

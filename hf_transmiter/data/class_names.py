@@ -101,9 +101,10 @@ def label_places(found: Sequence[str] | None, labels: Sequence[int], names: Sequ
         missing = [repr(found[label]) for label in used if simplified(found[label]) not in known]
         if not missing:
             raise
+        which = f"class {missing[0]} is" if len(missing) == 1 else f"classes {listed(missing)} are"
         raise ValueError(
-            f"the dataset's {listed(missing)} is not among the classifier's names ({listed(names, 5)}): pass names "
-            "that cover the data's, or leave such images out."
+            f"the dataset's {which} not among the classifier's names ({listed(names, 5)}): pass names that cover the "
+            "data's, or leave such images out."
         ) from error
     places = dict(zip(used, places, strict=True))
     return [places[label] for label in labels]

@@ -33,33 +33,25 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
     "unlabelled": ("unlabelled", "unlabeled"),
 }
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of ImageFolder: their columns are the labels
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow"}
-PICTURES = frozenset(
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of ImageFolder: their columns are the labels
+_PICTURES = frozenset(
     ".apng .avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .pbm .pcx .pgm .png .pnm .ppm .sgi .tga "
     ".tif .tiff .webp".split()
 )
 _PASSED_OVER = ("__MACOSX", "__pycache__")
 _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 
-Parts = tuple[str, ...]
+Parts = tuple[str, ...]  # of a path below some folder
 
 
 @dataclass
 class Folder:
-    """A folder of pictures.
+    """A folder of pictures: for each split its own folder and the pictures below it; the class names of all splits;
+    whether files beside the pictures say what they are."""
 
-    Args:
-        path: of the folder.
-        pictures: {split: the pictures in it, as parts of their paths below the split's folder}.
-        places: {split: that folder}.
-        class_names: of all splits.
-        has_metadata: whether files beside the pictures say what they are.
-    """
-
-    path: Path
-    pictures: dict[str, list[Parts]]
     places: dict[str, Path]
+    pictures: dict[str, list[Parts]]
     class_names: list[str] = field(default_factory=list)
     has_metadata: bool = False
 
@@ -70,7 +62,7 @@ class Folder:
         columns = {"image": [os.path.abspath(place.joinpath(*parts)) for parts in pictures]}
         features = Features(image=Image())
         if len(self.class_names) > 1 and all(len(parts) > 1 for parts in pictures):
-            columns["label"] = [_class_name(parts) for parts in pictures]
+            columns["label"] = [_class_name(parts[0]) for parts in pictures]
             features["label"] = ClassLabel(names=self.class_names)
         facts = [split, self.class_names, [[*parts, *_stat(place.joinpath(*parts))] for parts in pictures]]
         made = Dataset.from_dict(columns, features=features, split=NamedSplit(split))
@@ -88,47 +80,45 @@ def read_folder(path: Path) -> Folder | None:
         OSError: a folder that cannot be read.
     """
     files, folders = _walk(path)
-    kinds = {parts: Path(parts[-1]).suffix.lower() for parts in files}
-    pictures = [parts for parts in files if kinds[parts] in PICTURES]
-    metadata = [parts for parts in files if parts[-1] in METADATA]
-    data_files = sum(kind in DATA_FILES for parts, kind in kinds.items() if parts not in metadata)
-    if len(pictures) <= data_files or _has_configs(path / "README.md"):
+    kinds = Counter(Path(parts[-1]).suffix.lower() or "no extension" for parts in files)
+    pictures = [parts for parts in files if Path(parts[-1]).suffix.lower() in _PICTURES]
+    has_metadata, card = any(parts[-1] in _METADATA for parts in files), path / "README.md"
+    data_files = sum(Path(parts[-1]).suffix in DATA_FILES and parts[-1] not in _METADATA for parts in files)
+    # A copy of a repository may say itself where its splits are.
+    if len(pictures) <= data_files or (card.is_file() and b"\nconfigs:" in card.read_bytes()):
         return None
-    others = Counter(kind or "no extension" for kind in kinds.values() if kind not in PICTURES)
-    if others and not metadata:
-        counted = listed(f"{count} ({kind})" for kind, count in others.most_common())
-        _say(logging.INFO, f"{path}: files that are no pictures are left alone: {counted}.")
-    root = path
-    while len(top := _top(pictures)) == 1 and None not in top and not _split(*top):
-        root /= top[0]
-        pictures, folders = _below(pictures, top[0]), _below(folders, top[0])
+    others = listed(f"{count} ({kind})" for kind, count in kinds.most_common() if kind not in _PICTURES)
+    if others and not has_metadata:
+        _say(logging.INFO, f"{path}: files that are no pictures are left alone: {others}.")
+    while len(top := _top(pictures)) == 1 and None not in top and not _split(top[0]):
+        path, pictures, folders = path / top[0], _below(pictures, top[0]), _below(folders, top[0])
+    found = Folder({"train": path}, {"train": pictures}, has_metadata=has_metadata)
     words = [name for name in top if name is not None and _split(name)]
-    found = Folder(path, {"train": pictures}, {"train": root}, has_metadata=bool(metadata))
     if words and len(words) == len(top):
-        twice = [[name for name in words if _split(name) == split] for split in SPLIT_WORDS]
-        for names in twice:
-            if len(names) > 1:
-                raise ValueError(f"{root}: {listed(names)} are both the split {_split(names[0])!r}: keep one of them.")
         words.sort(key=lambda name: list(SPLIT_WORDS).index(_split(name)))
+        for first, second in zip(words, words[1:], strict=False):
+            if _split(first) == _split(second):
+                raise ValueError(f"{path}: {first}, {second} are both the split {_split(first)!r}: keep one of them.")
+        found.places = {_split(name): path / name for name in words}
         found.pictures = {_split(name): _below(pictures, name) for name in words}
-        found.places = {_split(name): root / name for name in words}
         folders = [parts for name in words for parts in _below(folders, name)]
         if len(words) > 1 and all(_top(inside) == [None] for inside in found.pictures.values()):
-            _say(logging.WARNING, f"{root}: {listed(words)} are read as splits without labels, not as classes.")
+            _say(logging.WARNING, f"{path}: {listed(words)} are read as splits without labels, not as classes.")
     elif len(words) > 1 and set.intersection(*(set(_top(_below(pictures, name))) - {None} for name in words)):
-        beside = ["pictures" if name is None else repr(name) for name in top if name not in words]
+        beside = listed("pictures" if name is None else repr(name) for name in top if name not in words)
         raise ValueError(
-            f"{root}: {listed(words)} look like splits, and {listed(beside)} lie beside them, so they may be classes: "
-            "pass the folder of one split, or move the others away."
+            f"{path}: {listed(words)} look like splits, and {beside} lie beside them, so they may be classes: pass "
+            "the folder of one split, or move the others away."
         )
-    if not metadata:
-        _find_classes(found, root, folders)
-    _compare_splits(found)
+    if not has_metadata:
+        _find_classes(found, path, {parts[0] for parts in folders if len(parts) == 1})
+    for pair in combinations(found.places, 2):
+        _compare(found, path, *pair)
     return found
 
 
 def _walk(path: Path) -> tuple[list[Parts], list[Parts]]:
-    """Parts of the paths of all files and folders below a folder, but for hidden ones; sorted."""
+    """All files and folders below a folder, but for hidden ones; sorted."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -141,18 +131,10 @@ def _walk(path: Path) -> tuple[list[Parts], list[Parts]]:
         inside[:] = [n for n in kept if not f"{real}/".startswith(f"{os.path.realpath(os.path.join(root, n))}/")]
         folders += [(*below, name) for name in inside]
         files += [(*below, name) for name in names if not name.startswith(".")]
-    try:
-        "".join(part for parts in files for part in parts).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{str(path)!r}: a name in it is not UTF-8, at {error.object[error.start - 9 :][:20]!r}."
-        ) from None
+    for parts in files:
+        if "".join(parts).encode(errors="replace") != "".join(parts).encode(errors="surrogatepass"):
+            raise ValueError(f"{path}: the name {'/'.join(parts)!r} is not UTF-8: rename it.")
     return sorted(files), sorted(folders)
-
-
-def _has_configs(card: Path) -> bool:
-    """Whether a copy of a repository says itself where its splits are."""
-    return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _split(name: str) -> str | None:
@@ -168,73 +150,65 @@ def _below(files: list[Parts], name: str) -> list[Parts]:
     return [parts[1:] for parts in files if parts[0] == name and len(parts) > 1]
 
 
-def _class_name(parts: Parts) -> str:
+def _class_name(folder: str) -> str:
     """Without blanks at the ends, accents written as one character: systems differ in that."""
-    return unicodedata.normalize("NFC", parts[0]).strip()
+    return unicodedata.normalize("NFC", folder).strip()
 
 
-def _find_classes(found: Folder, root: Path, folders: list[Parts]) -> None:
+def _find_classes(found: Folder, path: Path, folders: set[str]) -> None:
+    pictures = [parts for inside in found.pictures.values() for parts in inside]
     spelt: dict[str, str] = {}
-    for parts in (parts for pictures in found.pictures.values() for parts in pictures if len(parts) > 1):
-        if spelt.setdefault(_class_name(parts), parts[0]) != parts[0]:
+    for name in dict.fromkeys(parts[0] for parts in pictures if len(parts) > 1):
+        if spelt.setdefault(_class_name(name), name) != name:
             raise ValueError(
-                f"{root}: the folders {spelt[_class_name(parts)]!r} and {parts[0]!r} are one class: join them."
+                f"{path}: the folders {spelt[_class_name(name)]!r} and {name!r} are one class: join them."
             )
     found.class_names = sorted(spelt)
-    empty = {parts[0] for parts in folders if len(parts) == 1} - set(spelt.values())
-    loose = {split: sum(len(parts) == 1 for parts in pictures) for split, pictures in found.pictures.items()}
-    for split, count in loose.items():
-        if 0 < count < len(found.pictures[split]):
-            place = found.places[split]
-            _say(
-                logging.WARNING, f"{place}: no labels, since {count} pictures lie beside the class folders: move them."
-            )
-    if empty:
-        _say(logging.WARNING, f"{root}: folders without pictures are no classes: {listed(sorted(empty))}.")
-    if any(len(parts) > 2 for pictures in found.pictures.values() for parts in pictures):
+    for split, inside in found.pictures.items():
+        loose = sum(len(parts) == 1 for parts in inside)
+        if 0 < loose < len(inside):
+            said = f"no labels, since {loose} pictures lie beside the class folders: move them."
+            _say(logging.WARNING, f"{found.places[split]}: {said}")
+    if folders - set(spelt.values()):
+        empty = listed(sorted(folders - set(spelt.values())))
+        _say(logging.WARNING, f"{path}: folders without pictures are no classes: {empty}.")
+    if any(len(parts) > 2 for parts in pictures):
         names = listed(found.class_names, 5)
-        _say(logging.WARNING, f"{root}: the classes are the folders at the top ({names}), not the folders in them.")
-    folded = Counter(name.casefold() for name in found.class_names)
-    alike = [name for name in found.class_names if folded[name.casefold()] > 1]
+        _say(logging.WARNING, f"{path}: the classes are the folders at the top ({names}), not the folders in them.")
+    folded = Counter(map(str.casefold, found.class_names))
+    alike = listed(name for name in found.class_names if folded[name.casefold()] > 1)
     if alike:
+        _say(logging.WARNING, f"{path}: classes that differ in case alone, which most models do not read: {alike}.")
+
+
+def _compare(found: Folder, path: Path, first: str, second: str) -> None:
+    """Says which pictures are in two splits. Only files of the same size are read."""
+    stats = []
+    for split in (first, second):
+        files = [found.places[split].joinpath(*parts) for parts in found.pictures[split]]
+        stats.append({file: _stat(file) for file in files})
+    shared = set.intersection(*({size for size, *_ in each.values()} for each in stats)) - {0}
+    same = [{_digest(file, facts) for file, facts in each.items() if facts[0] in shared} for each in stats]
+    both = len(same[0] & same[1])
+    if both:
+        said = f"{both} pictures are in both splits, {first} and {second}"
         _say(
             logging.WARNING,
-            f"{root}: classes that differ in case alone, which most models do not read: {listed(alike)}.",
+            f"{path}: {said}: what learns from one of them has seen what it is scored on in the other.",
         )
 
 
-def _compare_splits(found: Folder) -> None:
-    """Says which pictures are in two splits. Only files of the same size are read."""
-    sizes = {
-        split: {parts: _stat(found.places[split].joinpath(*parts)) for parts in pictures}
-        for split, pictures in found.pictures.items()
-    }
-    for first, second in combinations(sizes, 2):
-        shared = {size for size, _ in sizes[first].values()} & {size for size, _ in sizes[second].values()} - {0}
-        inside = [
-            {
-                _digest(found.places[split].joinpath(*parts), facts)
-                for parts, facts in sizes[split].items()
-                if facts[0] in shared
-            }
-            for split in (first, second)
-        ]
-        both = len(inside[0] & inside[1])
-        if both:
-            said = f"{found.path}: {both} pictures are in both splits, {first} and {second}"
-            _say(logging.WARNING, f"{said}: what learns from one of them has seen what it is scored on in the other.")
-
-
-def _stat(path: Path) -> tuple[int, int]:
+def _stat(path: Path) -> tuple[int, int, int]:
+    """Size and times; a copy that keeps the time of its original has a time of change of its own."""
     try:
         found = path.stat()
     except OSError:  # a link to nothing: an error when the picture is read
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
+        return 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @cache
-def _digest(path: Path, facts: tuple[int, int]) -> bytes:
+def _digest(path: Path, facts: tuple[int, int, int]) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest()
 
 

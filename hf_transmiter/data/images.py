@@ -102,7 +102,7 @@ def draw(dataset: Dataset, image_column: str, max_images: int | None, skip_unrea
 def _readable(dataset: Dataset, image_column: str) -> Dataset:
     """The rows whose picture can be decoded; the others are listed in the log.
 
-    `datasets` caches the outcome with data from files, so a second look costs nothing.
+    `datasets` caches the outcome with the files of a data set, so a second look costs nothing.
     """
     faults = stored_pictures(dataset, image_column).map(
         _fault, input_columns=[image_column], remove_columns=[image_column], desc="Decoding every picture"
@@ -204,9 +204,8 @@ def _usual(names: list[str], usual: tuple[str, ...]) -> list[str]:
 
 def _only(argument: str, candidates: list[str], names: list[str]) -> str | None:
     if len(candidates) > 1:
-        raise ValueError(
-            f"{argument} could be {' or '.join(candidates)} (columns: {', '.join(names)}): pass {argument}=."
-        )
+        found, option = " or ".join(candidates), argument.replace("_", "-")
+        raise ValueError(f"{argument} could be {found} (columns: {', '.join(names)}): pass {argument}= (--{option}).")
     return candidates[0] if candidates else None
 
 

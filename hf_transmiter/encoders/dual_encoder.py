@@ -15,6 +15,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import (
@@ -239,17 +240,14 @@ class DualEncoder:
 
         Args:
             images (`Iterable` of whatever [`read_picture`] reads, or one of these):
-                Each is read, scaled and let go before the next one.
+                Read and scaled a few at a time, photographs one by one.
 
         Raises:
             ValueError: a picture cannot be read; the message names it.
         """
         image_processor = square_processor(self._require("image_processor"), self.model.config)
-        # One by one: a photograph takes a hundred times the memory of its pixels here.
-        pixels = [
-            image_processor(images=[read_picture(image, f"image {index}")], return_tensors="pt")["pixel_values"]
-            for index, image in enumerate(as_pictures(images))
-        ]
+        pictures = (read_picture(image, f"image {index}") for index, image in enumerate(as_pictures(images)))
+        pixels = [image_processor(images=few, return_tensors="pt")["pixel_values"] for few in _in_groups(pictures)]
         if not pixels:
             raise ValueError("no images were given.")
         return torch.cat(pixels)
@@ -354,6 +352,20 @@ class DualEncoder:
         cut = [text for text, length in zip(texts, lengths, strict=True) if length > limit]
         inputs = tokenize(tokenizer, texts, self.family, limit)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, cut
+
+
+def _in_groups(pictures: Iterable[Image], most: int = 2**21) -> Iterator[list[Image]]:
+    """Groups of so many picture elements, or one picture more: photographs take a hundred times the memory that is
+    left of them here."""
+    group, size = [], 0
+    for picture in pictures:
+        group.append(picture)
+        size += picture.width * picture.height
+        if size > most:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def load_encoder(

@@ -1,7 +1,6 @@
 """[`read_picture`]: whatever holds a picture, as 8 bits of red, green and blue, upright. The only way to read one.
 
-Black is 0, and white is what the type says, 255 in 8 bits and 65535 in 16, whatever values occur. Only of wider types
-and floats, where the type does not say it, do the values, or the picture is refused: see [`_eight_bits`].
+Black is 0; what is white is told by the type and the values, or else the picture is refused: see [`_eight_bits`].
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 SKIP = "; load the pictures with skip_unreadable=True (--skip-unreadable) to leave such ones out"
 MAX_RATIO = 200  # of the sides: scaled to a short side of 224, such a picture has 10 million pixels
-_SIXTEEN = ("PNG", "PPM")  # formats whose grey of 16 bits Pillow may open as 32-bit integers
 _CHANNELS = (1, 2, 3, 4)
 _ONLY = (str, bytes, bytearray, os.PathLike, Mapping, Image.Image, np.ndarray, torch.Tensor)
 
@@ -104,9 +102,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
             raise
     mode = picture.mode
     if mode.startswith("I") or mode == "F":
-        sixteen = mode.startswith("I;16") or kind in _SIXTEEN
-        values = np.asarray(picture)
-        picture = Image.fromarray(_eight_bits(values.astype(np.uint16) if sixteen else values))
+        picture = Image.fromarray(_eight_bits(np.asarray(picture)))
     elif mode == "LAB":
         picture = ImageCms.applyTransform(picture, _from_lab())
     elif mode == "La":
@@ -142,23 +138,21 @@ def _from_values(values) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Values as 0 to 255. Wider integers are read as 8 bits if all fit, else as 16; floats as 0 to 1 or, if all are
-    whole numbers beyond that, as 8 bits (what Pillow makes of them).
+    """Values as 0 to 255. White is 1 of booleans; of integers 255 or, where a value is larger, 65535; of floats 1 or,
+    if all are whole numbers beyond that, 255 (what Pillow makes of 8 bits).
 
     Raises:
         ValueError: a type or range of which nobody knows what is white, such as floats that are all 0 or 1.
     """
-    kind, bits, white = values.dtype.kind, 8 * values.dtype.itemsize, 0
-    if kind == "b" or (kind == "u" and bits <= 16):
-        white = 1 if kind == "b" else 2**bits - 1
-    elif kind in "iuf":
+    kind, white = values.dtype.kind, 1 if values.dtype.kind == "b" else 0
+    if kind in "iuf":
         low, high = values.min(), values.max()
         if kind != "f":
             white = 255 if high <= 255 else 65535
-        elif np.isfinite(high) and (values == np.floor(values)).all():
-            white = 255 if high > 1 else 0
-        else:
+        elif not (np.isfinite(high) and (values == np.floor(values)).all()):
             white = 1
+        elif high > 1:
+            white = 255
         if not 0 <= low <= high <= white:  # not a number, too
             white = 0
     if not white:
@@ -167,4 +161,4 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
             f"values must be uint8, uint16, or fractions from 0 to 1 for what is white to be known, not {values.dtype}"
             f"{reach}"
         )
-    return values if bits == white.bit_length() == 8 else (values / (white / 255) + 0.5).astype(np.uint8)
+    return values if values.dtype == np.uint8 else (values / (white / 255) + 0.5).astype(np.uint8)

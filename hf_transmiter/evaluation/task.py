@@ -34,10 +34,10 @@ SAME = 1e-6  # two embeddings whose cosine is closer to 1 are of one picture; ba
 SPREAD_IMAGES = 2048  # so many, evenly spaced, tell which names spread most; their logits stay in memory
 _ANY_TUNING = ("optimizer", "schedule", "warmup", "lr", "weight_decay", "batch_size", "seed", "precision")
 _MISSING = {
-    "unlabelled": "it needs unlabelled images of the task: pass `unlabelled` (--unlabelled)",
-    "labelled": "it needs labelled images: pass `labelled` (--labelled)",
-    "general": "it needs images of any kind: pass `general` (--general)",
-    "bridge": "it needs a finished bridge: pass `bridge` (--bridge)",
+    "unlabelled": "it needs unlabelled images of the task: pass `unlabelled`",
+    "labelled": "it needs labelled images: pass `labelled`",
+    "general": "it needs images of any kind: pass `general`",
+    "bridge": "it needs a finished bridge: pass `bridge`",
 }
 T = TypeVar("T")
 

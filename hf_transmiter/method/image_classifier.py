@@ -116,6 +116,7 @@ class TransMiterForImageClassification(PreTrainedModel):
 
     Works wherever transformers expects an image classifier: ``pipeline("image-classification")``,
     `AutoModelForImageClassification`, `Trainer`. Made of a configuration alone its weights are random, or zero.
+    Pipelines open files by themselves, and clip pictures of 16 bits to white: pass those through [`read_picture`].
 
     Attributes:
         encoder (`PreTrainedModel`): the two-tower model without its text side.

@@ -6,16 +6,19 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageClassification, CLIPConfig, pipeline
 
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.encoders.pictures import read_picture
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.image_classifier import TransMiterForImageClassification, TransMiterImageClassificationConfig
 from hf_transmiter.tuners import TransMiterConfig
@@ -123,6 +126,22 @@ def test_saved_and_loaded_again(saved, pictures, tmp_path):
     model.save_pretrained(folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_pipelines_see_what_the_classifier_sees(encoder, tmp_path):
+    """A photograph that its camera turned, by path; sixteen bits, through the one function that reads pictures."""
+    classifier = make_classifier(encoder)
+    model = TransMiterForImageClassification.from_classifier(classifier)
+    classify_images = pipeline("image-classification", model=model, image_processor=model.image_processor)
+    grey, tags = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8), Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(grey).save(tmp_path / "turned.jpg", exif=tags)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "wide.png")
+    for given, path in ((str(tmp_path / "turned.jpg"),) * 2, (read_picture(tmp_path / "wide.png"), grey)):
+        (expected,) = classifier.predict(path)
+        found = classify_images(given, top_k=1)
+        assert found[0]["label"] == expected[0]["label"]
+        assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
 
 
 def test_pipeline_with_a_model_in_memory(encoder, pictures):

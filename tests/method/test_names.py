@@ -73,7 +73,7 @@ def test_tuning_matches_names(encoder, make_dataset, options, method, names):
 
 def test_names_that_do_not_fit_are_listed(encoder, make_dataset, adapter, options):
     data = make_dataset(12, names=("cat", "plane", "ship"))
-    said = r"the dataset's 'plane', 'ship' is not among the classifier's names \(cat, dog, car\)"
+    said = r"the dataset's classes 'plane', 'ship' are not among the classifier's names \(cat, dog, car\)"
     with pytest.raises(ValueError, match=said):
         tune(encoder, data, "lora", class_names=NAMES, config=QUICK, **options)
     with pytest.raises(ValueError, match=said):

@@ -467,7 +467,9 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
         run(encoder, dataset.remove_columns("label"), quick())
     with pytest.raises(ValueError, match="1 of 4 classes have no image, first 'tree'"):
         run(encoder, dataset, quick(), class_names=[*NAMES, "tree"])
-    with pytest.raises(ValueError, match=r"the dataset's 'car' is not among the classifier's names \(cat, dog\)"):
+    with pytest.raises(
+        ValueError, match=r"the dataset's class 'car' is not among the classifier's names \(cat, dog\)"
+    ):
         run(encoder, dataset, quick(), class_names=NAMES[:2])
     with pytest.raises(ValueError, match="must differ"):
         run(encoder, dataset, quick(), class_names=["cat", "cat", "dog"])
