@@ -40,17 +40,13 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
     shown = "|".join(name for name in names if not options[name].startswith("--set")) or "(?!)"
     after = "|".join(f"(?<={word} )" for word in ("pass", "give", "leave", "as", "read", "among", "in", "or", "and"))
 
-    def spelt(match: re.Match) -> str:
-        value = match.groupdict().get("value")
-        return options[match["name"]] + (f" {value}" if value else "")
-
     for pattern in (
         rf"`(?P<name>{any_of})`",
-        rf"(?<![\w./`(-])(?P<name>{any_of})=(?:True\b|'(?P<value>[^']*)'|(?=[\s,.;:)]|$))(?! \(--)",
+        rf"(?<![\w./`(-])(?P<name>{any_of})=(?:True\b|(?=[\s,.;:)]|$))",
         rf"(?:{after})(?P<name>{two_words})(?=[\s,.;:]|$)",
         rf"^(?P<name>{shown})(?= (?:must|is|are|holds) )",
     ):
-        text = re.sub(pattern, spelt, text)
+        text = re.sub(pattern, lambda match: options[match["name"]], text)
     return text
 
 

@@ -132,7 +132,7 @@ def check_dataset(dataset, name: str = "dataset") -> Dataset:
     if not isinstance(dataset, Dataset):
         hint = {str: ": load it with load_split", DatasetDict: f": take one of its splits, such as {name}['train']"}
         found = "None" if dataset is None else f"a {type(dataset).__name__}"
-        raise ValueError(f"{name} must be one split of a datasets.Dataset, not {found}{hint.get(type(dataset), '')}.")
+        raise ValueError(f"{name} must be one split of a dataset, not {found}{hint.get(type(dataset), '')}.")
     return dataset
 
 
