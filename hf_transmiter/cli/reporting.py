@@ -88,8 +88,9 @@ def reporting(quiet: bool, debug: bool, options: Mapping[str, str] | None = None
 def _sentence(error: Exception) -> str:
     """What went wrong. What neither this package nor the system foresaw is named as what it is."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)!r}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{str(error.filename)!r}: "
+        return f"{where}{error.strerror}."
     if isinstance(error, (ValueError, OSError)) and text:
         return text
     frames = traceback.extract_tb(error.__traceback__)
