@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
 
 from ..data.embeddings import embed_dataset
+from ..settings import check_kind
 from .cells import CELLS, Alone, Cell, Workshop, cells, is_done, read_cell, read_failure, write_cell, write_failure
 from .config import BenchConfig
 from .report import write_bench_report
@@ -60,6 +61,7 @@ def run_bench(
     Raises:
         FileExistsError: `output_dir` holds something else.
     """
+    check_kind("config", config, BenchConfig, {(str, os.PathLike): "read it with BenchConfig.read"})
     output, state = Path(output_dir), accelerator or Alone("cpu")
     progress = progress and state.is_main_process
     shop = Workshop(config, output, models=models, embedding=embedding, progress=progress)

@@ -19,6 +19,7 @@ import hf_transmiter as ht
 from ..hub.checks import printable
 
 
+LONGEST = 1500  # letters of an error: libraries list every tensor of a model
 INTERRUPTED = 130  # the exit code that shells give a program that Ctrl+C ended
 _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _REMARKS = {**dict.fromkeys(("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"), "error")}
@@ -27,7 +28,8 @@ _PACKAGE = Path(ht.__file__).parent
 
 def fail(message: str, quiet: bool = False) -> None:
     if not quiet:
-        print(f"Error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        text = printable(" ".join(message.split()))
+        print(f"Error: {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}", file=sys.stderr)
     raise typer.Exit(1)
 
 
