@@ -153,6 +153,15 @@ class FitConfig:
         check_fields(self)
 
 
+def config_of(kind: type, config):
+    """The settings that were passed, or those by default.
+
+    Raises:
+        TypeError: they are of another kind.
+    """
+    return kind() if config is None else check_kind("config", config, kind, {dict: f"pass {kind.__name__}(**it)"})
+
+
 _SGD = {"optimizer": "sgd", "schedule": "epochs", "lr": 2e-3, "weight_decay": 5e-4, "warmup": 0.0}
 _ADAMW = {"optimizer": "adamw", "schedule": "cosine", "lr": 2e-4, "weight_decay": 1e-3, "warmup": 0.05}
 METHOD_SETTINGS = {

@@ -18,6 +18,7 @@ from huggingface_hub.utils import tqdm
 
 from ..data.embeddings import embed_dataset
 from ..hub.files import claim
+from ..settings import check_kind
 from .cells import CELLS, Alone, Cell, Workshop, cells, is_done, read_cell, read_failure, write_cell, write_failure
 from .config import BenchConfig
 from .report import write_bench_report
@@ -63,6 +64,7 @@ def run_bench(
         FileExistsError: `output_dir` holds something else.
         BlockingIOError: another run is writing there.
     """
+    check_kind("config", config, BenchConfig, {(str, os.PathLike): "read it with BenchConfig.read"})
     state = accelerator or Alone("cpu")
     with claim(output_dir) if state.is_main_process else nullcontext():
         return _run(config, Path(output_dir), state, models, embedding, progress)

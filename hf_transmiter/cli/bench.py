@@ -10,6 +10,7 @@ import typer
 
 import hf_transmiter as ht
 
+from ..settings import check_number
 from .options import ModelOptions, Result, RunOptions
 
 
@@ -53,6 +54,7 @@ def bench(
     if report:
         path = ht.write_bench_report(wanted, output_dir) if run.main_process else output_dir / "report.md"
         return Result({"report": str(path)}, f"Report: {path}")
+    check_number("embed_batch_size", embed_batch_size, least=1)
     embedding = {"batch_size": embed_batch_size, "cache_dir": cache_dir}
     options = {"models": models.load(run), "embedding": embedding, "progress": run.progress}
     found = ht.run_bench(wanted, output_dir, accelerator=run.accelerator, **options)

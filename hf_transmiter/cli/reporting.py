@@ -19,6 +19,7 @@ import hf_transmiter as ht
 from ..hub.checks import printable
 
 
+LONGEST = 1500  # letters of an error: libraries list every tensor of a model
 INTERRUPTED = 130  # the exit code that shells give a program that Ctrl+C ended
 _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _REMARKS = {**dict.fromkeys(("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"), "error")}
@@ -27,7 +28,8 @@ _PACKAGE = Path(ht.__file__).parent
 
 def fail(message: str, quiet: bool = False) -> None:
     if not quiet:
-        print(f"Error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        text = printable(" ".join(message.split()))
+        print(f"Error: {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}", file=sys.stderr)
     raise typer.Exit(1)
 
 
@@ -40,17 +42,13 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
     shown = "|".join(name for name in names if not options[name].startswith("--set")) or "(?!)"
     after = "|".join(f"(?<={word} )" for word in ("pass", "give", "leave", "as", "read", "among", "in", "or", "and"))
 
-    def spelt(match: re.Match) -> str:
-        value = match.groupdict().get("value")
-        return options[match["name"]] + (f" {value}" if value else "")
-
     for pattern in (
         rf"`(?P<name>{any_of})`",
-        rf"(?<![\w./`(-])(?P<name>{any_of})=(?:True\b|'(?P<value>[^']*)'|(?=[\s,.;:)]|$))(?! \(--)",
+        rf"(?<![\w./`(-])(?P<name>{any_of})=(?:True\b|(?=[\s,.;:)]|$))",
         rf"(?:{after})(?P<name>{two_words})(?=[\s,.;:]|$)",
         rf"^(?P<name>{shown})(?= (?:must|is|are|holds) )",
     ):
-        text = re.sub(pattern, spelt, text)
+        text = re.sub(pattern, lambda match: options[match["name"]], text)
     return text
 
 
@@ -92,8 +90,9 @@ def reporting(quiet: bool, debug: bool, options: Mapping[str, str] | None = None
 def _sentence(error: Exception) -> str:
     """What went wrong. What neither this package nor the system foresaw is named as what it is."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)!r}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{str(error.filename)!r}: "
+        return f"{where}{error.strerror}."
     if isinstance(error, (ValueError, OSError)) and text:
         return text
     frames = traceback.extract_tb(error.__traceback__)

@@ -382,7 +382,7 @@ def load_encoder(
         OSError: the Hub has no such model, or cannot be reached.
         ValueError: a family that is not supported, or an unknown sandbox model.
     """
-    name, suffix = split_revision(source)
+    name, suffix = split_revision(os.fspath(source))
     revision = revision or suffix
     if not (name.startswith(SANDBOX) or is_open_clip(name) or Path(name).is_dir()):
         check_hub_id(name, "model")

@@ -21,7 +21,7 @@ from ..method.bridge import Bridge
 from ..method.classifier import AnchorClassifier
 from ..method.refit import fewest_images
 from ..method.teacher import Teacher, check_teacher, task_names
-from ..settings import ExtractionConfig
+from ..settings import ExtractionConfig, check_kind
 from .evaluate import score_logits
 from .evidence import VISIBLE_GAIN, Evidence, paired_gain, recommend
 from .methods import BACKPROP, CONTROL, FROM_TEXT, IMAGES, LABELS, METHODS, NEEDS, STRONG, UNTUNED, WEAK, Variant
@@ -186,6 +186,8 @@ def compare(
     for name, model in (("weak", weak), ("strong", strong)):
         check_encoder(name, model)
     check_teacher(teacher)
+    if bridge is not None:
+        check_kind("bridge", bridge, Bridge, {str: "load it with Bridge.from_pretrained"})
     for name, images in (("unlabelled", unlabelled), ("labelled", labelled), ("general", general), ("test", test)):
         if images is not None or name == "test":
             check_dataset(images, name)

@@ -15,6 +15,7 @@ import math
 import os
 import statistics
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..hub.checks import printable
 from ..hub.files import replace_file
 from .evaluate import harmonic_mean
 from .reliability import check_labels, reliability_bins
@@ -67,7 +69,8 @@ def _drawn(draw: Callable[..., Path]) -> Callable[..., Path | None]:
         except ImportError:
             _say_missing()
             return None
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # of other scripts there are boxes, which say enough
             return draw(*args, **kwargs)
 
     return wrapper
@@ -82,7 +85,7 @@ def _figure(width: float, height: float, title: str) -> Figure:
     from matplotlib.figure import Figure  # of the extra `plots`
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=11)
+    figure.suptitle(textwrap.fill(printable(title), int(11 * width)), fontsize=11)
     return figure
 
 
@@ -95,6 +98,7 @@ def _save(figure: Figure, path: str | os.PathLike) -> Path:
 
 
 def _short(name: str, length: int = 24) -> str:
+    name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
 
 

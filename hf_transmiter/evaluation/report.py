@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from ..hub.checks import printable
 from ..hub.files import replace_file, write_json
 from ..hub.scores import NOTHING, cell_text, column, mean_seconds, metric_title, table
 from . import figures
@@ -90,7 +91,7 @@ def write_report(directory: str | os.PathLike, sections: Sequence[Section], *, t
             shown.append(f"![{figure.stem.replace('_', ' ')}]({link})")
         parts += [f"## {section.title}", *shown] if any(shown) else []
     path = directory / "report.md"
-    text = "\n\n".join(filter(None, parts)) + "\n"
+    text = printable("\n\n".join(filter(None, parts))) + "\n"
     if path.exists():
         logger.info("%s is replaced.", path)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

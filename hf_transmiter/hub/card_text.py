@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .checks import printable
 from .repo import SANDBOX, is_hub_id, is_public_open_clip, split_revision
 
 
@@ -70,7 +71,7 @@ def span(value, length: int | None = None) -> Raw:
 
 def literal(value) -> Raw:
     """A text as a Python literal on one line, for code blocks."""
-    return Raw(json.dumps(str(value).encode("utf-8", "replace").decode("utf-8"), ensure_ascii=False))
+    return Raw(printable(json.dumps(str(value).encode("utf-8", "replace").decode("utf-8"), ensure_ascii=False)))
 
 
 def argument(value) -> Raw:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .checks import check_json, load_json
+from .checks import check_json, load_json, printable
 from .files import write_json
 
 
@@ -183,7 +183,8 @@ def metric_title(metric: str) -> str:
 
 
 def cell_text(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """In a table, on a terminal or a page: one line that ends no cell, begins no tag and turns no writing round."""
+    return printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
 
 
 def write_scores(path: str | os.PathLike, scores: Sequence[Score]) -> None:

@@ -353,6 +353,8 @@ class AnchorClassifier(nn.Module):
             ValueError: not a TransMiter adapter, made for another model, or a tensor is missing, of the wrong shape,
                 or not finite.
         """
+        if encoder is not None:
+            check_encoder("encoder", encoder)
         adapter, named = split_revision(os.fspath(adapter))
         shared = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         hub = {"revision": revision or named, "subfolder": subfolder, **shared}

@@ -22,7 +22,7 @@ from ..data.images import check_dataset
 from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..encoders.identity import ModelId
 from ..hub.provenance import library_versions, named_dataset
-from ..settings import ExtractionConfig
+from ..settings import ExtractionConfig, config_of
 from ..training.draws import per_example
 from ..training.loop import fit
 from ..tuners import TransMiterConfig, TransMiterLayer
@@ -99,7 +99,7 @@ def extract(
     check_teacher(teacher)
     if dataset is not None:
         check_dataset(dataset)
-    config = config or ExtractionConfig()
+    config = config_of(ExtractionConfig, config)
     check_weak(weak, teacher)
     if is_untuned(weak, teacher):
         logger.warning(

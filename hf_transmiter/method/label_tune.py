@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.embeddings import FeatureTable, align_labels, embed_dataset
 from ..hub.provenance import library_versions
-from ..settings import LabelTuningConfig, check_read
+from ..settings import LabelTuningConfig, check_read, config_of
 from ..training.loop import fit
 from .classifier import AnchorClassifier, check_classifier, seen_columns
 
@@ -45,7 +45,7 @@ def label_tune(
             outside them.
     """
     check_classifier("adapter", adapter)
-    config, source = config or LabelTuningConfig(), adapter.adapter_config
+    config, source = config_of(LabelTuningConfig, config), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to tune: attach one with add_adapter, or pass what transfer returned.")
     adapter.check_model()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from ..algebra import check_weights
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors, read_templates
-from ..encoders.dual_encoder import DualEncoder, load_encoder
+from ..encoders.dual_encoder import DualEncoder, check_encoder, load_encoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import check_adapter_tensors, refuse_pickles
@@ -35,6 +36,8 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
         FileNotFoundError, OSError: nothing there, or an adapter without safetensors.
         ValueError: an adapter of another model, damaged files, or pickles beside them.
     """
+    source = os.fspath(source)
+    check_encoder("weak", weak)
     if source.endswith(".safetensors"):
         return CalibrationPack.load(source)
     adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
@@ -126,6 +129,7 @@ def load_classifier(
     Raises:
         ValueError: no class names where they are needed, or what [`load_teacher`] raises.
     """
+    source = os.fspath(source)
     adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
     if adapter is None:
         classifier = load_encoder(source, device=device, dtype=dtype)

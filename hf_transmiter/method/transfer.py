@@ -22,7 +22,7 @@ from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import without_paths
 from ..hub.provenance import library_versions, named_dataset
-from ..settings import TransferConfig, check_kind, check_read
+from ..settings import TransferConfig, check_kind, check_read, config_of
 from ..tuners import TransMiterConfig
 from .bridge import Bridge
 from .classifier import AnchorClassifier, check_classifier, seen_columns
@@ -82,7 +82,7 @@ def transfer(
         check_dataset(dataset)
     if bridge is not None:
         check_kind("bridge", bridge, Bridge, {(str, os.PathLike): "load it with Bridge.from_pretrained"})
-    config, source = config or TransferConfig(), adapter.adapter_config
+    config, source = config_of(TransferConfig, config), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")
     if teacher is not None:

@@ -25,7 +25,7 @@ from ..data.images import check_dataset, guess_columns
 from ..encoders.dual_encoder import DualEncoder, check_encoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import did_you_mean
-from ..settings import METHODS, VISION_LINEARS, TuningConfig, check_number
+from ..settings import METHODS, VISION_LINEARS, TuningConfig, check_number, config_of
 from ..training.batches import Pixels, forward_pass, frozen_images, learns, trained_images
 from ..training.loop import fit, gaussian_epoch_weights, project_gradient
 from ..training.objectives import losses
@@ -132,7 +132,7 @@ def tune(
     columns = {"image_column": image_column, "label_column": label_column}
     names = _class_names(dataset, columns, class_names, teacher)
     adapter = adapter_settings(_fitting(teacher, weak, names) if adapter is None else adapter)
-    method, given = adapter["method"], config or TuningConfig()
+    method, given = adapter["method"], config_of(TuningConfig, config)
     config = given.of(method, taught=teacher is not None)
     anchors = Anchors(names, (), starting_templates(method) if templates is None else templates)
     embedding = {"accelerator": accelerator, "progress": progress, "cache_dir": cache_dir}
