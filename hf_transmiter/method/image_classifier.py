@@ -115,8 +115,9 @@ class TransMiterForImageClassification(PreTrainedModel):
     """A picture's class by a TransMiter adapter, with the image tower of its model and nothing else.
 
     Works wherever transformers expects an image classifier: ``pipeline("image-classification")``,
-    `AutoModelForImageClassification`, `Trainer`. Made of a configuration alone its weights are random, or zero.
-    Pipelines open files by themselves, and clip pictures of 16 bits to white: pass those through [`read_picture`].
+    `AutoModelForImageClassification`, `Trainer`, which trains what [`label_tune`] does; `torch.export`. Made of a
+    configuration alone its weights are random, or zero. Pipelines open files by themselves, and clip pictures of 16
+    bits to white: pass those through [`read_picture`].
 
     Attributes:
         encoder (`PreTrainedModel`): the two-tower model without its text side.
@@ -130,12 +131,21 @@ class TransMiterForImageClassification(PreTrainedModel):
     >>> model.save_pretrained("classifier")
     >>> pipeline("image-classification", model="classifier")("tabby.jpg", top_k=1)
     [{'label': 'cat', 'score': 0.99}]
+
+    >>> def prepare(batch):
+    ...     pixels = model.image_processor(batch["image"], return_tensors="pt")["pixel_values"]
+    ...     return {"pixel_values": pixels, "labels": batch["label"]}
+    >>> arguments = TrainingArguments("out", remove_unused_columns=False, learning_rate=1e-3)
+    >>> trainer = Trainer(model, arguments, train_dataset=labelled.with_transform(prepare))
+    >>> trainer.train()
+    >>> trainer.save_model("classifier")
     ```
     """
 
     config_class = TransMiterImageClassificationConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
+    accepts_loss_kwargs = False  # of Trainer: the loss is a mean over the batch, whatever else is passed
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     # What a fine-tuning adds to logits is a small difference of large numbers.
     _keep_in_fp32_modules_strict = ["transmiter"]
@@ -165,6 +175,13 @@ class TransMiterForImageClassification(PreTrainedModel):
             check_finite(logits, "logits of the classifier")
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def _freeze(self) -> TransMiterForImageClassification:
+        """Leaves only the head's learnable weights to `Trainer`."""
+        self.requires_grad_(False)
+        for weight in self.transmiter.learnable("default").values():
+            weight.requires_grad_()
+        return self
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes a classifier that stands alone: `config.json`, `model.safetensors` (image tower and head) and the
@@ -212,7 +229,7 @@ class TransMiterForImageClassification(PreTrainedModel):
         model.transmiter = TransMiterLayer.holding(head, tensors, encoder.device)
         processor = getattr(encoder.processor, "image_processor", None)
         model.image_processor = None if processor is None else square_processor(processor, config.base_config)
-        return model.eval().requires_grad_(False)
+        return model.eval()._freeze()
 
     @classmethod
     def from_pretrained(
@@ -257,7 +274,7 @@ class TransMiterForImageClassification(PreTrainedModel):
         check_weights(model.state_dict(), "the classifier's weights '{}'")
         if fetch(source, "preprocessor_config.json", **hub) is not None:
             model.image_processor = load_image_processor(source, **hub)
-        model = aligned(model).requires_grad_(False)
+        model = aligned(model)._freeze()
         return (model, info) if wants_info else model
 
 

@@ -75,10 +75,8 @@ def label_tune(
     tuned = AnchorClassifier(adapter.encoder, adapter.anchors).add_adapter(
         tuned_config, adapter.transmiter.tensors("default")
     )
-    frozen = {"anchors"} if config.train_basis else {"anchors", "basis"}
-    if source.image_side:  # beside one, class vectors that read the tower only learn the few labels by heart
-        frozen |= {"class_vectors"}
-    parameters = [p for key, p in tuned.transmiter.weights("default").items() if key not in frozen]
+    learnable = tuned.transmiter.learnable("default").items()
+    parameters = [p for part, p in learnable if part != "basis" or config.train_basis]
     device = adapter.encoder.device
     x = torch.cat(list(table.batches(4096))).to(device)
     columns, labels = torch.tensor(columns, device=device), torch.tensor(labels, device=device)

@@ -94,6 +94,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             value = nn.Parameter(value) if isinstance(value, Tensor) else value
             getattr(self, self.prefix + part)[name] = value
 
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names) -> "AdapterLayer":
+        """What PEFT asks where *another* tuner, a LoRA's, is unloaded or merged: this layer stays, without the other's
+        around what it wraps."""
+        inner = getattr(self, "base_layer", None)
+        if isinstance(inner, BaseTunerLayer):
+            if merge:
+                inner.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.base_layer = inner.get_base_layer()
+        return self
+
     def detach(self) -> None:
         """Takes the hooks off the model."""
         for hook in self.hooks:
@@ -155,18 +165,29 @@ class Tuner(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # PEFT only warns of tensors that a file lacks, is silent on those it has beside, and takes NaN as it comes.
-        layer = next(module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
+        layers = ((name, module) for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
+        place, layer = next(layers)
         parts = {re.sub(rf"^(.*\.)?{cls.prefix}", "", key): tensor for key, tensor in state_dict.items()}
         layer.check_tensors(adapter_name, parts)
+        # Inside a PeftModel around a PeftModel the layer has a longer name than in the file.
+        state_dict = {f"{place}.{cls.prefix}{part}": tensor for part, tensor in parts.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
             raise NotImplementedError("this kind of adapter cannot be merged into the model's weights; use unload().")
-        for layer in self.model.modules():
+        # PEFT's own would take the layers of every other tuner off, too.
+        for name, layer in list(self.model.named_modules()):
             if isinstance(layer, self.tuner_layer_cls):
                 layer.detach()
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+                parent, _, child = name.rpartition(".")
+                if hasattr(layer, "base_layer"):
+                    setattr(self.model.get_submodule(parent), child, layer.base_layer)
+                for adapter in layer.configs:
+                    self.peft_config.pop(adapter, None)
+        if hasattr(self.model, "peft_config") and not self.peft_config:
+            del self.model.peft_config
+        return self.model
 
 
 def check_peft() -> None:

@@ -228,11 +228,8 @@ class PromptLayer(AdapterLayer):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.active_name is None or ids is None:
             return None
-        # The tower's own layer: of a copy for another device the hooks are those of the original.
-        self, config = (
-            next(module for module in tower.modules() if isinstance(module, PromptLayer)),
-            self.active_config,
-        )
+        self = _own(tower)  # of a copy for another device the hooks are those of the original
+        config = self.active_config
         slots = torch.tensor(self.slot_ids(config), device=ids.device).expand(ids.shape[0], -1)
         count = slots.shape[1]
         ids, mask, ends = self._cut(ids, mask, self.positions - count)
@@ -317,6 +314,23 @@ class PromptLayer(AdapterLayer):
                 # Bound methods and partials of them survive deepcopy and pickle; closures would not.
                 bound = functools.partial(hook, index)
                 self.hooks.append(layer.register_forward_pre_hook(bound, with_kwargs=True))
+
+
+def _own(tower: nn.Module) -> PromptLayer:
+    """The layer in a text tower.
+
+    Raises:
+        ValueError: another adapter is around it, which would read its negative ids.
+    """
+    for module in tower.modules():
+        if isinstance(getattr(module, "base_layer", None), PromptLayer):
+            raise ValueError(
+                f"a {type(module).__name__} layer of another adapter was put around the prompt learner's token table: "
+                "put that adapter on first, or leave the token table out of its target_modules."
+            )
+        if isinstance(module, PromptLayer):
+            return module
+    raise ValueError("the prompt learner's token table was replaced: load the model and its adapter anew.")
 
 
 def takes_image_prompts(root: nn.Module) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
-from ...encoders.families import FAMILIES, is_dual_encoder, shared_width, text_positions
+from ...encoders.families import FAMILIES, is_dual_encoder, shared_width, text_positions, unwrap
 from ...encoders.identity import vocabulary_hash
 from ..registration import Tuner, register
 from . import config as configs
@@ -118,7 +120,8 @@ class PromptModel(Tuner):
             )
         known = {key: value for key, value in facts.items() if value is not None}
         peft_config.base = {**facts, **(peft_config.base or {}), **known}
-        peft_config.target_modules = TOKEN_TABLES[family]
+        # Also inside a PeftModel, whose adapters stay as they are.
+        peft_config.target_modules = rf"(base_model\.model\.)*{re.escape(TOKEN_TABLES[family])}"
         return peft_config
 
     def _learn_words(self, config: PromptConfig):
@@ -144,14 +147,15 @@ class PromptModel(Tuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
+        root = unwrap(self.model)
         if isinstance(target, PromptLayer):
-            target.update_layer(adapter_name, peft_config, self.model)
+            target.update_layer(adapter_name, peft_config, root)
             return
-        layer = self.tuner_layer_cls(target, self.model.config, text_positions(self.model))
+        layer = self.tuner_layer_cls(target, root.config, text_positions(root))
         layer._active_adapter = self.active_adapters
-        layer.update_layer(adapter_name, peft_config, self.model)
+        layer.update_layer(adapter_name, peft_config, root)
         self._replace_module(parent, target_name, layer, target)
-        layer.attach(self.model)
+        layer.attach(root)
 
 
 class CoOpModel(PromptModel, config=configs.CoOpConfig, layer=learners.CoOpLayer):

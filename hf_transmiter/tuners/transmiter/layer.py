@@ -15,7 +15,15 @@ from ..registration import AdapterLayer
 from .config import TransMiterConfig
 
 
-_EMBEDDING = threading.Lock()  # of a fresh adapter's names, which the first call brings about
+_LOCK = threading.RLock()  # for what a call changes on a layer that several threads may share
+
+
+def _release(projection: nn.Module) -> None:
+    """Takes every layer's `adapt_projected` off a projection and what it wraps."""
+    for module in projection.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__func__", None) is TransMiterLayer.adapt_projected:
+                del module._forward_hooks[key]
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -60,6 +68,7 @@ class TransMiterLayer(AdapterLayer):
         super().__init__()
         self.frozen_peft_weight_names = {}
         self.fresh: dict[str, bool] = {}  # whether an adapter's names are still to be embedded
+        self.roots: list[nn.Module] = []  # the model it hangs on; in a list, where it is no child of its own
 
     def update_layer(self, name: str, config: TransMiterConfig, like: Tensor) -> None:
         """Adds an adapter that starts as the identity, on the device of `like`, in float32."""
@@ -126,6 +135,14 @@ class TransMiterLayer(AdapterLayer):
             anchors = state_dict.get(f"{prefix}transmiter_anchors.{name}")
             if anchors is not None and not anchors.is_meta:
                 self.fresh[name] = not anchors.any()
+
+    def learnable(self, name: str) -> dict[str, nn.Parameter]:
+        """The [`weights`] that a few labelled images improve: not the anchors, a basis that has to stay orthonormal, or
+        class vectors beside an image side, which only learn the few labels by heart."""
+        config = self.configs[name]
+        frozen = {"anchors"} | (set() if config.train_basis else {"basis"})
+        frozen |= {"class_vectors"} if config.image_side else set()
+        return {part: weight for part, weight in self.weights(name).items() if part not in frozen}
 
     @property
     def reads_tower(self) -> bool:
@@ -200,10 +217,22 @@ class TransMiterLayer(AdapterLayer):
             logits = scale * x @ anchors[:classes].T + bias
         return logits.to(rows.dtype)
 
+    def detach(self) -> None:
+        super().detach()
+        for root in self.roots:
+            _release(getattr(root, "visual_projection", nn.Identity()))
+        self.roots = []
+
     # Hooks. Bound methods, so that copies and pickles of the model rebind them to their own layer. What belongs to one
     # call travels on its tensors, never on a module: several threads may share a model.
     def take_tokens(self, tower: nn.Module, args: tuple, output) -> None:
-        """After the vision tower: its pooled vector takes along to the projection what the adapter reads."""
+        """After the vision tower: its pooled vector takes along to the projection what the adapter reads. PEFT may have
+        put another module there since (a LoRA's), or taken it off again."""
+        with _LOCK:
+            projection = self.roots[0].visual_projection
+            if self.adapt_projected not in projection._forward_hooks.values():
+                _release(projection)
+                projection.register_forward_hook(self.adapt_projected)
         if self.reads_tower:
             output[1].transmiter_tokens = token_rows(output[0])
 
@@ -235,13 +264,6 @@ class TransMiterLayer(AdapterLayer):
 
     def fill_text(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the root's forward: images without texts get the smallest valid text, which `answer` discards."""
-        projection = getattr(root, "visual_projection", None)
-        hooked = projection is None or self.adapt_projected in projection._forward_hooks.values()
-        if not (hooked or self.is_head):
-            raise ValueError(
-                "the model's visual_projection was replaced (by a LoRA?) after the TransMiter adapter came, which can "
-                "no longer change its embeddings: attach the TransMiter adapter last."
-            )
         if args or kwargs.get("input_ids") is not None or kwargs.get("pixel_values") is None or not self.active_name:
             return None
         text = dummy_text_inputs(root, kwargs["pixel_values"].device)
@@ -278,7 +300,7 @@ class TransMiterLayer(AdapterLayer):
         """
         if torch.compiler.is_exporting():
             raise ValueError("the adapter's names are not embedded yet: call the model once before it is exported.")
-        with _EMBEDDING:
+        with _LOCK:
             if self.fresh[name]:
                 anchors = self.configs[name].anchors
                 self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))

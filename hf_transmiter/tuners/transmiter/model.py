@@ -68,7 +68,7 @@ class TransMiterModel(Tuner):
     The layer becomes the root's child `transmiter`; nothing is replaced. A hook before the root's forward lets
     `model(pixel_values=...)` go without texts, one after it writes the adapted logits. Hooks behind the vision tower
     and its projection let an image side change the image embeddings, those of `get_image_features` and of calls with
-    texts included; a LoRA in that projection must be there first, since PEFT replaces the module with the hook.
+    texts included, also where a LoRA comes to that projection or goes from it later.
 
     Raises:
         ValueError: the model is not a dual encoder, the adapter was made for another embedding width, or its name
@@ -104,8 +104,8 @@ class TransMiterModel(Tuner):
             layer.hooks.append(root.register_forward_pre_hook(layer.fill_text, with_kwargs=True))
             layer.hooks.append(root.register_forward_hook(layer.answer, with_kwargs=True))
             if hasattr(root, "visual_projection"):
+                layer.roots.append(root)
                 layer.hooks.append(root.vision_model.register_forward_hook(layer.take_tokens))
-                layer.hooks.append(root.visual_projection.register_forward_hook(layer.adapt_projected))
             else:
                 layer.hooks.append(root.vision_model.register_forward_hook(layer.adapt_pooled))
         layer.update_layer(adapter_name, peft_config, next(target.parameters()))
