@@ -268,6 +268,7 @@ class DualEncoder:
     def embed_images(self, images: Sequence, batch_size: int = 32) -> Tensor:
         """Pictures (as in [`preprocess`]) to (N, d) unit rows, float32."""
         images = as_pictures(images)
+        images = images if hasattr(images, "__len__") else list(images)
         batch_size = check_number("batch_size", batch_size, least=1)
         blocks = [torch.empty(0, self.embed_dim, dtype=torch.float32, device=self.device)]
         for start in range(0, len(images), batch_size):

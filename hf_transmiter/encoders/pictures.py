@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import PurePath
 
@@ -31,7 +31,7 @@ class UnreadablePicture(ValueError):
         self.fault = fault
 
 
-def as_pictures(pictures) -> Sequence:
+def as_pictures(pictures) -> Iterable:
     """A list of one, where one picture is given in place of several; an array of four axes is several.
 
     Raises:
@@ -41,7 +41,7 @@ def as_pictures(pictures) -> Sequence:
         return [pictures]
     if not isinstance(pictures, Iterable):
         raise TypeError(f"images must be pictures or one of these, not a {type(pictures).__name__}: see read_picture.")
-    return pictures if hasattr(pictures, "__len__") else list(pictures)
+    return pictures
 
 
 def read_picture(picture, name: str = "the picture") -> Image.Image:
