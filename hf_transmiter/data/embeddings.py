@@ -129,7 +129,8 @@ def embed_dataset(
 
     Raises:
         ValueError: no or several columns could be meant, the dataset is empty, labels are no indices, a picture cannot
-            be read, or the model answers with infinite or undefined numbers; rows are named by their index.
+            be read, a file is changed meanwhile, or the model answers with infinite or undefined numbers; rows are
+            named by their index.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset must be one split of a dataset, not a {type(dataset).__name__}.")
@@ -140,7 +141,7 @@ def embed_dataset(
     class_names = None if labels is None else getattr(dataset.features[label_column], "names", None)
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    fingerprint = content_fingerprint(dataset, image_column)
+    fingerprint = content = content_fingerprint(dataset, image_column)
     facts = [encoder.fingerprint, fingerprint, str(dataset.split), image_column, PART_ROWS]
     keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
@@ -156,9 +157,12 @@ def embed_dataset(
     if embeds is None:
         pictures = dataset.with_format(None).select_columns([image_column])
         with ExitStack() as held:
-            with suppress(BlockingIOError):  # another run of the very same job: both go on, with the same parts
+            with suppress(OSError):  # another run of the very same job: both go on, with the same parts
                 held.enter_context(claim(path) if state.is_main_process else nullcontext())
             _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress)
+            if content_fingerprint(dataset, image_column) != content:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise ValueError("pictures were changed while they were embedded: start again when they are complete.")
             if state.is_main_process:
                 try:
                     _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))
