@@ -59,9 +59,9 @@ class OutputOptions:
                 "nothing can be made beside it): choose a folder in it."
             )
         run.held.enter_context(ht.claim(path))
-        written = (file.stat().st_mtime_ns for file in (self.checkpoint, place / SETTINGS_FILE) if file.is_file())
-        if len(times := list(written)) == 2 and times[0] <= times[1]:  # killed when all was done
-            self.checkpoint.unlink()
+        done, left = place / SETTINGS_FILE, self.checkpoint
+        if done.is_file() and left.is_file() and left.stat().st_mtime_ns <= done.stat().st_mtime_ns:
+            left.unlink()  # of a run that was killed when all was done
         self.replaces = frozenset()
         if place.exists() and (file or not place.is_dir() or any(place.iterdir())):
             if place.is_dir() == file or _kind(place) != kind:

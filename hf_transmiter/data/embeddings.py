@@ -135,7 +135,8 @@ def embed_dataset(
 
     Raises:
         ValueError: no or several columns could be meant, the dataset is empty, labels are no indices, a picture cannot
-            be read, or the model answers with infinite or undefined numbers; rows are named by their index.
+            be read, a file is changed meanwhile, or the model answers with infinite or undefined numbers; rows are
+            named by their index.
     """
     check_encoder("encoder", encoder)
     batch_size = check_number("batch_size", batch_size, least=1)
@@ -146,7 +147,7 @@ def embed_dataset(
     class_names = None if found is None else getattr(dataset.features[label_column], "names", None)
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    fingerprint = content_fingerprint(dataset, image_column)
+    fingerprint = content = content_fingerprint(dataset, image_column)
     facts = [encoder.cache_key, fingerprint, str(dataset.split), image_column, PART_ROWS]
     keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
@@ -162,9 +163,12 @@ def embed_dataset(
     if embeds is None:
         pictures = stored_pictures(dataset, image_column)
         with ExitStack() as held:
-            with suppress(BlockingIOError):  # another run of the very same job: both go on, with the same parts
+            with suppress(OSError):  # another run of the very same job: both go on, with the same parts
                 held.enter_context(claim(path) if state.is_main_process else nullcontext())
             _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress)
+            if content_fingerprint(dataset, image_column) != content:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise ValueError("pictures were changed while they were embedded: start again when they are complete.")
             if state.is_main_process:
                 try:
                     _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))

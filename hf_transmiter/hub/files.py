@@ -245,7 +245,8 @@ def claim(path: str | os.PathLike) -> Iterator[None]:
             _clear(place, lock)
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            lock.unlink()
         if held is not None:
             os.close(held)
         for folder in new:
@@ -256,7 +257,12 @@ def claim(path: str | os.PathLike) -> Iterator[None]:
 def _locked(path: Path) -> int | None:
     """The descriptor of a file that is locked now; `None` where there are no locks."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not path.exists():
+                raise
+            descriptor = os.open(path, os.O_RDONLY)  # what another user's killed run left
         try:
             if fcntl is None:
                 raise OSError(errno.ENOSYS, "no locks")

@@ -257,6 +257,26 @@ def test_a_file_that_was_replaced_under_its_name(encoder, make_images, tmp_path,
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
+def test_a_file_that_is_replaced_meanwhile(encoder, make_images, tmp_path):
+    """Its new content must not stand for the old one."""
+    files, pictures = [tmp_path / f"{number}.bmp" for number in range(6)], make_images(7)
+    for file, picture in zip(files, pictures, strict=False):
+        picture.save(file)
+
+    def replaced(module, args, kwargs):
+        pictures[6].save(files[5])
+
+    before = files[5].read_bytes()
+    hook = encoder.model.vision_model.register_forward_pre_hook(replaced, with_kwargs=True)
+    with pytest.raises(ValueError, match="pictures were changed while they were embedded: start again"):
+        embed_dataset(encoder, decoded(files), cache_dir=tmp_path / "cache", batch_size=2)
+    hook.remove()
+    assert not (tmp_path / "cache").exists()  # nor was it there before
+    files[5].write_bytes(before)
+    found = embed_dataset(encoder, decoded(files), cache_dir=tmp_path / "cache")
+    assert torch.equal(found.embeds, embed_dataset(encoder, decoded(files), cache_dir=tmp_path / "fresh").embeds)
+
+
 def test_a_picture_that_is_stored_is_known_by_the_fingerprint(make_dataset, tmp_path):
     """Nothing is read: a large data set would take minutes."""
     dataset = make_dataset(5)
