@@ -88,11 +88,14 @@ def _rgb(picture: Image.Image) -> Image.Image:
         picture.filename = ""
         picture.load()
         picture.filename = name
+    picture.load()
     try:
-        picture = ImageOps.exif_transpose(picture)
+        turned = picture.getexif().get(Image.ExifTags.Base.Orientation, 1) != 1
     except Exception:  # of broken tags: what was decoded elsewhere is as upright as it will be
         if kind is not None:
             raise
+        turned = False
+    picture = ImageOps.exif_transpose(picture) if turned else picture  # which copies
     mode = picture.mode
     if mode.startswith("I") or mode == "F":
         picture = Image.fromarray(_eight_bits(np.asarray(picture)))
