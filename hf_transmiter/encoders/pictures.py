@@ -33,7 +33,7 @@ class UnreadablePicture(ValueError):
 
 def as_pictures(pictures):
     """A list of one, where one picture is given in place of several; an array of four axes is several."""
-    single = isinstance(pictures, _ONLY) and getattr(pictures, "ndim", 0) < 4
+    single = isinstance(pictures, _ONLY) and getattr(pictures, "ndim", 0) < 4 or not hasattr(pictures, "__iter__")
     return [pictures] if single else pictures
 
 
@@ -68,6 +68,8 @@ def read_picture(picture, name: str = "the picture") -> Image.Image:
                 return _rgb(opened)
         if isinstance(content, (np.ndarray, torch.Tensor, list)):
             return _from_values(content)
+        if isinstance(picture, Mapping) and not picture.keys() & {"path", "bytes"}:
+            raise ValueError(f"it is a row of {', '.join(map(str, picture)) or 'nothing'}: pass its picture alone")
         raise ValueError("there is no picture" if content is None else f"it is a {type(content).__name__}, no picture")
     except MemoryError:
         raise
