@@ -164,7 +164,7 @@ class NameOptions:
     """What pictures are asked about."""
 
     class_names: list[str] | None = setting(
-        None, "Class names in label order: repeated, 'a,b,c', or a file with one per line."
+        None, "Class names, in any order where labels have names: repeated, 'a,b,c', or a file with one per line."
     )
     template: list[str] | None = setting(
         None, "Prompts with {}, or names of shipped ones; the teacher's or dataset's if unset."

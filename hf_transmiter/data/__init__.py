@@ -1,6 +1,6 @@
 """What is asked, and of which pictures.
 
-In reading order: `class_names` and `images` (names and pictures as people have them), `splits` (few-shot draws, base
-and novel halves), `catalogue` (the papers' datasets, and rows of your own), `vocabulary` and `anchors` (the K = C + A
-names that are asked about), `embeddings` (pictures embedded once, cached, resumable, in shares).
+In reading order: `class_names`, `folders` and `images` (names and pictures as people have them), `splits` (few-shot
+draws, base and novel halves), `catalogue` (the papers' datasets, and rows of your own), `vocabulary` and `anchors`
+(the K = C + A names that are asked about), `embeddings` (pictures embedded once, cached, resumable, in shares).
 """

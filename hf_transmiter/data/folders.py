@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -110,6 +111,8 @@ def read_folder(path: Path) -> Folder | None:
             f"{path}: {listed(words)} look like splits, and {beside} lie beside them, so they may be classes: pass "
             "the folder of one split, or move the others away."
         )
+    elif all(name and _SPLIT_OF.keys() & re.split(r"[\W\d_]+", name.lower()) for name in top):
+        _say(logging.WARNING, f"{path}: {listed(top)} are read as classes: splits are called {listed(SPLIT_WORDS)}.")
     if not has_metadata:
         _find_classes(found, path, {parts[0] for parts in folders if len(parts) == 1})
     for pair in combinations(found.places, 2):

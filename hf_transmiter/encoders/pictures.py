@@ -31,17 +31,10 @@ class UnreadablePicture(ValueError):
         self.fault = fault
 
 
-def as_pictures(pictures) -> Iterable:
-    """A list of one, where one picture is given in place of several; an array of four axes is several.
-
-    Raises:
-        TypeError: neither.
-    """
-    if isinstance(pictures, _ONLY) and getattr(pictures, "ndim", 0) < 4:
-        return [pictures]
-    if not isinstance(pictures, Iterable):
-        raise TypeError(f"images must be pictures or one of these, not a {type(pictures).__name__}: see read_picture.")
-    return pictures
+def as_pictures(pictures):
+    """A list of one, where one picture is given in place of several; an array of four axes is several."""
+    single = isinstance(pictures, _ONLY) and getattr(pictures, "ndim", 0) < 4 or not hasattr(pictures, "__iter__")
+    return [pictures] if single else pictures
 
 
 def read_picture(picture, name: str = "the picture") -> Image.Image:
@@ -75,6 +68,8 @@ def read_picture(picture, name: str = "the picture") -> Image.Image:
                 return _rgb(opened)
         if isinstance(content, (np.ndarray, torch.Tensor, list)):
             return _from_values(content)
+        if isinstance(picture, Mapping) and not picture.keys() & {"path", "bytes"}:
+            raise ValueError(f"it is a row of {', '.join(map(str, picture)) or 'nothing'}: pass its picture alone")
         raise ValueError("there is no picture" if content is None else f"it is a {type(content).__name__}, no picture")
     except MemoryError:
         raise
@@ -95,11 +90,14 @@ def _rgb(picture: Image.Image) -> Image.Image:
         picture.filename = ""
         picture.load()
         picture.filename = name
+    picture.load()
     try:
-        picture = ImageOps.exif_transpose(picture)
+        turned = picture.getexif().get(Image.ExifTags.Base.Orientation, 1) != 1
     except Exception:  # of broken tags: what was decoded elsewhere is as upright as it will be
         if kind is not None:
             raise
+        turned = False
+    picture = ImageOps.exif_transpose(picture) if turned else picture  # which copies
     mode = picture.mode
     if mode.startswith("I") or mode == "F":
         picture = Image.fromarray(_eight_bits(np.asarray(picture)))

@@ -163,7 +163,8 @@ def compare(
             How, on all of `labelled`: what [`split_tuning`] reads; LoRA in its published settings when omitted.
         bridge ([`Bridge`], *optional*): a finished one between the two models.
         class_names (`Sequence[str]`, *optional*):
-            In label order; the test set's names when omitted, or without labels those the teacher was tuned on.
+            In any order where the labels have names, which are matched; the test set's names when omitted, or without
+            labels those the teacher was tuned on.
         seen_classes (`Sequence[str]`, *optional*): names the tuning saw; adds base, novel, harmonic mean and joint.
         variants (`Sequence`, *optional*):
             The rows: what [`Variant.of`] reads, such as ``"refit"`` or ``{"refit": {"solver": "ridge"}}``; all of

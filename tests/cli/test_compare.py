@@ -95,6 +95,9 @@ def test_a_folder_without_labels(command, out):
     assert not (out / "agreement" / "figures" / "reliability.png").exists()
     said = run(*command, *data, "--min-gain", "1", code=1).stderr
     assert "the test pictures have no labels: pass a labelled --dataset" in said
+    alone = json.loads(run(*command, "--dataset", out / "plain", "--json", "--quiet", *rows("refit")).stdout)
+    assert [row["name"] for row in alone["rows"]] == ["refit"] and not alone["skipped"]
+    assert alone["rows"][0]["scores"] == refit["scores"]
 
 
 def test_the_gate(command, out):

@@ -1,7 +1,9 @@
 """Datasets as the options of commands name them."""
 
+import io
 import json
 import shutil
+import zlib
 
 import pytest
 from commands import error, run
@@ -72,3 +74,48 @@ def test_pictures_that_cannot_be_read(tmp_path, make_images):
     done = run(*call, "--skip-unreadable", "--json")
     assert json.loads(done.stdout)["num_images"] == 3
     assert "1 of 4 pictures cannot be read and are left out:" in done.stderr and "row 3 (dog/3.png): " in done.stderr
+
+
+def test_every_kind_of_unreadable_picture_ends_in_one_sentence(tmp_path, make_images):
+    """It names the picture and the option that leaves it out."""
+    content = io.BytesIO()
+    make_images(1, size=100)[0].save(content, "PNG")
+    whole = content.getvalue()
+    bomb = bytearray(whole)
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    content = io.BytesIO()
+    make_images(1)[0].save(content, "PNG", exif=b"Exif\0\0no tags")
+    for i, bad in enumerate((b"", b"text", whole[:-9000], bytes(bomb), content.getvalue())):
+        place = tmp_path / str(i) / "photos"
+        for name in ("cat", "test tube"):
+            (place / name).mkdir(parents=True)
+            (place / name / "good.png").write_bytes(whole)
+        (place / "test tube" / "odd.jpg").write_bytes(bad)
+        call = ("evaluate", "sandbox:weak", "--dataset", place, "--cache-dir", tmp_path / "cache")
+        said = error(*call)
+        assert "row 2 cannot be read (test tube/odd.jpg): " in said and "--skip-unreadable" in said
+        found = json.loads(run(*call, "--skip-unreadable", "--json", "--quiet").stdout)
+        assert found["num_images"] == 2
+
+
+def test_folders_that_cannot_be_read_end_in_one_sentence(tmp_path, make_images):
+    call = ("evaluate", "sandbox:weak", "--cache-dir", tmp_path / "cache", "--dataset")
+    for place in ("cat", "dog"):
+        (tmp_path / "script" / place).mkdir(parents=True)
+        make_images(1)[0].save(tmp_path / "script" / place / "a.png")
+    (tmp_path / "script" / "script.py").write_text("raise SystemExit('it ran')")
+    assert "holds a dataset script, script.py, and no data set's code is ever run" in error(*call, tmp_path / "script")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in error(*call, tmp_path / "empty")
+    shutil.copytree(tmp_path / "script" / "cat", tmp_path / "mixed" / "train" / "cat")
+    shutil.copytree(tmp_path / "mixed" / "train", tmp_path / "mixed" / "test")
+    shutil.copytree(tmp_path / "mixed" / "train", tmp_path / "mixed" / "more")
+    assert "look like splits, and 'more' lie beside them" in error(*call, tmp_path / "mixed")
+
+
+def test_one_string_in_a_config_file_is_no_list(tmp_path):
+    for line, written in (("class_names: lined", "[lined]"), ("template: 'a {}'", "[a {}]")):
+        (tmp_path / "config.yaml").write_text(line)
+        said = error("evaluate", "sandbox:weak", "--dataset", "sandbox:print", "--config", tmp_path / "config.yaml")
+        assert "must be a list, got " in said and written in said

@@ -216,6 +216,10 @@ def test_which_pictures_have_no_labels(copy_of, on_disk):
     assert load_split(unlabelled, "unlabelled").column_names == ["image"]
     with pytest.raises(ValueError, match="'u', split 'train': 3 of 3 pictures have no label"):
         load_split(unlabelled, "train")
+    odd = DatasetSpec("f", "f", on_disk([0.5, 1.5, 2.5], Value("float32")), train="train")
+    assert load_split(odd, "unlabelled").column_names == ["image"]  # labels are not looked at
+    with pytest.raises(ValueError, match="neither whole numbers nor words"):
+        load_split(odd, "train")
     with pytest.raises(ValueError, match=r"no test pictures \(splits: train: train\).*'test: train\[80%:\]'"):
         load_split(unlabelled, "test")
     with pytest.raises(ValueError, match="role must be one of train, validation, test, unlabelled, got 'dev'"):

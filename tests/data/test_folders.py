@@ -118,6 +118,15 @@ def test_folders_that_may_be_either_are_an_error(make_folder):
         list_splits(str(make_folder({"train/cat": 1, "val/cat": 1, "valid/cat": 1})))
 
 
+def test_folders_that_look_like_splits_are_told(make_folder, caplog):
+    root = make_folder({"train2017": 1, "val2017": 1})
+    assert splits_of(root) == {"train": {"train2017": 1, "val2017": 1}}
+    assert "train2017, val2017 are read as classes: splits are called train, validation, test" in caplog.text
+    caplog.clear()
+    splits_of(make_folder({"bullet train": 1, "trainer": 1}))
+    assert not caplog.records
+
+
 def test_pictures_in_two_splits_are_told(make_folder, caplog):
     root = make_folder({"train/cat": 2, "train/dog": 1, "test/cat": 1, "test/dog": 1})
     load_images(str(root))

@@ -277,8 +277,16 @@ def test_unreadable_pictures_are_named(encoder, colours, tmp_path):
     "odd", [None, 7, 1.5, {}, {"path": None, "bytes": None}, object(), "https://example.com/a.png"]
 )
 def test_things_that_are_no_pictures(encoder, odd):
-    with pytest.raises(ValueError, match="^cannot read (image 0|'https)"):
-        encoder.preprocess([odd])
+    classifier = AnchorClassifier(encoder, Anchors(("cat", "dog")))
+    for call in (encoder.preprocess, encoder.embed_images, classifier.predict):
+        for given in (odd, [odd]):
+            with pytest.raises(ValueError, match="^cannot read (image 0|'https)"):
+                call(given)
+
+
+def test_rows_in_the_place_of_pictures(encoder, make_dataset):
+    with pytest.raises(ValueError, match="image 0: it is a row of image, label: pass its picture alone"):
+        AnchorClassifier(encoder, Anchors(("cat", "dog"))).predict(make_dataset(3))
 
 
 def test_small_and_long_pictures(encoder):

@@ -477,7 +477,8 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
     with pytest.raises(ValueError, match="holds 'cat', not class indices"):
         run(encoder, words, quick(), class_names=NAMES)
     with pytest.raises(ValueError, match=r"'the old big red car and ship and tree\.' has 16 tokens.* room for 12"):
-        run(encoder, dataset, quick("coop"), class_names=["cat", "the_old_big_red_car_and_ship_and_tree", "dog"])
+        long = ["cat", "the_old_big_red_car_and_ship_and_tree", "dog"]
+        run(encoder, dataset.cast_column("label", datasets.Value("int64")), quick("coop"), class_names=long)
     inject(encoder.model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has adapters already"):
         run(encoder, dataset, quick())
