@@ -61,7 +61,7 @@ def check_number(
             found = kind(value)
         except OverflowError:
             wanted += " of usual size"
-    if found is None or math.isnan(found) or (math.isinf(found) and not infinite):
+    if found is None or found != found or (found in (math.inf, -math.inf) and not infinite):
         wanted += "" if found is None or infinite else " that is finite"
         raise ValueError(f"{name} must be {wanted}, got {shortened(value)}.")
     if least is not None and most is not None and not least <= found <= most and kind is float:
@@ -120,8 +120,9 @@ def check_kind(name: str, value, kind: type, hints: Mapping[type | tuple[type, .
     """
     if not isinstance(value, kind):
         hint = next((f": {hint}" for other, hint in hints.items() if isinstance(value, other)), "")
-        found = "None" if value is None else f"a {type(value).__name__}"
-        raise TypeError(f"{name} must be a {kind.__name__}, not {found}{hint}.")
+        found = "None" if value is None else f"of the type {type(value).__name__}"
+        article = "an" if kind.__name__[0] in "AE" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, not {found}{hint}.")
     return value
 
 

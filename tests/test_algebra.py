@@ -18,6 +18,7 @@ from hf_transmiter.algebra import (
     divergence,
     even_labels,
     fit_temperature,
+    guessing,
     polar,
     ridge,
     spread,
@@ -380,3 +381,11 @@ def test_discriminant_head_refuses():
     for blocks, message in (([(x / 0, said)], "the embeddings hold NaN"), ([(x, said / 0)], "the label logits hold")):
         with pytest.raises(ValueError, match=message):
             discriminant_head(lambda blocks=blocks: blocks, torch.zeros(3, 2), 1.0)
+
+
+def test_guessing_is_told_from_knowing():
+    assert guessing(2.8, 1000, 36) == pytest.approx(100 / 36)
+    assert guessing(3.8, 1000, 36) is not None and guessing(3.9, 1000, 36) is None  # two standard errors
+    assert guessing(55.0, 100, 2) == 50.0 and guessing(65.0, 100, 2) is None
+    assert guessing(0.0, 29, 2) is None  # too few to tell
+    assert guessing(100.0, 1000, 1) is None  # there is nothing to guess

@@ -40,7 +40,12 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # no work ends in an error for want of a letter
-    app()
+    try:
+        app()
+    except OSError as error:  # of the help, which is printed before a command begins
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(f"Error: {error.strerror or error}.")
 
 
 def demo(

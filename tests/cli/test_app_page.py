@@ -2,6 +2,7 @@
 tests/app."""
 
 import sys
+from types import SimpleNamespace
 
 import demo_folder
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_transmiter.cli import app_page
 from hf_transmiter.cli.app_page import build_app, launch, load_models, open_picture
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import load_encoder
@@ -170,3 +172,26 @@ def test_without_gradio(monkeypatch):
     for call in (lambda: build_app({}), lambda: launch(None)):
         with pytest.raises(ValueError, match=r"pip install 'hf-transmiter\[app\]'"):
             call()
+
+
+def test_ctrl_c_ends_it_with_its_address_at_any_time(monkeypatch, capsys):
+    """Also between the address and the moment from which gradio waits for it."""
+
+    class Page:
+        closed = False
+
+        def launch(self, **options):
+            return None, "http://here", None
+
+        def block_thread(self):
+            raise KeyboardInterrupt
+
+        def close(self):
+            self.closed = True
+
+    themes = SimpleNamespace(Default=lambda **fonts: None)
+    monkeypatch.setattr(app_page, "_gradio", lambda: SimpleNamespace(themes=themes))
+    page = Page()
+    assert launch(page) == "http://here" and page.closed
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == "Open http://here in a browser; Ctrl+C ends it.\n"

@@ -126,6 +126,11 @@ def test_the_gate_needs_something_to_look_at():
 
     assert "no row 'refit' (it is not among --methods)" in judged("refit").failed
     assert "no row 'refit' (it failed: broken)" in judged("refit", skipped={"refit": "it failed: broken"}).failed
+    nothing = Comparison({}, None, ("a", "b"))
+    for name, value in (("refit", float("nan")), ("zero-shot strong", 50.0)):
+        nothing.rows[name] = Row(None, {"accuracy": Score(name, "test", "accuracy", value)})
+    _judge(unknown := Result({}, ""), nothing, 0.0, "refit")
+    assert "gains +nan points" in unknown.failed
     # What is recommended is to do nothing: that is no gain, even where none is asked for.
     assert "the strong model as it is is recommended" in judged("zero-shot strong").failed
     names = [row.name for row in _rows(["EFT"], 1.0, "refit")]
@@ -156,6 +161,12 @@ def test_errors(command, out):
     assert "did you mean 'refit'" in said("--gate", "refitt", "--min-gain", "1")
     assert "pass --min-gain, too" in said("--gate", "refit")
     assert "cannot gain over itself" in said("--gate", "zero-shot strong", "--min-gain", "0")
+    assert "tuned weak is no upgrade" in said("--gate", "tuned weak", "--min-gain", "0")
     assert "retune must be one of lora, teacher" in said("--retune", "coop")
+    for value in ("nan", "inf"):  # a gain is never below not-a-number
+        assert "--min-gain must be a number that is finite" in said("--min-gain", value)
+    for option in (("--shots", "3"), ("--seed", "1"), ("--retune", "teacher")):
+        assert "pass --labelled, too" in said(*option)
+    assert "shots must be at least 1, got -2" in said("--labelled", "sandbox:print", "--shots", "-2")
     nothing = said(*rows("linear probe"), "--output-dir", out / "none")
     assert "no row could be had" in nothing and not (out / "none").exists()

@@ -1,6 +1,7 @@
 """The command line end to end on the sandbox: one chain of commands, shared by the tests, and what goes wrong."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 import yaml
 from commands import error, run
+from datasets import Value
 from safetensors import safe_open
 
 from hf_transmiter.data.images import load_images
@@ -344,3 +346,39 @@ def test_images_from_anywhere(tmp_path, make_dataset):
     assert len(few[0]) == 5 and few[0]._fingerprint == few[1]._fingerprint != dataset._fingerprint
     with pytest.raises(ValueError, match="all of one kind"):
         load_images(str(tmp_path / "disk" / "*"))
+
+
+def test_options_that_nothing_reads_are_errors(chain, out):
+    bridge, new = str(out / "bridge.safetensors"), ("--output", out / "unread")
+    for option in (("--weak", "sandbox:weak"), ("--space", "logit"), ("--anchors", "x"), ("--set", "beta=3")):
+        said = error("bridge", "--invert", bridge, *option, *new)
+        assert "has their models, space and names" in said or "unknown options beta" in said
+    test = ("--dataset", "sandbox:print", "--split", "validation", "--cache-dir", out / "features")
+    said = error("evaluate", out / "strong", *test, "--template", "a drawing of a {}.")
+    assert "was saved with its own templates: leave --template out" in said
+    said = error("push", out / "strong", "me/x", "--subfolder", "s", "--license", "mit")
+    assert "license and tags are for the card, which no subfolder has" in said
+    names = load_images("sandbox:print", "test").features["label"].names
+    said = error("evaluate", out / "strong", *test, "--class-names", f"{names[0]},x")  # they were ignored
+    assert "not among the classifier's names" in said or "cannot be asked" in said
+
+
+def test_an_accuracy_of_guesses_is_said_to_be_one(chain, out):
+    names = load_images("sandbox:print", "test").features["label"].names
+    images = load_images("sandbox:print", "validation").cast_column("label", Value("int64"))
+    images.to_parquet(out / "numbers.parquet")
+    given = ("--dataset", out / "numbers.parquet", "--cache-dir", out / "features")
+    (out / "shifted.txt").write_text("\n".join([*names[7:], *names[:7]]))
+    (out / "names.txt").write_text("\n".join(names))
+    said = run("evaluate", out / "tuned", *given, "--class-names", out / "shifted.txt").stdout
+    assert "is no better than guessing, 2.8 %: look at the labels, the class names and their order" in said
+    assert "guessing" not in run("evaluate", out / "tuned", *given, "--class-names", out / "names.txt").stdout
+
+
+def test_bars_and_remarks_of_libraries_stay_out_of_files(chain, out):
+    """549 lines of one comparison, and a warning with every LoRA."""
+    command = [sys.executable, "-m", "hf_transmiter", "extract", "--weak", "sandbox:weak", "--teacher", out / "tuned"]
+    command += ["--dataset", "sandbox:print", "--max-images", "20", "--output-dir", out / "noise"]
+    shown = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=shown)
+    assert done.returncode == 0 and done.stderr == ""

@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from hf_transmiter.algebra import check_semi_orthogonal
 from hf_transmiter.data.anchors import Anchors
+from hf_transmiter.data.class_names import read_names
+from hf_transmiter.data.vocabulary import load_vocabulary
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.hub import checks, rules
 from hf_transmiter.hub.adapter_files import TeacherFacts
+from hf_transmiter.hub.card_text import literal
 from hf_transmiter.hub.checks import (
     KEY_PREFIX,
     adapter_shapes,
@@ -28,10 +31,13 @@ from hf_transmiter.hub.checks import (
     check_tensors,
     load_json,
     parse_json,
+    parse_yaml,
+    printable,
     read_header,
+    read_text,
     refuse_pickles,
 )
-from hf_transmiter.hub.scores import Score
+from hf_transmiter.hub.scores import Score, cell_text
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.saved import load_teacher
 from hf_transmiter.tuners import TransMiterConfig, inject, save_adapter
@@ -464,3 +470,65 @@ def test_models_of_open_clip_are_not_built_from_anything(model_cfg, said):
     resnet = {"width": 64, "layers": [3, 4, 6, 3], "patch_size": None, "image_size": 224}
     good = {"embed_dim": 1024, "vision_cfg": resnet, "text_cfg": {"width": 512, "heads": 8, "layers": 12}}
     check_json({"model_cfg": good}, "open_clip_config", "here")
+
+
+def test_yaml_is_measured_before_it_is_expanded():
+    """417 bytes stood for 4 GB."""
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True):
+        bomb += f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    assert len(bomb) < 500
+    with pytest.raises(ValueError, match="it is not valid YAML: its aliases stand for more than 100,000 values"):
+        parse_yaml(bomb, "it")
+    merged = bomb.replace("[x, x, x, x, x, x, x, x, x]", "{x: 1}").replace("[", "{<<: [").replace("]", "]}")
+    with pytest.raises(ValueError, match="its aliases stand for more"):
+        parse_yaml(merged, "it")
+    # What people write.
+    assert parse_yaml("a: &few {x: 1}\nb: *few\nc: {<<: *few, y: 2}", "it")["c"] == {"x": 1, "y": 2}
+    assert parse_yaml("", "it") is None and parse_yaml("1e-3", "it") == "1e-3"
+    assert parse_yaml("- café".encode(), "it") == ["café"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "an alias stands inside what it stands for"),
+        ("a: 1\nb: 2\na: 3", "the key 'a' is there twice"),
+        ("[" * 40 + "]" * 40, "nested more than 32 deep"),
+        ("[" * 500, "nested more than 32 deep"),
+        ("{[1]: 2}", "not valid YAML"),
+        ("a: [", "not valid YAML"),
+        ("a: !!python/name:os.system", "not valid YAML"),
+        ("a: 2024-99-99", "not valid YAML: month must be"),
+        (b"\xff\xfe\xfa", "not valid YAML"),
+        ("x" * (8 * 2**20 + 1), "holds more than 8,388,608 bytes"),
+    ],
+    ids=range(10),
+)
+def test_yaml_that_is_refused(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_yaml(text, "it")
+    assert str(caught.value).startswith("it ") and "\n" not in str(caught.value)
+
+
+def test_texts_of_other_encodings_are_named(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("café\n".encode("utf-8-sig"))
+    assert read_text(path) == "café\n"
+    path.write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"names.txt is no text in UTF-8 \(.*byte 3\): save it as UTF-8"):
+        read_text(path)
+    with pytest.raises(ValueError, match="names.txt is no text in UTF-8"):
+        read_names([str(path)])
+    with pytest.raises(ValueError, match="names.txt is no text in UTF-8"):
+        load_vocabulary(path)
+    with pytest.raises(ValueError, match="there is no class name in ','"):
+        read_names([","])
+
+
+def test_what_a_terminal_would_obey_is_shown():
+    assert printable("a\x1b[2J\u202e\u2066\x9b\r\x00\ud800") == "a\\x1b[2J\\u202e\\u2066\\x9b\\r\\x00\\ud800"
+    for text in ("café ☕ 日本語", "a\tb\nc", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "👩\u200d🔬"):
+        assert printable(text) == text
+    assert cell_text("a|b\n<i>c\x1b\u202e") == "a\\|b &lt;i>c\\x1b\\u202e"
+    assert literal("a\u202eb") == '"a\\u202eb"'

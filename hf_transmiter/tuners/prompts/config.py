@@ -18,6 +18,7 @@ _LIMITS = {
     "n_ctx": {"most": 10_000},
     **dict.fromkeys(("n_vision", "heads", "text_depth", "depth"), {"least": 1, "most": 10_000}),
     **dict.fromkeys(("vision_depth", "layer"), {"least": 0, "most": 10_000}),
+    **dict.fromkeys(("period_id", "end_id"), {"least": 0}),
     "seed": SEED,
 }
 
