@@ -186,14 +186,19 @@ def exported(model, given):
     return torch.export.export(root, (), given, dynamic_shapes=shapes, strict=False).module()
 
 
-WITH_TEXTS = ("image_side_tower", "coop", "coop_class_specific", "cocoop", "contcoop", "ivlp")
+QUICK = ("mlp", "image_side", "image_side_tower", "coop", "coop_class_specific", "cocoop", "contcoop", "ivlp")
+EXPORTS = [
+    pytest.param(
+        *case.values,
+        texts,
+        marks=() if case.id in [f"{name}-clip" for name in QUICK] and not texts else pytest.mark.slow,
+    )
+    for case in MATRIX
+    for texts in (False, True)
+]
 
 
-@pytest.mark.parametrize(
-    ("method", "root", "texts"),
-    [pytest.param(*case.values, False, id=case.id) for case in MATRIX]
-    + [pytest.param(METHODS[name], "clip", True, id=f"{name}-texts") for name in WITH_TEXTS],
-)
+@pytest.mark.parametrize(("method", "root", "texts"), EXPORTS)
 def test_export(method, root, texts, tuned, inputs):
     model, _, _ = tuned(method, root)
     if method.chosen and not texts:

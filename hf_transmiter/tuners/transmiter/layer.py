@@ -137,8 +137,8 @@ class TransMiterLayer(AdapterLayer):
                 self.fresh[name] = not anchors.any()
 
     def learnable(self, name: str) -> dict[str, nn.Parameter]:
-        """The [`weights`] that a few labelled images improve: not the anchors, a basis that has to stay orthonormal, or
-        class vectors beside an image side, which only learn the few labels by heart."""
+        """The [`weights`] that a few labelled images improve: not the anchors, a basis that has to stay orthonormal,
+        or class vectors beside an image side, which only learn the few labels by heart."""
         config = self.configs[name]
         frozen = {"anchors"} | (set() if config.train_basis else {"basis"})
         frozen |= {"class_vectors"} if config.image_side else set()
@@ -226,8 +226,8 @@ class TransMiterLayer(AdapterLayer):
     # Hooks. Bound methods, so that copies and pickles of the model rebind them to their own layer. What belongs to one
     # call travels on its tensors, never on a module: several threads may share a model.
     def take_tokens(self, tower: nn.Module, args: tuple, output) -> None:
-        """After the vision tower: its pooled vector takes along to the projection what the adapter reads. PEFT may have
-        put another module there since (a LoRA's), or taken it off again."""
+        """After the vision tower: its pooled vector takes along to the projection what the adapter reads. PEFT may
+        have put another module there since (a LoRA's), or taken it off again."""
         with _LOCK:
             projection = self.roots[0].visual_projection
             if self.adapt_projected not in projection._forward_hooks.values():
