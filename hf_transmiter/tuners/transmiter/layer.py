@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...algebra import standardise
+from ...algebra import check_unit, standardise
 from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import dummy_text_inputs, logit_scale_and_bias, token_rows, unit_rows
 from ..registration import AdapterLayer
@@ -178,9 +178,18 @@ class TransMiterLayer(AdapterLayer):
 
     def adapt(self, rows: Tensor) -> Tensor:
         """Rows ``f`` (B, d or d + 2D), whose first d columns are ``x``, to ``x' = normalise(x + A f + b)`` (B, d);
-        without an image side to ``x``."""
+        without an image side to ``x``.
+
+        Raises:
+            ValueError: a row that is not finite, or zero because it ran over.
+        """
         x = rows[:, : self.configs[self.active_name].embed_dim]
-        return nn.functional.normalize(x + self._change(rows), dim=-1) if self.has_image_side else x
+        if not self.has_image_side:
+            return x
+        adapted = nn.functional.normalize(x + self._change(rows), dim=-1)
+        if not (torch.compiler.is_exporting() or adapted.is_meta):
+            check_unit(adapted.detach(), "adapted image", "the TransMiter adapter")
+        return adapted
 
     def _check(self, rows: Tensor) -> None:
         reads = self.configs[self.active_name].reads
