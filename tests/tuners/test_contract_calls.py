@@ -2,29 +2,15 @@
 matrix, as in `test_contract`."""
 
 import copy
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from contract import MATRIX, METHODS, ask, call, matrix, same, stir
 from peft import get_peft_model
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 NAMES = ["cat", "old dog", "car", "a small tree", "ship"]
-
-
-@pytest.fixture
-def restless():
-    """Threads take turns between any two modules."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    hook = register_module_forward_pre_hook(lambda *_: time.sleep(0))
-    yield
-    hook.remove()
-    sys.setswitchinterval(interval)
 
 
 @pytest.fixture(scope="session")
