@@ -1,6 +1,7 @@
 """Models in use: by several threads, under `Trainer`, exported."""
 
 import copy
+import doctest
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from hf_transmiter import AnchorClassifier, Anchors, DualEncoder, TransMiterForImageClassification
-from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, IVLPConfig, TransMiterConfig
+from hf_transmiter.tuners import CoCoOpConfig, ContCoOpConfig, CoOpConfig, IVLPConfig, TransMiterConfig, prompts
 
 
 NAMES = ("cat", "dog", "car")
@@ -86,7 +87,13 @@ def test_classifiers(form, adapted, make_images, restless):
 
 @pytest.mark.parametrize(
     "config",
-    [None, CoOpConfig(n_ctx=2), CoCoOpConfig(n_ctx=4), ContCoOpConfig(n_ctx=4), IVLPConfig(text_depth=2, vision_depth=2)],
+    [
+        None,
+        CoOpConfig(n_ctx=2),
+        CoCoOpConfig(n_ctx=4),
+        ContCoOpConfig(n_ctx=4),
+        IVLPConfig(text_depth=2, vision_depth=2),
+    ],
     ids=lambda config: "zero-shot" if config is None else config.peft_type.value,
 )
 def test_encoders(config, encoder, make_images, restless):
@@ -162,13 +169,38 @@ def test_trainer_on_a_classifier_as_loaded(form, adapted, make_dataset, tmp_path
         same(tensor, model.state_dict()[name])
 
 
-class PromptTrainer(Trainer):
-    """The recipe of `tuners/prompts`."""
+def recipe(text, first, **names):
+    """Runs the examples of a docstring from that with the words `first` on; the names there are afterwards."""
+    examples = [example.source for example in doctest.DocTestParser().get_examples(text)]
+    start = next(i for i, source in enumerate(examples) if first in source)
+    names |= {"torch": torch, "Trainer": Trainer, "TrainingArguments": TrainingArguments}
+    for source in examples[start:]:
+        exec(source, names)
+    return names
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        logits = model(pixel_values=inputs["pixel_values"]).logits_per_image
-        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
-        return (loss, {"logits": logits}) if return_outputs else loss
+
+def test_the_recipe_of_the_classifier(adapted, make_dataset, tmp_path, monkeypatch):
+    adapted("pictures").save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    model = TransMiterForImageClassification.from_pretrained("adapter")
+    text = TransMiterForImageClassification.__doc__
+    made = recipe(text, "def prepare", model=model, labelled=make_dataset())
+    found = TransMiterForImageClassification.from_pretrained("classifier")
+    batch = made["prepare"](make_dataset()[:2])
+    same(found(batch["pixel_values"]).logits, model.eval()(batch["pixel_values"]).logits)
+
+
+def test_the_recipe_of_prompts(encoder, make_dataset, tmp_path, monkeypatch):
+    def prepare(batch):
+        return {"pixel_values": encoder.preprocess(batch["image"]), "labels": batch["label"]}
+
+    monkeypatch.chdir(tmp_path)
+    names = {"clip": encoder.model, "labelled": make_dataset(), "prepare": prepare}
+    recipe(prompts.__doc__, "class PromptTrainer", get_peft_model=get_peft_model, CoOpConfig=CoOpConfig, **names)
+    assert (tmp_path / "my-prompt" / "adapter_model.safetensors").is_file()
+
+
+PromptTrainer = recipe(prompts.__doc__.split(">>> model")[0], "class PromptTrainer")["PromptTrainer"]
 
 
 @pytest.mark.parametrize("kind", [CoOpConfig, CoCoOpConfig, ContCoOpConfig, IVLPConfig])

@@ -63,7 +63,9 @@ def test_pixels_that_are_not_finite(encoder, make_images):
     pixels = encoder.preprocess(make_images(3))
     pixels[1, 0, 0, 0] = INF
     for call in (encoder.embed_pixels, AnchorClassifier(encoder, Anchors(NAMES))):
-        with pytest.raises(ValueError, match="the image embedding of row 1 is not finite, or zero: look at that image"):
+        with pytest.raises(
+            ValueError, match="the image embedding of row 1 is not finite, or zero: look at that image"
+        ):
             call(pixels)
 
 
@@ -171,7 +173,10 @@ def test_nothing_damaged_is_read(encoder, make_dataset, tmp_path, adapter):
     for value in (NAN, INF, -INF):
         name = list(weights)[-1]
         save_file({**weights, name: weights[name] * value + value}, path, metadata={"format": "pt"})
-        for load in (lambda: load_teacher(str(tmp_path / "it"), encoder), lambda: load_classifier(str(tmp_path / "it"))):
+        for load in (
+            lambda: load_teacher(str(tmp_path / "it"), encoder),
+            lambda: load_classifier(str(tmp_path / "it")),
+        ):
             with pytest.raises(ValueError, match=f"{name} of .*/it hold NaN or infinite values"):
                 load()
 

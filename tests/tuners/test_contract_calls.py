@@ -1,7 +1,6 @@
 """What every PEFT method of this package owes its users who call one model from several places, or export it: one
 matrix, as in `test_contract`."""
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -102,13 +101,15 @@ def test_replicas_answer_and_learn(method, root, tuned, inputs, restless):
 
 @matrix
 def test_nothing_of_a_call_stays_on_the_model(method, root, tuned, inputs):
-    """Neither a tensor nor a key: what another device or type would find there is of this one."""
     model, _, _ = tuned(method, root)
     layer = next(module for module in model.modules() if hasattr(module, "configs"))
-    before = {key: copy.deepcopy(value) for key, value in vars(layer).items() if key not in ("roots", "_modules")}
-    ask(model, method, inputs(root))
-    assert vars(layer).keys() - {"roots", "_modules"} == before.keys()
-    assert not any(torch.is_tensor(value) for value in vars(layer).values())
+
+    def kept():
+        return {key: repr(value) for key, value in vars(layer).items() if key not in ("roots", "_modules")}
+
+    before, given = kept(), inputs(root)
+    ask(model, method, {key: value.flip(0)[:1] for key, value in given.items()})
+    assert kept() == before
 
 
 @matrix
@@ -117,25 +118,6 @@ def test_another_type_after_the_first_call(method, root, tuned, inputs):
     model.double()
     given = {key: value.double() if value.is_floating_point() else value for key, value in inputs(root).items()}
     torch.testing.assert_close(ask(model, method, given).float(), answer, atol=1e-3, rtol=1e-3)
-
-
-@matrix
-def test_the_meta_device_after_the_first_call(method, root, tuned, inputs):
-    """As any other device: nothing is left behind, of texts and names either."""
-    if getattr(method.make(), "class_specific", False):
-        pytest.skip("which context is a text's is decided by its values")
-    model, _, _ = tuned(method, root)
-    if method.chosen:
-        model.set_classes(["cat", "old dog"])
-    pixels = inputs(root)["pixel_values"]
-    ask(model, method, inputs(root), texts=False)
-    model.to("meta")
-    try:
-        found = model(pixel_values=pixels.to("meta")).logits_per_image
-    except RuntimeError as error:  # values decide how long texts are
-        assert "meta" in str(error) and "device" not in str(error).replace("meta device", "")
-    else:
-        assert found.is_meta
 
 
 @matrix

@@ -237,11 +237,12 @@ class TransMiterLayer(AdapterLayer):
     def take_tokens(self, tower: nn.Module, args: tuple, output) -> None:
         """After the vision tower: its pooled vector takes along to the projection what the adapter reads. PEFT may
         have put another module there since (a LoRA's), or taken it off again."""
-        with _LOCK:
-            projection = self.roots[0].visual_projection
-            if self.adapt_projected not in projection._forward_hooks.values():
-                _release(projection)
-                projection.register_forward_hook(self.adapt_projected)
+        hooks = self.roots[0].visual_projection._forward_hooks
+        if self.adapt_projected not in hooks.values():
+            with _LOCK:
+                if self.adapt_projected not in hooks.values():  # another thread may have come first
+                    _release(self.roots[0].visual_projection)
+                    self.roots[0].visual_projection.register_forward_hook(self.adapt_projected)
         if self.reads_tower:
             output[1].transmiter_tokens = token_rows(output[0])
 
