@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -113,6 +114,17 @@ def model_dir(tmp_path_factory):
 def encoder(model_dir) -> DualEncoder:
     """A fresh tiny CLIP."""
     return DualEncoder.from_pretrained(model_dir("clip"))
+
+
+@pytest.fixture
+def restless():
+    """Threads take turns between any two modules."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: time.sleep(0))
+    yield
+    hook.remove()
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture(scope="session")

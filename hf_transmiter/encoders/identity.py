@@ -41,11 +41,12 @@ class ModelId:
 
     def is_of(self, encoder) -> bool:
         """Whether `encoder` is this model, in whatever floating-point type either was loaded: the very revision of it
-        with no adapter in its towers, or equal weights and processor."""
+        with no adapter in its towers, or equal weights and processor. Where weights do not tell, the name does."""
         named = None not in (self.name, self.revision) and not active_adapters(encoder.model)
         if named and (self.name, self.revision) == (encoder.name_or_path, encoder.revision):
             return True
-        return same_model(self.fingerprint, encoder.fingerprint)
+        same = same_model(self.fingerprint, encoder.fingerprint)
+        return self.name is not None and self.name == encoder.name_or_path if same is None else same
 
     def check(self, encoder, role: str) -> None:
         """
@@ -113,11 +114,16 @@ def text_version(model: nn.Module) -> tuple:
     return state, tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
 
-def same_model(a: str, b: str) -> bool:
-    """Whether two fingerprints are of one model: equal as they are, or the one as half precision has the other."""
+def same_model(a: str, b: str) -> bool | None:
+    """Whether two fingerprints are of one model: equal as they are, or the one as half precision has the other. `None`
+    where one is of a model in bfloat16 and the other of one in float16: what both were rounded from is not known."""
     if a == b or len(a) != 64 or len(b) != 64:
         return a == b
-    return a[:20] in (b[:20], b[24:44], b[44:]) or b[:20] in (a[24:44], a[44:])
+    a, b = ((each[:20], each[24:44], each[44:]) for each in (a, b))
+    if a[0] in b or b[0] in a:
+        return True
+    loaded_in = [rounded.index(exact) if exact in rounded else None for exact, *rounded in (a, b)]
+    return None if loaded_in in ([0, 1], [1, 0]) else False
 
 
 def _without_provenance(value):

@@ -140,14 +140,10 @@ def read_adapter(source: str | os.PathLike, **hub) -> tuple[dict, dict[str, Tens
     config, path = read_config(source, **hub), fetch(source, WEIGHTS, **hub)
     # Copies: a loaded tensor is a view of the file, which may be written again while it is in use.
     parts = {key.removeprefix(KEY_PREFIX): tensor.clone() for key, tensor in load_file(path).items()}
-    _check_values(config, parts, str(path))
-    return config, parts
-
-
-def _check_values(config: dict, parts: dict[str, Tensor], path: str) -> None:
     check_weights(parts, f"{{}} of {path}")
     if "basis" in parts and not config.get("train_basis"):
         check_semi_orthogonal(parts["basis"], f"the basis of {path}", full_rank=True)
+    return config, parts
 
 
 def content_digest(adapter: str, bridge: str, fingerprint: str) -> str:
@@ -165,11 +161,11 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Te
 
     Raises:
         FileExistsError: the folder holds another adapter, with scores that would not be this one's.
-        ValueError: what [`read_adapter`] would refuse.
+        ValueError: a value is not finite, or what [`read_config`] would refuse.
     """
     folder, text = Path(folder), json.dumps(config, indent=2, sort_keys=True) + "\n"
     known = check_json(parse_json(text, CONFIG), "adapter_config", CONFIG)
-    _check_values(config, tensors, str(folder / WEIGHTS))
+    check_weights(tensors, f"{{}} of {folder / WEIGHTS}")
     content = save({KEY_PREFIX + part: tensor.contiguous() for part, tensor in tensors.items()})
     there = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
     if there and (folder / WEIGHTS).read_bytes() != content:

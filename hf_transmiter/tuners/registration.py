@@ -89,9 +89,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.prefix + part)[name]
 
     def fill(self, name: str, parts: Mapping[str, Tensor | nn.Module]) -> None:
-        """Gives an adapter its parts; tensors become parameters."""
+        """Gives an adapter its parts, float32 whatever torch's default; tensors become parameters."""
         for part, value in parts.items():
-            value = nn.Parameter(value) if isinstance(value, Tensor) else value
+            value = nn.Parameter(value.float()) if isinstance(value, Tensor) else value.float()
             getattr(self, self.prefix + part)[name] = value
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names) -> "AdapterLayer":

@@ -1,30 +1,15 @@
 """What every PEFT method of this package owes its users who call one model from several places, or export it: one
 matrix, as in `test_contract`."""
 
-import copy
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from contract import MATRIX, METHODS, ask, call, matrix, same, stir
 from peft import get_peft_model
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 NAMES = ["cat", "old dog", "car", "a small tree", "ship"]
-
-
-@pytest.fixture
-def restless():
-    """Threads take turns between any two modules."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    hook = register_module_forward_pre_hook(lambda *_: time.sleep(0))
-    yield
-    hook.remove()
-    sys.setswitchinterval(interval)
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +76,7 @@ def replicas(model, count):
         for module, twin in twins.items():
             twin._modules = {name: child and twins[child] for name, child in module._modules.items()}
             for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    setattr(twin, name, parameter * 1)
+                setattr(twin, name, parameter if parameter is None else parameter * 1)
         return twins[model]
 
     return [replica() for _ in range(count)]
@@ -117,13 +101,15 @@ def test_replicas_answer_and_learn(method, root, tuned, inputs, restless):
 
 @matrix
 def test_nothing_of_a_call_stays_on_the_model(method, root, tuned, inputs):
-    """Neither a tensor nor a key: what another device or type would find there is of this one."""
     model, _, _ = tuned(method, root)
     layer = next(module for module in model.modules() if hasattr(module, "configs"))
-    before = {key: copy.deepcopy(value) for key, value in vars(layer).items() if key not in ("roots", "_modules")}
-    ask(model, method, inputs(root))
-    assert vars(layer).keys() - {"roots", "_modules"} == before.keys()
-    assert not any(torch.is_tensor(value) for value in vars(layer).values())
+
+    def kept():
+        return {key: repr(value) for key, value in vars(layer).items() if key not in ("roots", "_modules")}
+
+    before, given = kept(), inputs(root)
+    ask(model, method, {key: value.flip(0)[:1] for key, value in given.items()})
+    assert kept() == before
 
 
 @matrix
@@ -131,26 +117,7 @@ def test_another_type_after_the_first_call(method, root, tuned, inputs):
     model, answer, _ = tuned(method, root)
     model.double()
     given = {key: value.double() if value.is_floating_point() else value for key, value in inputs(root).items()}
-    torch.testing.assert_close(ask(model, method, given), answer.double(), atol=1e-3, rtol=1e-3)
-
-
-@matrix
-def test_the_meta_device_after_the_first_call(method, root, tuned, inputs):
-    """As any other device: nothing is left behind, of texts and names either."""
-    if getattr(method.make(), "class_specific", False):
-        pytest.skip("which context is a text's is decided by its values")
-    model, _, _ = tuned(method, root)
-    if method.chosen:
-        model.set_classes(["cat", "old dog"])
-    pixels = inputs(root)["pixel_values"]
-    ask(model, method, inputs(root), texts=False)
-    model.to("meta")
-    try:
-        found = model(pixel_values=pixels.to("meta")).logits_per_image
-    except RuntimeError as error:  # values decide how long texts are
-        assert "meta" in str(error) and "device" not in str(error).replace("meta device", "")
-    else:
-        assert found.is_meta
+    torch.testing.assert_close(ask(model, method, given).float(), answer, atol=1e-3, rtol=1e-3)
 
 
 @matrix
@@ -160,7 +127,7 @@ def test_float64_by_default(method, root, new, inputs):
     torch.set_default_dtype(torch.float64)
     try:
         model = get_peft_model(new(root), method.make())
-        torch.testing.assert_close(ask(model, method, inputs(root)).float(), answer, atol=0.5, rtol=0.5)
+        torch.testing.assert_close(ask(model, method, inputs(root)).float(), answer, atol=1e-3, rtol=1e-3)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.isfinite(answer).all()
@@ -183,11 +150,23 @@ def exported(model, given):
     """The program of any number of pictures up to 64."""
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = {key: {0: batch} if key == "pixel_values" else None for key in given}
-    return torch.export.export(Logits(model.get_base_model()).eval(), (), given, dynamic_shapes=shapes).module()
+    root = Logits(model.get_base_model()).eval()
+    return torch.export.export(root, (), given, dynamic_shapes=shapes, strict=False).module()
 
 
-@pytest.mark.parametrize("texts", [False, True], ids=["pixels", "texts"])
-@matrix
+QUICK = ("mlp", "image_side", "image_side_tower", "coop", "coop_class_specific", "cocoop", "contcoop", "ivlp")
+EXPORTS = [
+    pytest.param(
+        *case.values,
+        texts,
+        marks=() if case.id in [f"{name}-clip" for name in QUICK] and not texts else pytest.mark.slow,
+    )
+    for case in MATRIX
+    for texts in (False, True)
+]
+
+
+@pytest.mark.parametrize(("method", "root", "texts"), EXPORTS)
 def test_export(method, root, texts, tuned, inputs):
     model, _, _ = tuned(method, root)
     if method.chosen and not texts:

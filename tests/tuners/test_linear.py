@@ -254,16 +254,6 @@ def test_beside_a_lora_in_the_projection(encoder, make_images):
         same(encoder.model(pixel_values=pixels).logits_per_image, expected)
 
 
-def test_a_lora_in_the_projection_that_comes_later(encoder, make_images):
-    pixels = encoder.preprocess(make_images(2))
-    inject_adapter_in_model(linear(image_side=16), encoder.model, "own")
-    lora = LoraConfig(target_modules=["visual_projection"], init_lora_weights=False)
-    inject_adapter_in_model(lora, encoder.model, "lora")
-    set_adapter(encoder.model, ["own", "lora"])
-    with pytest.raises(ValueError, match=r"was replaced \(by a LoRA\?\) .* attach the TransMiter adapter last"):
-        encoder.model(pixel_values=pixels, **encoder.tokenize(["a cat."]))
-
-
 def test_saved_and_loaded(encoder, make_images, tmp_path):
     pixels = encoder.preprocess(make_images(2))
     for name, settings in sides(encoder).items():

@@ -151,7 +151,7 @@ class PromptLayer(AdapterLayer):
     def noise(config: PromptConfig, *shape: int) -> Tensor:
         """A draw from N(0, 0.02²) that the seed decides, also while PEFT builds modules without memory."""
         generator = torch.Generator().manual_seed(config.seed)
-        return 0.02 * torch.randn(*shape, generator=generator, device="cpu")
+        return 0.02 * torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def set_classes(self, name: str, names: Sequence[str], tokenizer, family: str) -> None:
         """See [`set_classes`](hf_transmiter.tuners.prompts.set_classes)."""

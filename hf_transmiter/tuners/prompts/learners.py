@@ -82,8 +82,9 @@ class CoCoOpLayer(PromptLayer):
 
     def initial(self, config: PromptConfig, root: nn.Module) -> dict[str, Tensor | nn.Module]:
         context, d = self.initial_context(config), shared_width(root)
-        hidden = max(d // 16, 1)
-        return {"ctx": context, "down": nn.Linear(d, hidden), "up": nn.Linear(hidden, context.shape[1])}
+        sizes = d, max(d // 16, 1), context.shape[1]
+        down, up = (nn.Linear(*pair, dtype=torch.float32) for pair in zip(sizes, sizes[1:], strict=False))
+        return {"ctx": context, "down": down, "up": up}
 
     def context(self, name: str, texts: Texts, tower: nn.Module) -> Tensor:
         context, images = self.part("ctx", name), images_seen()
@@ -131,10 +132,11 @@ class ContCoOpLayer(PromptLayer):
         width = context.shape[1]
         if width % self._heads(config, width):
             raise ValueError(f"{config.heads} heads do not divide the text tower's width of {width}.")
-        parts = {part: nn.Linear(width, width) for part in ("out", "query", "value")}
+        parts = {part: nn.Linear(width, width, dtype=torch.float32) for part in ("out", "query", "value")}
         for parameter in parts["out"].parameters():
             nn.init.zeros_(parameter)
-        parts["key"] = nn.Linear(width, width, bias=False)  # softmax does not see what all keys have in common
+        # No bias: softmax does not see what all keys have in common.
+        parts["key"] = nn.Linear(width, width, bias=False, dtype=torch.float32)
         return {"ctx": context, "norm_q": nn.LayerNorm(width), "norm_k": nn.LayerNorm(width), **parts}
 
     @staticmethod
@@ -254,7 +256,8 @@ class MaPLeLayer(DeepPromptLayer):
         deep, width = config.depth - 1, context.shape[1]
         # As published: F_0 has a start of its own, all others begin as copies of one. Uniform as in nn.Linear.
         bound = width**-0.5
-        draws = torch.empty(2, root.config.vision_config.hidden_size, width + 1, device="cpu").uniform_(-bound, bound)
+        draws = torch.empty(2, root.config.vision_config.hidden_size, width + 1, dtype=torch.float32, device="cpu")
+        draws.uniform_(-bound, bound)
         maps = torch.cat([draws[:1], draws[1:].expand(deep, -1, -1)])
         start = {"ctx": context, "weight": maps[..., :-1].contiguous(), "bias": maps[..., -1].contiguous()}
         if deep:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...algebra import standardise
+from ...algebra import check_unit, standardise
 from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import dummy_text_inputs, logit_scale_and_bias, token_rows, unit_rows
 from ..registration import AdapterLayer
@@ -137,8 +137,8 @@ class TransMiterLayer(AdapterLayer):
                 self.fresh[name] = not anchors.any()
 
     def learnable(self, name: str) -> dict[str, nn.Parameter]:
-        """The [`weights`] that a few labelled images improve: not the anchors, a basis that has to stay orthonormal, or
-        class vectors beside an image side, which only learn the few labels by heart."""
+        """The [`weights`] that a few labelled images improve: not the anchors, a basis that has to stay orthonormal,
+        or class vectors beside an image side, which only learn the few labels by heart."""
         config = self.configs[name]
         frozen = {"anchors"} | (set() if config.train_basis else {"basis"})
         frozen |= {"class_vectors"} if config.image_side else set()
@@ -178,9 +178,18 @@ class TransMiterLayer(AdapterLayer):
 
     def adapt(self, rows: Tensor) -> Tensor:
         """Rows ``f`` (B, d or d + 2D), whose first d columns are ``x``, to ``x' = normalise(x + A f + b)`` (B, d);
-        without an image side to ``x``."""
+        without an image side to ``x``.
+
+        Raises:
+            ValueError: a row that is not finite, or zero because it ran over.
+        """
         x = rows[:, : self.configs[self.active_name].embed_dim]
-        return nn.functional.normalize(x + self._change(rows), dim=-1) if self.has_image_side else x
+        if not self.has_image_side:
+            return x
+        adapted = nn.functional.normalize(x + self._change(rows), dim=-1)
+        if not (torch.compiler.is_exporting() or adapted.is_meta):
+            check_unit(adapted.detach(), "adapted image", "the TransMiter adapter")
+        return adapted
 
     def _check(self, rows: Tensor) -> None:
         reads = self.configs[self.active_name].reads
@@ -226,13 +235,14 @@ class TransMiterLayer(AdapterLayer):
     # Hooks. Bound methods, so that copies and pickles of the model rebind them to their own layer. What belongs to one
     # call travels on its tensors, never on a module: several threads may share a model.
     def take_tokens(self, tower: nn.Module, args: tuple, output) -> None:
-        """After the vision tower: its pooled vector takes along to the projection what the adapter reads. PEFT may have
-        put another module there since (a LoRA's), or taken it off again."""
-        with _LOCK:
-            projection = self.roots[0].visual_projection
-            if self.adapt_projected not in projection._forward_hooks.values():
-                _release(projection)
-                projection.register_forward_hook(self.adapt_projected)
+        """After the vision tower: its pooled vector takes along to the projection what the adapter reads. PEFT may
+        have put another module there since (a LoRA's), or taken it off again."""
+        hooks = self.roots[0].visual_projection._forward_hooks
+        if self.adapt_projected not in hooks.values():
+            with _LOCK:
+                if self.adapt_projected not in hooks.values():  # another thread may have come first
+                    _release(self.roots[0].visual_projection)
+                    self.roots[0].visual_projection.register_forward_hook(self.adapt_projected)
         if self.reads_tower:
             output[1].transmiter_tokens = token_rows(output[0])
 

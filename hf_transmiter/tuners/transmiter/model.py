@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...algebra import check_semi_orthogonal
 from ...encoders.dual_encoder import DualEncoder
 from ...encoders.families import is_dual_encoder, shared_width
-from ...encoders.identity import ModelId
+from ...encoders.identity import ModelId, same_model
 from ...hub.repo import model_location, public_name
 from ..registration import Tuner
 from .config import TransMiterConfig
@@ -55,8 +55,10 @@ def _is_same(config: TransMiterConfig, name: str | None, encoder: DualEncoder | 
     if encoder is None or config.base_fingerprint is None:
         if named:
             return True
-    else:
-        return ModelId(made_for, config.revision, config.base_fingerprint).is_of(encoder)
+    elif ModelId(made_for, config.revision, config.base_fingerprint).is_of(encoder):
+        return True
+    elif same_model(config.base_fingerprint, encoder.fingerprint) is not None:
+        return False
     # Two ids of the Hub are two models; a folder may hold either.
     ids = name is not None and not named and all(public_name(each) == each for each in (name, made_for))
     return False if ids else None
