@@ -85,10 +85,12 @@ def read_folder(path: Path) -> Folder | None:
     pictures = [parts for parts in files if Path(parts[-1]).suffix.lower() in _PICTURES]
     has_metadata, card = any(parts[-1] in _METADATA for parts in files), path / "README.md"
     data_files = sum(Path(parts[-1]).suffix in DATA_FILES and parts[-1] not in _METADATA for parts in files)
+    others = listed(f"{count} ({kind})" for kind, count in kinds.most_common() if kind not in _PICTURES)
+    if not pictures and not data_files and others:
+        _say(logging.INFO, f"{path}: there are no pictures that can be read among the files: {others}.")
     # A copy of a repository may say itself where its splits are.
     if len(pictures) <= data_files or (card.is_file() and b"\nconfigs:" in card.read_bytes()):
         return None
-    others = listed(f"{count} ({kind})" for kind, count in kinds.most_common() if kind not in _PICTURES)
     if others and not has_metadata:
         _say(logging.INFO, f"{path}: files that are no pictures are left alone: {others}.")
     while len(top := _top(pictures)) == 1 and None not in top and not _split(top[0]):

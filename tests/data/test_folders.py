@@ -205,6 +205,11 @@ def test_extensions(make_folder, caplog):
     with caplog.at_level(logging.INFO):
         assert splits_of(root) == {"train": {"cat": 7, "dog": 1}}
     assert "left alone: 1 (.heic), 1 (no extension), 1 (.part)" in caplog.text
+    (root / "other").mkdir()
+    (root / "other" / "k.heic").write_bytes(b"x")
+    with caplog.at_level(logging.INFO), pytest.raises((ValueError, FileNotFoundError), match="other"):
+        load_images(str(root / "other"))
+    assert "there are no pictures that can be read among the files: 1 (.heic)." in caplog.text
 
 
 def test_empty_class_folders(make_folder, caplog):
