@@ -13,7 +13,7 @@ from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import is_dual_encoder, unwrap
-from ..encoders.identity import check_untuned
+from ..encoders.identity import active_adapters, check_untuned
 from ..tuners.prompts import image_conditioned, prompt_layer
 from .classifier import AnchorClassifier
 from .stored_logits import CalibrationPack
@@ -79,7 +79,9 @@ def is_untuned(weak: DualEncoder, teacher: Teacher) -> bool:
     """Whether a teacher is a copy of the weak model, or what that says by itself."""
     encoder = teacher if isinstance(teacher, DualEncoder) else getattr(teacher, "encoder", None)
     chosen = isinstance(teacher, AnchorClassifier) and (teacher.adapter_config or teacher.text_embeds_given)
-    return encoder is not None and not chosen and encoder.fingerprint == weak.fingerprint
+    if encoder is None or chosen or active_adapters(encoder.model):
+        return False
+    return encoder.fingerprint == weak.fingerprint
 
 
 def _columns(teacher: AnchorClassifier | CalibrationPack, class_names: Sequence[str]) -> list[int]:
