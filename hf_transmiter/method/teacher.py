@@ -14,7 +14,7 @@ from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.images import guess_columns
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import is_dual_encoder, unwrap
-from ..encoders.identity import check_untuned
+from ..encoders.identity import active_adapters, check_untuned
 from ..hub.checks import as_list
 from ..tuners.prompts import image_conditioned, prompt_layer
 from .classifier import AnchorClassifier
@@ -127,7 +127,9 @@ def is_untuned(weak: DualEncoder, teacher: Teacher) -> bool:
     """Whether a teacher is a copy of the weak model, or what that says by itself."""
     encoder = teacher if isinstance(teacher, DualEncoder) else getattr(teacher, "encoder", None)
     chosen = isinstance(teacher, AnchorClassifier) and (teacher.adapter_config or teacher.text_embeds_given)
-    return encoder is not None and not chosen and encoder.fingerprint == weak.fingerprint
+    if encoder is None or chosen or active_adapters(encoder.model):
+        return False
+    return encoder.fingerprint == weak.fingerprint
 
 
 def _columns(teacher: AnchorClassifier | CalibrationPack, class_names: Sequence[str]) -> list[int]:
