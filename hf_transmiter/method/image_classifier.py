@@ -28,7 +28,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..algebra import check_finite, check_weights
+from ..algebra import check_finite, check_unit, check_weights
 from ..encoders.dual_encoder import load_image_processor, square_processor
 from ..encoders.families import (
     IMAGE_PARTS,
@@ -170,8 +170,11 @@ class TransMiterForImageClassification(PreTrainedModel):
         `labels` (B,) also their cross entropy, `loss`."""
         inputs = image_inputs(self.encoder, pixel_values.to(self.encoder.dtype))
         rows = feature_rows(self.encoder.get_image_features(**inputs), self.transmiter.reads_tower)
+        checked = not (self.training or torch.compiler.is_exporting() or rows.is_meta)
+        if checked:
+            check_unit(rows[:, : shared_width(self.encoder)], "image", "the classifier")
         logits = self.transmiter(rows, *logit_scale_and_bias(self.encoder))
-        if not (self.training or torch.compiler.is_exporting() or logits.is_meta):
+        if checked:
             check_finite(logits, "logits of the classifier")
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)

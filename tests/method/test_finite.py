@@ -86,7 +86,7 @@ def test_the_image_classifier(linear, make_images, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     weight = model.encoder.vision_model.encoder.layers[0].mlp.fc1.weight
     weight.data[0, 0] = NAN
-    with pytest.raises(ValueError, match="logits of the classifier hold NaN"):
+    with pytest.raises(ValueError, match="the classifier: the image embedding of row 0 is not finite"):
         model(pixels)
     with pytest.raises(ValueError, match=r"the classifier's weights 'encoder.*fc1.weight' hold NaN"):
         model.save_pretrained(tmp_path / "damaged")
