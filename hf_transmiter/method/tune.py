@@ -193,7 +193,8 @@ def tune(
         description=f"Tuning ({method})",
         progress=progress,
     )
-    logger.info("tuned %s on %d images of %d classes; losses %s", model.name_or_path, lesson.seen, len(names), found)
+    where = (model.name_or_path, lesson.seen, len(names), len(found))
+    logger.info("tuned %s on %d images of %d classes; loss of %d epochs %.3g to %.3g", *where, found[0], found[-1])
     settings = {**adapter, **asdict(config)}
     _note(tuned, lesson.seen, dataset, settings)
     tuned.model.requires_grad_(False).eval()
