@@ -83,6 +83,19 @@ def test_predict(encoder, make_images, tmp_path):
     assert sum(entry["score"] for entry in bare[0]) == pytest.approx(1)
 
 
+def test_names_asked_once_are_no_others_where_none_are_given(encoder, make_images):
+    given = torch.nn.functional.normalize(torch.randn(5, 16), dim=1)
+    for classifier in (AnchorClassifier(encoder, ANCHORS, given), AnchorClassifier(encoder, ANCHORS)):
+        image, names = make_images(1)[0], classifier.class_names
+        usual = classifier.predict(image, top_k=9)[0]
+        for asked in (names, names[::-1]):  # of the vectors that were given, if any
+            again = classifier.predict(image, top_k=9, class_names=asked)[0]
+            assert [entry["label"] for entry in again] == [entry["label"] for entry in usual]
+            assert [e["score"] for e in again] == pytest.approx([e["score"] for e in usual], abs=1e-5)
+        with pytest.raises(ValueError, match="no class name|at least one|empty"):
+            classifier.predict(image, class_names=[])
+
+
 # With adapters
 
 
