@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
-from types import MappingProxyType
 
 
 logger = logging.getLogger(__name__)
@@ -112,14 +112,18 @@ def check_fields(config, limits: Mapping[str, Mapping] | None = None) -> None:
         object.__setattr__(config, item.name, value)
 
 
-def check_kind(name: str, value, kind: type, hints: Mapping[type | tuple[type, ...], str] = MappingProxyType({})):
+def check_kind(name: str, value, kind: type):
     """Returns `value`, an argument of this `name`.
 
     Raises:
-        TypeError: it is not of this kind; with the hint for what it is instead, if there is one.
+        TypeError: it is not of this kind; of what can be made into one (`kind.made_from`), the message says how.
     """
     if not isinstance(value, kind):
-        hint = next((f": {hint}" for other, hint in hints.items() if isinstance(value, other)), "")
+        known = {dict: f"pass {kind.__name__}(**it)"} if is_dataclass(kind) else {}
+        for reader in ("from_pretrained", "read"):
+            known |= {(str, os.PathLike): f"load it with {kind.__name__}.{reader}"} if hasattr(kind, reader) else {}
+        known |= getattr(kind, "made_from", {})
+        hint = next((f": {how}" for other, how in known.items() if isinstance(value, other)), "")
         found = "None" if value is None else f"of the type {type(value).__name__}"
         article = "an" if kind.__name__[0] in "AE" else "a"
         raise TypeError(f"{name} must be {article} {kind.__name__}, not {found}{hint}.")
@@ -160,7 +164,7 @@ def config_of(kind: type, config):
     Raises:
         TypeError: they are of another kind.
     """
-    return kind() if config is None else check_kind("config", config, kind, {dict: f"pass {kind.__name__}(**it)"})
+    return kind() if config is None else check_kind("config", config, kind)
 
 
 _SGD = {"optimizer": "sgd", "schedule": "epochs", "lr": 2e-3, "weight_decay": 5e-4, "warmup": 0.0}

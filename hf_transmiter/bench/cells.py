@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -33,7 +32,7 @@ from ..evaluation.drift import feature_drift
 from ..evaluation.methods import LABELS, METHODS, NEEDS, Variant
 from ..evaluation.upgrade import ZERO_SHOT, score_upgrade
 from ..hub.adapter_files import CONFIG, TEACHER_FILE, WEIGHTS
-from ..hub.files import CHECKPOINT, beside, entries, replace_file, replace_folder
+from ..hub.files import CHECKPOINT, beside, entries, file_digest, replace_file, replace_folder
 from ..hub.repo import public_name
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_teacher
@@ -129,8 +128,7 @@ def _identity(images: Dataset) -> str:
 
 def _digest_of(folder: Path) -> str:
     """Of the files of a tuned model that its answers depend on."""
-    files = [(folder / name).read_bytes() for name in (WEIGHTS, CONFIG, TEACHER_FILE)]
-    return digest([hashlib.sha256(content).hexdigest() for content in files])
+    return digest([file_digest(folder / name) for name in (WEIGHTS, CONFIG, TEACHER_FILE)])
 
 
 def slug(text: str) -> str:

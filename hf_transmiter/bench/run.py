@@ -64,7 +64,7 @@ def run_bench(
         FileExistsError: `output_dir` holds something else.
         BlockingIOError: another run is writing there.
     """
-    check_kind("config", config, BenchConfig, {(str, os.PathLike): "read it with BenchConfig.read"})
+    check_kind("config", config, BenchConfig)
     state = accelerator or Alone("cpu")
     with claim(output_dir) if state.is_main_process else nullcontext():
         return _run(config, Path(output_dir), state, models, embedding, progress)

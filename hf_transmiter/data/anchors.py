@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -48,6 +49,8 @@ class Anchors:
             exactly one `{}`, a text of more than 1,000 characters, or more of them than can be saved.
         TypeError: a name or template is not a string, or a bare string is given where a list is wanted.
     """
+
+    made_from: ClassVar = {(str, list, tuple): "make some of your class names, Anchors(('cat', 'dog'))"}
 
     task: tuple[str, ...]
     auxiliary: tuple[str, ...] = ()

@@ -30,11 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.dual_encoder import DualEncoder
 from ..encoders.pictures import SKIP, UnreadablePicture
 from ..hub.checks import as_list
-from ..hub.files import LOCK, beside, claim, digest, replace_file
-from ..settings import check_number
+from ..hub.files import LOCK, beside, claim, digest, file_digest, file_state, replace_file
+from ..settings import check_kind, check_number
 from .class_names import label_places
 from .images import guess_columns, label_indices, stored_pictures
 
@@ -138,7 +138,7 @@ def embed_dataset(
             be read, a file is changed meanwhile, or the model answers with infinite or undefined numbers; rows are
             named by their index.
     """
-    check_encoder("encoder", encoder)
+    check_kind("encoder", encoder, DualEncoder)
     batch_size = check_number("batch_size", batch_size, least=1)
     image_column, label_column = guess_columns(dataset, image_column, label_column, labels=labels)
     if not len(dataset):
@@ -210,7 +210,7 @@ def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
 def _open(path: Path) -> Tensor | None:
     """The rows of a finished file; `None` where there is none, or a damaged one."""
     try:
-        if not _is_whole_table(path, *_state(path)):
+        if not _is_whole_table(path, *file_state(path)):
             raise ValueError("its rows are not those that were written")
         # Mapped: pages are read when touched and may be dropped again.
         return torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -232,12 +232,6 @@ def _is_whole_table(path: Path, *state: int) -> bool:
         return file.read() == found.digest()
 
 
-def _state(path: str | os.PathLike) -> tuple[int, ...]:
-    """Size of a file, and what changes with its content."""
-    about = os.stat(path)
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
-
-
 def content_fingerprint(dataset: Dataset, image_column: str) -> str:
     """What identifies a dataset's rows: its own fingerprint, and the content of files that the column only names."""
     stored, found = dataset.data.column(image_column), hashlib.sha256(dataset._fingerprint.encode())
@@ -250,22 +244,9 @@ def content_fingerprint(dataset: Dataset, image_column: str) -> str:
     for start in range(0, len(column), PART_ROWS):
         for row in column[start : start + PART_ROWS][image_column].to_pylist():
             name = row["path"] if inside and row and row["bytes"] is None else row
-            found.update(_content(name) if isinstance(name, str) else b"")
+            with suppress(OSError, ValueError, TypeError):  # no file: nothing is known of anything else
+                found.update(file_digest(name).encode())
     return found.hexdigest()
-
-
-def _content(name: str) -> bytes:
-    """Of a file; of anything else that a column may name, nothing is known."""
-    try:
-        return _file_digest(name, *_state(name))
-    except (OSError, ValueError):
-        return b""
-
-
-@lru_cache(maxsize=1_000_000)
-def _file_digest(path: str, *state: int) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress) -> None:

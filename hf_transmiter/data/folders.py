@@ -22,6 +22,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, NamedSplit
 
+from ..hub.files import file_digest, file_state
 from .class_names import listed
 
 
@@ -65,7 +66,7 @@ class Folder:
         if len(self.class_names) > 1 and all(len(parts) > 1 for parts in pictures):
             columns["label"] = [_class_name(parts[0]) for parts in pictures]
             features["label"] = ClassLabel(names=self.class_names)
-        facts = [split, self.class_names, [[*parts, *_stat(place.joinpath(*parts))] for parts in pictures]]
+        facts = [split, self.class_names, [[*parts, *_state(place.joinpath(*parts))] for parts in pictures]]
         made = Dataset.from_dict(columns, features=features, split=NamedSplit(split))
         fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         return Dataset(made.data, info=made.info, split=made.split, fingerprint=fingerprint)
@@ -188,33 +189,21 @@ def _find_classes(found: Folder, path: Path, folders: set[str]) -> None:
 
 def _compare(found: Folder, path: Path, first: str, second: str) -> None:
     """Says which pictures are in two splits. Only files of the same size are read."""
-    stats = []
-    for split in (first, second):
-        files = [found.places[split].joinpath(*parts) for parts in found.pictures[split]]
-        stats.append({file: _stat(file) for file in files})
-    shared = set.intersection(*({size for size, *_ in each.values()} for each in stats)) - {0}
-    same = [{_digest(file, facts) for file, facts in each.items() if facts[0] in shared} for each in stats]
+    places = [[found.places[split].joinpath(*parts) for parts in found.pictures[split]] for split in (first, second)]
+    sizes = [{file: _state(file)[0] for file in files} for files in places]
+    shared = set.intersection(*(set(each.values()) for each in sizes)) - {0}
+    same = [{file_digest(file) for file, size in each.items() if size in shared} for each in sizes]
     both = len(same[0] & same[1])
     if both:
-        said = f"{both} pictures are in both splits, {first} and {second}"
-        _say(
-            logging.WARNING,
-            f"{path}: {said}: what learns from one of them has seen what it is scored on in the other.",
-        )
+        said = "what learns from one of them has seen what it is scored on in the other"
+        _say(logging.WARNING, f"{path}: {both} pictures are in both splits, {first} and {second}: {said}.")
 
 
-def _stat(path: Path) -> tuple[int, int, int]:
-    """Size and times; a copy that keeps the time of its original has a time of change of its own."""
+def _state(path: Path) -> tuple[int, ...]:
     try:
-        found = path.stat()
+        return file_state(path)
     except OSError:  # a link to nothing: an error when the picture is read
-        return 0, 0, 0
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-@cache
-def _digest(path: Path, facts: tuple[int, int, int]) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+        return (0,)
 
 
 @cache

@@ -179,7 +179,7 @@ def check_dataset(dataset, name: str = "dataset") -> Dataset:
     elif isinstance(dataset, IterableDataset):
         how = "load it without streaming, or take some of it, Dataset.from_list(list(dataset.take(1000)))"
     found = "None" if dataset is None else f"a {type(dataset).__name__}"
-    raise ValueError(f"{name} must be one split of a datasets.Dataset, not {found}: {how}.")
+    raise ValueError(f"{name} must be one split of a dataset, not {found}: {how}.")
 
 
 def label_indices(dataset: Dataset, column: str) -> list[int]:

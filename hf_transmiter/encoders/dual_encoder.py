@@ -54,7 +54,6 @@ from .pictures import as_pictures, read_picture
 
 logger = logging.getLogger(__name__)
 
-_PICTURE = "a PIL image, a path or an array of uint8"
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -103,8 +102,12 @@ class DualEncoder:
         model (`PreTrainedModel`): the model without the PEFT wrapper, adapters active.
     """
 
+    made_from = {nn.Module: "wrap it, DualEncoder(model)"}
+
     def __init__(self, model: nn.Module, processor=None, name_or_path: str | None = None, revision: str | None = None):
-        check_kind("model", model, nn.Module, {(str, os.PathLike): "load it with DualEncoder.from_pretrained"})
+        if isinstance(model, (str, os.PathLike)):
+            check_kind("model", model, DualEncoder)
+        check_kind("model", model, nn.Module)
         self.model = unwrap(model)
         config = getattr(self.model, "config", None)
         check_family(getattr(config, "model_type", None), f"The model ({type(self.model).__name__})")
@@ -455,12 +458,3 @@ def square_processor(processor: BaseImageProcessor, config: PreTrainedConfig) ->
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     kept = {name: getattr(processor, name) for name in kept}
     return SiglipImageProcessorPil(size={"height": side, "width": side}, do_resize=True, do_convert_rgb=True, **kept)
-
-
-def check_encoder(name: str, value) -> "DualEncoder":
-    """
-    Raises:
-        TypeError: not a dual encoder; the message says how to make one of it.
-    """
-    hints = {(str, os.PathLike): "load it with DualEncoder.from_pretrained", nn.Module: "wrap it, DualEncoder(model)"}
-    return check_kind(name, value, DualEncoder, hints)

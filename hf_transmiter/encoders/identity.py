@@ -66,7 +66,7 @@ def active_adapters(model: nn.Module) -> list[str]:
     return sorted({name for _, active, merged, _ in _adapter_state(model) for name in (*active, *merged)})
 
 
-def check_untuned(encoder, role: str = "weak") -> None:
+def check_untuned(encoder) -> None:
     """
     Raises:
         ValueError: adapters are active in `encoder`, so that it is not what it was before a tuning.
@@ -74,7 +74,7 @@ def check_untuned(encoder, role: str = "weak") -> None:
     found = active_adapters(encoder.model)
     if found:
         raise ValueError(
-            f"the {role} model {encoder.name_or_path!r} has an adapter switched on ({', '.join(map(repr, found))}): "
+            f"the weak model {encoder.name_or_path!r} has an adapter switched on ({', '.join(map(repr, found))}): "
             "PEFT changes a model in place, and this one should be as it was before the tuning. Load it anew, "
             "DualEncoder.from_pretrained(...), or merge an adapter that belongs to it (merge_and_unload)."
         )
@@ -108,10 +108,14 @@ def model_fingerprint(model: nn.Module, settings) -> str:
 
 def text_version(model: nn.Module) -> tuple:
     """What changes whenever the text tower does: where its tensors lie, how often they were written to, which adapters
-    are active. Quick to tell, and of this process only."""
-    tensors = (p for part in TEXT_PARTS if hasattr(model, part) for p in getattr(model, part).state_dict().values())
-    state = json.dumps([entry for entry in _adapter_state(model) if entry[0].split(".", 1)[0] in TEXT_PARTS])
-    return state, tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    are active. Asked in every forward pass, so in one walk; of this process only."""
+    found = []
+    for module in (module for part in TEXT_PARTS if hasattr(model, part) for module in getattr(model, part).modules()):
+        if isinstance(module, BaseTunerLayer):
+            found.append(_layer_state(module))
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        found += [(tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None]
+    return tuple(found)
 
 
 def same_model(a: str, b: str) -> bool | None:
@@ -145,9 +149,12 @@ def _adapter_state(model: nn.Module) -> Iterator[list]:
     for name, module in model.named_modules():
         inside = name.split(".", 1)[0] in EMBEDDING_PARTS or _embedding_parts(module)
         if isinstance(module, BaseTunerLayer) and inside:
-            scaling = {key: float(value) for key, value in getattr(module, "scaling", {}).items()}
-            active = [] if module.disable_adapters else list(module.active_adapters)
-            yield [name, active, list(module.merged_adapters), scaling]
+            yield [name, *_layer_state(module)]
+
+
+def _layer_state(layer: BaseTunerLayer) -> list:
+    scaling = {key: float(value) for key, value in getattr(layer, "scaling", {}).items()}
+    return [[] if layer.disable_adapters else list(layer.active_adapters), list(layer.merged_adapters), scaling]
 
 
 def _tensor_digests(tensor: Tensor) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.anchors import DEFAULT_TEMPLATES
 from ..data.images import check_dataset, guess_columns
 from ..data.vocabulary import NUM_ANCHORS
-from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.dual_encoder import DualEncoder
 from ..hub.checks import as_list
 from ..hub.scores import Score
 from ..method.bridge import Bridge
@@ -185,10 +185,10 @@ def compare(
             a class that is not among the names, or two rows of one name.
     """
     for name, model in (("weak", weak), ("strong", strong)):
-        check_encoder(name, model)
+        check_kind(name, model, DualEncoder)
     check_teacher(teacher)
     if bridge is not None:
-        check_kind("bridge", bridge, Bridge, {str: "load it with Bridge.from_pretrained"})
+        check_kind("bridge", bridge, Bridge)
     for name, images in (("unlabelled", unlabelled), ("labelled", labelled), ("general", general), ("test", test)):
         if images is not None or name == "test":
             check_dataset(images, name)

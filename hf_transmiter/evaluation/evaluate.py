@@ -22,8 +22,9 @@ from ..data.embeddings import align_labels, embed_dataset
 from ..hub.adapter_files import SCORES
 from ..hub.card import write_card
 from ..hub.scores import THIS, Score, read_scores, write_scores
-from ..method.classifier import AnchorClassifier, check_classifier, seen_columns
+from ..method.classifier import AnchorClassifier, seen_columns
 from ..method.teacher import teacher_logits
+from ..settings import check_kind
 from .reliability import check_labels
 
 
@@ -90,7 +91,7 @@ def evaluate(
     Raises:
         ValueError: no labels, class names of the dataset that are not the classifier's, or logits that are not finite.
     """
-    check_classifier("classifier", classifier)
+    check_kind("classifier", classifier, AnchorClassifier)
     table = embed_dataset(classifier.encoder, dataset, tower=classifier.reads_tower, **embedding)
     labels = align_labels(table, classifier.class_names)
     logits = teacher_logits(classifier, dataset, classifier.class_names, **embedding)

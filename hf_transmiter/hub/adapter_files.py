@@ -26,7 +26,7 @@ from .checks import (
     read_header,
     refuse_pickles,
 )
-from .files import replace_file, write_json
+from .files import file_digest, replace_file, write_json
 from .repo import fetch, public_name, read_json
 
 
@@ -152,7 +152,7 @@ def content_digest(adapter: str, bridge: str, fingerprint: str) -> str:
     for source in (adapter, bridge):
         paths = [fetch(source, file) for file in (CONFIG, WEIGHTS, BRIDGE)] if not Path(source).is_file() else [source]
         for path in filter(None, paths):
-            found.update(hashlib.sha256(Path(path).read_bytes()).digest())
+            found.update(file_digest(path).encode())
     return found.hexdigest()
 
 

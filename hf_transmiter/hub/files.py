@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -308,6 +309,23 @@ def _is_held(lock: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def file_state(path: str | os.PathLike) -> tuple[int, ...]:
+    """Size of a file, and what changes with its content; a copy that keeps the times of its original has another."""
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, which is read once, as long as its state stays."""
+    return _file_digest(os.fspath(path), *file_state(path))
+
+
+@lru_cache(maxsize=1_000_000)
+def _file_digest(path: str, *state: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(tensors: Mapping[str, Tensor], *facts) -> str:

@@ -33,7 +33,7 @@ from ..hub.files import fill_folder, read_metadata_json, read_tensors, replace_f
 from ..hub.provenance import library_versions
 from ..hub.push import push
 from ..hub.repo import fetch, public_name
-from ..settings import BETA, PULL, check_number
+from ..settings import BETA, PULL, check_kind, check_number
 from .moments import CrossMoment, sum_dataset
 
 
@@ -136,8 +136,10 @@ class Bridge:
 
         Raises:
             ValueError: an unknown space, a logit-space bridge without images, or a beta in embedding space.
-            TypeError: a keyword that `embed_dataset` does not have.
+            TypeError: no dual encoder, or a keyword that `embed_dataset` does not have.
         """
+        check_kind("weak", weak, DualEncoder)
+        check_kind("strong", strong, DualEncoder)
         check_number("beta", beta if beta_per_image is None else beta_per_image, float, **PULL)
         if space not in ("embedding", "logit"):
             raise ValueError(f"space must be 'embedding' or 'logit', got {space!r}.")
@@ -480,9 +482,7 @@ class Bridge:
             revision, token, cache_dir, subfolder, local_files_only: as in transformers; not used for a file.
 
         Raises:
-            FileNotFoundError: nothing there, or no bridge in it.
-            OSError: the Hub has no such repository, or cannot be reached.
-            ValueError: what [`load`] raises.
+            OSError, ValueError: no bridge there, the Hub cannot be reached, or what [`load`] raises.
         """
         name = os.fspath(repo_or_path)
         if name.endswith(".safetensors"):

@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..algebra import check_finite
 from ..data.anchors import Anchors
-from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..encoders.pictures import as_pictures
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
@@ -46,16 +46,6 @@ def seen_columns(class_names: Sequence[str], seen: Sequence[str] | None) -> list
     return [class_names.index(name) for name in (class_names if seen is None else dict.fromkeys(seen))]
 
 
-def check_classifier(name: str, value) -> AnchorClassifier:
-    """
-    Raises:
-        TypeError: not a classifier; the message says how to make one of it.
-    """
-    path, model = (str, os.PathLike), (nn.Module, DualEncoder)
-    hints = {path: "load it with AnchorClassifier.from_pretrained", model: "pass AnchorClassifier(encoder, anchors)"}
-    return check_kind(name, value, AnchorClassifier, hints)
-
-
 class AnchorClassifier(nn.Module):
     """Zero-shot classifier over anchors: ``logits = s · x aᵀ + b``; with an adapter, logits over its class names.
 
@@ -76,10 +66,12 @@ class AnchorClassifier(nn.Module):
     ```
     """  # noqa: E501
 
+    made_from = {(nn.Module, DualEncoder): "pass AnchorClassifier(encoder, anchors)"}
+
     def __init__(self, encoder: DualEncoder, anchors: Anchors, text_embeds: Tensor | None = None):
         super().__init__()
-        names = {(str, list, tuple): "make some of your class names, Anchors(('cat', 'dog'))"}
-        self.encoder, self.anchors = check_encoder("encoder", encoder), check_kind("anchors", anchors, Anchors, names)
+        self.encoder = check_kind("encoder", encoder, DualEncoder)
+        self.anchors = check_kind("anchors", anchors, Anchors)
         self.model = encoder.model
         self._calibration: CalibrationPack | None = None
         self.facts: TeacherFacts | None = None  # of a model that was tuned: what it was made of
@@ -359,7 +351,7 @@ class AnchorClassifier(nn.Module):
                 or not finite.
         """
         if encoder is not None:
-            check_encoder("encoder", encoder)
+            check_kind("encoder", encoder, DualEncoder)
         adapter, named = split_revision(os.fspath(adapter))
         shared = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         hub = {"revision": revision or named, "subfolder": subfolder, **shared}

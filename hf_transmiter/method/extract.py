@@ -19,10 +19,10 @@ from ..algebra import check_finite, discriminant_head, ridge, total
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.images import check_dataset
-from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.provenance import library_versions, named_dataset
-from ..settings import ExtractionConfig, config_of
+from ..settings import ExtractionConfig, check_kind, config_of
 from ..training.draws import per_example
 from ..training.loop import fit
 from ..tuners import TransMiterConfig, TransMiterLayer
@@ -95,7 +95,7 @@ def extract(
             needed, more classes than anchors, anchors that do not
             begin with the class names, unknown names in `seen_classes`, or logits that are not finite.
     """
-    check_encoder("weak", weak)
+    check_kind("weak", weak, DualEncoder)
     check_teacher(teacher)
     if dataset is not None:
         check_dataset(dataset)

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from ..data.embeddings import FeatureTable, align_labels, embed_dataset
 from ..hub.provenance import library_versions
-from ..settings import LabelTuningConfig, check_read, config_of
+from ..settings import LabelTuningConfig, check_kind, check_read, config_of
 from ..training.loop import fit
-from .classifier import AnchorClassifier, check_classifier, seen_columns
+from .classifier import AnchorClassifier, seen_columns
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def label_tune(
         ValueError: no adapter, or its model was changed since; no labels, unknown names in `seen_classes`, or a label
             outside them.
     """
-    check_classifier("adapter", adapter)
+    check_kind("adapter", adapter, AnchorClassifier)
     config, source = config_of(LabelTuningConfig, config), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to tune: attach one with add_adapter, or pass what transfer returned.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..algebra import PairSums, check_finite, polar, standardise
 from ..data.anchors import Anchors
 from ..data.embeddings import embed_dataset
-from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.dual_encoder import DualEncoder
 
 
 RANK_TOLERANCE = 1e-3  # directions with less evidence than this share of the best are dropped (embedding space)
@@ -135,10 +135,8 @@ def sum_dataset(
     `"logit"` space of standardised logits over the anchors. `embedding` is passed to `embed_dataset`.
 
     Raises:
-        TypeError: no dual encoder, or a keyword that `embed_dataset` does not have, without images too.
+        TypeError: a keyword that `embed_dataset` does not have, without images too.
     """
-    for name, model in (("weak", weak), ("strong", strong)):
-        check_encoder(name, model)
     inspect.signature(embed_dataset).bind(weak, dataset, accelerator=accelerator, **embedding)
     texts, logit = None, space == "logit"
     widths = (len(anchors), len(anchors)) if logit else (strong.embed_dim, weak.embed_dim)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from ..algebra import check_weights
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors, read_templates
-from ..encoders.dual_encoder import DualEncoder, check_encoder, load_encoder
+from ..encoders.dual_encoder import DualEncoder, load_encoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import check_adapter_tensors, refuse_pickles
 from ..hub.repo import SANDBOX, fetch, read_json, split_revision
+from ..settings import check_kind
 from ..tuners import PeftType
 from .classifier import AnchorClassifier
 from .stored_logits import CalibrationPack
@@ -37,7 +38,7 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
         ValueError: an adapter of another model, damaged files, or pickles beside them.
     """
     source = os.fspath(source)
-    check_encoder("weak", weak)
+    check_kind("weak", weak, DualEncoder)
     if source.endswith(".safetensors"):
         return CalibrationPack.load(source)
     adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")

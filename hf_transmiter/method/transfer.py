@@ -7,7 +7,6 @@ what the tuned model and the strong one say together. Every closed form ends in 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -18,14 +17,14 @@ from torch.nn.functional import normalize
 from ..data.anchors import Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
 from ..data.images import check_dataset
-from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import without_paths
 from ..hub.provenance import library_versions, named_dataset
 from ..settings import TransferConfig, check_kind, check_read, config_of
 from ..tuners import TransMiterConfig
 from .bridge import Bridge
-from .classifier import AnchorClassifier, check_classifier, seen_columns
+from .classifier import AnchorClassifier, seen_columns
 from .experts import expert_logits
 from .refit import ImageSide, fewest_images, refit
 from .teacher import Teacher, check_teacher
@@ -76,12 +75,12 @@ def transfer(
             needs images without any, unknown names in `seen_classes`, too few images for a refit that was asked for,
             or a calibration pack of other class names.
     """
-    check_classifier("adapter", adapter)
-    check_encoder("strong", strong)
+    check_kind("adapter", adapter, AnchorClassifier)
+    check_kind("strong", strong, DualEncoder)
     if dataset is not None:
         check_dataset(dataset)
     if bridge is not None:
-        check_kind("bridge", bridge, Bridge, {(str, os.PathLike): "load it with Bridge.from_pretrained"})
+        check_kind("bridge", bridge, Bridge)
     config, source = config_of(TransferConfig, config), adapter.adapter_config
     if source is None:
         raise ValueError("there is no adapter to transfer: pass what extract returned, or load a saved one.")

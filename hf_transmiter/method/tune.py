@@ -22,10 +22,10 @@ from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
 from ..data.images import check_dataset, guess_columns
-from ..encoders.dual_encoder import DualEncoder, check_encoder
+from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import did_you_mean
-from ..settings import METHODS, VISION_LINEARS, TuningConfig, check_number, config_of
+from ..settings import METHODS, VISION_LINEARS, TuningConfig, check_kind, check_number, config_of
 from ..training.batches import Pixels, forward_pass, frozen_images, learns, trained_images
 from ..training.loop import fit, gaussian_epoch_weights, project_gradient
 from ..training.objectives import losses
@@ -115,10 +115,10 @@ def tune(
     >>> upgraded = tune(strong, load_dataset("mteb/dtd", split="train"), teacher=tuned, weak=weak)  # no label is read
     ```
     """
-    check_encoder("model", model)
+    check_kind("model", model, DualEncoder)
     check_dataset(dataset)
     if weak is not None:
-        check_encoder("weak", weak)
+        check_kind("weak", weak, DualEncoder)
         if teacher is None:
             raise ValueError("weak is what a teacher was before its tuning: pass the teacher, too, or leave weak out.")
     if teacher is not None:

@@ -359,8 +359,8 @@ def test_images_without_labels(found):
     assert result.value("tuned weak", "agreement") == 100
     # Random models: what the tuned one knows may look like chance; and nothing that would be recommended was run.
     doubted = result.evidence["changed"] < 100 * NOTHING_LEARNT or result.evidence["kappa_strong"] < AT_CHANCE
-    assert result.recommended == ("zero-shot strong" if doubted else "bridge from text")
-    start = "Keep the strong model as it is: the tun" if doubted else "Whether bridge from text beats"
+    assert result.recommended == ("zero-shot strong" if doubted else "bridge from task images")
+    start = "Keep the strong model as it is: the tun" if doubted else "Whether bridge from task images beats"
     assert result.advice.startswith(start)
     given = compare(weak, strong, teacher, bare, class_names=NAMES[::-1], variants=["EFT"], progress=False)
     assert torch.allclose(given.rows["EFT"].logits, result.rows["EFT"].logits.flip(1), atol=1e-5)

@@ -113,17 +113,17 @@ def test_what_is_wanted_is_said(encoder, make_dataset, wrong):
             "strong must be a DualEncoder, not of ",
         ),
         (lambda e, d: ht.tune(e, {"train": d}), "dataset must be one split of a dataset, not a dict"),
-        (lambda e, d: ht.tune(e, DatasetDict(train=d)), r"take one of its splits, such as dataset\['train'\]"),
+        (lambda e, d: ht.tune(e, DatasetDict(train=d)), r"pass one of its splits, such as dataset\['train'\]"),
         (
             lambda e, d: ht.tune(e, d, config={"epochs": 1}),
             r"config must be a TuningConfig, .*: pass TuningConfig\(\*\*it",
         ),
         (lambda e, d: ht.tune(e, d, weak=e), "weak is what a teacher was before its tuning: pass the teacher"),
         (lambda e, d: AnchorClassifier(e, ["cat"]), r"anchors must be an Anchors, .*: make some of your class names"),
-        (lambda e, d: AnchorClassifier(e, Anchors(NAMES)).predict(None), "images must be pictures .* not a NoneType"),
+        (lambda e, d: AnchorClassifier(e, Anchors(NAMES)).predict(None), "cannot read image 0: there is no picture"),
         (
             lambda e, d: e.preprocess([torch.zeros(3, 4, 4)]),
-            "a picture is a PIL image, a path or an array of uint8",
+            "cannot read image 0: values must be uint8, uint16, or fractions",
         ),
     ],
 )

@@ -123,9 +123,13 @@ def class_contexts(encoder: DualEncoder, names: Sequence[str]) -> torch.Tensor:
     layer, model = prompt_layer(encoder.model), encoder.model
     count = len(layer.slot_ids(layer.active_config))
     inputs = class_inputs(names, encoder.processor.tokenizer, model.config.model_type, layer.positions, count)
-    layer.insert(model.text_model, (), {key: value.to(model.device) for key, value in inputs.items()})
-    context = layer.context(layer.active_name)
-    return context.expand(len(names), *context.shape[-2:]).clone()
+    seen, made = [], layer.context
+    layer.context = lambda *arguments: seen.append(made(*arguments)) or seen[-1]
+    try:
+        model.get_text_features(**{key: value.to(model.device) for key, value in inputs.items()})
+    finally:
+        del layer.context
+    return seen[0].expand(len(names), *seen[0].shape[-2:]).clone()
 
 
 def freeze_contexts(
