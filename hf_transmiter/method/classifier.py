@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..algebra import check_finite
 from ..data.anchors import Anchors
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, load_base
 from ..encoders.identity import ModelId
 from ..encoders.pictures import as_pictures
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
@@ -152,8 +152,8 @@ class AnchorClassifier(nn.Module):
         """From now on the answers are about `class_names`; returns the classifier itself.
 
         Names that the adapter was saved with, or some of them, are answered by its text side. Where one is another
-        name, an image side stays: ``logits = s · x' aᵀ + b`` with the names' own text embeddings. What is saved, carried
-        over or tuned is the adapter with its own names.
+        name, an image side stays: ``logits = s · x' aᵀ + b`` with the names' own text embeddings. What is saved,
+        carried over or tuned is the adapter with its own names.
 
         Raises:
             ValueError: one string, names that are empty or there twice, or that an adapter does not know which cannot
@@ -358,7 +358,7 @@ class AnchorClassifier(nn.Module):
         content, tensors = read_adapter(adapter, **hub)
         config = TransMiterConfig.from_peft_type(**content)
         if encoder is None:
-            encoder = DualEncoder.from_pretrained(config.base_model_name_or_path, revision=config.revision, **shared)
+            encoder = load_base(adapter, config.base_model_name_or_path, config.revision, **shared)
         check_base(config, encoder.model, encoder)
         config.embed_dim = encoder.embed_dim
         classifier = cls(encoder, config.anchors)

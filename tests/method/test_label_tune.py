@@ -142,9 +142,9 @@ def test_refused(encoder, table):
 
 
 def test_classes_without_an_image_are_told(encoder, dataset, caplog):
+    some = dataset.filter(lambda label: label < 2, input_columns="label")
     label_tune(adapter(encoder), dataset, config=QUICK)
-    label_tune(adapter(encoder), dataset.filter(lambda label: label < 2, input_columns="label"), seen_classes=NAMES[:2],
-               config=QUICK)  # fmt: skip
+    label_tune(adapter(encoder), some, seen_classes=NAMES[:2], config=QUICK)
     assert "unlearnt" not in caplog.text
-    label_tune(adapter(encoder), dataset.filter(lambda label: label < 2, input_columns="label"), config=QUICK)
+    label_tune(adapter(encoder), some, config=QUICK)
     assert "1 of the 3 classes have no image here and will be unlearnt" in caplog.text

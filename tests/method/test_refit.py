@@ -294,7 +294,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="the embeddings"):
         refit(FeatureTable(rows), one.labels, one.texts, SCALE)
     for count in (1, 2, 5):
-        with pytest.raises(ValueError, match=f"a fit needs at least 6 images, of which it holds some out, got {count}."):
+        with pytest.raises(ValueError, match=f"^a fit needs at least 6 images, .* out, got {count}.$"):
             fit_image_side(FeatureTable(one.rows[:count]), one.labels[:count].softmax(1), one.texts, SCALE, 1.0)
     fit_image_side(FeatureTable(one.rows[:6]), one.labels[:6].softmax(1), one.texts, SCALE, 1.0)
 
