@@ -233,8 +233,9 @@ def _is_whole_table(path: Path, *state: int) -> bool:
 
 
 def content_fingerprint(dataset: Dataset, image_column: str) -> str:
-    """What identifies a dataset's rows: its own fingerprint, and the content of files that the column only names."""
-    stored, found = dataset.data.column(image_column), hashlib.sha256(dataset._fingerprint.encode())
+    """What identifies a dataset's pictures: the content of files that the column only names, so that a copy of them
+    is the same, or else the dataset's own fingerprint."""
+    stored, found = dataset.data.column(image_column), hashlib.sha256(str(dataset.features[image_column]).encode())
     inside = pa.types.is_struct(stored.type) and {"path", "bytes"} <= {part.name for part in stored.type}
     if inside and not any(chunk.field("bytes").null_count for chunk in stored.chunks):
         return dataset._fingerprint
@@ -244,8 +245,10 @@ def content_fingerprint(dataset: Dataset, image_column: str) -> str:
     for start in range(0, len(column), PART_ROWS):
         for row in column[start : start + PART_ROWS][image_column].to_pylist():
             name = row["path"] if inside and row and row["bytes"] is None else row
-            with suppress(OSError, ValueError, TypeError):  # no file: nothing is known of anything else
+            try:
                 found.update(file_digest(name).encode())
+            except (OSError, ValueError, TypeError):  # no file: nothing is known of anything else
+                found.update(dataset._fingerprint.encode())
     return found.hexdigest()
 
 
