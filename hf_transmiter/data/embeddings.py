@@ -152,7 +152,7 @@ def embed_dataset(
     keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
         *keys, fingerprint = broadcast_object_list([*keys, fingerprint])
-    root, width = Path(cache_dir or cached_assets_path("hf_transmiter", namespace="features")), encoder.embed_dim
+    root, width = Path(cache_dir) if cache_dir else _usual_cache(), encoder.embed_dim
     tower = tower and encoder.tower_dim > 0
     path, folder = root / f"{keys[tower]}.npy", root / f"{keys[tower]}.parts"
     embeds = _open(path)
@@ -183,6 +183,13 @@ def embed_dataset(
         with suppress(OSError), claim(path):  # killed when it was as good as finished
             shutil.rmtree(folder, ignore_errors=True)
     return FeatureTable(embeds, found, class_names, fingerprint)
+
+
+def _usual_cache() -> Path:
+    try:
+        return cached_assets_path("hf_transmiter", namespace="features")
+    except OSError as error:
+        raise OSError(f"there is no place for embeddings ({error}): pass cache_dir, or set HF_ASSETS_CACHE.") from error
 
 
 def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:

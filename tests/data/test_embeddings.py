@@ -466,3 +466,10 @@ def test_copies_of_pictures_are_known(encoder, make_images, tmp_path):
     assert found["one"] == found["other"] and not set(found["one"]) & set(found["swapped"])
     grey = load_images(str(tmp_path / "one")).cast_column("image", datasets.Image(mode="L"))
     assert embed_dataset(encoder, grey, cache_dir=tmp_path / "cache").dataset_fingerprint not in found["one"]
+
+
+def test_no_place_for_the_cache(encoder, make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / ("d" * 300)))
+    with pytest.raises(OSError, match=r"^there is no place for embeddings \(.*\): pass cache_dir, or set HF_ASSETS"):
+        embed_dataset(encoder, make_dataset(3))
+    assert len(embed_dataset(encoder, make_dataset(3), cache_dir=tmp_path / "cache")) == 3
