@@ -189,7 +189,9 @@ def _usual_cache() -> Path:
     try:
         return cached_assets_path("hf_transmiter", namespace="features")
     except OSError as error:
-        raise OSError(f"there is no place for embeddings ({error}): pass cache_dir, or set HF_ASSETS_CACHE.") from error
+        raise OSError(
+            f"there is no place for embeddings ({error}): pass cache_dir, or set HF_ASSETS_CACHE."
+        ) from error
 
 
 def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:

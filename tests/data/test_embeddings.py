@@ -469,7 +469,12 @@ def test_copies_of_pictures_are_known(encoder, make_images, tmp_path):
 
 
 def test_no_place_for_the_cache(encoder, make_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / ("d" * 300)))
-    with pytest.raises(OSError, match=r"^there is no place for embeddings \(.*\): pass cache_dir, or set HF_ASSETS"):
+    def refused(*_, **__):
+        raise PermissionError("no permission: /shared/assets")
+
+    monkeypatch.setattr(embeddings, "cached_assets_path", refused)
+    with pytest.raises(
+        OSError, match=r"^there is no place for embeddings \(no perm.*\): pass cache_dir, or set HF_ASS"
+    ):
         embed_dataset(encoder, make_dataset(3))
     assert len(embed_dataset(encoder, make_dataset(3), cache_dir=tmp_path / "cache")) == 3
