@@ -152,7 +152,7 @@ def embed_dataset(
     keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
     if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
         *keys, fingerprint = broadcast_object_list([*keys, fingerprint])
-    root, width = Path(cache_dir or cached_assets_path("hf_transmiter", namespace="features")), encoder.embed_dim
+    root, width = Path(cache_dir) if cache_dir else _usual_cache(), encoder.embed_dim
     tower = tower and encoder.tower_dim > 0
     path, folder = root / f"{keys[tower]}.npy", root / f"{keys[tower]}.parts"
     embeds = _open(path)
@@ -183,6 +183,15 @@ def embed_dataset(
         with suppress(OSError), claim(path):  # killed when it was as good as finished
             shutil.rmtree(folder, ignore_errors=True)
     return FeatureTable(embeds, found, class_names, fingerprint)
+
+
+def _usual_cache() -> Path:
+    try:
+        return cached_assets_path("hf_transmiter", namespace="features")
+    except OSError as error:
+        raise OSError(
+            f"there is no place for embeddings ({error}): pass cache_dir, or set HF_ASSETS_CACHE."
+        ) from error
 
 
 def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
@@ -233,8 +242,9 @@ def _is_whole_table(path: Path, *state: int) -> bool:
 
 
 def content_fingerprint(dataset: Dataset, image_column: str) -> str:
-    """What identifies a dataset's rows: its own fingerprint, and the content of files that the column only names."""
-    stored, found = dataset.data.column(image_column), hashlib.sha256(dataset._fingerprint.encode())
+    """What identifies a dataset's pictures: the content of files that the column only names, so that a copy of them
+    is the same, or else the dataset's own fingerprint."""
+    stored, found = dataset.data.column(image_column), hashlib.sha256(str(dataset.features[image_column]).encode())
     inside = pa.types.is_struct(stored.type) and {"path", "bytes"} <= {part.name for part in stored.type}
     if inside and not any(chunk.field("bytes").null_count for chunk in stored.chunks):
         return dataset._fingerprint
@@ -244,8 +254,10 @@ def content_fingerprint(dataset: Dataset, image_column: str) -> str:
     for start in range(0, len(column), PART_ROWS):
         for row in column[start : start + PART_ROWS][image_column].to_pylist():
             name = row["path"] if inside and row and row["bytes"] is None else row
-            with suppress(OSError, ValueError, TypeError):  # no file: nothing is known of anything else
+            try:
                 found.update(file_digest(name).encode())
+            except (OSError, ValueError, TypeError):  # no file: nothing is known of anything else
+                found.update(dataset._fingerprint.encode())
     return found.hexdigest()
 
 

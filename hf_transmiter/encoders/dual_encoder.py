@@ -152,10 +152,13 @@ class DualEncoder:
 
         Raises:
             ValueError: the model's type is not supported.
+            FileNotFoundError: neither a folder nor a possible Hub id.
             OSError: the folder or repository, or safetensors weights in it, cannot be found.
         """
         name = os.fspath(name_or_path)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if not (name.startswith(SANDBOX) or is_open_clip(name) or Path(name).is_dir()):
+            check_hub_id(name, "model")
         if is_open_clip(name):
             model = OpenClipModel.from_pretrained(name, revision=revision, dtype=dtype, **hub)
             commit = model.config._commit_hash
@@ -388,12 +391,32 @@ def load_encoder(
     """
     name, suffix = split_revision(os.fspath(source))
     revision = revision or suffix
-    if not (name.startswith(SANDBOX) or is_open_clip(name) or Path(name).is_dir()):
-        check_hub_id(name, "model")
     try:
         return DualEncoder.from_pretrained(name, revision=revision, device=device, dtype=dtype)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise OSError(f"cannot load the model {source!r}: {error}") from error
+
+
+def load_base(adapter: str, base: str | None, revision: str | None = None, **options) -> DualEncoder:
+    """The model that an adapter says it belongs to.
+
+    Raises:
+        ValueError: it does not say which.
+        OSError: that cannot be loaded; the message says what to pass.
+    """
+    if not base:
+        raise ValueError(f"{adapter!r} does not say which model it belongs to: name it with `base_model`.")
+    name, suffix = split_revision(base)
+    try:
+        return DualEncoder.from_pretrained(name, revision=revision or suffix, **options)
+    except OSError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(
+            f"cannot load {base!r}, the model of the adapter {adapter!r}: {error}\nIf it was moved, load it from "
+            "where it is and pass it as encoder (evaluate: --base-model)."
+        ) from error
 
 
 def _load_model(name: str, revision: str | None, dtype: torch.dtype | str, **hub) -> tuple[nn.Module, str | None]:

@@ -122,7 +122,8 @@ def read_config(source: str | os.PathLike, **hub) -> dict:
         refuse_pickles(Path(source) / (hub.get("subfolder") or ""))
     config, path = read_json(source, CONFIG, **hub), fetch(source, WEIGHTS, **hub)
     if config is None or path is None:
-        raise FileNotFoundError(f"{os.fspath(source)!r} has no {CONFIG if config is None else WEIGHTS}: no adapter.")
+        place = os.path.join(source, hub.get("subfolder") or "")
+        raise FileNotFoundError(f"{place!r} has no {CONFIG if config is None else WEIGHTS}: no adapter.")
     if config.get("peft_type") != "TRANSMITER":
         raise ValueError(f"{os.fspath(source)!r} holds a {config.get('peft_type')} adapter, not a TransMiter adapter.")
     check_adapter_tensors(path, config)

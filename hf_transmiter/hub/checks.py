@@ -334,8 +334,12 @@ def _chosen_sizes(config: Mapping, header: Mapping[str, tuple[str, tuple[int, ..
 
 
 def simplified(name: str) -> str:
-    """What spellings of one name have in common: letters and digits, in lower case."""
-    return re.sub(r"[\W_]+", "", name.casefold())
+    """What spellings of one name have in common: letters with their marks and digits, in lower case; of a name that
+    is all signs, such as "+", the signs."""
+    name = unicodedata.normalize("NFC", name).casefold()
+    if not any(map(str.isalnum, name)):
+        return "".join(name.split())
+    return "".join(c for c in name if c.isalnum() or unicodedata.category(c)[0] == "M")
 
 
 def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:

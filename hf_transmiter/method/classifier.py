@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 from ..algebra import check_finite
 from ..data.anchors import Anchors
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, load_base
 from ..encoders.identity import ModelId
 from ..encoders.pictures import as_pictures
 from ..hub.adapter_files import CALIBRATION, TeacherFacts, read_adapter, write_adapter
@@ -152,7 +152,8 @@ class AnchorClassifier(nn.Module):
         """From now on the answers are about `class_names`; returns the classifier itself.
 
         Names that the adapter was saved with, or some of them, are answered by its text side. Where one is another
-        name, an image side stays: ``logits = s · x' aᵀ + b`` with the names' own text embeddings.
+        name, an image side stays: ``logits = s · x' aᵀ + b`` with the names' own text embeddings. What is saved,
+        carried over or tuned is the adapter with its own names.
 
         Raises:
             ValueError: one string, names that are empty or there twice, or that an adapter does not know which cannot
@@ -162,7 +163,10 @@ class AnchorClassifier(nn.Module):
             raise ValueError(f"class_names must be a list of names, not one string: [{class_names!r}].")
         names, config = Anchors(tuple(class_names)).task, self.adapter_config
         if config is None:
-            self.anchors, self._text_embeds = Anchors(names, (), self.anchors.templates), None
+            known, given = self.anchors.names, None
+            if self.text_embeds_given and set(names) <= set(known):
+                given = self._text_embeds[[known.index(name) for name in names]]
+            self.anchors, self._text_embeds = Anchors(names, (), self.anchors.templates), given
             self._embedded = None
         elif set(names) <= set(config.class_names):
             columns = seen_columns(config.class_names, names)
@@ -226,8 +230,9 @@ class AnchorClassifier(nn.Module):
             class_names (`Sequence[str]`, *optional*): asked this once, see [`set_classes`].
         """
         top_k, batch_size = check_number("top_k", top_k, least=1), check_number("batch_size", batch_size, least=1)
-        if class_names:
-            asked = AnchorClassifier(self.encoder, self.anchors)
+        if class_names is not None:
+            given = self._text_embeds if self.text_embeds_given else None
+            asked = AnchorClassifier(self.encoder, self.anchors, given)
             asked.transmiter = self.transmiter
             return asked.set_classes(class_names).predict(images, top_k, batch_size)
         images, names, results = list(as_pictures(images)), self.class_names, []
@@ -353,7 +358,7 @@ class AnchorClassifier(nn.Module):
         content, tensors = read_adapter(adapter, **hub)
         config = TransMiterConfig.from_peft_type(**content)
         if encoder is None:
-            encoder = DualEncoder.from_pretrained(config.base_model_name_or_path, revision=config.revision, **shared)
+            encoder = load_base(adapter, config.base_model_name_or_path, config.revision, **shared)
         check_base(config, encoder.model, encoder)
         config.embed_dim = encoder.embed_dim
         classifier = cls(encoder, config.anchors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,9 @@ from ..hub.provenance import library_versions
 from ..settings import LabelTuningConfig, check_kind, check_read, config_of
 from ..training.loop import fit
 from .classifier import AnchorClassifier, seen_columns
+
+
+logger = logging.getLogger(__name__)
 
 
 def label_tune(
@@ -64,6 +68,12 @@ def label_tune(
         raise ValueError(
             f"image {row} has label {int(table.labels[row])}, which is not one of the {len(columns)} classes tuned "
             "here: select the images of those classes first, or pass seen_classes."
+        )
+    absent = len(columns) - len(set(labels))
+    if absent:
+        logger.warning(
+            "%d of the %d classes have no image here and will be unlearnt: pass some of each, or seen_classes.",
+            *(absent, len(columns)),
         )
     if source.form != "mlp":
         check_read(config, "a linear adapter", ("train_basis",))

@@ -83,6 +83,8 @@ class _Problem:
 
     def __post_init__(self):
         count = len(self.table)
+        if count <= HELD_OUT:
+            raise ValueError(f"a fit needs at least {HELD_OUT + 1} images, of which it holds some out, got {count}.")
         sample = torch.linspace(0, count - 1, min(count, SAMPLE)).round().long()
         self.rows, self.said = self.table.select(sample).embeds, self.labels[sample]
         held = torch.arange(len(sample)) % HELD_OUT == 0
@@ -170,7 +172,7 @@ def fit_image_side(
     """The image side alone, from the identity, to soft labels q (N, C) as they are; arguments as of [`refit`].
 
     Raises:
-        ValueError: fewer than two images, or a value that is not finite.
+        ValueError: fewer than six images, or a value that is not finite.
     """
     problem = _Problem(table, labels, texts, scale, ImageSide.identity(texts.shape[1]), True, penalty, accelerator)
     _, steps = problem.image_side(held_out=True)

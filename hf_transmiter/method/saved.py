@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ..algebra import check_weights
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors, read_templates
-from ..encoders.dual_encoder import DualEncoder, load_encoder
+from ..encoders.dual_encoder import DualEncoder, load_base, load_encoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import check_adapter_tensors, refuse_pickles
@@ -136,10 +136,8 @@ def load_classifier(
         classifier = load_encoder(source, device=device, dtype=dtype)
     else:
         if encoder is None:
-            base = adapter.get("base_model_name_or_path")
-            if not base:
-                raise ValueError(f"{source!r} does not say which model it belongs to: name it with `base_model`.")
-            encoder = load_encoder(base, adapter.get("revision"), device, dtype)
+            options = {"device": device, "dtype": dtype}
+            encoder = load_base(source, adapter.get("base_model_name_or_path"), adapter.get("revision"), **options)
         if adapter.get("peft_type") == PeftType.TRANSMITER:
             name, revision = split_revision(source)
             return AnchorClassifier.from_pretrained(name, encoder, revision=revision)

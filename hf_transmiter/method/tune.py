@@ -262,7 +262,9 @@ def _class_names(
 ) -> tuple[str, ...]:
     label_column = columns["label_column"]
     if teacher is None and label_column is None:
-        raise ValueError(f"tuning needs labels; pass label_column=, one of {', '.join(dataset.column_names)}.")
+        others = ", ".join(name for name in dataset.column_names if name != columns["image_column"])
+        how = f"pass label_column=, one of {others}" if others else "of folders, one per class and at least two"
+        raise ValueError(f"tuning needs labels: {how}.")
     names = task_names(given, teacher, dataset, columns)
     if names is None:
         where = "the teacher" if label_column is None else f"column {label_column!r}"

@@ -25,6 +25,15 @@ def test_other_spellings():
         match_names(["c+"], NAMES)
 
 
+def test_names_without_latin_letters_are_not_one_name():
+    for found, other in (("😀", "😡"), ("❤️", "☀️"), ("+", "-"), ("कि", "की"), ("กา", "กี"), ("=", "!=")):
+        assert match_names([other, found], [found, other]) == [1, 0]
+        with pytest.raises(ValueError, match="no name among the 1 of the task matches"):
+            match_names([found], [other])
+    assert match_names(["cafe\u0301 au lait", "BAR"], ["bar", "caf\u00e9-au-lait"]) == [1, 0]  # two ways to write é
+    assert match_names([" + "], ["+"]) == [0]
+
+
 def test_numbers_are_positions_only_where_nothing_has_a_name():
     assert match_names(["0", "1", "10", "2"], [f"class {i}" for i in range(11)]) == [0, 1, 10, 2]
     assert match_names(["0", "1"], ["1", "0"]) == [1, 0]  # the names of MNIST

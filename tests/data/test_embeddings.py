@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_transmiter.data import embeddings
 from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.images import load_images
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
@@ -449,3 +450,31 @@ def test_a_bar_is_for_a_terminal_only(make_dataset, model_dir, tmp_path):
                 said += part
         os.close(reader)
         assert (b"img/s" in said) == terminal
+
+
+def test_copies_of_pictures_are_known(encoder, make_images, tmp_path):
+    for place, names in (("one", "ab"), ("other", "ab"), ("swapped", "ba")):
+        (tmp_path / place).mkdir()
+        for name, image in zip(names, make_images(2), strict=True):
+            image.save(tmp_path / place / f"{name}.png")
+    found = {}
+    for place in ("one", "other", "swapped"):
+        paths = [str(tmp_path / place / f"{name}.png") for name in "ab"]
+        columns = load_images(str(tmp_path / place)), datasets.Dataset.from_dict({"image": paths})
+        tables = [embed_dataset(encoder, images, cache_dir=tmp_path / "cache") for images in columns]
+        found[place] = [table.dataset_fingerprint for table in tables]
+    assert found["one"] == found["other"] and not set(found["one"]) & set(found["swapped"])
+    grey = load_images(str(tmp_path / "one")).cast_column("image", datasets.Image(mode="L"))
+    assert embed_dataset(encoder, grey, cache_dir=tmp_path / "cache").dataset_fingerprint not in found["one"]
+
+
+def test_no_place_for_the_cache(encoder, make_dataset, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError("no permission: /shared/assets")
+
+    monkeypatch.setattr(embeddings, "cached_assets_path", refused)
+    with pytest.raises(
+        OSError, match=r"^there is no place for embeddings \(no perm.*\): pass cache_dir, or set HF_ASS"
+    ):
+        embed_dataset(encoder, make_dataset(3))
+    assert len(embed_dataset(encoder, make_dataset(3), cache_dir=tmp_path / "cache")) == 3

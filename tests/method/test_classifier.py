@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 
 import pytest
 import tiny_models
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.method.classifier import AnchorClassifier
+from hf_transmiter.method.saved import load_classifier
 from hf_transmiter.method.stored_logits import CalibrationPack
 from hf_transmiter.tuners import TransMiterConfig
 
@@ -81,6 +83,19 @@ def test_predict(encoder, make_images, tmp_path):
     bare = AnchorClassifier(encoder, ANCHORS).predict(images[0], top_k=99)
     assert {entry["label"] for entry in bare[0]} == set(NAMES)  # auxiliary names are no answers
     assert sum(entry["score"] for entry in bare[0]) == pytest.approx(1)
+
+
+def test_names_asked_once_are_no_others_where_none_are_given(encoder, make_images):
+    given = torch.nn.functional.normalize(torch.randn(5, 16), dim=1)
+    for classifier in (AnchorClassifier(encoder, ANCHORS, given), AnchorClassifier(encoder, ANCHORS)):
+        image, names = make_images(1)[0], classifier.class_names
+        usual = classifier.predict(image, top_k=9)[0]
+        for asked in (names, names[::-1]):  # of the vectors that were given, if any
+            again = classifier.predict(image, top_k=9, class_names=asked)[0]
+            assert [entry["label"] for entry in again] == [entry["label"] for entry in usual]
+            assert [e["score"] for e in again] == pytest.approx([e["score"] for e in usual], abs=1e-5)
+        with pytest.raises(ValueError, match="no class name|at least one|empty"):
+            classifier.predict(image, class_names=[])
 
 
 # With adapters
@@ -221,3 +236,25 @@ def test_one_line_says_what_it_is(encoder):
     assert repr(classifier) == f"AnchorClassifier({encoder.name_or_path!r}, 3 classes)"
     with_adapter = repr(AnchorClassifier(encoder, ANCHORS).add_adapter(make_config()))
     assert with_adapter == f"AnchorClassifier({encoder.name_or_path!r}, 3 classes, mlp adapter)"
+
+
+def test_where_the_model_of_an_adapter_is_not(encoder, tmp_path):
+    shutil.copytree(encoder.name_or_path, tmp_path / "model")
+    one = DualEncoder.from_pretrained(tmp_path / "model")
+    AnchorClassifier(one, ANCHORS).add_adapter(make_config()).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    said = r"^cannot load '.*model', the model of the adapter '.*adapter': there is no model .*\n.* pass it as encoder"
+    for load in (AnchorClassifier.from_pretrained, load_classifier):
+        with pytest.raises(FileNotFoundError, match=said):
+            load(tmp_path / "adapter")
+    assert AnchorClassifier.from_pretrained(tmp_path / "adapter", DualEncoder.from_pretrained(tmp_path / "moved"))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    for load in (AnchorClassifier.from_pretrained, load_classifier):
+        with pytest.raises(ValueError, match="does not say which model it belongs to: name it"):
+            load(tmp_path / "adapter")
+    for wrong in (tmp_path / "none", f"{tmp_path}/moved/config.json", f"{tmp_path}/moved/config.json/", "~/model"):
+        with pytest.raises(FileNotFoundError, match="there is no model '.*': neither a local path nor a Hub id"):
+            DualEncoder.from_pretrained(wrong)
+    with pytest.raises(FileNotFoundError, match="adapter/none' has no adapter_config.json"):
+        AnchorClassifier.from_pretrained(tmp_path / "adapter", subfolder="none")

@@ -139,3 +139,12 @@ def test_refused(encoder, table):
             label_tune(adapter(encoder), wrong)
     with pytest.raises(ValueError, match="seen_classes holds names the adapter does not know: .*'tree'"):
         label_tune(adapter(encoder), table, seen_classes=("cat", "tree"))
+
+
+def test_classes_without_an_image_are_told(encoder, dataset, caplog):
+    some = dataset.filter(lambda label: label < 2, input_columns="label")
+    label_tune(adapter(encoder), dataset, config=QUICK)
+    label_tune(adapter(encoder), some, seen_classes=NAMES[:2], config=QUICK)
+    assert "unlearnt" not in caplog.text
+    label_tune(adapter(encoder), some, config=QUICK)
+    assert "1 of the 3 classes have no image here and will be unlearnt" in caplog.text

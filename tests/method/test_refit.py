@@ -293,8 +293,10 @@ def test_refusals():
     rows[2, 0] = torch.inf
     with pytest.raises(ValueError, match="the embeddings"):
         refit(FeatureTable(rows), one.labels, one.texts, SCALE)
-    with pytest.raises(ValueError, match="a fit needs at least two images, got 1."):
-        fit_image_side(FeatureTable(one.rows[:1]), one.labels[:1].softmax(1), one.texts, SCALE, 1.0)
+    for count in (1, 2, 5):
+        with pytest.raises(ValueError, match=f"^a fit needs at least 6 images, .* out, got {count}.$"):
+            fit_image_side(FeatureTable(one.rows[:count]), one.labels[:count].softmax(1), one.texts, SCALE, 1.0)
+    fit_image_side(FeatureTable(one.rows[:6]), one.labels[:6].softmax(1), one.texts, SCALE, 1.0)
 
 
 def test_hard_labels_are_no_problem():

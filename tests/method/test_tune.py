@@ -461,10 +461,14 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             run(encoder, dataset, quick(**bad))
-    with pytest.raises(ValueError, match="one split of a dataset, not a DatasetDict"):
+    with pytest.raises(ValueError, match="one split of a datasets.Dataset, not a DatasetDict"):
         run(encoder, datasets.DatasetDict(train=dataset), quick())
-    with pytest.raises(ValueError, match="tuning needs labels"):
-        run(encoder, dataset.remove_columns("label"), quick())
+    for bare, how in (
+        (dataset.remove_columns("label"), "of folders, one per class and at least two"),
+        (dataset.rename_column("label", "kind").cast_column("kind", datasets.Value("int64")), "one of kind"),
+    ):
+        with pytest.raises(ValueError, match=rf"tuning needs labels: .*{how}\.$"):
+            run(encoder, bare, quick())
     with pytest.raises(ValueError, match="1 of 4 classes have no image, first 'tree'"):
         run(encoder, dataset, quick(), class_names=[*NAMES, "tree"])
     with pytest.raises(
