@@ -232,7 +232,8 @@ def transfer(
     """  # noqa: E501
     several = len(adapters) > 1
     if several and (bridge is None or dataset or teacher or seen_classes):
-        raise ValueError("several adapters cross one --bridge, without --dataset, --teacher and --seen-classes.")
+        said = "pass --bridge, and neither --dataset, --teacher nor --seen-classes"
+        raise ValueError(f"several adapters cross one bridge, without pictures: {said}.")
     options = models.load(run)
     if several and run.main_process:
         run.held.enter_context(ht.claim(output.output_dir))
