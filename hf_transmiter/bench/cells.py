@@ -10,6 +10,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -314,15 +315,13 @@ class Workshop:
         self.few_shots(cell)  # says what is wrong with them
         templates = starting_templates(cell.how["adapter"]["method"], cell.parts.train.spec.templates)
         names = train.features["label"].names
-        facts = [encoder.cache_key, train._fingerprint, names, list(templates), cell.facts["tuning"]]
+        facts = [encoder.cache_key, _identity(train), names, list(templates), cell.facts["tuning"]]
         words = [cell.parts.train.spec.name, cell.tuning.name, f"{cell.shots}-shot", f"seed-{cell.seed}"]
         folder = self.output_dir / TUNED / "-".join([*map(slug, words), digest(facts)])
         if (folder / TEACHER_FILE).is_file():
-            try:
+            with suppress(OSError, ValueError):
                 if (folder / WHOLE).read_text() == _digest_of(folder):
                     return folder
-            except (OSError, ValueError):
-                pass
             logger.warning("%s is damaged and will be made again.", folder)
         options = {"checkpoint": beside(folder, CHECKPOINT), "keep_checkpoint": True}
         options |= {key: self.options[key] for key in ("accelerator", "progress", "cache_dir") if key in self.options}

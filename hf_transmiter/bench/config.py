@@ -173,9 +173,7 @@ class BenchConfig:
             path = _READY / f"{os.fspath(source)}.yaml"
             if path.parent != _READY or not path.is_file():
                 near = did_you_mean(os.fspath(source), ready_configs())
-                raise FileNotFoundError(
-                    f"there is no file {os.fspath(source)!r} and no ready configuration of that name; {near}"
-                )
+                raise FileNotFoundError(f"there is no file and no ready configuration {os.fspath(source)!r}; {near}")
         content = read_yaml(path)
         try:
             return cls.from_dict(content)

@@ -133,10 +133,8 @@ def summarise(measured: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict
     every = [metrics for seeds in measured.values() for metrics in seeds.values()]
     names = [metric for metric in (every[0] if every else ()) if all(metric in metrics for metrics in every)]
     shared = sorted(set.intersection(*map(set, measured.values()))) if every else []
-    return {
-        name: Summary(_average(measured, name), {seed: _average(measured, name, [seed]) for seed in shared})
-        for name in names
-    }
+    seeds = {name: {seed: _average(measured, name, [seed]) for seed in shared} for name in names}
+    return {name: Summary(_average(measured, name), seeds[name]) for name in names}
 
 
 def _average(measured: Mapping, metric: str, seeds: Sequence[int] | None = None) -> float:

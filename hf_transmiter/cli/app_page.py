@@ -24,7 +24,7 @@ from ..data.images import guess_columns
 from ..encoders.dual_encoder import load_encoder
 from ..encoders.pictures import UnreadablePicture, read_picture
 from ..hub.checks import as_list
-from ..hub.repo import SANDBOX, public_name, read_json, split_revision
+from ..hub.repo import public_name, read_json, split_revision
 from ..method.classifier import AnchorClassifier
 from ..method.saved import load_classifier, teacher_templates
 
@@ -98,8 +98,7 @@ def load_models(
 
 def _base(source: str | None) -> str | None:
     """The model that an adapter was made for."""
-    plain = source is None or source.startswith(SANDBOX)
-    config = {} if plain else read_json(source, "adapter_config.json") or {}
+    config = source and read_json(source, "adapter_config.json") or {}
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return f"{name}@{revision}" if name and revision else name
 

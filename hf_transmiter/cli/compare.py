@@ -136,12 +136,8 @@ def compare(
 
 def _rows(methods: Sequence[str] | None, min_gain: float | None, gate: str | None):
     """The rows asked for, with those that the gate looks at."""
-    asked = [
-        *(methods or ht.METHODS),
-        *([ht.STRONG] if min_gain is not None else []),
-        *([gate] if gate is not None else []),
-    ]
-    return list({row.name: row for row in map(ht.Variant.of, asked)}.values())
+    asked = [*(methods or ht.METHODS), ht.STRONG if min_gain is not None else None, gate]
+    return list({row.name: row for row in map(ht.Variant.of, filter(None, asked))}.values())
 
 
 def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: int, seed: int) -> Dataset | None:

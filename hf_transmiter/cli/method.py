@@ -166,15 +166,11 @@ def bridge(
     images = data.load(dataset, UNLABELLED, data.split)
     if compose or invert:
         if weak or strong or anchors or space != "embedding" or beta != TransferConfig.beta:
-            raise ValueError(
-                "what is made of other bridges has their models, space and names: leave --weak, --strong, --space, "
-                "--anchors and --beta out."
-            )
+            said = "what is made of other bridges has their models, space and names"
+            raise ValueError(f"{said}: leave --weak, --strong, --space, --anchors and --beta out.")
         made = _derived(compose or [], invert)
         if images is not None:
-            pair = [
-                ht.load_encoder(model.name, model.revision, **models.load(run)) for model in (made.weak, made.strong)
-            ]
+            pair = [ht.load_encoder(one.name, one.revision, **models.load(run)) for one in (made.weak, made.strong)]
             made.measure(*pair, images, **data.embedding(run))
     elif weak is None or strong is None:
         raise ValueError("a bridge needs --weak and --strong, or other bridges: --compose twice, or --invert.")
@@ -236,10 +232,8 @@ def transfer(
     """  # noqa: E501
     several = len(adapters) > 1
     if several and (bridge is None or dataset or teacher or seen_classes):
-        raise ValueError(
-            "several adapters cross one bridge, without pictures: pass --bridge, and neither --dataset, --teacher nor "
-            "--seen-classes."
-        )
+        said = "pass --bridge, and neither --dataset, --teacher nor --seen-classes"
+        raise ValueError(f"several adapters cross one bridge, without pictures: {said}.")
     options = models.load(run)
     if several and run.main_process:
         run.held.enter_context(ht.claim(output.output_dir))

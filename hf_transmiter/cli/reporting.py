@@ -106,9 +106,8 @@ def _silence(quiet: bool) -> Iterator[None]:
     """No remarks of the libraries where all shall be quiet, and no bars there or where nobody sees them move: they
     read these variables when a command imports them."""
     wanted = dict.fromkeys(_BARS, "1") if quiet or not sys.stderr.isatty() else {}
-    added = {
-        name: value for name, value in {**wanted, **(_REMARKS if quiet else {})}.items() if name not in os.environ
-    }
+    wanted |= _REMARKS if quiet else {}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
         with warnings.catch_warnings() if quiet else nullcontext():

@@ -204,10 +204,8 @@ class Anchors:
         taken = {name_key(name) for name in task}
         candidates = [name for name in load_vocabulary(vocabulary) if name_key(name) not in taken]
         if strategy != "all" and num_anchors < len(task):
-            raise ValueError(
-                f"{len(task)} task names do not fit into num_anchors={num_anchors}; "
-                f"raise num_anchors to at least {len(task)}."
-            )
+            said = f"{len(task)} task names do not fit into num_anchors={num_anchors}"
+            raise ValueError(f"{said}; raise num_anchors to at least {len(task)}.")
         pool = len(task) + len(candidates)
         embeds = _pool_tensor(embeds, "embeds", axis=0, pool=pool)
         logits = _pool_tensor(logits, "logits", axis=1, pool=pool)

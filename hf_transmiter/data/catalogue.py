@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import chain
@@ -268,9 +267,8 @@ def load_split(
     dataset = open_split(spec.location, split, subset=spec.subset)
     where = f"dataset {spec.name!r}, split {split!r}"
     try:
-        image, label = guess_columns(dataset, spec.image_column, labels=False)[0], spec.label_column
-        with suppress(ValueError if role == "unlabelled" and label is None else ()):
-            label = guess_columns(dataset, image, label)[1]
+        wanted = None if role == "unlabelled" else True
+        image, label = guess_columns(dataset, spec.image_column, spec.label_column, labels=wanted)
         rows = _middle_frames(dataset, spec) if spec.frame_column else None
         labels, names = _labels(dataset, label, spec, role)
     except ValueError as error:
@@ -317,9 +315,8 @@ def _labels(
     outside = np.flatnonzero((labels < 0) | (labels >= count))
     if len(outside):
         row = outside[0]
-        raise ValueError(
-            f"column {column!r} has the label {labels[row]} in row {row}, outside 0 to {count - 1} ({count} names)."
-        )
+        where = f"in row {row}, outside 0 to {count - 1} ({count} names)"
+        raise ValueError(f"column {column!r} has the label {labels[row]} {where}.")
     if spec.class_names is None:
         return labels, names
     if names is not None:

@@ -139,9 +139,8 @@ def match_names(
     if found and not any(i is not None for i in matched) and all(re.fullmatch(r"\d+", name) for name in found):
         for name in found:  # int(), because sorting such names puts "10" before "2"
             if int(name) >= len(names):
-                raise ValueError(
-                    f"the class {name!r} of the data is no position among {len(names)} names (0 to {len(names) - 1})."
-                )
+                known = f"{len(names)} names (0 to {len(names) - 1})"
+                raise ValueError(f"the class {name!r} of the data is no position among {known}.")
         return [int(name) for name in found]
     unknown = [name for name, i in zip(found, matched, strict=True) if i is None]
     if unknown:

@@ -202,9 +202,7 @@ def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
         ValueError: no labels, labels that are no class (-1, say), or classes of the table that `class_names` lacks.
     """
     if table.labels is None:
-        raise ValueError(
-            "scoring needs labels: pass a dataset with a label column (label_column=..., --label-column)."
-        )
+        raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=, --label-column).")
     count = len(table.class_names or class_names)
     outside = ((table.labels < 0) | (table.labels >= count)).nonzero()
     if len(outside):

@@ -166,9 +166,8 @@ def _find_classes(found: Folder, path: Path, folders: set[str]) -> None:
     spelt: dict[str, str] = {}
     for name in dict.fromkeys(parts[0] for parts in pictures if len(parts) > 1):
         if spelt.setdefault(_class_name(name), name) != name:
-            raise ValueError(
-                f"{path}: the folders {spelt[_class_name(name)]!r} and {name!r} are one class: join them."
-            )
+            first = spelt[_class_name(name)]
+            raise ValueError(f"{path}: the folders {first!r} and {name!r} are one class: join them.")
     found.class_names = sorted(spelt)
     for split, inside in found.pictures.items():
         loose = sum(len(parts) == 1 for parts in inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from glob import escape, glob
 from os.path import isfile
@@ -82,9 +82,7 @@ def load_images(
         ConnectionError: a Hub data set that is not in the cache while the Hub cannot be reached.
     """
     dataset = open_split(source, split, prefer=as_list(prefer, "prefer"), subset=subset)
-    image, label = guess_columns(dataset, image_column, labels=False)[0], label_column
-    with suppress(ValueError if label is None else ()):  # which of several does not matter to those who need none
-        label = guess_columns(dataset, image, label)[1]
+    image, label = guess_columns(dataset, image_column, label_column, labels=None)
     if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
         dataset = dataset.class_encode_column(label)
     return draw(dataset, image, max_images, skip_unreadable)
@@ -135,12 +133,13 @@ def stored_pictures(dataset: Dataset, column: str) -> Dataset:
 
 
 def guess_columns(
-    dataset: Dataset, image_column: str | None = None, label_column: str | None = None, *, labels: bool = True
+    dataset: Dataset, image_column: str | None = None, label_column: str | None = None, *, labels: bool | None = True
 ) -> tuple[str, str | None]:
     """Names of the image and the label column; a name that is given is only checked.
 
     The image column is the one of type `Image`, or else one with a usual name; the label column is the one with a
-    usual name, or else the only `ClassLabel`. A dataset may have no label column; without `labels` none is looked for.
+    usual name, or else the only `ClassLabel`. A dataset may have no label column; without `labels` none is looked for,
+    and with `None` several are as none.
 
     Raises:
         ValueError: not one split of a dataset, a given column is missing, no image column is found, or several columns
@@ -150,7 +149,7 @@ def guess_columns(
     names, types = dataset.column_names, dataset.features
     if not names:
         raise ValueError("the dataset is empty: it has no columns.")
-    label_column = label_column if labels else None
+    label_column = None if labels is False else label_column
     for given in (image_column, label_column):
         if given is not None and given not in names:
             raise ValueError(f"there is no column {given!r}; the columns are {', '.join(names)}.")
@@ -160,9 +159,10 @@ def guess_columns(
         image_column = _only("image_column", candidates, names)
         if image_column is None:
             raise ValueError(f"no image column found among {', '.join(names)}: pass image_column=.")
-    if label_column is None and labels:
+    if label_column is None and labels is not False:
         typed = [name for name in names if isinstance(types[name], ClassLabel)]
-        label_column = _only("label_column", _usual(names, _LABEL_NAMES) or typed, names)
+        candidates = _usual(names, _LABEL_NAMES) or typed
+        label_column = _only("label_column", candidates, names) if labels or len(candidates) == 1 else None
     return image_column, label_column
 
 
@@ -308,10 +308,8 @@ def _in_folder(folder: Path, subset: str | None) -> Folder | dict:
         if not kinds:
             raise ValueError(f"{str(folder)!r}: there are neither pictures nor .parquet or .arrow files in it.")
         patterns = get_data_patterns(place).items()
-        return {
-            "path": kinds[0],
-            "data_files": {split: [f"{place}/{one}" for one in each] for split, each in patterns},
-        }
+        files = {split: [f"{place}/{one}" for one in each] for split, each in patterns}
+        return {"path": kinds[0], "data_files": files}
     if not found.has_metadata:
         return found
     patterns = {split: [f"{escape(place.absolute())}/**"] for split, place in found.places.items()}

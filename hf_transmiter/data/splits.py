@@ -34,9 +34,8 @@ def few_shot(
     members = _by_class(labels, num_classes)
     short = [f"class {label} has {len(indices)}" for label, indices in members.items() if len(indices) < shots]
     if short and not allow_fewer:
-        raise ValueError(
-            f"{shots} images per class are wanted, but {listed(short)}; use fewer shots or allow_fewer=True."
-        )
+        said = f"{shots} images per class are wanted, but {listed(short)}"
+        raise ValueError(f"{said}; use fewer shots or allow_fewer=True.")
     for label, indices in members.items():
         # Seeding with a string goes through SHA-512, so neighbouring seeds and classes give unrelated streams.
         random.Random(f"{seed}/{label}").shuffle(indices)
@@ -67,9 +66,7 @@ def _by_class(labels: Sequence[int], num_classes: int | None) -> dict[int, list[
     outside = sorted({label for label in labels if label < 0 or label not in members})
     if outside:
         upper = "" if num_classes is None else f" and below num_classes={num_classes}"
-        raise ValueError(
-            f"Labels must be 0 or more{upper}, got {outside[:8]}; images without a label cannot be split."
-        )
+        raise ValueError(f"Labels must be 0 or more{upper}, got {outside[:8]}; leave images without a label out.")
     for i, label in enumerate(labels):
         members[label].append(i)
     return members

@@ -455,9 +455,8 @@ def load_processor(name: str, *, revision: str | None = None, **hub):
     name = model_location(name)
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
     if getattr(processor, "tokenizer", None) is None or not hasattr(processor, "image_processor"):
-        raise ValueError(
-            f"{name!r} does not hold both a tokenizer and an image processor (found {type(processor).__name__})."
-        )
+        found = type(processor).__name__
+        raise ValueError(f"{name!r} does not hold both a tokenizer and an image processor (found {found}).")
     processor.image_processor = load_image_processor(name, revision=revision, **hub)
     return processor
 

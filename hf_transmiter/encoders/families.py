@@ -50,9 +50,8 @@ def is_dual_encoder(model: nn.Module) -> bool:
 def check_family(model_type: str | None, what: str) -> None:
     if model_type not in FAMILIES:
         supported = ", ".join(f"{name} ({model_type})" for model_type, name in FAMILIES.items())
-        raise ValueError(
-            f"{what} is of type {model_type!r}, which is not a supported two-tower model. Supported: {supported}."
-        )
+        said = f"{what} is of type {model_type!r}, which is not a supported two-tower model"
+        raise ValueError(f"{said}. Supported: {supported}.")
 
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:

@@ -208,9 +208,7 @@ class OpenClipModel(PreTrainedModel):
             ValueError: PEFT has put an adapter inside.
         """
         if getattr(self, "peft_config", None):
-            raise ValueError(
-                "there is an adapter inside the model: save that by hf_transmiter.tuners.save_adapter, or merge it."
-            )
+            raise ValueError("there is an adapter inside the model: save it by tuners.save_adapter, or merge it.")
         folder, tensors = Path(save_directory), {}
         for key, tensor in self.state_dict().items():
             key = re.sub(r"^text_model\.(embeddings\.)?", "text.", re.sub(r"^vision_model\.", "visual.", key))

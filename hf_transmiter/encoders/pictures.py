@@ -155,8 +155,6 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
             white = 0
     if not white:
         reach = f", {values.min()} to {values.max()}" if kind in "iuf" else ""
-        raise ValueError(
-            f"values must be uint8, uint16, or fractions from 0 to 1 for what is white to be known, not {values.dtype}"
-            f"{reach}"
-        )
+        known = "uint8, uint16, or fractions from 0 to 1 for what is white to be known"
+        raise ValueError(f"values must be {known}, not {values.dtype}{reach}")
     return values if values.dtype == np.uint8 else (values / (white / 255) + 0.5).astype(np.uint8)

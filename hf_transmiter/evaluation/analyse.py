@@ -131,9 +131,7 @@ def analyse(
     """
     config = classifier.adapter_config
     if config is None:
-        raise ValueError(
-            "there is no adapter to analyse: pass what extract or transfer returned, or load a saved one."
-        )
+        raise ValueError("there is no adapter to analyse: pass what extract or transfer returned, or a saved one.")
     names = list(config.class_names)
     if len(names) < 2:
         raise ValueError(f"there is nothing to change with one class, {names[0]!r}.")

@@ -91,10 +91,8 @@ def solve_token_map(old: Tensor, new: Tensor, ridge: float = 0.0) -> Tensor:
         ValueError: tables of different lengths, a negative λ, or a value that is not finite.
     """
     if old.ndim != 2 or new.ndim != 2 or len(old) != len(new):
-        raise ValueError(
-            f"token tables must have a row for each token of one vocabulary, got {tuple(old.shape)} and "
-            f"{tuple(new.shape)}."
-        )
+        found = f"{tuple(old.shape)} and {tuple(new.shape)}"
+        raise ValueError(f"token tables must have a row for each token of one vocabulary, got {found}.")
     if ridge < 0:
         raise ValueError(f"ridge must not be negative, got {ridge}.")
     x, y = (check_finite(table.detach().cpu(), "the token embeddings").double() for table in (old, new))

@@ -18,7 +18,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..hub.checks import as_list
 from ..hub.scores import Score
 from ..method.bridge import Bridge
-from ..method.classifier import AnchorClassifier
+from ..method.classifier import AnchorClassifier, seen_columns
 from ..method.refit import fewest_images
 from ..method.teacher import Teacher, check_teacher, task_names
 from ..settings import ExtractionConfig, check_kind
@@ -194,9 +194,12 @@ def compare(
             check_dataset(images, name)
     rows = _rows(variants)
     columns = {key: embedding.get(key) for key in ("image_column", "label_column")}
-    names = tuple(as_list(class_names or _names_of(test, teacher, columns), "class_names"))
-    if unlabelled is None and guess_columns(test, **columns)[1] is None:
-        unlabelled = test
+    label = guess_columns(test, **columns)[1]
+    own = task_names(None, teacher) if label is None else getattr(test.features[label], "names", None)
+    if not class_names and own is None:
+        raise ValueError("the test images have no class names: pass class_names (--class-names) in label order.")
+    names = tuple(as_list(class_names or own, "class_names"))
+    unlabelled = test if unlabelled is None and label is None else unlabelled
     task = Task(
         weak,
         strong,
@@ -216,7 +219,7 @@ def compare(
         gradient=gradient or ExtractionConfig(solver="gradient"),
         options={"accelerator": accelerator, "progress": progress, **embedding},
     )
-    base = None if seen_classes is None else [names.index(name) for name in seen_classes]
+    base = None if seen_classes is None else seen_columns(names, seen_classes)
     found = Comparison({}, task.labels, names)
     quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
     with tqdm(rows, desc="Comparing", disable=quiet or None, leave=False) as bar:
@@ -383,13 +386,3 @@ def _others(found: Comparison, evidence: Evidence) -> Iterator[str]:
     if with_labels is not None:
         todo = _IF_LABELLED.get(with_labels[0], "take that")
         yield f"With labels, {with_labels[1]}: where there are labels, {todo}."
-
-
-def _names_of(test, teacher: Teacher, columns: Mapping) -> Sequence[str]:
-    """Names of the test images' labels; without labels, those the tuned model knows."""
-    label = guess_columns(test, **columns)[1]
-    names = getattr(test.features.get(label), "names", None)
-    names = task_names(None, teacher) if names is None and label is None else names
-    if names is None:
-        raise ValueError("the test images have no class names: pass class_names (--class-names) in label order.")
-    return names

@@ -125,8 +125,5 @@ def _pooled_position(family: str, mask: Tensor | None, states: Tensor) -> Tensor
 
 def drift_table(rows: Sequence[LayerDrift]) -> str:
     """Markdown: a row per part; changes relative to the old size in percent."""
-    cells = [
-        (row.name, shown(row.absolute, ".3g"), shown(row.relative, ".1%"), shown(row.similarity, ".3f"))
-        for row in rows
-    ]
+    cells = [(r.name, shown(r.absolute, ".3g"), shown(r.relative, ".1%"), shown(r.similarity, ".3f")) for r in rows]
     return table(["part", "change", "relative", "similarity"], cells) + "\n"

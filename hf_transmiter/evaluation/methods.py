@@ -136,10 +136,8 @@ class Variant:
         found = {found: {}} if isinstance(found, str) else found
         methods = [key for key in found if key != "name"] if isinstance(found, Mapping) else []
         if len(methods) != 1:
-            raise ValueError(
-                "a row is the name of a method or {method: {setting: value}}, with a name or not, got "
-                f"{shortened(value)}."
-            )
+            said = "a row is the name of a method or {method: {setting: value}}, with a name or not, got"
+            raise ValueError(f"{said} {shortened(value)}.")
         return cls(methods[0], found[methods[0]] or {}, found.get("name"))
 
     def of_step(self, kind: type) -> dict:

@@ -94,11 +94,11 @@ class Task:
     def __post_init__(self):
         unknown = [name for name in as_list(self.seen_classes or (), "seen_classes") if name not in self.names]
         if unknown:
-            raise ValueError(
-                f"seen_classes holds {unknown[0]!r}, which is not among the {len(self.names)} class names."
-            )
+            known = f"the {len(self.names)} class names"
+            raise ValueError(f"seen_classes holds {unknown[0]!r}, which is not among {known}.")
         check_weak(self.weak, self.teacher)
         self._made: dict[str, tuple] = {}
+        self._tables: dict[tuple, FeatureTable] = {}
         self._reused: dict[str, dict] = {}
         for model in (self.weak, self.strong):
             for name in ("test", "unlabelled", "labelled", "general"):
@@ -133,8 +133,10 @@ class Task:
 
     def table(self, model: DualEncoder, name: str, tower: bool = False) -> FeatureTable:
         """Embeddings of one of the sets of images, with or without tower features."""
-        read = {**self.options, "tower": tower, "labels": name in ("test", "labelled")}
-        return embed_dataset(model, self.need(name), **read)
+        key, read = (model, name, tower), {**self.options, "labels": name in ("test", "labelled")}
+        if key not in self._tables:
+            self._tables[key] = embed_dataset(model, self.need(name), tower=tower, **read)
+        return self._tables[key]
 
     def said_by(self, teacher: Teacher, name: str, base: DualEncoder) -> Tensor:
         """Task logits (N, C) on one of the sets of images; `base` is the model that was tuned."""

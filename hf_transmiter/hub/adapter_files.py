@@ -171,9 +171,8 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Te
     there = (folder / SCORES).is_file() and (folder / WEIGHTS).is_file()
     if there and (folder / WEIGHTS).read_bytes() != content:
         raise FileExistsError(f"{folder} holds another adapter with its {SCORES}: choose another folder.")
-    replace_file(
-        folder / WEIGHTS, lambda path: path.write_bytes(content), partial(check_adapter_tensors, config=known)
-    )
+    check = partial(check_adapter_tensors, config=known)
+    replace_file(folder / WEIGHTS, lambda path: path.write_bytes(content), check)
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 

@@ -282,9 +282,7 @@ class Card:
 
     def gain(self) -> str:
         """What an upgraded adapter is worth, as far as it was measured: a gain is told only with its scores."""
-        pairs = [
-            pair for pair in self.against_plain() if pair[0].metric == "accuracy" and "weak" not in pair[1].method
-        ]
+        pairs = [(a, b) for a, b in self.against_plain() if a.metric == "accuracy" and "weak" not in b.method]
         if not pairs:
             return "Whether it is better than its base model as it is was not measured."
         told = (

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import yaml
@@ -52,19 +52,28 @@ def parse_json(text: str | bytes, where: str):
         ValueError: too large, too deep, not JSON (NaN and infinite numbers are not), a key twice in one object, or a
             text that is not Unicode.
     """
+
+    def read() -> object:
+        content = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(content, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate, which could not be written again, raises
+        return value
+
+    return _parsed(text, read, where, "JSON")
+
+
+def _parsed(text: str | bytes, read: Callable[[], object], where: str, language: str):
+    """What `read` makes of a stranger's text, if that is neither too large nor too deep."""
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{where} holds more than {MAX_JSON_BYTES:,} bytes, too much for what it should be.")
     try:
-        if isinstance(text, bytes):
-            text = text.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        value = read()
         if _depth(value) > MAX_DEPTH:
             raise RecursionError
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate, which could not be written again, raises
     except RecursionError:
-        raise ValueError(f"{where} is not valid JSON: it is nested more than {MAX_DEPTH} deep.") from None
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}.") from error
+        raise ValueError(f"{where} is not valid {language}: it is nested more than {MAX_DEPTH} deep.") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{where} is not valid {language}: {' '.join(str(error).split())}.") from error
     return value
 
 
@@ -112,9 +121,8 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8."
-        ) from error
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path} is no text in UTF-8 ({where}): save it as UTF-8.") from error
 
 
 def parse_yaml(text: str | bytes, where: str):
@@ -124,23 +132,15 @@ def parse_yaml(text: str | bytes, where: str):
         ValueError: too large (also by its aliases, before they are expanded), too deep, not YAML, or a key twice
             in one mapping.
     """
-    if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"{where} holds more than {MAX_JSON_BYTES:,} bytes, too much for what it should be.")
-    try:
+
+    def read() -> object:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        if node is None:
-            return None
-        if _expanded(node, {}) > MAX_YAML_VALUES:
+        if node is not None and _expanded(node, {}) > MAX_YAML_VALUES:
             raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES:,} values")
-        value = loader.construct_document(node)
-        if _depth(value) > MAX_DEPTH:
-            raise RecursionError
-    except RecursionError:
-        raise ValueError(f"{where} is not valid YAML: it is nested more than {MAX_DEPTH} deep.") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
-    return value
+        return None if node is None else loader.construct_document(node)
+
+    return _parsed(text, read, where, "YAML")
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:

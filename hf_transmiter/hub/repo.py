@@ -188,7 +188,7 @@ def fetch(
             the cache; or the file arrived damaged.
     """
     name, revision = split_revision(os.fspath(source))
-    if is_open_clip(name):  # a model, whatever `open_clip_model` finds there: nothing else is kept under such a name
+    if is_open_clip(name) or name.startswith(SANDBOX):  # a model: nothing else is kept under such a name
         return None
     if Path(name).is_dir():
         path = Path(name) / (subfolder or "") / file

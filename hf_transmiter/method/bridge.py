@@ -407,9 +407,7 @@ class Bridge:
         if self.space == "logit":
             raise ValueError("an image side lives in embedding space: build the bridge with space='embedding'.")
         if image_map.shape[1] != self.matrix.shape[1]:
-            raise ValueError(
-                "the adapter reads the vision tower, whose features no bridge carries: pass unlabelled images."
-            )
+            raise ValueError("the adapter reads the vision tower, which no bridge carries: pass unlabelled images.")
         q = self.matrix.double()
         return (q @ image_map.double() @ q.T).float(), (q @ shift.double()).float()
 
@@ -445,8 +443,7 @@ class Bridge:
         facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
         facts["through"] = tuple(facts.get("through", ()))
         bridge = cls(**{key: tensor.float() for key, tensor in tensors.items()}, **facts)
-        factors = torch.tensor([bridge.scale, bridge.scale_back or 0.0, bridge.beta], dtype=torch.float64)
-        check_weights({**tensors, "factors": factors}, f"{{}} of {path}")
+        check_weights(tensors, f"{{}} of {path}")
         matrix, logit = bridge.matrix, bridge.space == "logit"
         if logit and len(set(matrix.shape) | {len(bridge.anchors or matrix)}) > 1:
             raise ValueError(f"{path}: the matrix {tuple(matrix.shape)} does not fit the anchors.")

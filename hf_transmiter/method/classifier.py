@@ -80,12 +80,10 @@ class AnchorClassifier(nn.Module):
         self._asked: tuple[tuple[str, ...], Anchors | list[int]] | None = None
         self.register_module("transmiter", None)  # the adapter's layer
         if text_embeds is not None and tuple(text_embeds.shape) != (len(anchors), encoder.embed_dim):
-            raise ValueError(
-                f"text_embeds must be {(len(anchors), encoder.embed_dim)} for these anchors, "
-                f"got {tuple(text_embeds.shape)}."
-            )
+            wanted, found = (len(anchors), encoder.embed_dim), tuple(text_embeds.shape)
+            raise ValueError(f"text_embeds must be {wanted} for these anchors, got {found}.")
         self.register_buffer("_text_embeds", text_embeds, persistent=False)
-        self._embedded: tuple | None = None  # what they are of; `None` where they were given
+        self._embedded: tuple[tuple, Tensor] | None = None  # what was embedded last, and its rows
 
     def __repr__(self) -> str:
         adapter = f", {self.adapter_config.form} adapter" if self.adapter_config else ""
@@ -99,18 +97,14 @@ class AnchorClassifier(nn.Module):
     @property
     def text_embeds_given(self) -> bool:
         """Whether the anchors' embeddings were passed, and are not those of the encoder."""
-        return self._text_embeds is not None and self._embedded is None
+        return self._text_embeds is not None
 
     def _embed(self, anchors: Anchors) -> Tensor:
         """(K, d) of these anchors; those of the last call are kept. Several threads may call it."""
-        wanted, known = (anchors, self.encoder.text_version), self._embedded  # read first, written last
-        embeds = self._text_embeds
-        if known != wanted:
-            embeds = self.encoder.embed_names(anchors.names, anchors.templates)
-            if not self.text_embeds_given:
-                self._text_embeds = embeds
-                self._embedded = wanted
-        return embeds
+        wanted, known = (anchors, self.encoder.text_version), self._embedded
+        if known is None or known[0] != wanted:
+            known = self._embedded = (wanted, self.encoder.embed_names(anchors.names, anchors.templates))
+        return known[1]
 
     @property
     def adapter_config(self) -> TransMiterConfig | None:
@@ -167,7 +161,6 @@ class AnchorClassifier(nn.Module):
             if self.text_embeds_given and set(names) <= set(known):
                 given = self._text_embeds[[known.index(name) for name in names]]
             self.anchors, self._text_embeds = Anchors(names, (), self.anchors.templates), given
-            self._embedded = None
         elif set(names) <= set(config.class_names):
             columns = seen_columns(config.class_names, names)
             self._asked = None if list(names) == config.class_names else (names, columns)

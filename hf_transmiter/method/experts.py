@@ -96,9 +96,8 @@ def tuned_and_weak_logits(
     check_weak(weak, teacher)
     own = embed_dataset(weak, dataset, **{**embedding, "labels": False})
     options = {"templates": templates, "weak": weak, "table": own, **embedding}
-    return tuple(
-        teacher_logits(one, dataset, names, **options) for one in (teacher, _zero_shot(weak, names, templates))
-    )
+    models = teacher, _zero_shot(weak, names, templates)
+    return tuple(teacher_logits(one, dataset, names, **options) for one in models)
 
 
 def _zero_shot(model: DualEncoder, names: Sequence[str], templates: Sequence[str]) -> AnchorClassifier:

@@ -18,7 +18,6 @@ from torch.nn.utils.parametrizations import orthogonal
 from ..algebra import check_finite, discriminant_head, ridge, total
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import FeatureTable, embed_dataset
-from ..data.images import check_dataset
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.provenance import library_versions, named_dataset
@@ -97,17 +96,12 @@ def extract(
     """
     check_kind("weak", weak, DualEncoder)
     check_teacher(teacher)
-    if dataset is not None:
-        check_dataset(dataset)
     config = config_of(ExtractionConfig, config)
     check_weak(weak, teacher)
     if is_untuned(weak, teacher):
-        logger.warning(
-            "the teacher answers as the weak model does: nothing was tuned, and there is nothing to extract."
-        )
-    if class_names is None and anchors is not None and anchors.task:
-        class_names = anchors.task
-    class_names = task_names(class_names, teacher, dataset, embedding)
+        logger.warning("the teacher answers as the weak model does: nothing was tuned, so nothing to extract.")
+    given = anchors.task or None if class_names is None and anchors is not None else class_names
+    class_names = task_names(given, teacher, dataset, embedding)
     if class_names is None:
         raise ValueError("no class names: pass class_names, or a dataset whose label column is a ClassLabel.")
     if anchors is None:

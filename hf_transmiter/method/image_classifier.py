@@ -157,9 +157,8 @@ class TransMiterForImageClassification(PreTrainedModel):
         self.encoder = image_model(config.base_config)
         width = shared_width(self.encoder)
         if config.adapter["embed_dim"] != width:
-            raise ValueError(
-                f"the adapter was made for embeddings of width {config.adapter['embed_dim']}, this model has {width}."
-            )
+            wanted = config.adapter["embed_dim"]
+            raise ValueError(f"the adapter was made for embeddings of width {wanted}, this model has {width}.")
         self.transmiter = TransMiterLayer.holding(TransMiterConfig.from_peft_type(**config.adapter))
         self.image_processor: BaseImageProcessor | None = None
         self.post_init()
@@ -297,10 +296,8 @@ def _read_config(source: str, **hub) -> TransMiterImageClassificationConfig:
     if content is None:
         raise FileNotFoundError(f"{source!r} holds neither a TransMiter adapter nor a classifier made of one.")
     if content.get("model_type") != TransMiterImageClassificationConfig.model_type:
-        raise ValueError(
-            f"{source!r} holds a model of type {content.get('model_type')!r}, not a TransMiter adapter: pass the "
-            "adapter, which names its model."
-        )
+        said = f"{source!r} holds a model of type {content.get('model_type')!r}, not a TransMiter adapter"
+        raise ValueError(f"{said}: pass the adapter, which names its model.")
     return TransMiterImageClassificationConfig.from_dict(content)
 
 

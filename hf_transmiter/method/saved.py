@@ -18,7 +18,7 @@ from ..encoders.dual_encoder import DualEncoder, load_base, load_encoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import check_adapter_tensors, refuse_pickles
-from ..hub.repo import SANDBOX, fetch, read_json, split_revision
+from ..hub.repo import fetch, read_json, split_revision
 from ..settings import check_kind
 from ..tuners import PeftType
 from .classifier import AnchorClassifier
@@ -41,7 +41,7 @@ def load_teacher(source: str, weak: DualEncoder) -> Teacher:
     check_kind("weak", weak, DualEncoder)
     if source.endswith(".safetensors"):
         return CalibrationPack.load(source)
-    adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
+    adapter = read_json(source, "adapter_config.json")
     if adapter is None:
         return load_encoder(source, device=weak.device, dtype=weak.dtype)
     name, revision = split_revision(source)
@@ -100,7 +100,7 @@ def load_teacher_and_weak(
         return CalibrationPack.load(source), None
     if weak is None:
         facts = _tuning(source)
-        adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
+        adapter = read_json(source, "adapter_config.json")
         if facts is not None:
             weak, revision = facts.weak, facts.revision
         elif adapter is not None:
@@ -131,7 +131,7 @@ def load_classifier(
         ValueError: no class names where they are needed, or what [`load_teacher`] raises.
     """
     source = os.fspath(source)
-    adapter = None if source.startswith(SANDBOX) else read_json(source, "adapter_config.json")
+    adapter = read_json(source, "adapter_config.json")
     if adapter is None:
         classifier = load_encoder(source, device=device, dtype=dtype)
     else:
@@ -183,6 +183,5 @@ def teacher_templates(
 
 
 def _tuning(source: str) -> TeacherFacts | None:
-    """What `tune` noted beside a tuned model; stored logits and models of the sandbox have nothing beside them."""
-    plain = source.startswith(SANDBOX) or source.endswith(".safetensors")
-    return None if plain else TeacherFacts.read(source)
+    """What `tune` noted beside a tuned model; stored logits have nothing beside them."""
+    return None if source.endswith(".safetensors") else TeacherFacts.read(source)

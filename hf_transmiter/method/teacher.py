@@ -64,10 +64,8 @@ def check_teacher(teacher: Teacher) -> None:
         return
     named = isinstance(teacher, (str, os.PathLike)) and not os.fspath(teacher).endswith(".safetensors")
     if named and not os.path.isfile(teacher):
-        raise TypeError(
-            f"a teacher is a model and not the name of one: load {os.fspath(teacher)!r} first, with load_teacher of "
-            "hf_transmiter.method.saved."
-        )
+        said = f"a teacher is a model and not the name of one: load {os.fspath(teacher)!r} first"
+        raise TypeError(f"{said}, with load_teacher of hf_transmiter.method.saved.")
     known = (AnchorClassifier, DualEncoder, CalibrationPack, Tensor, str, os.PathLike)
     if not isinstance(teacher, known) and not (isinstance(teacher, nn.Module) and is_dual_encoder(teacher)):
         raise TypeError(

@@ -239,9 +239,7 @@ def _refitted(
         start = ImageSide(carried["image_map"], carried["image_shift"])
     parts = config.parts or ("both" if all_seen else "image")
     if parts != "image" and not all_seen:
-        raise ValueError(
-            "a text side would not know the classes that are not among seen_classes: ask for parts='image'."
-        )
+        raise ValueError("a text side would not know the classes beside seen_classes: ask for parts='image'.")
     side, head, known = refit(
         table,
         labels[:, seen],

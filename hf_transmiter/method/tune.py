@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, TEMPLATES, Anchors
-from ..data.images import check_dataset, guess_columns
+from ..data.images import guess_columns
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.adapter_files import TeacherFacts
 from ..hub.checks import did_you_mean
@@ -116,7 +116,6 @@ def tune(
     ```
     """
     check_kind("model", model, DualEncoder)
-    check_dataset(dataset)
     if weak is not None:
         check_kind("weak", weak, DualEncoder)
         if teacher is None:
@@ -125,10 +124,8 @@ def tune(
         check_teacher(teacher)
     if isinstance(teacher, (str, os.PathLike)):
         teacher = CalibrationPack.load(teacher)
-    if teacher is None:
-        image_column, label_column = guess_columns(dataset, image_column, label_column)
-    else:
-        image_column, _ = guess_columns(dataset, image_column, labels=False)
+    wanted = True if teacher is None else None
+    image_column, label_column = guess_columns(dataset, image_column, label_column, labels=wanted)
     columns = {"image_column": image_column, "label_column": label_column}
     names = _class_names(dataset, columns, class_names, teacher)
     adapter = adapter_settings(_fitting(teacher, weak, names) if adapter is None else adapter)

@@ -95,7 +95,7 @@ def test_models_in_half_precision(sources):
 
 def test_class_vectors_are_there_before_the_first_visitor(sources):
     models = load_models(**sources)
-    assert all(models[name]._text_embeds is not None for name in ("weak", "tuned", "strong"))
+    assert all(models[name]._embedded is not None for name in ("weak", "tuned", "strong"))
 
 
 def test_bad_sources(task):

@@ -152,7 +152,7 @@ def test_nothing_damaged_is_written(linear, encoder, model_dir, make_dataset, tm
         with pytest.raises(ValueError, match="mean_weak of .*bridge.safetensors hold NaN"):
             bridge.save(tmp_path / "bridge.safetensors")
         bridge.mean_weak[0], bridge.scale = 0.0, value
-        with pytest.raises(ValueError, match="bridge.safetensors is not saved, as it could not be loaded again: .*"):
+        with pytest.raises(ValueError, match="bridge.safetensors is not saved.*is not a number of JSON"):
             bridge.save(tmp_path / "bridge.safetensors")
     with pytest.raises(ValueError, match="as float16, in which they are saved"):
         CalibrationPack(torch.full((2, 3), 1e5), NAMES).save(tmp_path / "pack.safetensors")

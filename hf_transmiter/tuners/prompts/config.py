@@ -93,10 +93,8 @@ class PromptConfig(PeftConfig):
         self.n_ctx = len(token_ids) if self.n_ctx is None else self.n_ctx
         if len(token_ids) > self.n_ctx and not self.keeps_words:
             phrase = f"the phrase {self.init_phrase!r}" if self.init_phrase else "init_token_ids"
-            raise ValueError(
-                f"{phrase} has {len(token_ids)} tokens, but the context only n_ctx={self.n_ctx} vectors: use a "
-                "shorter phrase, or leave n_ctx out."
-            )
+            said = f"{phrase} has {len(token_ids)} tokens, but the context only n_ctx={self.n_ctx} vectors"
+            raise ValueError(f"{said}: use a shorter phrase, or leave n_ctx out.")
 
     @property
     def learned_ids(self) -> list[int]:
@@ -154,10 +152,8 @@ class CoOpConfig(PromptConfig):
     def start_from(self, token_ids: list[int]) -> None:
         super().start_from(token_ids)
         if self.layer and len(token_ids) != self.n_ctx:
-            raise ValueError(
-                f"a context at a deeper layer overwrites the {len(token_ids)} tokens of its phrase, got "
-                f"n_ctx={self.n_ctx}: leave n_ctx out."
-            )
+            said = f"a context at a deeper layer overwrites the {len(token_ids)} tokens of its phrase"
+            raise ValueError(f"{said}, got n_ctx={self.n_ctx}: leave n_ctx out.")
 
     @property
     def reads_names(self) -> bool:

@@ -135,10 +135,8 @@ class PromptLayer(AdapterLayer):
         table, ids = self.get_base_layer().weight, config.init_token_ids or []
         count = len(self.slot_ids(config))
         if count > self.positions - 3:  # start token, one word, end token
-            raise ValueError(
-                f"a context of {count} vectors leaves no room for a text: the text tower reads "
-                f"{self.positions} tokens in all. Use a smaller n_ctx."
-            )
+            said = f"the text tower reads {self.positions} tokens in all"
+            raise ValueError(f"a context of {count} vectors leaves no room for a text: {said}. Use a smaller n_ctx.")
         if ids and not 0 <= min(ids) <= max(ids) < len(table):
             raise ValueError(
                 f"init_token_ids {ids} are not all in this model's vocabulary of {len(table)}: "

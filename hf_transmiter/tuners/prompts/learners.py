@@ -173,9 +173,8 @@ class ContCoOpLayer(PromptLayer):
     def _features(self, config: ContCoOpConfig, texts: Texts, tower: nn.Module) -> Tensor:
         """(B, width): the base model's pooled states of the phrase and the names."""
         ids, mask = texts.ids, texts.mask
-        words = torch.tensor([config.init_token_ids or []], dtype=ids.dtype, device=ids.device).expand(
-            ids.shape[0], -1
-        )
+        words = torch.tensor([config.init_token_ids or []], dtype=ids.dtype, device=ids.device)
+        words = words.expand(ids.shape[0], -1)
         ids = torch.cat([ids[:, : self.start], words, ids[:, self.start :]], 1)
         if mask is not None:
             mask = torch.cat(

@@ -158,29 +158,7 @@ class PromptModel(Tuner):
         layer.attach(root)
 
 
-class CoOpModel(PromptModel, config=configs.CoOpConfig, layer=learners.CoOpLayer):
-    """PEFT tuner of CoOp."""
-
-
-class KgCoOpModel(PromptModel, config=configs.KgCoOpConfig, layer=learners.KgCoOpLayer):
-    """PEFT tuner of KgCoOp."""
-
-
-class CoCoOpModel(PromptModel, config=configs.CoCoOpConfig, layer=learners.CoCoOpLayer):
-    """PEFT tuner of CoCoOp."""
-
-
-class ContCoOpModel(PromptModel, config=configs.ContCoOpConfig, layer=learners.ContCoOpLayer):
-    """PEFT tuner of ContCoOp."""
-
-
-class IVLPModel(PromptModel, config=configs.IVLPConfig, layer=learners.IVLPLayer):
-    """PEFT tuner of IVLP."""
-
-
-class PromptSRCModel(PromptModel, config=configs.PromptSRCConfig, layer=learners.PromptSRCLayer):
-    """PEFT tuner of PromptSRC."""
-
-
-class MaPLeModel(PromptModel, config=configs.MaPLeConfig, layer=learners.MaPLeLayer):
-    """PEFT tuner of MaPLe."""
+for _name in ("CoOp", "KgCoOp", "CoCoOp", "ContCoOp", "IVLP", "PromptSRC", "MaPLe"):
+    _parts = {"config": getattr(configs, f"{_name}Config"), "layer": getattr(learners, f"{_name}Layer")}
+    _about = {"__module__": __name__, "__doc__": f"PEFT tuner of {_name}."}
+    globals()[f"{_name}Model"] = type(PromptModel)(f"{_name}Model", (PromptModel,), _about, **_parts)

@@ -159,9 +159,5 @@ class TransMiterConfig(PeftConfig):
     @classmethod
     def for_anchors(cls, anchors: Anchors, **kwargs) -> TransMiterConfig:
         """A config with the names and templates of `anchors`."""
-        return cls(
-            class_names=list(anchors.task),
-            auxiliary_names=list(anchors.auxiliary),
-            templates=list(anchors.templates),
-            **kwargs,
-        )
+        names = {"class_names": list(anchors.task), "auxiliary_names": list(anchors.auxiliary)}
+        return cls(**names, templates=list(anchors.templates), **kwargs)

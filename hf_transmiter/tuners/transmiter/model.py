@@ -84,10 +84,8 @@ class TransMiterModel(Tuner):
     def _prepare_adapter_config(self, peft_config: TransMiterConfig, model_config: dict) -> TransMiterConfig:
         root = self.model
         if not is_dual_encoder(root):
-            raise ValueError(
-                f"TransMiter needs a two-tower model, got {type(root).__name__}: load the whole model (for example "
-                "CLIPModel), not one tower."
-            )
+            said = f"TransMiter needs a two-tower model, got {type(root).__name__}"
+            raise ValueError(f"{said}: load the whole model (for example CLIPModel), not one tower.")
         check_base(peft_config, root)
         peft_config.embed_dim = shared_width(root)
         # PEFT creates layers where a module name matches; matching the first child makes that happen once.
