@@ -173,7 +173,7 @@ def check_dataset(dataset, name: str = "dataset") -> Dataset:
     """
     if isinstance(dataset, Dataset):
         return dataset
-    how = "load_split reads folders, files and Hub ids"
+    how = "load_images reads folders, files and Hub ids"
     if isinstance(dataset, dict) and dataset:  # a DatasetDict
         how = f"pass one of its splits, such as {name}[{next(iter(dataset))!r}]"
     elif isinstance(dataset, IterableDataset):

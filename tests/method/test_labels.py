@@ -180,5 +180,5 @@ def test_what_is_no_split_is_told(models, make_dataset, options):
 
     refused(datasets.DatasetDict(train=data), r"pass one of its splits, such as [a-z]+\['train'\]")
     refused(data.to_iterable_dataset(), r"load it without streaming, or take some of it, Dataset.from_list")
-    refused("my_photos", "load_split reads folders, files and Hub ids")
-    refused(list(data), "load_split reads folders")
+    refused("my_photos", "load_images reads folders, files and Hub ids")
+    refused(list(data), "load_images reads folders")
