@@ -461,7 +461,7 @@ def test_bad_input(encoder, make_dataset, run, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             run(encoder, dataset, quick(**bad))
-    with pytest.raises(ValueError, match="one split of a datasets.Dataset, not a DatasetDict"):
+    with pytest.raises(ValueError, match="one split of a dataset, not a DatasetDict"):
         run(encoder, datasets.DatasetDict(train=dataset), quick())
     for bare, how in (
         (dataset.remove_columns("label"), "of folders, one per class and at least two"),
