@@ -51,12 +51,13 @@ def same(picture, expected: np.ndarray, within: int = 0) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 @pytest.mark.parametrize("mode", ["I;16", "I"])
 def test_sixteen_bits_in_files(grey, kind, mode):
-    if (kind, mode) == ("PPM", "I;16"):
-        pytest.skip("Pillow writes no such file")
-    wide = Image.fromarray(grey.astype(np.uint16) * 257)
-    same(encoded(wide if mode == "I;16" else wide.convert("I"), kind), grey)
-    low = Image.fromarray(grey.astype(np.uint16))  # 8 bits in the place of 16
-    same(encoded(low if mode == "I;16" else low.convert("I"), kind), grey)
+    for factor in (257, 1):  # 1: 8 bits in the place of 16
+        picture = Image.fromarray(grey.astype(np.uint16) * factor)
+        try:
+            content = encoded(picture if mode == "I;16" else picture.convert("I"), kind)
+        except OSError:
+            pytest.skip(f"this Pillow writes no {kind} of mode {mode}")
+        same(content, grey)
 
 
 def test_sixteen_bits_of_either_order(grey):
