@@ -311,6 +311,8 @@ class TransMiterLayer(AdapterLayer):
         if torch.compiler.is_exporting():
             raise ValueError("the adapter's names are not embedded yet: call the model once before it is exported.")
         with _LOCK:
+            # transformers' own loader puts weights here without telling.
+            self.fresh[name] = self.fresh[name] and not self.transmiter_anchors[name].any()
             if self.fresh[name]:
                 anchors = self.configs[name].anchors
                 self.set_anchors(name, DualEncoder(root).embed_names(anchors.names, anchors.templates))
