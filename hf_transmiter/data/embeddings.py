@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from io import BytesIO
 from itertools import chain
@@ -165,19 +165,20 @@ def embed_dataset(
         with ExitStack() as held:
             with suppress(OSError):  # another run of the very same job: both go on, with the same parts
                 held.enter_context(claim(path) if state.is_main_process else nullcontext())
-            _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress)
-            if content_fingerprint(dataset, image_column) != content:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise ValueError("pictures were changed while they were embedded: start again when they are complete.")
-            if state.is_main_process:
-                try:
-                    _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))
-                except (OSError, SafetensorError):
-                    # The other run may have finished meanwhile and cleared the parts.
-                    if _open(path) is None:
-                        raise
-                shutil.rmtree(folder, ignore_errors=True)
-        state.wait_for_everyone()
+            with _together(state):
+                _make_parts(encoder, pictures, tower, batch_size, folder, state, progress)
+                if content_fingerprint(dataset, image_column) != content:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise ValueError("pictures were changed while they were embedded: start again when all are there.")
+            with _together(state):
+                if state.is_main_process:
+                    try:
+                        _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))
+                    except (OSError, SafetensorError):
+                        # The other run may have finished meanwhile and cleared the parts.
+                        if _open(path) is None:
+                            raise
+                    shutil.rmtree(folder, ignore_errors=True)
         embeds = _open(path)
     elif state.is_main_process and (folder.exists() or beside(path, LOCK).exists()):
         with suppress(OSError), claim(path):  # killed when it was as good as finished
@@ -259,14 +260,12 @@ def content_fingerprint(dataset: Dataset, image_column: str) -> str:
     return found.hexdigest()
 
 
-def _make_parts_together(encoder, pictures, tower, batch_size, folder, state, progress) -> None:
-    """[`_make_parts`] of every process; what goes wrong on one is an error on all, so that none waits for ever."""
+@contextmanager
+def _together(state) -> Iterator[None]:
+    """Ends on all processes at once; what goes wrong on one is an error on all, so that none waits for ever."""
     fault = None
-    hidden = not (progress and state.is_main_process) or None  # None: only a terminal or a notebook shows it
-    bar = {"desc": "Embedding images", "unit": "img", "leave": False, "name": "hf_transmiter.data.embeddings"}
     try:
-        with tqdm(total=len(pictures), disable=hidden, **bar) as shown:
-            _make_parts(encoder, pictures, tower, batch_size, folder, state, shown)
+        yield
     except Exception as error:
         fault = error
     if state.num_processes > 1:
@@ -277,21 +276,24 @@ def _make_parts_together(encoder, pictures, tower, batch_size, folder, state, pr
 
 
 def _make_parts(
-    encoder: DualEncoder, pictures: Dataset, tower: bool, batch_size: int, folder: Path, state, bar: tqdm
+    encoder: DualEncoder, pictures: Dataset, tower: bool, batch_size: int, folder: Path, state, progress: bool
 ) -> None:
     """Writes this process's missing parts."""
-    for index, start in enumerate(range(0, len(pictures), PART_ROWS)):
-        rows = range(start, min(start + PART_ROWS, len(pictures)))
-        path = _part_path(folder, index)
-        if index % state.num_processes != state.process_index or _is_whole(path):
-            bar.update(len(rows))
-            continue
-        blocks = []
-        for first in rows[::batch_size]:
-            blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop)), tower))
-            bar.update(len(blocks[-1]))
-        part = torch.cat(blocks)
-        replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": digest({"embeds": part})}))
+    hidden = not (progress and state.is_main_process) or None  # None: only a terminal or a notebook shows it
+    about = {"desc": "Embedding images", "unit": "img", "leave": False, "name": "hf_transmiter.data.embeddings"}
+    with tqdm(total=len(pictures), disable=hidden, **about) as bar:
+        for index, start in enumerate(range(0, len(pictures), PART_ROWS)):
+            rows = range(start, min(start + PART_ROWS, len(pictures)))
+            path = _part_path(folder, index)
+            if index % state.num_processes != state.process_index or _is_whole(path):
+                bar.update(len(rows))
+                continue
+            blocks = []
+            for first in rows[::batch_size]:
+                blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop)), tower))
+                bar.update(len(blocks[-1]))
+            part = torch.cat(blocks)
+            replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": digest({"embeds": part})}))
 
 
 def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) -> Tensor:
