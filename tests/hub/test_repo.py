@@ -318,13 +318,13 @@ def test_no_network(hub, monkeypatch, caplog):
         fetch("alice/dogs", "README.md")
 
 
-def test_offline_after_caching(hub):
+def test_offline_after_caching(hub, tmp_path):
     """In a process of its own, as HF_HUB_OFFLINE is read when huggingface_hub is imported."""
     code = """
 from hf_transmiter.hub.repo import fetch, push_folder, read_json
 print(read_json("alice/cats", "settings.json"), fetch("alice/cats", "absent.json"))
 print(fetch("alice/cats", "README.md"))
-for call in (lambda: fetch("alice/dogs", "README.md"), lambda: push_folder(".", "alice/cats", commit_message="x")):
+for call in (lambda: fetch("alice/dogs", "README.md"), lambda: push_folder(FOLDER, "alice/cats", commit_message="x")):
     try:
         call()
     except OSError as error:
@@ -335,7 +335,7 @@ for call in (lambda: fetch("alice/dogs", "README.md"), lambda: push_folder(".", 
     assert fetch(REPO, "absent.json") is None
     hub.log.clear()
     options = {"env": hub.environment(offline=True), "capture_output": True, "text": True}
-    result = subprocess.run([sys.executable, "-c", code], **options)
+    result = subprocess.run([sys.executable, "-c", code.replace("FOLDER", repr(str(tmp_path)))], **options)
     assert result.returncode == 0, result.stderr
     first, second, unknown, push = result.stdout.splitlines()
     assert (first, second) == ("{'beta': 1} None", "None")
