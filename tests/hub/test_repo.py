@@ -331,6 +331,7 @@ for call in (lambda: fetch("alice/dogs", "README.md"), lambda: push_folder(FOLDE
         print(error)
 """
     hub.write(REPO, FILES)
+    (tmp_path / "README.md").write_bytes(CARD)
     assert read_json(REPO, "settings.json") == {"beta": 1}
     assert fetch(REPO, "absent.json") is None
     hub.log.clear()
