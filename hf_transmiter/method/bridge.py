@@ -34,7 +34,7 @@ from ..hub.provenance import library_versions
 from ..hub.push import push
 from ..hub.repo import fetch, public_name
 from ..settings import BETA, PULL, check_kind, check_number
-from .moments import CrossMoment, sum_dataset
+from .moments import CrossMoment, sum_dataset, widen
 
 
 SPAN_TOLERANCE = 0.05  # weaker text directions, in shares of the strongest, do not carry class vectors (logit space)
@@ -151,7 +151,7 @@ class Bridge:
             raise ValueError("a bridge of logits does not read names: pass them as anchors.")
         check_untuned(weak)
         few, anchors = None not in (dataset, anchors) and space == "embedding", anchors or Anchors.universal()
-        moment, held_out = sum_dataset(weak, strong, dataset, space, anchors, **embedding)
+        moment, held_out, span = sum_dataset(weak, strong, dataset, space, anchors, **embedding)
         joined = []
         if names is not None and len(names) > 1:
             weight = weak.embed_dim / moment.n if few else 0.3
@@ -171,6 +171,7 @@ class Bridge:
             anchors=anchors if space == "logit" or dataset is None else None,
             held_out=held_out,
             joined=joined,
+            span=span,
         )
         if (doubt := made.doubt()) is not None:
             logger.warning(doubt)
@@ -189,6 +190,7 @@ class Bridge:
         anchors: Anchors | None = None,
         held_out: CrossMoment | None = None,
         joined: Sequence[tuple[float, CrossMoment]] = (),
+        span: Tensor | None = None,
     ) -> Bridge:
         """The bridge of a finished moment.
 
@@ -201,6 +203,8 @@ class Bridge:
                 Of some of the same pairs. They are in the bridge like the others; one from the others alone is
                 aligned on them, for the attribute `held_out`.
             joined (*optional*): moments of other pairs with their weights, see [`CrossMoment.solve`].
+            span (`Tensor`, *optional*):
+                Logit space: the columns that the moment's rows are coordinates of, see [`logit_span`].
         """
         kept = None if held_out is None else moment.kept(held_out, space, beta)
         matrix, fit = moment.solve(space, beta, joined)
@@ -209,6 +213,9 @@ class Bridge:
             overlap, means, beta = float((matrix * fit.xy).sum()), (fit.x, fit.y), 0.0
             scale = overlap / max(float((matrix @ fit.yy * matrix).sum()), 1e-12)
             scale_back = overlap / max(float((fit.xx @ matrix * matrix).sum()), 1e-12)
+        alignment = fit.alignment(matrix)
+        if span is not None:
+            matrix, means = widen(matrix, span), (span.new_zeros(len(span)),) * 2
         beta = min(beta, 1e300)  # as far as files go, and for this β the map is the same
         return cls(
             space,
@@ -219,7 +226,7 @@ class Bridge:
             weak,
             source,
             num_pairs=int(moment.n),
-            alignment=fit.alignment(matrix),
+            alignment=alignment,
             beta=beta,
             anchors=anchors,
             held_out=kept,
@@ -323,8 +330,9 @@ class Bridge:
         if dataset is None and self.space == "logit":
             raise ValueError("a logit-space bridge is measured on images: pass some.")
         anchors = (self.anchors if self.space == "logit" else anchors) or Anchors.universal()
-        moment, _ = sum_dataset(weak, strong, dataset, self.space, anchors, **embedding)
-        found = moment.in_space(self.space).alignment(self.matrix)
+        moment, _, span = sum_dataset(weak, strong, dataset, self.space, anchors, **embedding)
+        matrix = self.matrix if span is None else span.T @ self.matrix.double() @ span
+        found = moment.in_space(self.space).alignment(matrix)
         on = "names" if dataset is None else "images"
         if self.derived or (self.source == "text" and on == "images"):
             self.held_out, self.held_out_on = found, on

@@ -116,6 +116,29 @@ def image_pairs(
         yield x_strong, x_weak
 
 
+def logit_span(texts: Sequence[Tensor]) -> Tensor | None:
+    """Orthonormal columns F (K, q) that span all standardised logits of both models over K anchors, ``z = z F Fᵀ``.
+
+    ``z = s (x / std) Āᵀ`` with Ā (K, d) the anchors' embeddings minus their mean, so q = d_weak + d_strong suffice.
+    In these coordinates a moment is (q, q), and on what F does not reach ``polar(X + βI)`` is the identity.
+
+    Args:
+        texts (`Sequence[Tensor]`): the anchors' embeddings (K, d) of each model.
+
+    Returns:
+        float64, or `None` where K is not larger than q: nothing would be gained.
+    """
+    centred = torch.cat([(text - text.mean(0)).double() for text in texts], dim=1)
+    return torch.linalg.qr(centred).Q if len(centred) > centred.shape[1] else None
+
+
+def widen(matrix: Tensor, span: Tensor) -> Tensor:
+    """``P = I + F (p - I) Fᵀ`` (K, K) of a map p (q, q) in the coordinates F of [`logit_span`]."""
+    found = span @ (matrix - torch.eye(len(matrix), dtype=matrix.dtype)) @ span.T
+    found.diagonal().add_(1.0)
+    return found
+
+
 def sum_pairs(
     pairs: Iterable[tuple[Tensor, Tensor]], strong_width: int, weak_width: int, accelerator=None
 ) -> tuple[CrossMoment, CrossMoment]:
@@ -130,20 +153,26 @@ def sum_pairs(
 
 def sum_dataset(
     weak: DualEncoder, strong: DualEncoder, dataset, space: str, anchors: Anchors, *, accelerator=None, **embedding
-) -> tuple[CrossMoment, CrossMoment]:
+) -> tuple[CrossMoment, CrossMoment, Tensor | None]:
     """[`sum_pairs`] of two models on images, or on the anchors' names where `dataset` is `None`: of embeddings, or in
-    `"logit"` space of standardised logits over the anchors. `embedding` is passed to `embed_dataset`.
+    `"logit"` space of standardised logits over the anchors, there in the coordinates of [`logit_span`], the third
+    thing returned, if that is not `None`. `embedding` is passed to `embed_dataset`.
 
     Raises:
         TypeError: a keyword that `embed_dataset` does not have, without images too.
     """
     inspect.signature(embed_dataset).bind(weak, dataset, accelerator=accelerator, **embedding)
-    texts, logit = None, space == "logit"
-    widths = (len(anchors), len(anchors)) if logit else (strong.embed_dim, weak.embed_dim)
-    if logit or dataset is None:
+    texts, span, widths = None, None, (strong.embed_dim, weak.embed_dim)
+    if space == "logit" or dataset is None:
         texts = [model.embed_names(anchors.names, anchors.templates).cpu() for model in (weak, strong)]
     if dataset is None:
-        return sum_pairs([(texts[1], texts[0])], *widths)
+        return *sum_pairs([(texts[1], texts[0])], *widths), None
     options = {"accelerator": accelerator, **embedding, "labels": False}
     tables = [embed_dataset(model, dataset, **options) for model in (weak, strong)]
-    return sum_pairs(image_pairs(weak, strong, tables, texts, accelerator), *widths, accelerator)
+    pairs = image_pairs(weak, strong, tables, texts, accelerator)
+    if space == "logit":
+        span = logit_span(texts)
+        widths = (len(anchors) if span is None else span.shape[1],) * 2
+    if span is not None:
+        pairs = ((x.double() @ span, y.double() @ span) for x, y in pairs)
+    return *sum_pairs(pairs, *widths, accelerator), span

@@ -12,6 +12,8 @@ from hf_transmiter.algebra import standardise
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import embed_dataset
 from hf_transmiter.encoders.dual_encoder import DualEncoder
+from hf_transmiter.encoders.identity import ModelId
+from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.moments import HELD_OUT, CrossMoment, image_pairs, sum_dataset, sum_pairs
 
 
@@ -105,14 +107,38 @@ def test_moments_of_two_models(model_dir, make_dataset, tmp_path):
     )
     expected = {"embedding": moment_of(x_strong, x_weak), "logit": moment_of(z_strong, z_weak)}
     for space, moment in expected.items():
-        found, part = sum_dataset(weak, strong, dataset, space, names, **options)
+        found, part, span = sum_dataset(weak, strong, dataset, space, names, **options)
+        assert span is None  # no more names than dimensions
         for field in dataclasses.fields(found):
             a, b = (torch.as_tensor(getattr(m, field.name), dtype=torch.float64) for m in (found, moment))
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
         assert (found.n, part.n) == (25, 3)
     pairs = list(image_pairs(weak, strong, tables, None))
     assert_same(sum_pairs(pairs, strong.embed_dim, weak.embed_dim)[0], expected["embedding"])
-    found, _ = sum_dataset(weak, strong, None, "embedding", names)
+    found, _, _ = sum_dataset(weak, strong, None, "embedding", names)
     assert_same(found, moment_of(texts[1], texts[0]))
     ((block, _),) = pairs
     torch.testing.assert_close(block, normalize(block, dim=1))
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1.0, 500.0, float("inf")])
+def test_a_bridge_of_many_names_is_solved_in_the_span_of_their_logits(beta, model_dir, make_dataset, tmp_path):
+    """Exactly that of all K names: the moment is (q, q), and beyond the span both are the identity."""
+    pair = weak, strong = [DualEncoder.from_pretrained(model_dir(family)) for family in ("clip", "siglip")]
+    names = Anchors((), tuple(f"thing {number} of {number % 7}" for number in range(50)))
+    dataset, options = make_dataset(25), {"cache_dir": tmp_path, "progress": False}
+    moment, held_out, span = sum_dataset(weak, strong, dataset, "logit", names, **options)
+    q = weak.embed_dim + strong.embed_dim
+    assert span.shape == (50, q) and moment.xy.shape == (q, q) and q < 50
+    tables = [embed_dataset(model, dataset, **options) for model in pair]
+    texts = [model.embed_names(names.names, names.templates) for model in pair]
+    whole = sum_pairs(image_pairs(weak, strong, tables, texts), 50, 50)
+    pair = [ModelId.of(model) for model in pair]
+    found = Bridge.from_moment(moment, *pair, space="logit", beta=beta, held_out=held_out, span=span, anchors=names)
+    expected = Bridge.from_moment(whole[0], *pair, space="logit", beta=beta, held_out=whole[1], anchors=names)
+    torch.testing.assert_close(found.matrix, expected.matrix, atol=2e-5, rtol=0)
+    assert (found.alignment, found.held_out) == pytest.approx((expected.alignment, expected.held_out), abs=1e-5)
+    assert found.mean_strong.shape == found.mean_weak.shape == (50,)
+    built = Bridge.build(weak, strong, dataset, space="logit", anchors=names, beta=beta, **options)
+    torch.testing.assert_close(built.matrix, found.matrix)
+    assert built.measure(weak, strong, dataset, **options) == pytest.approx(found.alignment, abs=1e-5)
