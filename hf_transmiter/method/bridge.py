@@ -365,6 +365,46 @@ class Bridge:
             "(--dataset), or anchors (--anchors) with some hundred names that both models know."
         )
 
+    def translate(self, rows: Tensor) -> Tensor:
+        """Unit rows of the weak model to where the strong one would put them: ``normalise(μ_s + s·Q (x - μ_w))``.
+
+        So an index of old embeddings serves queries of the new model, of pictures or text. What it costs in recall
+        depends on the bridge: measure it ([`evaluate_bridge`]).
+
+        Args:
+            rows (`Tensor`): (N, d_weak); translate a large index in blocks.
+
+        Returns:
+            (N, d_strong) float32, on the rows' device.
+
+        Raises:
+            ValueError: a bridge of logits, rows of another width, or values that are not finite.
+        """
+        q, mean_weak, mean_strong = self._turn(rows, 1)
+        return normalize(mean_strong + self.scale * (rows.float() - mean_weak) @ q.T, dim=-1)
+
+    def translate_queries(self, rows: Tensor) -> Tensor:
+        """Queries of the strong model for an index of the weak one's rows, which stays as it is: ``normalise(Qᵀ y)``,
+        (N, d_strong) to (N, d_weak).
+
+        ``⟨Q (x - μ_w) s + μ_s, y⟩`` of a row x and a query y is ``s·⟨x, Qᵀ y⟩`` and what does not depend on x: up to
+        the length of translated rows, neighbours are those of [`translate`], for texts too.
+
+        Raises:
+            ValueError: as [`translate`].
+        """
+        return normalize(rows.float() @ self._turn(rows, 0)[0], dim=-1)
+
+    def _turn(self, rows: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, μ_w and μ_s on the device of some rows, which are checked: of the weak model (`side` 1) or the strong."""
+        if self.space == "logit":
+            raise ValueError("a bridge of logits translates no embeddings: build one with space='embedding'.")
+        if rows.ndim != 2 or rows.shape[1] != self.matrix.shape[side]:
+            model = (self.strong, self.weak)[side].name
+            raise ValueError(f"rows of {model!r} are (N, {self.matrix.shape[side]}), these are {tuple(rows.shape)}.")
+        check_finite(rows, "rows to translate")
+        return tuple(each.to(rows.device) for each in (self.matrix, self.mean_weak, self.mean_strong))
+
     def carry_basis(self, basis: Tensor) -> Tensor:
         """The strong model's basis ``W Pᵀ`` (D, K) of a published adapter: ``z_strong (W Pᵀ)ᵀ = z_strong P Wᵀ``.
 
