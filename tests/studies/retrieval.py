@@ -4,7 +4,7 @@
 
 FOLDER is as that of `refits.py`: `caltech101_clip_features`, `fgvc_clip_features` and `clip_text_embeddings`, real
 OpenAI CLIP. Of 1,600 pictures 800 are in the index, and each asks for its neighbours; the bridge knows others only.
-Neighbours are right where ViT-B/32, had it embedded all, would find them. "words": 1,203 object names ask for pictures.
+Neighbours are right where ViT-B/32, had it embedded all, would find them. "words": 1,203 object names ask.
 """
 
 import argparse
