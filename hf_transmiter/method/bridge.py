@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..algebra import ORTHOGONALITY, check_semi_orthogonal, check_weights
+from ..algebra import ORTHOGONALITY, check_finite, check_semi_orthogonal, check_weights
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId, check_untuned, same_model
