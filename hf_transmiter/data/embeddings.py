@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from io import BytesIO
@@ -22,7 +22,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    broadcast_object_list,
+    find_executable_batch_size,
+    gather_object,
+    parse_flag_from_env,
+)
 from datasets import Dataset
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import tqdm
@@ -31,74 +36,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
-from ..encoders.pictures import SKIP, UnreadablePicture
-from ..hub.checks import as_list
 from ..hub.files import LOCK, beside, claim, digest, file_digest, file_state, replace_file
 from ..settings import check_kind, check_number
-from .class_names import label_places
 from .images import guess_columns, label_indices, stored_pictures
+from .pixels import pixel_batches, usual_workers
+from .table import FeatureTable, StoredRows, stored_rows
 
 
 logger = logging.getLogger(__name__)
 
 PART_ROWS = 1024
-
-
-class FeatureTable:
-    """Unit image rows ``x`` (N, d), or ``[x | h]`` (N, d + 2D), in any float type, with their labels (N,): indices of
-    the class names.
-
-    Those of [`embed_dataset`] are mapped from disk, not loaded. `dataset_fingerprint` identifies the images.
-
-    Raises:
-        ValueError: the labels do not fit the rows or the class names.
-    """
-
-    def __init__(
-        self,
-        embeds: Tensor,
-        labels: Tensor | Sequence[int] | None = None,
-        class_names: Sequence[str] | None = None,
-        dataset_fingerprint: str = "",
-    ):
-        if embeds.ndim != 2:
-            raise ValueError(f"embeds must be (N, d), not {tuple(embeds.shape)}.")
-        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
-        self.class_names = None if class_names is None else as_list(class_names, "class_names")
-        if self.labels is not None and self.labels.shape != embeds.shape[:1]:
-            raise ValueError(f"{tuple(self.labels.shape)} labels for {len(embeds)} rows.")
-        if self.labels is not None and self.class_names is not None and len(embeds):
-            if self.labels.max() >= len(self.class_names):
-                raise ValueError(f"label {int(self.labels.max())} has no name: there are {len(self.class_names)}.")
-        self._stored, self.dataset_fingerprint = embeds, dataset_fingerprint
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    @property
-    def embeds(self) -> Tensor:
-        """All rows, (N, d) float32; for large tables see [`batches`]."""
-        return self._stored.float()
-
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Blocks of at most `batch_size` rows in order, (B, d) float32; only one block is in memory at a time."""
-        for start in range(0, len(self), batch_size):
-            yield self._stored[start : start + batch_size].float()
-
-    def share(self, accelerator=None) -> Iterator[tuple[slice, Tensor]]:
-        """Of the [`batches`] of 4096 those that fall to this process of several, each with the rows it holds."""
-        rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-        start = 0
-        for number, x in enumerate(self.batches(4096)):
-            if number % world == rank:
-                yield slice(start, start + len(x)), x
-            start += len(x)
-
-    def select(self, indices: Tensor | Sequence[int]) -> "FeatureTable":
-        """The rows `indices`, in that order, copied to memory."""
-        indices = torch.as_tensor(indices, dtype=torch.long)
-        labels = None if self.labels is None else self.labels[indices]
-        return FeatureTable(self._stored[indices], labels, self.class_names, self.dataset_fingerprint)
+ALIKE = 0.9  # least cosine of what a model makes of one picture, read by whatever decoder
 
 
 def embed_dataset(
@@ -109,37 +57,53 @@ def embed_dataset(
     label_column: str | None = None,
     labels: bool = True,
     tower: bool = False,
+    embedding_columns: Mapping[str, str] | None = None,
     batch_size: int = 64,
+    num_workers: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     accelerator=None,
     progress: bool = True,
 ) -> FeatureTable:
-    """Unit image rows of every picture in `dataset`, from the cache or computed and cached.
+    """Unit image rows of every picture in `dataset`: those that are there already, from the cache, or computed and
+    cached.
 
     Under `accelerate launch` every process calls this with the same arguments, its encoder on its own device, and
     gets the same table; `cache_dir` must be a folder that all of them see.
 
     Args:
         encoder ([`DualEncoder`]): the model. Its fingerprint, with the processor's settings, is part of the key.
-        dataset (`datasets.Dataset`):
-            One split. Formats and transforms set on it are not applied: the pictures are taken as stored.
+        dataset (`datasets.Dataset` or [`FeatureTable`]):
+            One split. Formats and transforms set on it are not applied: the pictures are taken as stored. A table of
+            this model is returned as it is.
         image_column, label_column (`str`, *optional*): guessed when omitted; without labels the table has none.
         labels (`bool`, *optional*, defaults to `True`): read them; whoever does not need them takes any column.
         tower (`bool`, *optional*, defaults to `False`):
             Rows ``[x | h]`` (N, d + 2D) of [`DualEncoder.embed_pixels`], in a file of their own, of which a later call
             without takes the unit rows.
-        batch_size (`int`, *optional*, defaults to 64): pictures per forward pass.
+        embedding_columns (`Mapping[str, str]`, *optional*):
+            Columns with embeddings that are there already, by model: ``{"openai/clip-vit-base-patch32": "b32"}``. A
+            column that is called as the model is needs no mention. Its rows are taken as they are, unit rows (N, d) or
+            ``[x | h]``; of pictures beside them only the first and the last are embedded, to be sure.
+        batch_size (`int`, *optional*, defaults to 64):
+            Pictures per forward pass; halved as often as the device runs out of memory.
+        num_workers (`int`, *optional*):
+            Processes that decode and shrink pictures while the model looks at those before; 0 for none. As many as
+            there are cores, 8 at most, when omitted; none for fewer than 1,024 pictures.
         cache_dir (`str` or `os.PathLike`, *optional*): defaults to a folder among the Hub's cached assets.
         accelerator (`accelerate.Accelerator`, *optional*): defaults to the state of the launched processes.
         progress (`bool`, *optional*, defaults to `True`): show a bar on the main process.
 
     Raises:
         ValueError: no or several columns could be meant, the dataset is empty, labels are no indices, a picture cannot
-            be read, a file is changed meanwhile, or the model answers with infinite or undefined numbers; rows are
-            named by their index.
+            be read, a file is changed meanwhile, or the model answers with infinite or undefined numbers; embeddings
+            that are there are another model's, or no unit rows. Rows are named by their index.
     """
     check_kind("encoder", encoder, DualEncoder)
     batch_size = check_number("batch_size", batch_size, least=1)
+    if num_workers is not None:
+        num_workers = check_number("num_workers", num_workers, least=0)
+    if isinstance(dataset, FeatureTable):
+        return dataset.of(encoder, tower)
     image_column, label_column = guess_columns(dataset, image_column, label_column, labels=labels)
     if not len(dataset):
         raise ValueError("the dataset is empty: there is no image to embed.")
@@ -148,42 +112,90 @@ def embed_dataset(
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     fingerprint = content = content_fingerprint(dataset, image_column)
-    facts = [encoder.cache_key, fingerprint, str(dataset.split), image_column, PART_ROWS]
-    keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
-    if state.num_processes > 1:  # a dataset that was made in memory has another fingerprint in every process
-        *keys, fingerprint = broadcast_object_list([*keys, fingerprint])
-    root, width = Path(cache_dir) if cache_dir else _usual_cache(), encoder.embed_dim
-    tower = tower and encoder.tower_dim > 0
-    path, folder = root / f"{keys[tower]}.npy", root / f"{keys[tower]}.parts"
-    embeds = _open(path)
-    if embeds is None and not tower and (wide := _open(root / f"{keys[True]}.npy")) is not None:
-        embeds = wide[:, :width]
-    # Every process must have looked before the first of them can finish the table.
-    state.wait_for_everyone()
+    if state.num_processes > 1:  # a dataset that was made in memory has another one in every process
+        (fingerprint,) = broadcast_object_list([fingerprint])
+    pictures = None if image_column is None else stored_pictures(dataset, image_column)
+    embeds = stored_rows(dataset, encoder, embedding_columns)
+    if embeds is not None and pictures is not None:
+        _check_stored(encoder, embeds, pictures)
+    if embeds is None and pictures is None:
+        raise ValueError(
+            f"there are neither pictures nor embeddings of {encoder} among the columns "
+            f"{', '.join(dataset.column_names)}: call the column with what this very model makes of pictures as the "
+            f"model, or pass embedding_columns={{{encoder.name_or_path!r}: ...}} (--embedding-columns). Of a tuned "
+            "model that is elsewhere the logits will do: pass them as teacher."
+        )
     if embeds is None:
-        pictures = stored_pictures(dataset, image_column)
-        with ExitStack() as held:
-            with suppress(OSError):  # another run of the very same job: both go on, with the same parts
-                held.enter_context(claim(path) if state.is_main_process else nullcontext())
-            with _together(state):
-                _make_parts(encoder, pictures, tower, batch_size, folder, state, progress)
-                if content_fingerprint(dataset, image_column) != content:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    raise ValueError("pictures were changed while they were embedded: start again when all are there.")
-            with _together(state):
-                if state.is_main_process:
-                    try:
-                        _join(folder, path, (len(dataset), width + (encoder.tower_dim if tower else 0)))
-                    except (OSError, SafetensorError):
-                        # The other run may have finished meanwhile and cleared the parts.
-                        if _open(path) is None:
-                            raise
-                    shutil.rmtree(folder, ignore_errors=True)
-        embeds = _open(path)
-    elif state.is_main_process and (folder.exists() or beside(path, LOCK).exists()):
-        with suppress(OSError), claim(path):  # killed when it was as good as finished
-            shutil.rmtree(folder, ignore_errors=True)
-    return FeatureTable(embeds, found, class_names, fingerprint)
+        facts = [encoder.cache_key, fingerprint, str(dataset.split), image_column, PART_ROWS]
+        keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
+        root = Path(cache_dir) if cache_dir else _usual_cache()
+        unit, wide = (root / f"{key}.npy" for key in keys)
+        tower = tower and encoder.tower_dim > 0
+        path = wide if tower else unit
+        embeds = _open(path) if tower or unit.exists() else _open(wide)
+
+        def check() -> None:
+            if content_fingerprint(dataset, image_column) != content:
+                raise ValueError("pictures were changed while they were embedded: start again when all are there.")
+
+        # Every process must have looked before the first of them can finish the table.
+        state.wait_for_everyone()
+        if embeds is None:
+            options = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+            embeds = _embedded(encoder, pictures, tower, path, state, check, **options)
+        elif state.is_main_process and (_folder(path).exists() or beside(path, LOCK).exists()):
+            with suppress(OSError), claim(path):  # killed when it was as good as finished
+                shutil.rmtree(_folder(path), ignore_errors=True)
+    table = FeatureTable(embeds, found, class_names, fingerprint, encoder)
+    return table if tower else table.narrow(encoder.embed_dim)
+
+
+def _embedded(
+    encoder: DualEncoder, pictures: Dataset, tower: bool, path: Path, state, check: Callable, **how
+) -> Tensor:  # fmt: skip
+    """The rows, part by part into one file; `check` raises where pictures were changed meanwhile."""
+    folder = _folder(path)
+    with ExitStack() as held:
+        with suppress(OSError):  # another run of the very same job: both go on, with the same parts
+            held.enter_context(claim(path) if state.is_main_process else nullcontext())
+        with _together(state):
+            make = find_executable_batch_size(_make_parts, starting_batch_size=how.pop("batch_size"))
+            make(encoder, pictures, tower, folder, state, **how)
+            try:
+                check()
+            except ValueError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        with _together(state):
+            if state.is_main_process:
+                try:
+                    _join(folder, path, (len(pictures), encoder.embed_dim + (encoder.tower_dim if tower else 0)))
+                except (OSError, SafetensorError):
+                    # The other run may have finished meanwhile and cleared the parts.
+                    if _open(path) is None:
+                        raise
+                shutil.rmtree(folder, ignore_errors=True)
+    return _open(path)
+
+
+def _check_stored(encoder: DualEncoder, stored: StoredRows, pictures: Dataset) -> None:
+    """Whether the rows are what the model makes of the first and the last picture, as far as these can be read here.
+
+    Raises:
+        ValueError: they are not.
+    """
+    (column,) = pictures.column_names
+    for row in {0, len(pictures) - 1}:
+        try:
+            (own,) = encoder.embed_images([pictures[row][column]]).cpu()
+        except ValueError:
+            continue
+        cosine = float(own @ stored[row : row + 1][0, : len(own)])
+        if cosine < ALIKE:
+            raise ValueError(
+                f"{stored} is not what {encoder.name_or_path!r} makes of the pictures beside it (in row {row} the "
+                f"cosine is {cosine:.2f}): name the right column (embedding_columns=), or leave that column out."
+            )
 
 
 def _usual_cache() -> Path:
@@ -193,26 +205,6 @@ def _usual_cache() -> Path:
         raise OSError(
             f"there is no place for embeddings ({error}): pass cache_dir, or set HF_ASSETS_CACHE."
         ) from error
-
-
-def align_labels(table: FeatureTable, class_names: Sequence[str]) -> Tensor:
-    """Labels (N,) of a table as positions in `class_names`, matched by name (see [`match_names`]); numbers without
-    names are positions.
-
-    Raises:
-        ValueError: no labels, labels that are no class (-1, say), or classes of the table that `class_names` lacks.
-    """
-    if table.labels is None:
-        raise ValueError("scoring needs labels: pass a dataset with a label column (label_column=, --label-column).")
-    count = len(table.class_names or class_names)
-    outside = ((table.labels < 0) | (table.labels >= count)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(
-            f"image {row} has label {int(table.labels[row])}, and there are {count} classes: leave such images out, "
-            "or the whole column where it holds no labels."
-        )
-    return torch.tensor(label_places(table.class_names, table.labels.tolist(), class_names), dtype=torch.long)
 
 
 def _open(path: Path) -> Tensor | None:
@@ -240,9 +232,11 @@ def _is_whole_table(path: Path, *state: int) -> bool:
         return file.read() == found.digest()
 
 
-def content_fingerprint(dataset: Dataset, image_column: str) -> str:
+def content_fingerprint(dataset: Dataset, image_column: str | None) -> str:
     """What identifies a dataset's pictures: the content of files that the column only names, so that a copy of them
     is the same, or else the dataset's own fingerprint."""
+    if image_column is None:
+        return dataset._fingerprint
     stored, found = dataset.data.column(image_column), hashlib.sha256(str(dataset.features[image_column]).encode())
     inside = pa.types.is_struct(stored.type) and {"path", "bytes"} <= {part.name for part in stored.type}
     if inside and not any(chunk.field("bytes").null_count for chunk in stored.chunks):
@@ -276,42 +270,29 @@ def _together(state) -> Iterator[None]:
 
 
 def _make_parts(
-    encoder: DualEncoder, pictures: Dataset, tower: bool, batch_size: int, folder: Path, state, progress: bool
-) -> None:
+    batch_size: int, encoder: DualEncoder, pictures: Dataset, tower: bool, folder: Path, state, *, progress: bool,
+    num_workers: int | None,
+) -> None:  # fmt: skip
     """Writes this process's missing parts."""
     hidden = not (progress and state.is_main_process) or None  # None: only a terminal or a notebook shows it
     about = {"desc": "Embedding images", "unit": "img", "leave": False, "name": "hf_transmiter.data.embeddings"}
+    parts = [range(start, min(start + PART_ROWS, len(pictures))) for start in range(0, len(pictures), PART_ROWS)]
+    mine = range(state.process_index, len(parts), state.num_processes)
+    missing = [index for index in mine if not _is_whole(_part_path(folder, index))]
+    batches = [parts[index][k : k + batch_size] for index in missing for k in range(0, len(parts[index]), batch_size)]
+    if num_workers is None:
+        num_workers = usual_workers(encoder, batches, state)
     with tqdm(total=len(pictures), disable=hidden, **about) as bar:
-        for index, start in enumerate(range(0, len(pictures), PART_ROWS)):
-            rows = range(start, min(start + PART_ROWS, len(pictures)))
-            path = _part_path(folder, index)
-            if index % state.num_processes != state.process_index or _is_whole(path):
-                bar.update(len(rows))
-                continue
-            blocks = []
-            for first in rows[::batch_size]:
-                blocks.append(_embed(encoder, pictures, range(first, min(first + batch_size, rows.stop)), tower))
-                bar.update(len(blocks[-1]))
-            part = torch.cat(blocks)
-            replace_file(path, partial(save_file, {"embeds": part}, metadata={"digest": digest({"embeds": part})}))
-
-
-def _embed(encoder: DualEncoder, pictures: Dataset, rows: range, tower: bool) -> Tensor:
-    """Rows of some pictures."""
-    (column,) = pictures.column_names
-
-    row = rows.start
-
-    def stored() -> Iterator:
-        nonlocal row
-        for row in rows:
-            yield pictures[row][column]
-
-    try:
-        pixels = encoder.preprocess(stored())
-    except UnreadablePicture as error:
-        raise ValueError(f"the image in row {row} cannot be read{error.fault}{SKIP}.") from error
-    return encoder.embed_pixels(pixels, tower, rows.start).cpu()
+        bar.update(len(pictures) - sum(map(len, batches)))
+        blocks = []
+        for rows, pixels in pixel_batches(encoder, pictures, batches, num_workers):
+            blocks.append(encoder.embed_pixels(pixels, tower, rows.start).cpu())
+            bar.update(len(rows))
+            if rows.stop == parts[index := rows.start // PART_ROWS].stop:
+                made = {"embeds": torch.cat(blocks)}
+                blocks = []
+                write = partial(save_file, made, metadata={"digest": digest(made)})
+                replace_file(_part_path(folder, index), write)
 
 
 def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:
@@ -329,6 +310,10 @@ def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:
             file.write(found.digest())
 
     replace_file(path, write)
+
+
+def _folder(path: Path) -> Path:
+    return path.with_suffix(".parts")
 
 
 def _part_path(folder: Path, index: int) -> Path:

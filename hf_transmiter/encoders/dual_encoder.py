@@ -15,7 +15,6 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import (
@@ -49,7 +48,7 @@ from .families import (
 from .identity import model_fingerprint, text_version, vocabulary_hash
 from .open_clip import OpenClipModel
 from .open_clip import load_processor as load_open_clip_processor
-from .pictures import as_pictures, read_picture
+from .pictures import as_pictures, to_pixels
 
 
 logger = logging.getLogger(__name__)
@@ -241,6 +240,11 @@ class DualEncoder:
         """What computed embeddings depend on: the fingerprint, and the type they are computed in."""
         return f"{self.fingerprint} {self.dtype}"
 
+    @property
+    def pixel_processor(self) -> BaseImageProcessor:
+        """What makes the pixels of [`preprocess`], see [`square_processor`]."""
+        return square_processor(self._require("image_processor"), self.model.config)
+
     def preprocess(self, images) -> Tensor:
         """Pictures to pixels: (B, 3, S, S) normalised float32 on the CPU, S = `image_size`; see [`square_processor`].
 
@@ -251,12 +255,7 @@ class DualEncoder:
         Raises:
             ValueError: a picture cannot be read; the message names it.
         """
-        image_processor = square_processor(self._require("image_processor"), self.model.config)
-        pictures = (read_picture(image, f"image {index}") for index, image in enumerate(as_pictures(images)))
-        pixels = [image_processor(images=few, return_tensors="pt")["pixel_values"] for few in _in_groups(pictures)]
-        if not pixels:
-            raise ValueError("no images were given.")
-        return torch.cat(pixels)
+        return to_pixels(self.pixel_processor, as_pictures(images))
 
     def embed_pixels(self, pixel_values: Tensor, tower: bool = False, first: int = 0) -> Tensor:
         """(B, 3, S, S) pixels of [`preprocess`] to (B, d) unit rows ``x``, float32, on the model's device; with
@@ -359,20 +358,6 @@ class DualEncoder:
         cut = [text for text, length in zip(texts, lengths, strict=True) if length > limit]
         inputs = tokenize(tokenizer, texts, self.family, limit)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, cut
-
-
-def _in_groups(pictures: Iterable[Image], most: int = 2**21) -> Iterator[list[Image]]:
-    """Groups of so many picture elements, or one picture more: photographs take a hundred times the memory that is
-    left of them here."""
-    group, size = [], 0
-    for picture in pictures:
-        group.append(picture)
-        size += picture.width * picture.height
-        if size > most:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def load_encoder(

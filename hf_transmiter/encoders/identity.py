@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .families import EMBEDDING_PARTS, TEXT_PARTS
+from .families import EMBEDDING_PARTS, IMAGE_PARTS, TEXT_PARTS
 
 
 # Config entries that say where or with what a model was saved, not what it computes.
@@ -64,6 +64,18 @@ class ModelId:
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters in the towers (or on their embeddings) that are switched on, or merged into weights."""
     return sorted({name for _, active, merged, _ in _adapter_state(model) for name in (*active, *merged)})
+
+
+def moves_images(model: nn.Module) -> bool:
+    """Whether an adapter that is switched on, or merged, changes image embeddings: one anywhere else than in the text
+    tower, or one there that says so (prompts in both towers)."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            on, merged, _ = _layer_state(module)
+            elsewhere = name.split(".", 1)[0] in IMAGE_PARTS or bool(_embedding_parts(module))
+            if (on or merged) and getattr(module, "moves_images", elsewhere):
+                return True
+    return False
 
 
 def check_untuned(encoder) -> None:

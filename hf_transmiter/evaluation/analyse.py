@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.anchors import Anchors
-from ..data.embeddings import align_labels, embed_dataset
+from ..data.embeddings import embed_dataset
+from ..data.table import align_labels
 from ..data.vocabulary import name_key, universal_vocabulary
 from ..hub.repo import public_name
 from ..hub.scores import cell_text, shown, table

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..data.anchors import Anchors
-from ..data.embeddings import align_labels, embed_dataset
+from ..data.embeddings import embed_dataset
+from ..data.table import align_labels
 from ..hub.adapter_files import SCORES
 from ..hub.card import write_card
 from ..hub.scores import THIS, Score, read_scores, write_scores

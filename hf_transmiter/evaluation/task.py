@@ -15,8 +15,9 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
-from ..data.embeddings import FeatureTable, align_labels, embed_dataset
+from ..data.embeddings import embed_dataset
 from ..data.images import guess_columns
+from ..data.table import FeatureTable, align_labels
 from ..data.vocabulary import COMMON_NOUNS, NUM_ANCHORS, load_vocabulary
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.checks import as_list

@@ -17,7 +17,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data.anchors import PROMPTED, Anchors
-from ..data.embeddings import align_labels, embed_dataset
+from ..data.embeddings import embed_dataset
+from ..data.table import align_labels
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import TEACHER_FILE, TeacherFacts

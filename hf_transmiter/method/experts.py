@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..algebra import check_finite, coverage, even_labels
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import embed_dataset
+from ..data.table import FeatureTable
 from ..encoders.dual_encoder import DualEncoder
 from .classifier import AnchorClassifier
 from .stored_logits import CalibrationPack

@@ -17,7 +17,8 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from ..algebra import check_finite, discriminant_head, ridge, total
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import embed_dataset
+from ..data.table import FeatureTable
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.provenance import library_versions, named_dataset

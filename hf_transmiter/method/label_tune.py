@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..data.embeddings import FeatureTable, align_labels, embed_dataset
+from ..data.embeddings import embed_dataset
+from ..data.table import FeatureTable, align_labels
 from ..hub.provenance import library_versions
 from ..settings import LabelTuningConfig, check_kind, check_read, config_of
 from ..training.loop import fit

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from ..algebra import guessing
 from ..data.anchors import Anchors
 from ..data.class_names import label_places
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import embed_dataset
 from ..data.images import label_indices
 from ..data.splits import few_shot
+from ..data.table import FeatureTable
 from ..encoders.dual_encoder import DualEncoder
 from ..settings import TuningConfig
 from .classifier import AnchorClassifier

@@ -28,7 +28,7 @@ from ..algebra import (
     spread,
     total,
 )
-from ..data.embeddings import FeatureTable
+from ..data.table import FeatureTable
 from .experts import EVEN, soft_labels
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..algebra import check_finite
 from ..data.anchors import DEFAULT_TEMPLATES, PROMPTED, Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import embed_dataset
 from ..data.images import guess_columns
+from ..data.table import FeatureTable
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import is_dual_encoder, unwrap
 from ..encoders.identity import active_adapters, check_untuned

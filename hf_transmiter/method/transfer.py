@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.anchors import Anchors
-from ..data.embeddings import FeatureTable, embed_dataset
+from ..data.embeddings import embed_dataset
 from ..data.images import check_dataset
+from ..data.table import FeatureTable
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId
 from ..hub.adapter_files import without_paths

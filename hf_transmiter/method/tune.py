@@ -237,7 +237,7 @@ def _moves_images(tuned: DualEncoder) -> bool:
     """Whether what is learnt changes image embeddings."""
     layer = prompt_layer(tuned.model)
     if layer is not None:
-        return layer.vision_prompt(layer.active_name, 0) is not None
+        return layer.moves_images
     return learns(tuned.model, text=False)
 
 

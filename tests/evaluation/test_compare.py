@@ -11,7 +11,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter.data.anchors import Anchors
-from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.baselines import prompt_transfer
 from hf_transmiter.evaluation.compare import CONTROL, NOTES, Comparison, Row, _advise, compare

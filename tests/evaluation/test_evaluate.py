@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hf_transmiter.data.anchors import Anchors
-from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.evaluation.analyse import AFTER, analyse
 from hf_transmiter.evaluation.evaluate import align_labels, evaluate, measured, record_scores, score_logits
 from hf_transmiter.hub.scores import read_scores

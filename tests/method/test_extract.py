@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter.data.anchors import Anchors
-from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.method import extract as extraction
 from hf_transmiter.method.bridge import Bridge

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_transmiter.data.anchors import Anchors
-from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.method.classifier import AnchorClassifier
 from hf_transmiter.method.label_tune import label_tune

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from hf_transmiter.algebra import divergence, fit_temperature, spread
-from hf_transmiter.data.embeddings import FeatureTable
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.method import refit as module
 from hf_transmiter.method.refit import ImageSide, fewest_images, fit_image_side, refit
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from hf_transmiter.data.anchors import Anchors
-from hf_transmiter.data.embeddings import FeatureTable, embed_dataset
+from hf_transmiter.data.embeddings import embed_dataset
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.classifier import AnchorClassifier

@@ -21,7 +21,7 @@ import torch
 from resident import measured
 from torch.nn.functional import normalize
 
-from hf_transmiter.data.embeddings import FeatureTable
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.method.extract import closed_form, gradient
 from hf_transmiter.method.moments import image_pairs, sum_pairs
 from hf_transmiter.method.refit import refit

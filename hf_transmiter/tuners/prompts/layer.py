@@ -109,6 +109,11 @@ class PromptLayer(AdapterLayer):
         name = self.active_name
         return None if name is None else self.configs[name]
 
+    @property
+    def moves_images(self) -> bool:
+        """Whether the active adapter has prompts in the image tower, too."""
+        return self.active_name is not None and self.vision_prompt(self.active_name, 0) is not None
+
     def update_layer(self, name: str, config: PromptConfig, root: nn.Module) -> None:
         """Adds an adapter at its start; a phrase changes nothing compared with writing it out."""
         self.configs[name] = config
