@@ -24,6 +24,7 @@ _EXPORTS = {
     "ContCoOpConfig": "tuners",
     "DualEncoder": "encoders.dual_encoder",
     "ExtractionConfig": "method.extract",
+    "FeatureTable": "data.table",
     "LabelTuningConfig": "method.label_tune",
     "TransMiterConfig": "tuners",
     "TransMiterForImageClassification": "method.image_classifier",

@@ -96,7 +96,7 @@ def compare(
         raise ValueError(f"{gate} {what}: pass the row of an upgrade as --gate.")
     rows = _rows(methods, min_gain, gate)
     test = data.load(dataset, TEST, data.split)
-    if min_gain is not None and ht.guess_columns(test, **data.columns)[1] is None:
+    if min_gain is not None and ht.guess_columns(test, **data.columns, pictures=False)[1] is None:
         raise ValueError(
             "--min-gain compares accuracies, and the test pictures have no labels: pass a labelled --dataset (a "
             "subfolder per class, or a label column), or leave --min-gain out and read the agreement."
@@ -144,7 +144,7 @@ def _few_shot(images: Dataset | None, test: Dataset, data: DataOptions, shots: i
     """`shots` labelled pictures of each class, `None` without pictures."""
     if images is None:
         return None
-    _, label = ht.guess_columns(images, **data.columns)
+    _, label = ht.guess_columns(images, **data.columns, pictures=False)
     if label is None:
         raise ValueError(f"the labelled pictures have no labels; their columns are {', '.join(images.column_names)}.")
     if images._fingerprint == test._fingerprint:

@@ -328,7 +328,7 @@ def evaluate(
         run.held.enter_context(ht.claim(model))
     options = models.load(run)
     images = data.load(dataset, TEST, data.split)
-    _, label = ht.guess_columns(images, **data.columns)
+    _, label = ht.guess_columns(images, **data.columns, pictures=False)
     asked = ht.read_names(names.class_names)
     classifier = ht.load_classifier(
         model,

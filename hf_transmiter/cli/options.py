@@ -43,7 +43,8 @@ OptionalImages = Annotated[str | None, f"Pictures: {IMAGES}"]
 Seen = Annotated[list[str] | None, "Names the tuning saw: repeated, 'a,b,c', or a file with one name per line."]
 
 EXPERT = {
-    *("subset", "image_column", "label_column", "skip_unreadable", "embed_batch_size", "cache_dir"),
+    *("subset", "image_column", "label_column", "skip_unreadable", "cache_dir"),
+    *("embedding_columns", "embed_batch_size", "num_workers"),
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
     *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
     *("lambdas", "noise_std", "noise_probability", "width"),
@@ -128,7 +129,12 @@ class DataOptions:
     label_column: str | None = setting(None, "Column with the labels; guessed if unset.")
     max_images: int | None = setting(None, "Use that many pictures, drawn at random.", least=1)
     skip_unreadable: bool = setting(False, "Leave out pictures that cannot be read; else they are an error.")
+    embedding_columns: list[str] | None = setting(
+        None,
+        "Embeddings that are there already: MODEL=COLUMN, may be repeated; a column called as the model if unset.",
+    )
     embed_batch_size: int = setting(64, "Pictures per forward pass.", least=1)
+    num_workers: int | None = setting(None, "Processes that prepare pictures; by the cores if unset.", least=0)
     cache_dir: str | None = setting(None, "Where embeddings are kept; a folder in the Hugging Face cache if unset.")
 
     def __post_init__(self):
@@ -156,7 +162,9 @@ class DataOptions:
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
-        return {**self.work(run), "batch_size": self.embed_batch_size}
+        found = key_values(self.embedding_columns, "--embedding-columns") if self.embedding_columns else None
+        how = {"batch_size": self.embed_batch_size, "num_workers": self.num_workers, "embedding_columns": found}
+        return {**self.work(run), **how}
 
 
 @dataclass

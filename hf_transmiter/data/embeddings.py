@@ -81,8 +81,8 @@ def embed_dataset(
             Rows ``[x | h]`` (N, d + 2D) of [`DualEncoder.embed_pixels`], in a file of their own, of which a later call
             without takes the unit rows.
         embedding_columns (`Mapping[str, str]`, *optional*):
-            Columns with embeddings that are there already, by model: ``{"openai/clip-vit-base-patch32": "b32"}``. A
-            column that is called as the model is needs no mention. Its rows are taken as they are, unit rows (N, d) or
+            Columns with embeddings that are there already, by model: ``{"openai/clip-vit-base-patch32": "b32"}``. When
+            omitted, a column that is called as the model is. Its rows are taken as they are, unit rows (N, d) or
             ``[x | h]``; of pictures beside them only the first and the last are embedded, to be sure.
         batch_size (`int`, *optional*, defaults to 64):
             Pictures per forward pass; halved as often as the device runs out of memory.
@@ -104,7 +104,7 @@ def embed_dataset(
         num_workers = check_number("num_workers", num_workers, least=0)
     if isinstance(dataset, FeatureTable):
         return dataset.of(encoder, tower)
-    image_column, label_column = guess_columns(dataset, image_column, label_column, labels=labels)
+    image_column, label_column = guess_columns(dataset, image_column, label_column, labels=labels, pictures=False)
     if not len(dataset):
         raise ValueError("the dataset is empty: there is no image to embed.")
     found = None if label_column is None else label_indices(dataset, label_column)

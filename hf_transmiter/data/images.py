@@ -34,6 +34,7 @@ from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, check_hub_id, hub_errors, split_revision
 from ..settings import check_number
 from .folders import DATA_FILES, Folder, read_folder
+from .table import holds_rows
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def load_images(
             A Hub id (``id@revision`` pins a version); a folder with pictures (a subfolder per class names the
             labels, see `folders.py` for the rule), with the files of a data set or a ``metadata.csv`` or ``.jsonl``
             of its pictures, or written by `Dataset.save_to_disk`; a ``.parquet`` or ``.arrow`` file or a glob of such;
-            ``sandbox:DOMAIN``.
+            ``sandbox:DOMAIN``. Embeddings of the pictures will do, see [`embed_dataset`].
         split (`str`, *optional*): name of the split, slices such as ``"train[:10%]"`` included.
         prefer (`Sequence[str]`, *optional*): splits to look for when none is named, best first; the only one is
             taken under any name.
@@ -82,19 +83,19 @@ def load_images(
         ConnectionError: a Hub data set that is not in the cache while the Hub cannot be reached.
     """
     dataset = open_split(source, split, prefer=as_list(prefer, "prefer"), subset=subset)
-    image, label = guess_columns(dataset, image_column, label_column, labels=None)
+    image, label = guess_columns(dataset, image_column, label_column, labels=None, pictures=False)
     if label is not None and dataset.features[label] in (Value("string"), Value("large_string")):
         dataset = dataset.class_encode_column(label)
     return draw(dataset, image, max_images, skip_unreadable)
 
 
-def draw(dataset: Dataset, image_column: str, max_images: int | None, skip_unreadable: bool) -> Dataset:
+def draw(dataset: Dataset, image_column: str | None, max_images: int | None, skip_unreadable: bool) -> Dataset:
     """The last steps of [`load_images`]: fewer pictures, and only those that can be read."""
     if max_images is not None:
         max_images = check_number("max_images", max_images, least=1)
         # Data from the Hub are often sorted by class.
         dataset = dataset.shuffle(seed=0, keep_in_memory=True).select(range(min(max_images, len(dataset))))
-    return _readable(dataset, image_column) if skip_unreadable else dataset
+    return _readable(dataset, image_column) if skip_unreadable and image_column is not None else dataset
 
 
 def _readable(dataset: Dataset, image_column: str) -> Dataset:
@@ -133,13 +134,18 @@ def stored_pictures(dataset: Dataset, column: str) -> Dataset:
 
 
 def guess_columns(
-    dataset: Dataset, image_column: str | None = None, label_column: str | None = None, *, labels: bool | None = True
-) -> tuple[str, str | None]:
+    dataset: Dataset,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    *,
+    labels: bool | None = True,
+    pictures: bool = True,
+) -> tuple[str | None, str | None]:
     """Names of the image and the label column; a name that is given is only checked.
 
     The image column is the one of type `Image`, or else one with a usual name; the label column is the one with a
     usual name, or else the only `ClassLabel`. A dataset may have no label column; without `labels` none is looked for,
-    and with `None` several are as none.
+    and with `None` several are as none. Without `pictures` a column of embeddings will do in place of images.
 
     Raises:
         ValueError: not one split of a dataset, a given column is missing, no image column is found, or several columns
@@ -157,7 +163,7 @@ def guess_columns(
         typed = [name for name in names if isinstance(types[name], Image)]
         candidates = _usual(typed, _IMAGE_NAMES) or typed or _usual(names, _IMAGE_NAMES)
         image_column = _only("image_column", candidates, names)
-        if image_column is None:
+        if image_column is None and (pictures or not any(map(holds_rows, types.values()))):
             raise ValueError(f"no image column found among {', '.join(names)}: pass image_column=.")
     if label_column is None and labels is not False:
         typed = [name for name in names if isinstance(types[name], ClassLabel)]

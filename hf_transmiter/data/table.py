@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from ..algebra import check_finite, check_unit
 from ..encoders.dual_encoder import DualEncoder
-from ..encoders.identity import ModelId, moves_images
+from ..encoders.identity import ModelId, active_adapters, moves_images
 from ..hub.checks import as_list
 from .class_names import label_places
 
@@ -34,12 +34,12 @@ class StoredRows:
             unit row; its number is told.
     """
 
-    def __init__(self, dataset: Dataset, column: str, width: int, widths: Sequence[int]):
-        self._arrow, self._column, self._width = dataset.with_format("arrow").select_columns([column]), column, width
-        first = self._arrow[:1][column].to_pylist()[0] or ()
-        if len(first) not in widths:
+    def __init__(self, dataset: Dataset, column: str, encoder: DualEncoder):
+        self._arrow, self._column = dataset.with_format("arrow").select_columns([column]), column
+        first, self._width = self._arrow[:1][column].to_pylist()[0] or (), encoder.embed_dim
+        if len(first) != self._width and len(first) != self._width + encoder.tower_dim:
             raise ValueError(
-                f"column {column!r} has {len(first)} numbers a row, and the model's embeddings have {widths[0]}: they "
+                f"{self} has {len(first)} numbers a row, and the model's embeddings have {self._width}: they "
                 "are of another model, or of another layer than the one that is compared with texts."
             )
         self.ndim, self.shape = 2, (len(dataset), len(first))
@@ -76,8 +76,8 @@ class StoredRows:
 
 
 def stored_rows(dataset: Dataset, encoder: DualEncoder, columns: Mapping[str, str] | None) -> StoredRows | None:
-    """A model's embeddings that a dataset has already: the column that `columns` names for it, or the one that is
-    called as the model is. `None` where there is none, or an adapter in the model changed what it sees.
+    """A model's embeddings that a dataset has already: the column that `columns` names for it or, without these, the
+    one that is called as the model is. `None` where there is none, or an adapter in the model changed what it sees.
 
     Raises:
         ValueError: no such column, one that holds no lists of numbers, or rows of another width.
@@ -86,14 +86,14 @@ def stored_rows(dataset: Dataset, encoder: DualEncoder, columns: Mapping[str, st
     for column in (columns or {}).values():
         if column not in dataset.column_names:
             raise ValueError(f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)}.")
-    column = (columns or {}).get(name, name)
+    column = name if columns is None else columns.get(name)
     if column not in dataset.column_names or moves_images(encoder.model):
         return None
     if not holds_rows(dataset.features[column]):
         raise ValueError(
             f"column {column!r} must hold lists of floating-point numbers, not {dataset.features[column]}."
         )
-    return StoredRows(dataset, column, encoder.embed_dim, (encoder.embed_dim, encoder.embed_dim + encoder.tower_dim))
+    return StoredRows(dataset, column, encoder)
 
 
 def holds_rows(kind: FeatureType) -> bool:
@@ -171,12 +171,15 @@ class FeatureTable:
         """
         d = encoder.embed_dim
         whose = f"these embeddings are {'of ' + repr(self.model.name) if self.model else 'of no model that is named'}"
-        if self.model is None or moves_images(encoder.model) or not self.model.is_of(encoder):
+        known = self.model is not None and not moves_images(encoder.model)
+        # An adapter in the text tower makes another model of it, which sees pictures as before.
+        words = known and active_adapters(encoder.model) and self.model.name == encoder.name_or_path
+        if not words and not (known and self.model.is_of(encoder)):
             raise ValueError(
                 f"{whose}, and those of {encoder} are asked for: pass FeatureTable(rows, model=encoder) of that very "
                 "model, its pictures, or a dataset with a column for each model, called as the model is."
             )
-        if self._width not in (d, d + encoder.tower_dim):
+        if self._width != d and self._width != d + encoder.tower_dim:
             raise ValueError(f"rows of {encoder.name_or_path!r} are (N, {d}), these are (N, {self._width}).")
         for number, x in enumerate(self.batches(4096)):
             check_unit(x[:, :d], "image", whose, 4096 * number)

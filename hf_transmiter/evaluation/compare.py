@@ -194,7 +194,7 @@ def compare(
             check_dataset(images, name)
     rows = _rows(variants)
     columns = {key: embedding.get(key) for key in ("image_column", "label_column")}
-    label = guess_columns(test, **columns)[1]
+    label = guess_columns(test, **columns, pictures=False)[1]
     own = task_names(None, teacher) if label is None else getattr(test.features[label], "names", None)
     if not class_names and own is None:
         raise ValueError("the test images have no class names: pass class_names (--class-names) in label order.")

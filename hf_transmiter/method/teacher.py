@@ -94,10 +94,11 @@ def task_names(
     layer = prompt_layer(model) if isinstance(model, nn.Module) else None
     if layer is not None and layer.active_name is not None and layer.active_config.class_names:
         return tuple(layer.active_config.class_names)  # PEFT saves them with a prompt
-    if dataset is None:
-        return None
+    if dataset is None or isinstance(dataset, FeatureTable):
+        names = getattr(dataset, "class_names", None)
+        return names and tuple(names)
     columns = {key: (columns or {}).get(key) for key in ("image_column", "label_column")}
-    _, label_column = guess_columns(dataset, **columns)
+    _, label_column = guess_columns(dataset, **columns, pictures=False)
     names = getattr(dataset.features.get(label_column), "names", None)
     return names and tuple(names)
 
@@ -210,6 +211,12 @@ def teacher_logits(
     at_hand = table is not None and weak is not None and not classifier.reads_tower
     if not at_hand or not same_image_tower(weak, classifier.encoder):
         own = {**embedding, "tower": classifier.reads_tower, "labels": False}
+        if (
+            weak is not None
+            and weak is not classifier.encoder
+            and weak.name_or_path == classifier.encoder.name_or_path
+        ):
+            own["embedding_columns"] = {}  # a tuned model that kept the name: the column is not what it sees
         table = embed_dataset(classifier.encoder, dataset, **own)
     columns, device = _columns(classifier, class_names), classifier.encoder.device
     blocks = [classifier.classify(x.to(device))[:, columns].float().cpu() for x in table.batches(4096)]

@@ -78,7 +78,7 @@ def transfer(
     """
     check_kind("adapter", adapter, AnchorClassifier)
     check_kind("strong", strong, DualEncoder)
-    if dataset is not None:
+    if dataset is not None and not isinstance(dataset, FeatureTable):
         check_dataset(dataset)
     if bridge is not None:
         check_kind("bridge", bridge, Bridge)

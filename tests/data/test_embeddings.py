@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_transmiter.data import embeddings
 from hf_transmiter.data.embeddings import embed_dataset
-from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.data.images import load_images
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 
 
