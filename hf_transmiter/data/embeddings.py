@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from io import BytesIO
 from itertools import chain
@@ -85,7 +85,7 @@ def embed_dataset(
             omitted, a column that is called as the model is. Its rows are taken as they are, unit rows (N, d) or
             ``[x | h]``; of pictures beside them only the first and the last are embedded, to be sure.
         batch_size (`int`, *optional*, defaults to 64):
-            Pictures per forward pass; halved as often as the device runs out of memory.
+            Pictures per forward pass; fewer where the device has not enough memory for them.
         num_workers (`int`, *optional*):
             Processes that decode and shrink pictures while the model looks at those before; 0 for none. As many as
             there are cores, 8 at most, when omitted; none for fewer than 1,024 pictures.
@@ -282,10 +282,11 @@ def _make_parts(
     batches = [parts[index][k : k + batch_size] for index in missing for k in range(0, len(parts[index]), batch_size)]
     if num_workers is None:
         num_workers = usual_workers(encoder, batches, state)
-    with tqdm(total=len(pictures), disable=hidden, **about) as bar:
+    prepared = closing(pixel_batches(encoder, pictures, batches, num_workers))  # its workers end with it
+    with prepared as prepared, tqdm(total=len(pictures), disable=hidden, **about) as bar:
         bar.update(len(pictures) - sum(map(len, batches)))
         blocks = []
-        for rows, pixels in pixel_batches(encoder, pictures, batches, num_workers):
+        for rows, pixels in prepared:
             blocks.append(encoder.embed_pixels(pixels, tower, rows.start).cpu())
             bar.update(len(rows))
             if rows.stop == parts[index := rows.start // PART_ROWS].stop:

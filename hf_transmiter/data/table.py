@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Dataset, List, Value
+from datasets import ClassLabel, Dataset, LargeList, List, Value
 from datasets.features.features import FeatureType
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -98,7 +98,11 @@ def stored_rows(dataset: Dataset, encoder: DualEncoder, columns: Mapping[str, st
 
 def holds_rows(kind: FeatureType) -> bool:
     """Whether a column of this type may hold embeddings."""
-    return isinstance(kind, List) and isinstance(kind.feature, Value) and kind.feature.dtype.startswith("float")
+    return (
+        isinstance(kind, (List, LargeList))
+        and isinstance(kind.feature, Value)
+        and kind.feature.dtype.startswith("float")
+    )
 
 
 class FeatureTable:

@@ -119,12 +119,12 @@ def column(rows, kind: str = "list", dtype: pa.DataType | None = None) -> Datase
     dtype = dtype or pa.float32()
     rows = [None if row is None else list(map(float, row)) for row in rows]
     width = len(rows[0])
-    kind = pa.list_(dtype, width) if kind == "fixed" else pa.list_(dtype)
+    kind = pa.list_(dtype, width) if kind == "fixed" else pa.large_list(dtype) if kind == "large" else pa.list_(dtype)
     return Dataset(pa.table({"b32": pa.array(rows, kind)}))
 
 
 @pytest.mark.parametrize("dtype", [pa.float16(), pa.float32(), pa.float64()], ids=str)
-@pytest.mark.parametrize("kind", ["list", "fixed"])
+@pytest.mark.parametrize("kind", ["list", "large", "fixed"])
 def test_a_column_under_any_name(encoder, table, kind, dtype):
     rows = table.embeds.numpy().astype(dtype.to_pandas_dtype())
     data, name = column(rows, kind, dtype), {encoder.name_or_path: "b32"}
