@@ -44,7 +44,7 @@ Seen = Annotated[list[str] | None, "Names the tuning saw: repeated, 'a,b,c', or 
 
 EXPERT = {
     *("subset", "image_column", "label_column", "skip_unreadable", "cache_dir"),
-    *("embedding_columns", "embed_batch_size", "num_workers"),
+    *("embed_batch_size", "num_workers"),
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
     *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
     *("lambdas", "noise_std", "noise_probability", "width"),

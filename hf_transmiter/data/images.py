@@ -34,7 +34,7 @@ from ..hub.checks import as_list
 from ..hub.repo import SANDBOX, check_hub_id, hub_errors, split_revision
 from ..settings import check_number
 from .folders import DATA_FILES, Folder, read_folder
-from .table import holds_rows
+from .table import FeatureTable, holds_rows
 
 
 logger = logging.getLogger(__name__)
@@ -182,6 +182,8 @@ def check_dataset(dataset, name: str = "dataset") -> Dataset:
     how = "load_images reads folders, files and Hub ids"
     if isinstance(dataset, dict) and dataset:  # a DatasetDict
         how = f"pass one of its splits, such as {name}[{next(iter(dataset))!r}]"
+    elif isinstance(dataset, FeatureTable):
+        how = "its rows are one model's, and several are asked: pass a dataset with a column for each, see to_dataset"
     elif isinstance(dataset, IterableDataset):
         how = "load it without streaming, or take some of it, Dataset.from_list(list(dataset.take(1000)))"
     found = "None" if dataset is None else f"a {type(dataset).__name__}"
