@@ -44,7 +44,7 @@ Seen = Annotated[list[str] | None, "Names the tuning saw: repeated, 'a,b,c', or 
 
 EXPERT = {
     *("subset", "image_column", "label_column", "skip_unreadable", "cache_dir"),
-    *("embed_batch_size", "num_workers"),
+    *("embed_batch_size", "embed_precision", "num_workers"),
     *("batch_size", "weight_decay", "warmup", "schedule", "optimizer", "pull", "keep_near", "project"),
     *("gaussian_mean", "gaussian_std", "views", "precision", "text_batch_size"),
     *("lambdas", "noise_std", "noise_probability", "width"),
@@ -134,6 +134,7 @@ class DataOptions:
         "Embeddings that are there already: MODEL=COLUMN, may be repeated; a column called as the model if unset.",
     )
     embed_batch_size: int = setting(64, "Pictures per forward pass.", least=1)
+    embed_precision: str = setting("float32", "'float32', or 'bfloat16' autocast of the image tower.")
     num_workers: int | None = setting(None, "Processes that prepare pictures; by the cores if unset.", least=0)
     cache_dir: str | None = setting(None, "Where embeddings are kept; a folder in the Hugging Face cache if unset.")
 
@@ -163,8 +164,8 @@ class DataOptions:
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
         found = key_values(self.embedding_columns, "--embedding-columns") if self.embedding_columns else None
-        how = {"batch_size": self.embed_batch_size, "num_workers": self.num_workers, "embedding_columns": found}
-        return {**self.work(run), **how}
+        how = {"batch_size": self.embed_batch_size, "precision": self.embed_precision}
+        return {**self.work(run), **how, "num_workers": self.num_workers, "embedding_columns": found}
 
 
 @dataclass

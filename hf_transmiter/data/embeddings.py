@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..encoders.dual_encoder import DualEncoder
 from ..hub.files import LOCK, beside, claim, digest, file_digest, file_state, replace_file
-from ..settings import check_kind, check_number
+from ..settings import PRECISIONS, check_choice, check_kind, check_number
 from .images import guess_columns, label_indices, stored_pictures
 from .pixels import pixel_batches, usual_workers
 from .table import FeatureTable, StoredRows, stored_rows
@@ -60,6 +60,7 @@ def embed_dataset(
     embedding_columns: Mapping[str, str] | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
+    precision: str = "float32",
     cache_dir: str | os.PathLike | None = None,
     accelerator=None,
     progress: bool = True,
@@ -89,6 +90,9 @@ def embed_dataset(
         num_workers (`int`, *optional*):
             Processes that decode and shrink pictures while the model looks at those before; 0 for none. As many as
             there are cores, 8 at most, when omitted; none for fewer than 1,024 pictures.
+        precision (`str`, *optional*, defaults to `"float32"`):
+            `"bfloat16"` runs the image tower in autocast, for GPUs that are made for it; a row moves by a cosine of
+            some 1e-5.
         cache_dir (`str` or `os.PathLike`, *optional*): defaults to a folder among the Hub's cached assets.
         accelerator (`accelerate.Accelerator`, *optional*): defaults to the state of the launched processes.
         progress (`bool`, *optional*, defaults to `True`): show a bar on the main process.
@@ -102,6 +106,7 @@ def embed_dataset(
     batch_size = check_number("batch_size", batch_size, least=1)
     if num_workers is not None:
         num_workers = check_number("num_workers", num_workers, least=0)
+    check_choice("precision", precision, PRECISIONS)
     if isinstance(dataset, FeatureTable):
         return dataset.of(encoder, tower)
     image_column, label_column = guess_columns(dataset, image_column, label_column, labels=labels, pictures=False)
@@ -127,6 +132,7 @@ def embed_dataset(
         )
     if embeds is None:
         facts = [encoder.cache_key, fingerprint, str(dataset.split), image_column, PART_ROWS]
+        facts += [precision] if precision != PRECISIONS[0] else []
         keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32] for each in (facts, [*facts, "tower"])]
         root = Path(cache_dir) if cache_dir else _usual_cache()
         unit, wide = (root / f"{key}.npy" for key in keys)
@@ -141,7 +147,12 @@ def embed_dataset(
         # Every process must have looked before the first of them can finish the table.
         state.wait_for_everyone()
         if embeds is None:
-            options = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+            options = {
+                "batch_size": batch_size,
+                "num_workers": num_workers,
+                "precision": precision,
+                "progress": progress,
+            }
             embeds = _embedded(encoder, pictures, tower, path, state, check, **options)
         elif state.is_main_process and (_folder(path).exists() or beside(path, LOCK).exists()):
             with suppress(OSError), claim(path):  # killed when it was as good as finished
@@ -271,7 +282,7 @@ def _together(state) -> Iterator[None]:
 
 def _make_parts(
     batch_size: int, encoder: DualEncoder, pictures: Dataset, tower: bool, folder: Path, state, *, progress: bool,
-    num_workers: int | None,
+    num_workers: int | None, precision: str,
 ) -> None:  # fmt: skip
     """Writes this process's missing parts."""
     hidden = not (progress and state.is_main_process) or None  # None: only a terminal or a notebook shows it
@@ -287,7 +298,8 @@ def _make_parts(
         bar.update(len(pictures) - sum(map(len, batches)))
         blocks = []
         for rows, pixels in prepared:
-            blocks.append(encoder.embed_pixels(pixels, tower, rows.start).cpu())
+            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                blocks.append(encoder.embed_pixels(pixels, tower, rows.start).cpu())
             bar.update(len(rows))
             if rows.stop == parts[index := rows.start // PART_ROWS].stop:
                 made = {"embeds": torch.cat(blocks)}

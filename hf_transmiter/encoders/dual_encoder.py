@@ -264,7 +264,7 @@ class DualEncoder:
         Raises:
             ValueError: numbers that are not finite come out; the message names the row, counted from `first`.
         """
-        inputs = image_inputs(self.model, pixel_values.to(self.device, self.dtype))
+        inputs = image_inputs(self.model, pixel_values.to(self.device, self.dtype, non_blocking=True))
         with _frozen_pass(self.model):
             rows = feature_rows(self.model.get_image_features(**inputs), tower)
         check_unit(rows[:, : self.embed_dim], "image", self, first)

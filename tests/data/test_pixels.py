@@ -93,6 +93,17 @@ def test_batches_that_do_not_fit_get_smaller(encoder, make_dataset, most, tmp_pa
     torch.testing.assert_close(table.embeds, expected.embeds, atol=1e-6, rtol=0)
 
 
+def test_autocast_is_close_and_kept_apart(encoder, make_dataset, tmp_path):
+    exact = embed_dataset(encoder, make_dataset(11), tower=True, cache_dir=tmp_path).embeds
+    fast = embed_dataset(encoder, make_dataset(11), tower=True, precision="bfloat16", cache_dir=tmp_path).embeds
+    assert fast.dtype == torch.float32 and len(list(tmp_path.iterdir())) == 2
+    d = encoder.embed_dim
+    torch.testing.assert_close(fast[:, :d].norm(dim=1), torch.ones(11), atol=1e-6, rtol=0)
+    assert 1e-7 < (1 - (fast[:, :d] * exact[:, :d]).sum(1)).max() < 1e-3
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'fp16'"):
+        embed_dataset(encoder, make_dataset(3), precision="fp16", cache_dir=tmp_path)
+
+
 # How many
 
 
