@@ -11,7 +11,6 @@ from hf_transmiter import (
     AnchorClassifier,
     Bridge,
     DualEncoder,
-    FeatureTable,
     compare,
     embed_dataset,
     evaluate,

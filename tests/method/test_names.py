@@ -11,9 +11,9 @@ from peft import PeftModel
 from hf_transmiter.bench.config import BenchConfig
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import embed_dataset
-from hf_transmiter.data.table import FeatureTable, align_labels
 from hf_transmiter.data.images import load_images
 from hf_transmiter.data.splits import base_names
+from hf_transmiter.data.table import FeatureTable, align_labels
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.evaluation.analyse import analyse
 from hf_transmiter.evaluation.compare import compare

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.data.splits import few_shot
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.encoders.identity import ModelId
 from hf_transmiter.evaluation.baselines import emulated_fine_tuning, linear_head, logit_ensemble
 from hf_transmiter.method.bridge import Bridge

@@ -31,8 +31,8 @@ from hf_transmiter import sandbox
 from hf_transmiter.cli.demo import SANDBOX_TUNING, Task
 from hf_transmiter.data.anchors import Anchors
 from hf_transmiter.data.embeddings import embed_dataset
-from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.data.splits import few_shot
+from hf_transmiter.data.table import FeatureTable
 from hf_transmiter.encoders.identity import ModelId
 from hf_transmiter.evaluation.baselines import linear_head
 from hf_transmiter.evaluation.reliability import expected_calibration_error
