@@ -197,7 +197,10 @@ def _models_of(bridge: ht.Bridge, options: dict) -> list[ht.DualEncoder]:
     """Both models of a bridge, from where it says."""
     if None in (bridge.weak.name, bridge.strong.name):
         raise ValueError("the bridge does not say which models it is between: in Python they can be passed.")
-    return [ht.load_encoder(one.name, one.revision, **options) for one in (bridge.weak, bridge.strong)]
+    try:
+        return [ht.load_encoder(one.name, one.revision, **options) for one in (bridge.weak, bridge.strong)]
+    except OSError as error:
+        raise OSError(f"{error} It is a model of the bridge; one that was moved can be passed in Python.") from error
 
 
 def _derived(compose: list[str], invert: str | None) -> ht.Bridge:
