@@ -86,8 +86,8 @@ class RunOptions:
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world < 2 and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
             raise ValueError(
-                "accelerate launch --cpu starts one process per machine, each of which would do the whole work: set "
-                "ACCELERATE_USE_CPU=1 and pass --multi_gpu in its place, or use torchrun."
+                "accelerate launch --cpu starts one process per machine, each of which would do the whole work: pass "
+                "--multi_gpu in its place, without GPUs too, or use torchrun."
             )
         if world < 2:
             return None

@@ -97,7 +97,7 @@ def test_processes_that_accelerate_does_not_join(monkeypatch):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="starts one process per machine, .* pass --multi_gpu"):
+    with pytest.raises(ValueError, match="starts one process per machine, .*: pass --multi_gpu"):
         _ = RunOptions().accelerator
     monkeypatch.delenv("MASTER_ADDR")  # one machine, one process
     assert RunOptions().accelerator is None
