@@ -49,7 +49,7 @@ def test_machines_that_do_not_share_the_folder(
         assert said == ["10 rows"] * 2
         return
     for text in said:
-        assert text.startswith("ValueError: ") and "pass a `cache_dir` that all of them see" in text, said
+        assert text.startswith("ValueError: ") and "pass `cache_dir`, a folder that all of them see" in text, said
 
 
 def test_a_shared_folder_that_one_process_saw_filled(encoder, make_dataset, model_dir, tmp_path):
