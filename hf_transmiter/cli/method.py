@@ -170,8 +170,7 @@ def bridge(
             raise ValueError(f"{said}: leave --weak, --strong, --space, --anchors and --beta out.")
         made = _derived(compose or [], invert)
         if images is not None:
-            pair = [ht.load_encoder(one.name, one.revision, **models.load(run)) for one in (made.weak, made.strong)]
-            made.measure(*pair, images, **data.embedding(run))
+            made.measure(*_models_of(made, models.load(run)), images, **data.embedding(run))
     elif weak is None or strong is None:
         raise ValueError("a bridge needs --weak and --strong, or other bridges: --compose twice, or --invert.")
     else:
@@ -192,6 +191,16 @@ def _said(made: ht.Bridge) -> str:
     if made.derived:
         return f"Bridge {made.derived}, alignment {made.trust}"
     return f"Bridge from {made.num_pairs} {made.source} pairs, alignment {made.alignment:.3f} (held out: {made.trust})"
+
+
+def _models_of(bridge: ht.Bridge, options: dict) -> list[ht.DualEncoder]:
+    """Both models of a bridge, from where it says."""
+    if None in (bridge.weak.name, bridge.strong.name):
+        raise ValueError("the bridge does not say which models it is between: in Python they can be passed.")
+    try:
+        return [ht.load_encoder(one.name, one.revision, **options) for one in (bridge.weak, bridge.strong)]
+    except OSError as error:
+        raise OSError(f"{error} It is a model of the bridge; one that was moved can be passed in Python.") from error
 
 
 def _derived(compose: list[str], invert: str | None) -> ht.Bridge:
@@ -294,7 +303,7 @@ def _unfinished(
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help=f"Adapter or tuned model (folder or Hub id), or a plain model: {MODEL}")
+        str, typer.Argument(help=f"Adapter or tuned model (folder or Hub id), {_BRIDGE}, or a plain model: {MODEL}")
     ],
     dataset: Images,
     data: DataOptions,
@@ -303,7 +312,7 @@ def evaluate(
     run: RunOptions,
     base_model: Annotated[str | None, "The model under an adapter, if it is not where the adapter says."] = None,
     seen_classes: Seen = None,
-    record: Annotated[bool, "Note the scores in the adapter's folder, beside zero-shot, for its card."] = False,
+    record: Annotated[bool, "Note the scores in the folder of the adapter or bridge, for its card."] = False,
     analyse: Annotated[bool, "What the adapter changed against zero-shot; pictures without labels will do."] = False,
     teacher: Annotated[
         str | None, "Analysis: the tuned weak model or its logits on these pictures, to compare with."
@@ -315,10 +324,21 @@ def evaluate(
 
     With --analyse also which classes an adapter prefers now, what it corrected and broke, and how sure it is.
 
+    Of a bridge, on pictures that it was not built from: whether an index of the old model's embeddings, translated,
+    finds what one of the new model's would, better than going on with the old model.
+
     [bold]Example:[/bold] hf-transmiter evaluate out/strong --dataset mteb/dtd --analyse --output-dir out/analysis
     """
     if not analyse and (teacher or output_dir):
         raise ValueError("--teacher and --output-dir are for an analysis: pass --analyse, too.")
+    crossed = _bridge_at(model)
+    if crossed is not None:
+        given = {"class_names": names.class_names, "template": names.template, "base_model": base_model}
+        given |= {"seen_classes": seen_classes, "analyse": analyse}
+        unread = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+        if unread:
+            raise ValueError(f"{model!r} is a bridge, which has no classes: leave {', '.join(unread)} out.")
+        return _evaluate_bridge(crossed, model, dataset, record, data, models, run)
     output = None if output_dir is None else OutputOptions(output_dir, overwrite)
     if output is not None:
         output.check(run, "analysis")
@@ -368,6 +388,43 @@ def evaluate(
             output.write(lambda folder: ht.write_analysis(folder, changed, title=title), None, run)
             result.text += f"\n\nReport: {output_dir / 'report.md'}"
     return result
+
+
+def _bridge_at(source: str) -> ht.Bridge | None:
+    """A bridge; `None` where there is something else."""
+    single = source.endswith(".safetensors")
+    if not single and (ht.read_json(source, "adapter_config.json") or ht.fetch(source, "bridge.safetensors") is None):
+        return None
+    return ht.Bridge.from_pretrained(source)
+
+
+def _evaluate_bridge(
+    bridge: ht.Bridge,
+    source: str,
+    dataset: str,
+    record: bool,
+    data: DataOptions,
+    models: ModelOptions,
+    run: RunOptions,
+) -> Result:
+    if record and not Path(source).is_dir():
+        raise ValueError(f"--record needs the folder of a bridge, {source!r} is none: scores lie beside it.")
+    if record and run.main_process:
+        run.held.enter_context(ht.claim(source))
+    pair, images = _models_of(bridge, models.load(run)), data.load(dataset, TEST, data.split)
+    about = {"split": str(images.split), "dataset_name": dataset, **data.embedding(run)}
+    scores = ht.evaluate_bridge(bridge, *pair, images, **about)
+    if record and run.main_process:
+        ht.note_scores(source, scores)
+    verdict = ht.index_verdict(scores)
+    if bridge.dataset == f"{ht.public_name(dataset)} ({images.split})":
+        verdict += (
+            "\nWarning: the bridge was built from these pictures and looks better on them than it is: pass others."
+        )
+    found = {"model": source, "dataset": dataset, "num_images": len(images), "verdict": verdict}
+    return Result(
+        {**found, "scores": [asdict(score) for score in scores]}, f"{verdict}\n\n{ht.markdown_table(scores)}"
+    )
 
 
 def _own_teacher(

@@ -85,6 +85,11 @@ class RunOptions:
             ValueError: the launched processes do not find each other, so that each would do the whole work.
         """
         world = int(os.environ.get("WORLD_SIZE", 1))
+        if world < 2 and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
+            raise ValueError(
+                "accelerate launch --cpu starts one process per machine, each of which would do the whole work: pass "
+                "--multi_gpu in its place, without GPUs too, or use torchrun."
+            )
         if world < 2:
             return None
         import torch  # takes seconds

@@ -2,5 +2,5 @@
 
 In reading order: `evaluate`, `reliability` (scores and confidence), `baselines`, `task`, `methods`, `compare` (every
 way to upgrade in one table, with a verdict), `analyse` (what an adapter changes), `drift` and `upgrade` (prompts
-across an upgrade of the base model), `figures`, `report`.
+across an upgrade of the base model), `retrieval` (an index over a bridge), `figures`, `report`.
 """

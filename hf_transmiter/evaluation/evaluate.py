@@ -105,15 +105,18 @@ def evaluate(
 def record_scores(
     folder: str | os.PathLike, classifier: AnchorClassifier, dataset, scores: Sequence[Score], **options
 ) -> None:
-    """Notes scores in ``scores.json`` of an adapter's folder, with those of its plain model, and writes its card.
-
-    Rows about the same dataset, split and metric are replaced, others stay. `scores` is what `evaluate` returned for
-    the classifier, `dataset` and `options`.
-    """
+    """Notes scores of an adapter's folder, with those of its plain model: see [`note_scores`]. `scores` is what
+    `evaluate` returned for the classifier, `dataset` and `options`."""
     scores = [replace(score, method=THIS) for score in scores]
     if classifier.adapter_config is not None:  # the encoder below a TransMiter adapter is the plain model
         anchors = Anchors(classifier.class_names, (), classifier.anchors.templates)
         scores += evaluate(AnchorClassifier(classifier.encoder, anchors), dataset, method=ZERO_SHOT, **options)
+    note_scores(folder, scores)
+
+
+def note_scores(folder: str | os.PathLike, scores: Sequence[Score]) -> None:
+    """Writes ``scores.json`` of an adapter's or a bridge's folder, and its card. Rows about the same dataset, split
+    and metric are replaced, others stay."""
     path, about = Path(folder) / SCORES, attrgetter("dataset", "split", "metric", "method")
     known, new = read_scores(path) if path.is_file() else [], set(map(about, scores))
     write_scores(path, [*(score for score in known if about(score) not in new), *scores])

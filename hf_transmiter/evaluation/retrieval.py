@@ -80,7 +80,8 @@ def evaluate_bridge(
     dataset_name: str | None = None,
     **embedding,
 ) -> list[Score]:
-    """[`recalls`] on pictures, which should not be those that the bridge was built from: with them it flatters.
+    """[`recalls`] on pictures, which should not be those that the bridge was built from: with them it flatters. What
+    they mean says [`index_verdict`].
 
     At most `MAX_QUERIES` of them ask, spread evenly; all are in the index.
 
@@ -94,7 +95,7 @@ def evaluate_bridge(
     """
     bridge.weak.check(weak, "weak")
     bridge.strong.check(strong, "strong")
-    rows = [embed_dataset(model, dataset, **embedding).embeds for model in (weak, strong)]
+    rows = [embed_dataset(model, dataset, **{**embedding, "labels": False}).embeds for model in (weak, strong)]
     asked = torch.linspace(0, len(dataset) - 1, min(len(dataset), MAX_QUERIES)).round().long()
     about = {"dataset": dataset_name, "num_images": len(dataset)}
     return [
@@ -102,3 +103,21 @@ def evaluate_bridge(
         for name, of in recalls(bridge, *rows, asked).items()
         for k, value in of.items()
     ]
+
+
+def index_verdict(scores: Sequence[Score]) -> str:
+    """Whether to translate the index, from what [`evaluate_bridge`] found: only differences count that are larger
+    than twice their standard error, as if each query were one draw for all k, and as if ways did not share them."""
+    found = {(score.method, score.metric): score.value for score in scores}
+    asked, signs, said = min(scores[0].num_images, MAX_QUERIES), set(), []
+    for k in KS:
+        old, new = (found[way, f"recall@{k}"] for way in (OLD, INDEX))
+        spread = ((old * (100 - old) + new * (100 - new)) / asked) ** 0.5
+        signs |= {1 if new > old else -1} if abs(new - old) > 2 * spread else set()
+        said.append(f"recall@{k} {new:.1f} % against {old:.1f} %")
+    do = "No clear difference" if not signs else "It depends" if len(signs) > 1 else "Translate the index"
+    do = "Keep the old model and its index" if signs == {-1} else do
+    return (
+        f"{do}: new queries on the translated index have {' and '.join(said)} of old queries on the old index "
+        f"({asked} pictures asked)."
+    )

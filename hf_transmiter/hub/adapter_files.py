@@ -1,4 +1,5 @@
-"""An adapter's files, read and written without its model: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""An adapter's files, read and written without its model: ``adapter_config.json`` and ``adapter_model.safetensors``;
+and a bridge's one file.
 
 One folder or repository, or one subfolder of it, holds one adapter of one model. What an adapter has become on another
 model goes into a subfolder (``subfolder="vit-l14"``) or a repository of its own.
@@ -9,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
 
-from ..algebra import check_semi_orthogonal, check_weights
+from ..algebra import ORTHOGONALITY, check_semi_orthogonal, check_weights
 from .checks import (
     KEY_PREFIX,
     check_adapter_tensors,
@@ -26,19 +29,18 @@ from .checks import (
     read_header,
     refuse_pickles,
 )
-from .files import file_digest, replace_file, write_json
+from .files import file_digest, read_metadata_json, read_tensors, replace_file, write_json
 from .repo import fetch, public_name, read_json
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SCORES = "scores.json"
 WEIGHTS = "adapter_model.safetensors"
 BRIDGE = "bridge.safetensors"
+BRIDGE_SHAPES = {"matrix": ("m", "k"), "mean_strong": ("m",), "mean_weak": ("k",)}
 CONFIG = "adapter_config.json"
 CALIBRATION = "calibration.safetensors"
 TEACHER_FILE = "teacher.json"
+_BRIDGE_FORMAT = "hf_transmiter.bridge"
 
 
 @dataclass
@@ -174,6 +176,49 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: dict[str, Te
     check = partial(check_adapter_tensors, config=known)
     replace_file(folder / WEIGHTS, lambda path: path.write_bytes(content), check)
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def find_bridge(source: str | os.PathLike, **hub) -> str | Path:
+    """The file of a bridge: `source` itself, or in a folder or on the Hub; see [`fetch`].
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    name = os.fspath(source)
+    path = name if name.endswith(".safetensors") else fetch(name, BRIDGE, **hub)
+    if path is None:
+        raise FileNotFoundError(f"there is no {BRIDGE} in {name!r}; write one with Bridge.save_pretrained.")
+    return path
+
+
+def read_bridge(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and facts of a bridge's file, checked: first the header, then values, then that the map is one. Its
+    anchors are not: they are the caller's.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; not a bridge, a damaged one, shapes that do not fit, values that
+            are not finite, or a matrix that is not (semi-)orthogonal (composed: makes rows longer).
+    """
+    tensors, metadata = read_tensors(path, _BRIDGE_FORMAT, "bridge", "Bridge.save", BRIDGE_SHAPES)
+    facts = read_metadata_json(path, metadata, "bridge", "bridge")
+    check_weights(tensors, f"{{}} of {path}")
+    matrix, logit = tensors["matrix"], facts["space"] == "logit"
+    if logit or not facts.get("through"):
+        check_semi_orthogonal(matrix, f"{path}: the matrix", full_rank=logit)
+    elif torch.linalg.matrix_norm(matrix.double(), 2) > 1 + ORTHOGONALITY:
+        raise ValueError(f"{path}: the matrix is no product of bridges; the file was changed or damaged.")
+    return {key: tensor.float() for key, tensor in tensors.items()}, facts
+
+
+def write_bridge(path: str | os.PathLike, tensors: dict[str, Tensor], facts: dict, read: Callable) -> None:
+    """Inverse of [`read_bridge`], in one step.
+
+    Raises:
+        ValueError: what `read(path)` would refuse.
+    """
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    metadata = {"format": _BRIDGE_FORMAT, "bridge": json.dumps(facts)}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), read)
 
 
 # Keys of facts about adapters and bridges whose values are names of models and datasets.

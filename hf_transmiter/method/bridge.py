@@ -2,13 +2,12 @@
 
 In logit space (published, arXiv 2508.08604 section 4) it maps the strong model's standardised logits over the anchors
 to the weak model's; in embedding space (after arXiv 2602.17584) the weak model's centred embeddings to the strong
-model's. Neither depends on an adapter or a task, so a bridge is worth sharing: it has a repository and a card of its
-own, it turns round ([`Bridge.invert`]) and two of them make a third ([`Bridge.compose`]).
+model's, those of an index too ([`Bridge.translate`]). Neither depends on an adapter or a task, so a bridge is worth
+sharing: it has a card of its own, turns round ([`Bridge.invert`]), and two make a third ([`Bridge.compose`]).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -17,30 +16,29 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from huggingface_hub import CommitInfo
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..algebra import ORTHOGONALITY, check_finite, check_semi_orthogonal, check_weights
+from ..algebra import check_finite
 from ..data.anchors import Anchors
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId, check_untuned, same_model
-from ..hub.adapter_files import BRIDGE
+from ..hub.adapter_files import BRIDGE, BRIDGE_SHAPES, find_bridge, read_bridge, write_bridge
 from ..hub.card import write_card
-from ..hub.files import fill_folder, read_metadata_json, read_tensors, replace_file
+from ..hub.files import fill_folder
 from ..hub.provenance import library_versions
 from ..hub.push import push
-from ..hub.repo import fetch, public_name
-from ..settings import BETA, PULL, check_kind, check_number
+from ..hub.repo import public_name
+from ..settings import BETA, PULL, check_choice, check_kind, check_number
 from .moments import CrossMoment, sum_dataset, widen
 
 
 SPAN_TOLERANCE = 0.05  # weaker text directions, in shares of the strongest, do not carry class vectors (logit space)
 LITTLE, FEW_NAMES = 0.5, 200  # a bridge from text is doubted below either, see Bridge.doubt
-_FORMAT = "hf_transmiter.bridge"
-_SHAPES = {"matrix": ("m", "k"), "mean_strong": ("m",), "mean_weak": ("k",)}
+_BLOCK = 65_536  # rows that are translated at once
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +55,14 @@ class Bridge:
         mean_strong, mean_weak (`Tensor`): μ_s and μ_w (zero in logit space).
         source (`str`): what the `num_pairs` pairs were, `"images"` or `"text"`.
         alignment (`float`, *optional*):
-            Correlation of mapped and actual rows ([`CrossMoment.alignment`]) on the pairs of the fit, 1 for a perfect
-            bridge. With few pairs it flatters. `None` for a composed bridge, which was fitted to no pairs.
+            [`CrossMoment.alignment`] on the pairs of the fit, 1 for a perfect bridge; with few pairs it flatters.
+            `None` for a composed bridge, which was fitted to no pairs.
         beta (`float`): β of the logit-space solution, absolute.
         anchors (`Anchors`, *optional*): the K names of a logit-space bridge.
         dataset (`str`, *optional*): what the images were, in words for people, such as ``"mteb/dtd (train)"``.
         held_out (`float`, *optional*):
-            The number to trust: the alignment that a bridge from nine tenths of the pairs has on the other tenth
-            (of at least `MIN_HELD_OUT` pairs); of a composed bridge, or one from text, what [`measure`] found.
+            The number to trust: the alignment of a bridge from nine tenths of the pairs on the others (at least
+            `MIN_HELD_OUT`); of a composed bridge, or one from text, what [`measure`] found.
         held_out_on (`str`, *optional*):
             What `held_out` is of, `"images"` or `"names"`. Only that of images says what will become of images.
         scale_back (`float`, *optional*): s of the bridge the other way round, see [`invert`].
@@ -122,16 +120,14 @@ class Bridge:
             weak, strong (`DualEncoder`): any two models: families, widths, tokenizers and image sizes may differ.
             dataset (`datasets.Dataset`, *optional*): images; they need not be the task's.
             anchors (`Anchors`, *optional*):
-                Logit space: the K names both models answer about. Without images: the names both models embed. In
-                both cases the universal vocabulary of 1,024 common nouns when omitted. With images in embedding
-                space: names that join them, for where images are few.
+                Logit space, or without images: the K names that both models are asked about, 1,024 common nouns when
+                omitted. With images in embedding space: names that join them, for where images are few.
             beta (`float`, *optional*, defaults to 500.0):
                 Pull towards the identity in logit space, absolute; infinite gives the identity.
             beta_per_image (`float`, *optional*): β = this times N instead, since X grows with N.
             names (`Anchors`, *optional*):
-                Embedding space: names of the task that join the other pairs (see [`CrossMoment.solve`]) with weight
-                0.3; beside few images, N, with weight d / N, as the anchors have times their own held-out alignment a;
-                beside anchors alone with weight 1 / a.
+                Embedding space: names of the task that join the other pairs ([`CrossMoment.solve`]) with weight 0.3;
+                beside few images d / N, as anchors do, times their held-out alignment a; beside anchors alone 1 / a.
             **embedding: passed to `embed_dataset` (`accelerator`, `progress`, `cache_dir`, ...).
 
         Raises:
@@ -141,8 +137,7 @@ class Bridge:
         check_kind("weak", weak, DualEncoder)
         check_kind("strong", strong, DualEncoder)
         check_number("beta", beta if beta_per_image is None else beta_per_image, float, **PULL)
-        if space not in ("embedding", "logit"):
-            raise ValueError(f"space must be 'embedding' or 'logit', got {space!r}.")
+        check_choice("space", space, ("embedding", "logit"))
         if dataset is None and space == "logit":
             raise ValueError("a logit-space bridge needs images; without them build one in embedding space.")
         if space == "embedding" and (beta != BETA or beta_per_image is not None):
@@ -199,12 +194,9 @@ class Bridge:
         partial isometry that drops directions without evidence, and ``s = tr(Qᵀ X) / ‖(x_weak - μ_w) Qᵀ‖²``.
 
         Args:
-            held_out (`CrossMoment`, *optional*):
-                Of some of the same pairs. They are in the bridge like the others; one from the others alone is
-                aligned on them, for the attribute `held_out`.
+            held_out (`CrossMoment`, *optional*): of some of the same pairs, on which one from the others is measured.
             joined (*optional*): moments of other pairs with their weights, see [`CrossMoment.solve`].
-            span (`Tensor`, *optional*):
-                Logit space: the columns that the moment's rows are coordinates of, see [`logit_span`].
+            span (`Tensor`, *optional*): logit space: what the rows are coordinates of, see [`logit_span`].
         """
         kept = None if held_out is None else moment.kept(held_out, space, beta)
         matrix, fit = moment.solve(space, beta, joined)
@@ -236,8 +228,7 @@ class Bridge:
 
     @property
     def derived(self) -> str | None:
-        """How a composed bridge came about, ``"composed of A -> B and B -> C"``; `None` for a built one. Of a model
-        in a folder of this machine only the name is told."""
+        """How a composed bridge came about, ``"composed of A -> B and B -> C"``, without paths; `None` for others."""
         names = [name and public_name(name) for name in (self.weak.name, *self.through, self.strong.name)]
         steps = [f"{weak} -> {strong}" for weak, strong in zip(names, names[1:], strict=False)]
         return f"composed of {' and '.join(steps)}" if self.through else None
@@ -246,11 +237,9 @@ class Bridge:
         """From A to C, of this bridge from A to B and another from B to C: one after the other, exactly.
 
         Embedding space: ``x_C ≈ μ_C + s₂Q₂(μ_B - μ'_B) + s₂s₁ · Q₂Q₁ (x_A - μ_A)``, where μ_B and μ'_B are what the
-        two took for B's mean. Where a bridge drops directions, or B is wider than A and C, Q₂Q₁ is no partial
-        isometry: it shrinks what Q₁ writes outside of what Q₂ reads. Its polar factor, which turns without shrinking,
-        is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``, orthogonal.
-
-        `held_out` is not known until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger.
+        two took for B's mean. Q₂Q₁ shrinks what Q₁ writes outside of what Q₂ reads; its polar factor, which does not,
+        is worth the same (`tests/studies/bridges.py`). Logit space: ``P = P₂P₁``, orthogonal. `held_out` is not known
+        until [`measure`] finds it; `num_pairs` is the smaller of the two, `beta` the larger.
 
         Raises:
             ValueError: `then` begins at another model or is in another space, or the anchors differ (logit space).
@@ -286,8 +275,8 @@ class Bridge:
         )
 
     def invert(self) -> Bridge:
-        """The bridge from the strong model back to the weak: for a built one what building it from the same pairs
-        would give; not quite for a composed one whose parts knew different means of the model between.
+        """From the strong model back to the weak: of a built bridge what building it from the same pairs would give;
+        not quite of a composed one whose parts knew different means of the model between.
 
         ``polar(Xᵀ) = polar(X)ᵀ`` and ``polar(Xᵀ + βI) = polar(X + βI)ᵀ``: the matrix is transposed, the means change
         places, the alignment stays. The factor is the slope of the other regression,
@@ -314,9 +303,8 @@ class Bridge:
     def measure(
         self, weak: DualEncoder, strong: DualEncoder, dataset=None, *, anchors: Anchors | None = None, **embedding
     ) -> float:
-        """The alignment ([`CrossMoment.alignment`]) on images, or names without images, that may be other ones than
-        the bridge was built from. One that was not built from images keeps it as `held_out`, with what it is of; so
-        does a composed one.
+        """The alignment ([`CrossMoment.alignment`]) on any images, or names without images. A bridge that was not
+        built from images keeps it as `held_out`, with what it is of; so does a composed one.
 
         Args:
             anchors (`Anchors`, *optional*): without images, the names; a vocabulary of common nouns when omitted.
@@ -342,21 +330,16 @@ class Bridge:
         """Why what crosses this bridge from text may end below the zero-shot strong model, in a sentence;
         `None` where nothing speaks against it, and for a bridge from images.
 
-        What it is known from: `tests/studies/text_bridges.py`, on the sandbox (its own names, and names that its
-        models do not know), Tiny ImageNet photographs as they are and inverted, and RN50 to ViT-B/32 on Caltech-101;
-        prompts and LoRA, 12 to 1,000 names. The alignment **on images** decides: from 0.6 on all gained (+1 to +50
-        points); below 0.5 real pictures ended between -24 and +0.4, the sandbox's between -10 and +19. That on names
-        can mislead (0.97 where it was 0.24 on images: the text towers were relatives); low, it warns well.
+        Known from `tests/studies/text_bridges.py`. The alignment **on images** decides: from 0.6 on all gained (+1 to
+        +50 points); below 0.5 real pictures ended between -24 and +0.4, the sandbox's between -10 and +19. That on
+        names can mislead (0.97 where it was 0.24 on images: the text towers were relatives); low, it warns well.
         """
         if self.source == "images":
             return None
-        if self.held_out_on == "images" and self.held_out is not None:
-            if self.held_out >= LITTLE:
-                return None
-            reason = f"on images its alignment is only {self.held_out:.2f} of at most 1"
-        elif self.held_out is not None and self.held_out < LITTLE:
-            reason = f"its alignment is only {self.held_out:.2f} of at most 1 on names that it was not built from"
-        elif self.num_pairs < FEW_NAMES:
+        if self.held_out is not None and self.held_out < LITTLE:
+            where = f"{self.held_out_on or 'names'} that it was not built from"
+            reason = f"its alignment is only {self.held_out:.2f} of at most 1 on {where}"
+        elif self.num_pairs < FEW_NAMES and self.held_out_on != "images":
             reason = f"it was built from {self.num_pairs} names, fewer than {FEW_NAMES}"
         else:
             return None
@@ -365,45 +348,46 @@ class Bridge:
             "(--dataset), or anchors (--anchors) with some hundred names that both models know."
         )
 
-    def translate(self, rows: Tensor) -> Tensor:
-        """Unit rows of the weak model to where the strong one would put them: ``normalise(μ_s + s·Q (x - μ_w))``.
+    def translate(self, rows: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Rows of the weak model to where the strong one would put them: ``normalise(μ_s + s·Q (x - μ_w))``.
 
-        So an index of old embeddings serves queries of the new model, of pictures or text. What it costs in recall
-        depends on the bridge: measure it ([`evaluate_bridge`]).
+        So an index of old embeddings serves queries of the new model, of pictures or text. Whether that is better
+        than to stay with the old model depends on the bridge: [`evaluate_bridge`] measures it.
 
         Args:
-            rows (`Tensor`): (N, d_weak); translate a large index in blocks.
-
-        Returns:
-            (N, d_strong) float32, on the rows' device.
+            rows (`Tensor` or `np.ndarray`):
+                x, (N, d_weak), of any length; what comes back is (N, d_strong), float32, of the same kind and device.
 
         Raises:
             ValueError: a bridge of logits, rows of another width, or values that are not finite.
         """
-        q, mean_weak, mean_strong = self._turn(rows, 1)
-        return normalize(mean_strong + self.scale * (rows.float() - mean_weak) @ q.T, dim=-1)
+        carry = self.scale * self.matrix
+        return self._translated(rows, self.weak, carry.T, self.mean_strong - carry @ self.mean_weak)
 
-    def translate_queries(self, rows: Tensor) -> Tensor:
+    def translate_queries(self, rows: Tensor | np.ndarray) -> Tensor | np.ndarray:
         """Queries of the strong model for an index of the weak one's rows, which stays as it is: ``normalise(Qᵀ y)``,
-        (N, d_strong) to (N, d_weak).
+        (N, d_strong) to (N, d_weak). For the rest see [`translate`].
 
         ``⟨Q (x - μ_w) s + μ_s, y⟩`` of a row x and a query y is ``s·⟨x, Qᵀ y⟩`` and what does not depend on x: up to
         the length of translated rows, neighbours are those of [`translate`], for texts too.
-
-        Raises:
-            ValueError: as [`translate`].
         """
-        return normalize(rows.float() @ self._turn(rows, 0)[0], dim=-1)
+        return self._translated(rows, self.strong, self.matrix, torch.zeros(self.matrix.shape[1]))
 
-    def _turn(self, rows: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, μ_w and μ_s on the device of some rows, which are checked: of the weak model (`side` 1) or the strong."""
+    def _translated(self, rows, model: ModelId, matrix: Tensor, shift: Tensor):
+        """``normalise(x A + b)`` of a model's unit rows x, block by block."""
         if self.space == "logit":
             raise ValueError("a bridge of logits translates no embeddings: build one with space='embedding'.")
-        if rows.ndim != 2 or rows.shape[1] != self.matrix.shape[side]:
-            model = (self.strong, self.weak)[side].name
-            raise ValueError(f"rows of {model!r} are (N, {self.matrix.shape[side]}), these are {tuple(rows.shape)}.")
-        check_finite(rows, "rows to translate")
-        return tuple(each.to(rows.device) for each in (self.matrix, self.mean_weak, self.mean_strong))
+        rows = rows if torch.is_tensor(rows) else np.asarray(rows)
+        if rows.ndim != 2 or rows.shape[1] != len(matrix):
+            raise ValueError(f"rows of {model.name!r} are (N, {len(matrix)}), these are {tuple(rows.shape)}.")
+        found = torch.empty(len(rows), len(shift), device=rows.device if torch.is_tensor(rows) else "cpu")
+        matrix, shift = matrix.to(found.device), shift.to(found.device)
+        for start in range(0, len(rows), _BLOCK):
+            x = rows[start : start + _BLOCK]
+            x = x.float() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float32)
+            check_finite(x, f"rows to translate{f', counted from {start},' if start else ''}")
+            found[start : start + len(x)] = normalize(normalize(x, dim=-1) @ matrix + shift, dim=-1)
+        return found if torch.is_tensor(rows) else found.numpy()
 
     def carry_basis(self, basis: Tensor) -> Tensor:
         """The strong model's basis ``W Pᵀ`` (D, K) of a published adapter: ``z_strong (W Pᵀ)ᵀ = z_strong P Wᵀ``.
@@ -424,8 +408,7 @@ class Bridge:
 
         ``full = μ_s + s·Q (T - μ_w)`` and ``delta = A_strong + s·Q (T - A_weak)`` in embedding space. In logit space
         only ``delta``: the change is written over the anchors, ``T - A_weak = Bᵀ Ā_w``, and read as
-        ``A_strong + (P B)ᵀ Ā_s`` with Ā the anchors minus their mean; what lies outside the span of the names, up to
-        `SPAN_TOLERANCE`, stays behind.
+        ``A_strong + (P B)ᵀ Ā_s`` with Ā the anchors minus their mean; what no name spans (`SPAN_TOLERANCE`) is lost.
 
         Args:
             tuned, weak_text, strong_text (`Tensor`): T and the zero-shot vectors A, each (C, d_weak) or (C, d_strong).
@@ -446,8 +429,7 @@ class Bridge:
 
     def carry_image_side(self, image_map: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """An image side that reads embeddings, A (d_weak, d_weak) and b (d_weak), on the strong model: ``Q A Qᵀ`` and
-        ``Q b``. The strong embedding is turned to where the weak one would be, changed there, and the change is turned
-        back; no mean of images is needed, which text would not know.
+        ``Q b``. The change is made where the weak embedding would be; no mean of images is needed, which text lacks.
 
         Raises:
             ValueError: a logit-space bridge, or an image side that reads the vision tower, too.
@@ -466,40 +448,29 @@ class Bridge:
             ValueError: what [`load`] would refuse.
             FileExistsError: `path` exists and `overwrite` is `False`.
         """
-        path = Path(path)
-        if path.exists() and not overwrite:
+        if Path(path).exists() and not overwrite:
             raise FileExistsError(f"{path} exists; choose another path or overwrite=True.")
-        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _SHAPES}
+        facts = {one.name: getattr(self, one.name) for one in fields(self)}
+        tensors = {key: facts.pop(key) for key in BRIDGE_SHAPES}
         facts.update(strong=asdict(self.strong), weak=asdict(self.weak))
         facts["anchors"] = None if self.anchors is None else self.anchors.to_dict()
-        metadata = {"format": _FORMAT, "bridge": json.dumps(facts)}
-        tensors = {key: getattr(self, key).contiguous() for key in _SHAPES}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), type(self).load)
+        write_bridge(path, tensors, facts, type(self).load)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Bridge:
-        """Reads what [`save`] wrote, and checks it: first the header, then values, then that the map is one.
+        """Reads what [`save`] wrote.
 
         Raises:
-            FileNotFoundError, ValueError: no such file; not a bridge, a damaged one, shapes that do not fit, values
-                that are not finite, or a matrix that is not (semi-)orthogonal (composed: makes rows longer).
+            FileNotFoundError, ValueError: what [`read_bridge`] refuses, or a matrix that does not fit the anchors.
         """
-        tensors, metadata = read_tensors(path, _FORMAT, "bridge", "Bridge.save", _SHAPES)
-        facts = read_metadata_json(path, metadata, "bridge", "bridge")
+        tensors, facts = read_bridge(path)
+        size = tuple(tensors["matrix"].shape)
         if facts["anchors"] is not None:
             facts["anchors"] = Anchors.from_dict(facts["anchors"], f"anchors in {path}")
         facts.update(strong=ModelId(**facts["strong"]), weak=ModelId(**facts["weak"]))
-        facts["through"] = tuple(facts.get("through", ()))
-        bridge = cls(**{key: tensor.float() for key, tensor in tensors.items()}, **facts)
-        check_weights(tensors, f"{{}} of {path}")
-        matrix, logit = bridge.matrix, bridge.space == "logit"
-        if logit and len(set(matrix.shape) | {len(bridge.anchors or matrix)}) > 1:
-            raise ValueError(f"{path}: the matrix {tuple(matrix.shape)} does not fit the anchors.")
-        if logit or not bridge.through:
-            check_semi_orthogonal(matrix, f"{path}: the matrix", full_rank=logit)
-        elif torch.linalg.matrix_norm(matrix.double(), 2) > 1 + ORTHOGONALITY:
-            raise ValueError(f"{path}: the matrix is no product of bridges; the file was changed or damaged.")
-        return bridge
+        if facts["space"] == "logit" and set(size) != {len(facts["anchors"] or tensors["matrix"])}:
+            raise ValueError(f"{path}: the matrix {size} does not fit the anchors.")
+        return cls(**tensors, **{**facts, "through": tuple(facts.get("through", ()))})
 
     def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
         """A folder ready for the Hub: `bridge.safetensors` and its card, `README.md`.
@@ -510,33 +481,17 @@ class Bridge:
         fill_folder(folder, lambda made: (self.save(made / BRIDGE, overwrite=overwrite), write_card(made)), reads=True)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        repo_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        subfolder: str | None = None,
-        local_files_only: bool = False,
-    ) -> Bridge:
-        """A bridge from the Hub, a folder or a file.
+    def from_pretrained(cls, repo_or_path: str | os.PathLike, **hub) -> Bridge:
+        """A bridge from the Hub (``id@revision`` too), a folder or a ``.safetensors`` file.
 
         Args:
-            repo_or_path (`str` or `os.PathLike`): Hub id (``id@revision`` too), folder, or a ``.safetensors`` file.
-            revision, token, cache_dir, subfolder, local_files_only: as in transformers; not used for a file.
+            **hub: `revision`, `token`, `cache_dir`, `subfolder` and `local_files_only` as in transformers; not used
+                for a file.
 
         Raises:
             OSError, ValueError: no bridge there, the Hub cannot be reached, or what [`load`] raises.
         """
-        name = os.fspath(repo_or_path)
-        if name.endswith(".safetensors"):
-            return cls.load(name)
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        path = fetch(name, BRIDGE, subfolder=subfolder, **hub)
-        if path is None:
-            raise FileNotFoundError(f"there is no {BRIDGE} in {name!r}; write one with Bridge.save_pretrained.")
-        return cls.load(path)
+        return cls.load(find_bridge(repo_or_path, **hub))
 
     def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
         """Uploads what [`save_pretrained`] writes, in one commit; options are those of [`push`]."""

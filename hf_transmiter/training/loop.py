@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..algebra import total
 from ..hub.files import digest, replace_file
 from ..settings import SCHEDULES, FitConfig, check_choice
 from .draws import BatchGenerator
@@ -134,7 +135,8 @@ def fit(
 
     Raises:
         ValueError: no example, no parameter, an unknown optimizer or schedule, unfit `epoch_weights` or these beside
-            `held_out`, a number of losses that does not go with `combine`, or a loss that is not finite.
+            `held_out`, a number of losses that does not go with `combine`, a loss that is not finite, or a checkpoint
+            that not all processes see.
     """
     if held_out is not None and epoch_weights is not None:
         raise ValueError("parameters are averaged over epochs, or those of the best epoch are kept: choose one.")
@@ -142,6 +144,11 @@ def fit(
     best = run.best = None if held_out is None else _Best(run.parameters)
     state = _Checkpoint(checkpoint, run, {"step": description, **(about or {})})
     first, losses = state.load(), []
+    if total(torch.tensor(float(first)), accelerator) != first * run.world:  # two machines: they would be mixed
+        raise ValueError(
+            f"the checkpoint {checkpoint} is not the same for all processes: let it be in a folder that all machines "
+            "see, or remove it."
+        )
     hidden = not progress or run.rank > 0 or None  # None: only a terminal or a notebook shows it
     with tqdm(total=run.total, initial=first * run.per_epoch, desc=description, disable=hidden, leave=False) as bar:
         for epoch in range(first, config.epochs):

@@ -1,5 +1,6 @@
 """Neighbours in an index of old embeddings, asked by the new model."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +9,18 @@ from torch.nn.functional import normalize
 
 from hf_transmiter.encoders.dual_encoder import DualEncoder
 from hf_transmiter.encoders.identity import ModelId
-from hf_transmiter.evaluation.retrieval import INDEX, OLD, QUERIES, evaluate_bridge, nearest, recall, recalls
+from hf_transmiter.evaluation.retrieval import (
+    INDEX,
+    OLD,
+    QUERIES,
+    evaluate_bridge,
+    index_verdict,
+    nearest,
+    recall,
+    recalls,
+)
+from hf_transmiter.hub.scores import Score
+from hf_transmiter.method import bridge as bridges
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.moments import sum_pairs
 
@@ -49,6 +61,46 @@ def test_a_turned_model_loses_nothing(seed):
     texts = unit_rows(5, 12, seed + 2)  # queries that are no pictures
     expected = nearest(texts, bridge.translate(weak), 3)
     assert recall(nearest(bridge.translate_queries(texts), weak, 3), expected) > 90
+
+
+def test_arrays_blocks_lengths_and_half_precision(monkeypatch, tmp_path):
+    """An index as people have it: a file of numpy rows, larger than a block, perhaps in half precision or not unit."""
+    weak, strong = unit_rows(50, 4), unit_rows(50, 6, 1)
+    bridge = bridge_of(strong, weak)
+    x, q = (weak - bridge.mean_weak).double(), bridge.matrix.double()
+    expected = normalize(bridge.mean_strong + bridge.scale * x @ q.T, dim=1).float()
+    torch.testing.assert_close(bridge.translate(weak), expected)
+    torch.testing.assert_close(bridge.translate_queries(strong), normalize(strong @ bridge.matrix, dim=1))
+    monkeypatch.setattr(bridges, "_BLOCK", 7)
+    np.save(tmp_path / "index.npy", 3 * weak.numpy())
+    for rows in (weak.numpy(), np.load(tmp_path / "index.npy", mmap_mode="r")):
+        found = bridge.translate(rows)
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    torch.testing.assert_close(bridge.translate(weak.bfloat16()), expected, atol=0.02, rtol=0)
+    assert bridge.translate(weak[:0]).shape == (0, 6) and bridge.translate_queries(strong.numpy()[:0]).shape == (0, 4)
+    with pytest.raises(ValueError, match="rows to translate, counted from 14, hold NaN .* first in row 1 "):
+        bridge.translate(torch.cat([weak[:15], weak[:3] / 0]))
+
+
+def of_ways(old, new, count=500):
+    values = {OLD: old, INDEX: new}
+    return [
+        Score(way, "test", f"recall@{k}", value, num_images=count)
+        for way, found in values.items()
+        for k, value in zip((1, 10), found, strict=True)
+    ]
+
+
+def test_the_verdict_tells_only_what_is_clear():
+    assert index_verdict(of_ways((40, 60), (50, 70))).startswith("Translate the index: new queries")
+    assert "recall@1 50.0 % against 40.0 % and recall@10 70.0 % against 60.0 %" in index_verdict(
+        of_ways((40, 60), (50, 70))
+    )
+    assert index_verdict(of_ways((40, 60), (50, 70), 50)).startswith("No clear difference")
+    assert index_verdict(of_ways((40, 60), (30, 61))).startswith("Keep the old model and its index")
+    assert index_verdict(of_ways((40, 60), (30, 80))).startswith("It depends")
+    assert "(1000 pictures asked)" in index_verdict(of_ways((40, 60), (40, 60), 5000))
 
 
 def test_what_is_wrong_with_rows_is_said():

@@ -273,7 +273,7 @@ def test_build_from_text(pair):
 
 
 def test_build_refuses(pair):
-    with pytest.raises(ValueError, match="space must be 'embedding' or 'logit', got 'weights'"):
+    with pytest.raises(ValueError, match="space must be one of embedding, logit, got 'weights'"):
         Bridge.build(*pair, space="weights")
     with pytest.raises(ValueError, match="needs images; without them build one in embedding space"):
         Bridge.build(*pair, space="logit")
@@ -299,7 +299,7 @@ def test_a_bridge_from_text_that_is_worth_little(caplog):
     assert known.measure(weak, strong, images, progress=False) > 0.55 and known.doubt() is None
     assert known.held_out_on == "images"
     assert bridge.measure(weak, strong, images, progress=False) < 0.3
-    assert f"on images its alignment is only {bridge.held_out:.2f}" in bridge.doubt()
+    assert f"only {bridge.held_out:.2f} of at most 1 on images that" in bridge.doubt()
     assert (
         "built from 150 names, fewer than 200"
         in Bridge.build(weak, strong, anchors=Anchors((), tuple(words[:150]))).doubt()

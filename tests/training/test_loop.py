@@ -486,6 +486,29 @@ def test_two_processes_combine_what_one_does(tmp_path):
     assert torch.equal(results[0]["weight"], results[1]["weight"])
 
 
+def _with_a_checkpoint_each(path):
+    """Each has a folder of its own, and in that of the first is the checkpoint of a run that was killed."""
+    accelerator = Accelerator(cpu=True)
+    parameter, own = weight(), path / str(accelerator.process_index)
+    about = {"accelerator": accelerator, "checkpoint": own / "checkpoint"}
+    try:
+        fit([parameter], regression(parameter), 23, CONFIG, **about)
+    except ValueError as error:
+        (own / "said").write_text(str(error))
+
+
+def test_a_checkpoint_that_one_of_two_machines_sees(tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    interrupted(tmp_path / "0" / "checkpoint", 7, noise=0.0)
+    assert (tmp_path / "0" / "checkpoint").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_with_a_checkpoint_each, args=(tmp_path,), num_processes=2)
+    for rank in "01":
+        said = (tmp_path / rank / "said").read_text()
+        assert f"the checkpoint {tmp_path / rank / 'checkpoint'} is not the same for all processes" in said
+
+
 def _in_two_processes(path):
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
