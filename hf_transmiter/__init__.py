@@ -23,6 +23,7 @@ _EXPORTS = {
     "CoOpConfig": "tuners",
     "ContCoOpConfig": "tuners",
     "DualEncoder": "encoders.dual_encoder",
+    "Embed": "data.embed",
     "ExtractionConfig": "method.extract",
     "LabelTuningConfig": "method.label_tune",
     "TransMiterConfig": "tuners",
