@@ -1,4 +1,4 @@
-"""[`Embed`]: the image tower as a function of a batch of rows, for engines that spread them over many processes.
+"""[`Embed`]: image towers as a function of a batch of rows, for engines that spread rows over many processes.
 
 What it makes is read where a dataset is: a column with a model's name holds the model's unit rows.
 """
@@ -17,7 +17,7 @@ from datasets import Dataset
 from datasets.formatting.formatting import LazyBatch
 
 from ..encoders.dual_encoder import DualEncoder, load_encoder
-from ..encoders.pictures import UnreadablePicture
+from ..encoders.pictures import UnreadablePicture, read_picture
 from ..hub.files import file_digest
 from ..hub.repo import OPEN_CLIP, split_revision
 from ..settings import check_kind, check_number, shortened
@@ -31,64 +31,66 @@ _STARTED = os.getpid()
 
 
 class Embed:
-    """A function that gives a batch of rows back with unit image embeddings x (d,), lists of float32, in place of the
-    pictures. What is passed on is a few options; the model is loaded once in every process that calls it.
+    """A function that gives a batch of rows back with unit image embeddings x (d,) in place of the pictures: for each
+    model a column of its name, of lists of float32. Passed on are a few options; a process that calls it loads the
+    models once.
 
     ```python
-    name = "openai/clip-vit-base-patch32"
-    dataset.map(Embed(name), batched=True, batch_size=256, num_proc=4)  # datasets
-    ray.data.read_images(folder).map_batches(Embed(name), batch_size=256, concurrency=4)  # Ray
-    columns = f"path string, `{name}` array<float>"  # Spark: what is left, and what is new
-    spark.read.format("binaryFile").load(folder).select("path", "content").mapInPandas(Embed(name, "content"), columns)
+    b32, l14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+    dataset.map(Embed(b32, l14), batched=True, batch_size=256, num_proc=4)  # datasets
+    ray.data.read_images(folder).map_batches(Embed(b32, l14), batch_size=256, concurrency=4)  # Ray
+    rows = spark.read.format("binaryFile").load(folder).select("path", "content")  # Spark
+    rows.mapInPandas(Embed(b32, image_column="content"), f"path string, `{b32}` array<float>")
     ```
 
     Args:
-        model (`str`): as [`load_encoder`] takes it, ``user/name@revision`` too; wherever it runs, it is found there.
+        models (`str`): as [`load_encoder`] takes them; found wherever they run. A revision is no part of the column.
         image_column (`str`, *optional*): of whatever [`read_picture`] reads; guessed as in [`load_images`].
-        column (`str`, *optional*): where the rows go; defaults to the model's name without the revision.
-        keep_images (`bool`, *optional*, defaults to `False`): for another model that follows. Streamed or formatted,
-            `datasets` itself puts the pictures back: it has `remove_columns`.
+        keep_images (`bool`, *optional*, defaults to `False`): leave the pictures there. Of a stream or with a format
+            `datasets` keeps them itself: pass it `remove_columns`.
         batch_size (`int`, *optional*, defaults to 64): pictures per forward pass.
         device, dtype (*optional*): default to a GPU, if there is one, and float32.
 
     Raises:
-        TypeError: the model is no text, or what it is called with is no batch: a mapping from columns to values, a
+        TypeError: a model is no text, or what it is called with is no batch: a mapping from columns to values, a
             DataFrame of pandas, or an iterator of such (an iterator comes back).
-        ValueError: no or several columns could hold the pictures, or one cannot be read; its row is named.
+        ValueError: no model, or two of one name; no or several columns could hold the pictures, or one cannot be
+            read: its row in the batch and the texts and whole numbers beside it are named.
     """
 
     def __init__(
         self,
-        model: str,
+        *models: str,
         image_column: str | None = None,
-        *,
-        column: str | None = None,
         keep_images: bool = False,
         batch_size: int = 64,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ):
-        self.model, self.image_column = check_kind("model", model, str), image_column
-        name = split_revision(model)[0]
-        self.column, self.keep_images = column or name, keep_images
+        names = [split_revision(check_kind("a model", model, str))[0] for model in models]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"pass the names of one or more models, each once; got {', '.join(models) or 'none'}.")
+        self.models, self.columns, self.image_column, self.keep_images = models, names, image_column, keep_images
         self.batch_size = check_number("batch_size", batch_size, least=1)
         self.device, self.dtype = device, dtype
         # A folder that is written again is another model, to a cache of results, too.
-        folder = Path(name.removeprefix(OPEN_CLIP))
-        files = sorted(folder.iterdir()) if folder.is_dir() else ()
-        self.content = [(path.name, file_digest(path)) for path in files if path.suffix in (".json", ".safetensors")]
+        folders = [Path(name.removeprefix(OPEN_CLIP)) for name in names]
+        files = [sorted(folder.glob(kind)) for folder in folders for kind in ("*.json", "*.safetensors")]
+        self.content = [(path.name, file_digest(path)) for path in sum(files, [])]
 
     @property
-    def encoder(self) -> DualEncoder:
-        """The model, loaded on the first call in this process."""
+    def encoders(self) -> list[DualEncoder]:
+        """The models, loaded on the first call in this process."""
         if os.getpid() != _STARTED:  # a fork, as of `num_proc=`: it hangs with as many threads as its parent had
             torch.set_num_threads(1)
-        key = (self.model, str(self.device), str(self.dtype), *self.content)
+        found, device = [], self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _LOCK:
-            if key not in _LOADED:
-                device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-                _LOADED[key] = load_encoder(self.model, device=device, dtype=self.dtype)
-            return _LOADED[key]
+            for model in self.models:
+                key = (model, str(device), str(self.dtype), *self.content)
+                if key not in _LOADED:
+                    _LOADED[key] = load_encoder(model, device=device, dtype=self.dtype)
+                found.append(_LOADED[key])
+        return found
 
     def __call__(self, batch):
         if isinstance(batch, Iterator):
@@ -98,36 +100,41 @@ class Embed:
             raise TypeError(f"a batch must be {wanted}, not of the type {type(batch).__name__}.")
         if isinstance(batch, LazyBatch):  # of `datasets`: pictures as they are stored, other columns are not touched
             table = Dataset(batch.pa_table, fingerprint="batch")
-            name, _ = guess_columns(table, self.image_column, labels=False)
-            pictures = stored_pictures(table, name)[:][name]
+            column, _ = guess_columns(table, self.image_column, labels=False)
+            pictures = stored_pictures(table, column)[:][column]
         else:
             batch = batch.copy() if isinstance(batch, pd.DataFrame) else dict(batch)
             table = Dataset.from_dict({str(name): [] for name in batch})
-            name, _ = guess_columns(table, self.image_column, labels=False)
-            pictures = list(batch[name])
+            column, _ = guess_columns(table, self.image_column, labels=False)
+            pictures = list(batch[column])
         rows = self._rows(pictures, batch)
         if not self.keep_images:
-            del batch[name]
-        batch[self.column] = rows
+            del batch[column]
+        for name, embeds in zip(self.columns, rows, strict=True):
+            batch[name] = embeds
         return batch
 
     def _rows(self, pictures: list, batch) -> list[list]:
-        encoder, rows, row = self.encoder, [], 0
-
-        def read(start: int) -> Iterator:
-            nonlocal row
+        encoders, rows = self.encoders, [[] for _ in self.models]
+        for start in range(0, len(pictures), self.batch_size):
+            pixels = [[] for _ in encoders]
             for row in range(start, min(start + self.batch_size, len(pictures))):
-                yield pictures[row]
-
-        try:
-            for start in range(0, len(pictures), self.batch_size):
-                block = encoder.embed_pixels(encoder.preprocess(read(start)), first=start)
+                try:
+                    picture = read_picture(pictures[row])
+                except UnreadablePicture as error:
+                    raise ValueError(f"the image in {_named(batch, row)} cannot be read{error.fault}.") from error
+                for encoder, made in zip(encoders, pixels, strict=True):
+                    made.append(encoder.preprocess(picture))
+            for encoder, made, found in zip(encoders, pixels, rows, strict=True):
+                block = encoder.embed_pixels(torch.cat(made), first=start)
                 # Numbers of NumPy in a list: of an array Ray makes a tensor, which `datasets` cannot read.
-                rows += map(list, block.cpu().numpy())
-        except UnreadablePicture as error:
-            lazy = isinstance(batch, LazyBatch)
-            values = batch.pa_table.slice(row, 1).to_pylist()[0] if lazy else {n: list(batch[n])[row] for n in batch}
-            known = [f"{n}={shortened(str(v))}" for n, v in values.items() if isinstance(v, (str, Integral))]
-            beside = f" ({listed(known)})" if known else ""
-            raise ValueError(f"the image in row {row} of a batch{beside} cannot be read{error.fault}.") from error
+                found += map(list, block.cpu().numpy())
         return rows
+
+
+def _named(batch, row: int) -> str:
+    lazy = isinstance(batch, LazyBatch)
+    values = batch.pa_table.slice(row, 1).to_pylist()[0] if lazy else {name: list(batch[name])[row] for name in batch}
+    known = {name: str(value) for name, value in values.items() if isinstance(value, (str, Integral))}
+    beside = listed(f"{name}={shortened(value)}" for name, value in known.items())
+    return f"row {row} of a batch" + (f" ({beside})" if beside else "")
