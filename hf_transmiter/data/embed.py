@@ -38,7 +38,9 @@ class Embed:
     ```python
     b32, l14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
     dataset.map(Embed(b32, l14), batched=True, batch_size=256, num_proc=4)  # datasets
-    ray.data.read_images(folder).map_batches(Embed(b32, l14), batch_size=256, concurrency=4)  # Ray
+    rows = ray.data.read_images(folder, include_paths=True)  # Ray: actors, for a task with a GPU ends its worker
+    actors = ray.data.ActorPoolStrategy(size=4)
+    rows.map_batches(Embed, fn_constructor_args=(b32, l14), batch_size=256, compute=actors, num_gpus=1)
     rows = spark.read.format("binaryFile").load(folder).select("path", "content")  # Spark
     rows.mapInPandas(Embed(b32, image_column="content"), f"path string, `{b32}` array<float>")
     ```
@@ -75,8 +77,8 @@ class Embed:
         self.device, self.dtype = device, dtype
         # A folder that is written again is another model, to a cache of results, too.
         folders = [Path(name.removeprefix(OPEN_CLIP)) for name in names]
-        files = [sorted(folder.glob(kind)) for folder in folders for kind in ("*.json", "*.safetensors")]
-        self.content = [(path.name, file_digest(path)) for path in sum(files, [])]
+        files = [sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) for folder in folders]
+        self.content = [tuple((path.name, file_digest(path)) for path in each) for each in files]
 
     @property
     def encoders(self) -> list[DualEncoder]:
@@ -85,8 +87,8 @@ class Embed:
             torch.set_num_threads(1)
         found, device = [], self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _LOCK:
-            for model in self.models:
-                key = (model, str(device), str(self.dtype), *self.content)
+            for model, content in zip(self.models, self.content, strict=True):
+                key = (model, content, str(device), str(self.dtype))
                 if key not in _LOADED:
                     _LOADED[key] = load_encoder(model, device=device, dtype=self.dtype)
                 found.append(_LOADED[key])

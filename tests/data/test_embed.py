@@ -174,7 +174,7 @@ def test_a_folder_that_is_written_again_is_another_model(make_dataset, tmp_path)
 # Processes and threads
 
 
-def test_a_process_loads_a_model_once(name, make_images, monkeypatch):
+def test_a_process_loads_a_model_once(name, model_dir, make_images, monkeypatch):
     monkeypatch.setattr(embed, "_LOADED", {})
     loaded, load = [], embed.load_encoder
     monkeypatch.setattr(embed, "load_encoder", lambda *args, **options: loaded.append(args) or load(*args, **options))
@@ -182,8 +182,9 @@ def test_a_process_loads_a_model_once(name, make_images, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda ours: ours(batch)[name], [pickle.loads(pickle.dumps(Embed(name)))] * 8))
     assert loaded == [(name,)] and all(rows == found[0] for rows in found)
-    Embed(name, dtype="bfloat16")(batch)
-    assert len(loaded) == 2
+    Embed(name, model_dir("clip", 1), dtype="bfloat16")(batch)
+    Embed(model_dir("clip", 1), dtype="bfloat16")(batch)
+    assert len(loaded) == 3
 
 
 def _threads_of_a_fork(ours: Embed, picture) -> tuple[int, int]:

@@ -32,12 +32,13 @@ def rows_of(dataset: Dataset, column: str) -> torch.Tensor:
 @pytest.mark.parametrize("form", ["instance", "class"])
 def test_two_workers_write_the_rows_of_one_process(form, cluster, stored, model_dir, tmp_path):
     name = model_dir("clip")
-    how, options = Embed(name), {}
+    how, options = Embed(name), {"compute": cluster.TaskPoolStrategy(size=2)}
     if form == "class":
         how, options = Embed, {"fn_constructor_args": (name,), "fn_constructor_kwargs": {"batch_size": 5}}
-        options["num_cpus"] = 0.5  # or two actors hold both processors while the reading waits for one
+        # Or two actors hold both processors while the reading waits for one.
+        options |= {"num_cpus": 0.5, "compute": cluster.ActorPoolStrategy(size=2)}
     rows = cluster.read_parquet(str(tmp_path / "stored")).random_shuffle(seed=0).repartition(6)
-    rows.map_batches(how, batch_size=7, concurrency=2, **options).write_parquet(str(tmp_path / "out"))
+    rows.map_batches(how, batch_size=7, **options).write_parquet(str(tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("*.parquet"))) > 1
     found = read(tmp_path / "out")
     assert sorted(found.column_names) == sorted(["id", "label", name])
@@ -50,7 +51,7 @@ def test_a_bridge_of_sums_over_shards(cluster, stored, model_dir, tmp_path):
     weak, strong = (DualEncoder.from_pretrained(model_dir("clip", seed)) for seed in (0, 1))
     rows = cluster.read_parquet(str(tmp_path / "stored")).repartition(4)
     both = Embed(weak.name_or_path, strong.name_or_path)
-    rows.map_batches(both, batch_size=8, concurrency=2).write_parquet(str(tmp_path / "out"))
+    rows.map_batches(both, batch_size=8, compute=cluster.TaskPoolStrategy(size=2)).write_parquet(str(tmp_path / "out"))
     shards = sorted((tmp_path / "out").glob("*.parquet"))
     assert len(shards) > 1
     pairs = (Dataset.from_parquet(str(shard), keep_in_memory=True).with_format("torch")[:] for shard in shards)
