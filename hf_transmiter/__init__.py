@@ -23,6 +23,7 @@ _EXPORTS = {
     "CoOpConfig": "tuners",
     "ContCoOpConfig": "tuners",
     "DualEncoder": "encoders.dual_encoder",
+    "Embed": "data.embed",
     "ExtractionConfig": "method.extract",
     "FeatureTable": "data.table",
     "LabelTuningConfig": "method.label_tune",

@@ -69,7 +69,7 @@ def test_every_line_of_the_lock_is_one_version():
 def test_the_lock_is_within_the_ranges_of_the_package():
     for line in metadata.distribution("hf-transmiter").requires:
         wanted = Requirement(line)
-        if wanted.name == "hf-transmiter" or wanted.marker and "open-clip" in str(wanted.marker):
+        if wanted.name == "hf-transmiter" or wanted.name in ("open-clip-torch", "ray"):
             continue
         found = [pin for pin in LOCK if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]
         assert found, f"{wanted.name} is not in constraints.txt: run .ci/lock"

@@ -40,7 +40,7 @@ def test_unknown_names():
 
 
 def test_the_front_door_is_narrow():
-    assert len(hf_transmiter.__all__) <= 24
+    assert len(hf_transmiter.__all__) <= 26  # 24 until embeddings could come from elsewhere: `Embed`, `FeatureTable`
 
 
 def test_importing_is_cheap_and_any_name_registers_the_adapters():
@@ -154,7 +154,7 @@ def test_rooms_re_export_nothing(path):
 
 @every_file
 def test_the_library_of_an_extra_is_imported_where_it_is_used(path):
-    extras = ("open_clip", "gradio", "matplotlib")
+    extras = ("open_clip", "gradio", "matplotlib", "ray", "pyspark")
     tree = ast.parse(path.read_text())
     at_top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     at_top = [node for node in at_top if not getattr(node, "level", 0)]

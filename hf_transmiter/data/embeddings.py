@@ -46,6 +46,10 @@ from .table import FeatureTable, StoredRows, stored_rows
 logger = logging.getLogger(__name__)
 
 PART_ROWS = 1024
+_NOT_SHARED = (
+    "processes do not find each other's embeddings: where they run on several machines, pass `cache_dir`, a folder "
+    "that all of them see."
+)
 ALIKE = 0.9  # least cosine of what a model makes of one picture, read by whatever decoder
 
 
@@ -144,9 +148,10 @@ def embed_dataset(
             if content_fingerprint(dataset, image_column) != content:
                 raise ValueError("pictures were changed while they were embedded: start again when all are there.")
 
-        # Every process must have looked before the first of them can finish the table.
-        state.wait_for_everyone()
-        if embeds is None:
+        there = embeds is not None
+        if state.num_processes > 1:  # the first decides: what others see may be of another moment, or machine
+            (there,) = broadcast_object_list([there])
+        if not there:
             options = {
                 "batch_size": batch_size,
                 "num_workers": num_workers,
@@ -157,6 +162,11 @@ def embed_dataset(
         elif state.is_main_process and (_folder(path).exists() or beside(path, LOCK).exists()):
             with suppress(OSError), claim(path):  # killed when it was as good as finished
                 shutil.rmtree(_folder(path), ignore_errors=True)
+        with _together(state):
+            if embeds is None:
+                embeds = _open(path) if tower or unit.exists() else _open(wide)
+            if embeds is None:
+                raise ValueError(_NOT_SHARED)
     table = FeatureTable(embeds, found, class_names, fingerprint, encoder)
     return table if tower else table.narrow(encoder.embed_dim)
 
@@ -181,8 +191,10 @@ def _embedded(
             if state.is_main_process:
                 try:
                     _join(folder, path, (len(pictures), encoder.embed_dim + (encoder.tower_dim if tower else 0)))
-                except (OSError, SafetensorError):
+                except (OSError, SafetensorError) as error:
                     # The other run may have finished meanwhile and cleared the parts.
+                    if _open(path) is None and isinstance(error, FileNotFoundError) and state.num_processes > 1:
+                        raise ValueError(_NOT_SHARED) from error
                     if _open(path) is None:
                         raise
                 shutil.rmtree(folder, ignore_errors=True)

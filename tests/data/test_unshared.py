@@ -28,7 +28,6 @@ def _on_own_disks(model, dataset, said, caches, part_rows):
     os._exit(0)  # without the launcher's farewell, for which both would have to be well
 
 
-@pytest.mark.xfail(reason="embed_dataset waits for ever, or says what no user understands", run=False)
 @pytest.mark.parametrize("part_rows", [1024, 4], ids=["one part", "parts of both"])
 @pytest.mark.parametrize(
     "has_them", [None, 0, 1], ids=["nobody has them", "the first has them", "the second has them"]
