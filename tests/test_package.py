@@ -20,9 +20,10 @@ ORDER = (
     "__main__",
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py" and "assets" not in path.parts)
-# It went up once, from 18,400, for one way to write, to read pictures and to check what is passed; from here it is
-# to go down again: whoever raises it says here what for.
-LINES, LONGEST, INSIDE = 20_170, 500, 20
+# It went up twice, from 18,400 for one way to write, to read pictures and to check what is passed, and from 20,170 for
+# embeddings that come from elsewhere, worker processes and indexes; from here it is to go down: whoever raises it says
+# here what for.
+LINES, LONGEST, INSIDE = 21_000, 500, 20
 names = [str(path.relative_to(ROOT)) for path in FILES]
 every_file = pytest.mark.parametrize("path", FILES, ids=names)
 
