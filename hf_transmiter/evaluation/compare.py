@@ -153,7 +153,9 @@ def compare(
     Args:
         weak, strong ([`DualEncoder`]): the pre-trained models.
         teacher ([`Teacher`]): the tuned weak model; must be a model, since it is scored on the test images.
-        test (`datasets.Dataset`): images to score on, labelled or not.
+        test (`datasets.Dataset`):
+            Images to score on, labelled or not. Here and below embeddings will do, a column for each model (see
+            [`embed_dataset`]); what tunes on pictures is skipped then.
         unlabelled (`datasets.Dataset`, *optional*):
             Images of the task; labels are not read. The test images when omitted, if those have no labels.
         labelled (`datasets.Dataset`, *optional*): a few labelled images of the seen classes, for what needs labels.

@@ -84,7 +84,9 @@ def evaluate(
     """Scores of a classifier, with or without an adapter, on labelled images.
 
     Args:
-        dataset (`datasets.Dataset`): labels are matched by name, or are positions in `classifier.class_names`.
+        dataset (`datasets.Dataset`):
+            Images, or their embeddings (see [`embed_dataset`]); labels are matched by name, or are positions in
+            `classifier.class_names`.
         seen_classes (`Sequence[str]`, *optional*): adds base, novel, harmonic mean and joint.
         method, split, dataset_name (`str`, *optional*): noted in the scores.
         **embedding: passed to `embed_dataset`.

@@ -60,7 +60,9 @@ def transfer(
     Args:
         adapter (`AnchorClassifier`): what [`extract`] returned, or `AnchorClassifier.from_pretrained(...)`.
         strong (`DualEncoder`): any dual encoder; family, width, tokenizer and image size may differ.
-        dataset (`datasets.Dataset`, *optional*): unlabelled images of the task.
+        dataset (`datasets.Dataset`, *optional*):
+            Unlabelled images of the task, or their embeddings (see [`embed_dataset`]): of both models for a bridge of
+            them, of `strong` alone beside a given one; without tower features an image side reads embeddings alone.
         bridge (`Bridge`, *optional*):
             Between the adapter's model and `strong`. Without one it is built from `dataset`, or from text alone, and
             from the class names.
