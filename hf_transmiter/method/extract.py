@@ -78,8 +78,9 @@ def extract(
         weak (`DualEncoder`): the pre-trained model the teacher was tuned from.
         teacher: any fine-tuned version of it, see [`Teacher`].
         dataset (`datasets.Dataset`, *optional*):
-            Unlabelled images of the task's domain, or their embeddings (see [`embed_dataset`]); labels, if there are
-            any, are not read. Not needed for the closed form when the teacher has class vectors on the weak model's own embeddings (prompt methods).
+            Unlabelled images of the task's domain, or their embeddings (see [`embed_dataset`]); labels are not read.
+            Not needed for the closed form when the teacher has class vectors on the weak model's own embeddings
+            (prompt methods).
         class_names (`Sequence[str]`, *optional*): the C names; the teacher's or the dataset's when omitted.
         anchors (`Anchors`, *optional*): names the published adapter reads; 1,024 with random common nouns if omitted.
         templates (`Sequence[str]`, *optional*): prompts of the anchors made here.
@@ -92,8 +93,8 @@ def extract(
 
     Raises:
         ValueError: a weak model that is tuned already, see [`check_weak`]; no class names or images where they are
-            needed, more classes than anchors, anchors that do not
-            begin with the class names, unknown names in `seen_classes`, or logits that are not finite.
+            needed, more classes than anchors, anchors that do not begin with the class names, unknown names in
+            `seen_classes`, or logits that are not finite.
     """
     check_kind("weak", weak, DualEncoder)
     check_teacher(teacher)
