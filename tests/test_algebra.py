@@ -334,6 +334,14 @@ def test_even_labels_take_back_the_pull_of_a_class():
     assert change[0].argmin() == 0
 
 
+def test_labels_of_many_images_are_read_in_blocks():
+    """Of images that are there three times, in more than one block, the same comes out as of each once."""
+    logits = 3 * rows(3000, 5) + torch.tensor([2.0, 0.0, 0.0, 0.0, -1.0])
+    often = logits.repeat(3, 1)
+    torch.testing.assert_close(even_labels(often)[:3000], even_labels(logits))
+    assert coverage(often.softmax(1)) == pytest.approx(coverage(logits.softmax(1)))
+
+
 @given(seeds)
 def test_coverage(seed):
     even, quarter = torch.eye(20).repeat(30, 1), torch.eye(20)[:5].repeat(120, 1)

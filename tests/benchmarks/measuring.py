@@ -90,7 +90,7 @@ def alone(run: Callable, budget: float = 15.0, repeats: int = 3) -> dict:
     return {"ratio": ratio, "seconds": spent, "peak_mb": peak}
 
 
-def in_process(case: str, settings: dict, processes: int = 1, timeout: float = 1500) -> dict:
+def in_process(case: str, settings: dict, processes: int = 1, timeout: float = 3600) -> dict:
     """What [`alone`] finds of a case of `solving.CASES`, in a process of its own, or in several that share it."""
     command = [sys.executable]
     if processes > 1:
