@@ -175,16 +175,15 @@ def markdown(rows: list[Row], facts: dict) -> str:
 
 
 def write(folder: Path, rows: list[Row], facts: dict) -> None:
-    """`benchmarks.json`, `benchmarks.md` and a figure per bench and axis."""
+    """`benchmarks.json` and `benchmarks.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"facts": facts, "rows": [asdict(row) for row in rows]}
     (folder / "benchmarks.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / "benchmarks.md").write_text(markdown(rows, facts))
-    draw(folder, rows)
 
 
 def draw(folder: Path, rows: list[Row]) -> None:
-    """Growth curves, both axes logarithmic: time on the left, memory on the right where it was measured."""
+    """A figure per bench and axis of its growth curves, both axes logarithmic: time on the left, memory on the right where it was measured."""
     try:
         import matplotlib
     except ImportError:

@@ -24,7 +24,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 os.environ.setdefault("HF_HOME", str(Path(tempfile.gettempdir()) / "hf_transmiter_benchmarks"))
 
 import torch  # noqa: E402
-from measuring import Missing, Row, write  # noqa: E402
+from measuring import Missing, Row, draw, write  # noqa: E402
 
 
 def benches() -> dict:
@@ -40,10 +40,10 @@ def benches() -> dict:
         "texts": pictures.texts,
         "starting": starting.starting,
         "solving": solving.solving,
-        "images": solving.images,
         "classes": solving.classes,
         "anchors": solving.anchors,
         "processes": solving.processes,
+        "images": solving.images,
         "imagenet": solving.imagenet,
     }
 
@@ -83,13 +83,15 @@ def main() -> None:
             try:
                 for row in known[name](arguments.quick, Path(scratch)):
                     rows.append(row)
+                    write(arguments.output_dir, rows, facts(arguments, time.perf_counter() - since))
             except Missing as error:
                 rows.append(Row(name, "left out", note=f"not in this version: {error}"))
             except Exception as error:  # the others go on
                 traceback.print_exc()
                 failed = True
                 rows.append(Row(name, "failed", note=f"{type(error).__name__}: {error}"[:200]))
-            write(arguments.output_dir, rows, facts(arguments, time.perf_counter() - since))
+    write(arguments.output_dir, rows, facts(arguments, time.perf_counter() - since))
+    draw(arguments.output_dir, rows)
     print((arguments.output_dir / "benchmarks.md").read_text())
     sys.exit(failed)
 

@@ -41,6 +41,6 @@ def starting(quick: bool, scratch: Path) -> Iterator[Row]:
             raise RuntimeError(result.stderr.strip().splitlines()[-1])
 
     runs = {name: (lambda command=command: started(command)) for name, command in cases.items()}
-    for name, (ratio, spent) in interleaved(runs, IMPORTS, repeats=1 if quick else 3, warm=not quick).items():
+    for name, (ratio, spent) in interleaved(runs, IMPORTS, repeats=1 if quick else 3, warm=False).items():
         if name != IMPORTS:
             yield Row("starting", name, ratio, IMPORTS, spent)
