@@ -2,11 +2,13 @@
 
 import json
 import math
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,7 +69,10 @@ def interleaved(cases: dict[str, Callable], against: str, repeats: int = 3, warm
     if warm:
         for run in cases.values():
             run()
-    rounds = [{name: seconds(run) for name, run in cases.items()} for _ in range(repeats)]
+    rounds = []
+    for _ in range(repeats):
+        cases = dict([*cases.items()][1:] + [*cases.items()][:1])  # nobody always comes after the same one
+        rounds.append({name: seconds(run) for name, run in cases.items()})
     middle = statistics.median
     return {name: (middle(r[name] / r[against] for r in rounds), middle(r[name] for r in rounds)) for name in cases}
 
@@ -90,28 +95,36 @@ def alone(run: Callable, budget: float = 15.0, repeats: int = 3) -> dict:
     return {"ratio": ratio, "seconds": spent, "peak_mb": peak}
 
 
-def in_process(case: str, settings: dict, processes: int = 1, timeout: float = 3600) -> dict:
-    """What [`alone`] finds of a case of `solving.CASES`, in a process of its own, or in several that share it."""
-    command = [sys.executable]
-    if processes > 1:
-        launch = ("--nproc-per-node", str(processes), "--master-port", "0", "--rdzv-backend", "c10d")
-        command += ["-m", "torch.distributed.run", *launch, "--rdzv-endpoint", "localhost:0"]
-    command += [str(HERE / "run.py"), "--case", case, "--settings", json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+# Children of one process that has imported everything and done nothing yet: none has the memory of a case before it.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["solving"])
+
+
+def in_process(run: Callable[[str, dict], dict], case: str, settings: dict) -> dict:
+    """What `run` finds of a case in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=_PROCESSES) as pool:
+        return pool.submit(run, case, settings).result()
+
+
+def launched(case: str, settings: dict, processes: int) -> dict:
+    """A case of `solving.CASES` in several processes that share the work."""
+    launch = ("--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, str(HERE / "run.py")]
+    command += ["--case", case, "--settings", json.dumps(settings)]
+    result = subprocess.run(command, capture_output=True, text=True)
     said = [line for line in result.stdout.splitlines() if line.startswith("{")]
     if result.returncode or not said:
-        lines = result.stderr.strip().splitlines() or [f"it ended with exit code {result.returncode}"]
-        raise RuntimeError(next((line for line in reversed(lines) if "Error" in line or "Missing" in line), lines[-1]))
+        raise RuntimeError(result.stderr[-2000:])
     return json.loads(said[-1])
 
 
-def growth(bench: str, case: str, axis: str, sizes: list[int], settings: dict, measure=in_process) -> Iterator[Row]:
-    """A case at every size, each in a process of its own; a size that fails says why."""
+def growth(bench: str, case: str, axis: str, sizes: list[int], settings: dict, measure: Callable) -> Iterator[Row]:
+    """What `measure` finds of a case at every size; a size that fails says why."""
     for size in sizes:
         try:
             yield Row(bench, case, axis=axis, size=size, **measure(case, {**settings, axis: size}))
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            yield Row(bench, case, axis=axis, size=size, note=str(error)[:200])
+        except RuntimeError as error:  # the process was killed for its memory, say
+            yield Row(bench, case, axis=axis, size=size, note=f"{type(error).__name__}: {error}"[:200])
 
 
 def exponent(points: list[tuple[float, float]]) -> float | None:
@@ -183,7 +196,7 @@ def write(folder: Path, rows: list[Row], facts: dict) -> None:
 
 
 def draw(folder: Path, rows: list[Row]) -> None:
-    """A figure per bench and axis of its growth curves, both axes logarithmic: time on the left, memory on the right where it was measured."""
+    """A figure per bench and axis of its growth curves, both axes logarithmic: time on the left, memory on the right."""
     try:
         import matplotlib
     except ImportError:

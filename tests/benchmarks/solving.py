@@ -7,13 +7,14 @@ strong model has of the same images; all on disk, written block by block and map
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from measuring import Row, alone, growth, in_process
+from measuring import Row, alone, growth, in_process, launched
 from speed import Recorded  # of tests/studies
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -159,6 +160,7 @@ CASES: dict[str, Callable[..., Callable]] = {
 
 def run_case(case: str, settings: dict) -> dict:
     """In this process: the measurement of a case; under `torchrun` of this process's share, which ends with all."""
+    torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return alone(CASES[case](settings), **settings.get("repeats", {}))
     from accelerate import Accelerator
@@ -176,7 +178,7 @@ def run_case(case: str, settings: dict) -> dict:
 
 def measured_by(quick: bool) -> Callable[[str, dict], dict]:
     """Each case in a process of its own, whose memory is not that of the case before; here, where it is no matter."""
-    return run_case if quick else in_process
+    return run_case if quick else partial(in_process, run_case)
 
 
 def solving(quick: bool, scratch: Path) -> Iterator[Row]:
@@ -220,7 +222,7 @@ def processes(quick: bool, scratch: Path) -> Iterator[Row]:
     count, number = (1000, 10) if quick else (50_000, 100)
     settings = {"rows": write_rows(scratch, count, number), "N": count}
     for case in ("bridge of embeddings",) if quick else ("bridge of embeddings", "extract, image map", "refit"):
-        found = {several: in_process(case, settings, several) for several in (1, 2)}
+        found = {1: measured_by(quick)(case, settings), 2: launched(case, settings, 2)}
         spent = found[2]["seconds"] / found[1]["seconds"]
         note = "half is the best that two can do"
         yield Row("processes", case, spent, "one process", found[2]["seconds"], found[2]["peak_mb"], note=note)
