@@ -196,7 +196,7 @@ def write(folder: Path, rows: list[Row], facts: dict) -> None:
 
 
 def draw(folder: Path, rows: list[Row]) -> None:
-    """A figure per bench and axis of its growth curves, both axes logarithmic: time on the left, memory on the right."""
+    """A figure per bench and axis of its growth curves, both axes logarithmic: time left, memory right."""
     try:
         import matplotlib
     except ImportError:

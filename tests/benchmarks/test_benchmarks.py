@@ -82,8 +82,13 @@ def test_imagenet_is_reckoned_from_its_parts():
     said = imagenet.report(parts, [1, 64], [500.0], 4).splitlines()
     assert said[2] == "| 1 | 500 | 0.712 | 0.89 | 1.78 | 3.78 | solving |"
     assert said[3].endswith("| solving |") and "| bridge and refit, in one process | 120 min |" in said
-    with pytest.raises(ValueError, match="run the benchmark 'imagenet'"):
+    with pytest.raises(ValueError, match="run the benchmark 'machine'"):
         imagenet.Parts.of([])
+    rows = [Row("machine", "one product", 1.0, seconds=0.02), Row("imagenet", "refit, a tenth", 500, peak_mb=1000)]
+    rows += [Row("imagenet", "bridge of embeddings, a tenth", 100), Row("embedding", "preparing a picture", 0.5)]
+    rows += [Row("embedding", "files read once, to know the pictures", 0.1)]
+    found = imagenet.Parts.of([vars(row) for row in rows])
+    assert vars(found) == pytest.approx({"preparation": 100, "reading": 0.001, "solving": 120, "memory": 10_000})
 
 
 @pytest.mark.slow
