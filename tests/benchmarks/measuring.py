@@ -29,7 +29,7 @@ class Row:
 
     Args:
         bench, case: what was measured.
-        ratio: seconds of the case per seconds of what `against` names, in the same run; the median of the repeats.
+        ratio: time of the case by that of what `against` names, in the same run; the median of the repeats.
         seconds: what the ratio was made of, for estimates (`imagenet.py`); never to be compared between runs.
         peak_mb: peak of resident memory on top of what there was before; mapped files do not count.
         axis, size: of a case of several sizes, which size grows ("N") and how large it is here.
@@ -77,19 +77,28 @@ def interleaved(cases: dict[str, Callable], against: str, repeats: int = 3, warm
     return {name: (middle(r[name] / r[against] for r in rounds), middle(r[name] for r in rounds)) for name in cases}
 
 
-def alone(run: Callable, budget: float = 15.0, repeats: int = 3) -> dict:
-    """A case in units of [`reference`], timed before and after it, and its peak memory, which the first run has.
-    Repeated, unless that takes longer than `budget` seconds."""
+def processor_seconds(run: Callable) -> float:
+    since = time.process_time()
+    run()
+    return time.process_time() - since
+
+
+def alone(run: Callable, budget: float = 5.0, repeats: int = 3) -> dict:
+    """A case of one thread in units of [`reference`], which is timed before and after it, and its peak memory.
+
+    In processor time, which other work on the machine hardly changes; `seconds` are those of the clock. Repeated,
+    unless that takes longer than `budget` seconds.
+    """
     from resident import measured  # of tests/studies
 
     reference()
-    found, peak, since = [], 0.0, time.perf_counter()
-    while len(found) < repeats and (not found or time.perf_counter() - since < budget):
-        before = [seconds(reference) for _ in range(5)]
+    found, peak = [], 0.0
+    while len(found) < repeats and sum(spent for _, spent in found) < budget:
+        before = [processor_seconds(reference) for _ in range(5)]
         with measured() as cost:
-            run()
-        unit = statistics.median(before + [seconds(reference) for _ in range(5)])
-        found.append((cost["seconds"] / unit, cost["seconds"]))
+            used = processor_seconds(run)
+        unit = statistics.median(before + [processor_seconds(reference) for _ in range(5)])
+        found.append((used / unit, cost["seconds"]))
         peak = max(peak, cost["peak_mb"])
     ratio, spent = (statistics.median(each) for each in zip(*found, strict=True))
     return {"ratio": ratio, "seconds": spent, "peak_mb": peak}
@@ -156,7 +165,7 @@ def markdown(rows: list[Row], facts: dict) -> str:
     """The report: single cases, then curves with their exponents."""
     about = ", ".join(f"{key} {value}" for key, value in facts.items())
     lines = ["# Benchmarks", "", f"`python tests/benchmarks/run.py`: {about}.", ""]
-    lines += [f"Ratios within one run. Where nothing else is said, the unit is {REFERENCE}.", ""]
+    lines += [f"Ratios within one run. Where nothing else is said, the unit is {REFERENCE}, of processor time.", ""]
     single = [row for row in rows if row.axis is None]
     for bench in dict.fromkeys(row.bench for row in single):
         lines += [f"## {bench}", "", "| case | ratio | to | peak MB | |", "|:---|---:|:---|---:|:---|"]

@@ -33,6 +33,14 @@ def test_memory_is_what_is_allocated_not_what_is_mapped(tmp_path):
     assert 40 < found["peak_mb"] < 75 and found["ratio"] > 0
 
 
+def test_cases_are_measured_in_reference_work():
+    def five_times() -> None:
+        for _ in range(5):
+            measuring.reference()
+
+    assert 3 < measuring.alone(five_times)["ratio"] < 8
+
+
 @pytest.mark.parametrize("power", [0, 1, 2.5])
 def test_exponents(power):
     points = [(x, 3 * x**power) for x in (10, 100, 1000)]
