@@ -59,10 +59,10 @@ class Parts:
         return cls(1 / picture, reading, 10 * solving, 10 * find("imagenet", "refit, a tenth", "peak_mb"))
 
 
-def embedding_hours(parts: Parts, gpus: int, forward: float, cores: int) -> tuple[float, float]:
-    """Hours of one model's pass: of the forward pass, and of preparing. Workers prepare while the model runs, so that
+def embedding_minutes(parts: Parts, gpus: int, forward: float, cores: int) -> tuple[float, float]:
+    """Minutes of one model's pass: of the forward pass, and of preparing. Workers prepare while the model runs, so that
     the larger of the two is what it takes."""
-    return IMAGES / (forward * gpus) / 3600, IMAGES / (parts.preparation * cores * gpus) / 3600
+    return IMAGES / (forward * gpus) / 60, IMAGES / (parts.preparation * cores * gpus) / 60
 
 
 def disk_gb(width: int, features: int) -> float:
@@ -72,15 +72,15 @@ def disk_gb(width: int, features: int) -> float:
 
 def report(parts: Parts, gpus: list[int], rates: list[float], cores: int) -> str:
     """The tables, in markdown."""
-    serial, passes = parts.solving / 3600, len(MODELS)
+    serial, passes = parts.solving / 60, len(MODELS)
     lines = [
-        f"| GPUs | pictures/s and GPU (assumed) | forward, h | preparing on {cores} cores per GPU, h | "
-        "both models, h | with solving, h | what limits it |",
+        f"| GPUs | pictures/s and GPU (assumed) | forward, min | preparing on {cores} cores per GPU, min | "
+        "both models, min | with solving, min | what limits it |",
         "|---:|---:|---:|---:|---:|---:|:---|",
     ]
     for count in gpus:
         for rate in rates:
-            forward, prepare = embedding_hours(parts, count, rate, cores)
+            forward, prepare = embedding_minutes(parts, count, rate, cores)
             passing = passes * max(forward, prepare)
             limit = "solving" if serial > passing else "preparing" if prepare > forward else "forward"
             cells = [number(each) for each in (forward, prepare, passing, passing + serial)]

@@ -86,9 +86,9 @@ def test_rows_are_those_of_the_planted_teacher(tmp_path, narrow):
 
 def test_imagenet_is_reckoned_from_its_parts():
     parts = imagenet.Parts(preparation=100.0, reading=0.001, solving=7200.0, memory=10_000.0)
-    assert imagenet.embedding_hours(parts, 8, 500, 4) == pytest.approx((1281167 / 4000 / 3600, 1281167 / 3200 / 3600))
+    assert imagenet.embedding_minutes(parts, 8, 500, 4) == pytest.approx((1281167 / 4000 / 60, 1281167 / 3200 / 60))
     said = imagenet.report(parts, [1, 64], [500.0], 4).splitlines()
-    assert said[2] == "| 1 | 500 | 0.712 | 0.89 | 1.78 | 3.78 | solving |"
+    assert said[2] == "| 1 | 500 | 42.7 | 53.4 | 107 | 227 | solving |"
     assert said[3].endswith("| solving |") and "| bridge and refit, in one process | 120 min |" in said
     with pytest.raises(ValueError, match="run the benchmark 'machine'"):
         imagenet.Parts.of([])
