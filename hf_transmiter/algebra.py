@@ -310,28 +310,32 @@ def spread(logits: Tensor) -> float:
     return float(deviation(logits).square().mean().clamp(min=1e-24).sqrt())
 
 
-def even_labels(logits: Tensor, rounds: int = 50) -> Tensor:
-    """Label logits (N, C) without the classes' unequal pull: ``L - log β``.
+def class_pull(logits: Tensor, rounds: int = 50) -> Tensor:
+    """The classes' unequal pull ``log β`` (C,) on label logits L (N, C): ``softmax(L - log β)`` are even labels.
 
     β is the fixed point of ``β = P β``, with ``P_jk`` the mean probability of class j over the images that are
     labelled k: how often each class is answered whatever is asked (Frolic, arXiv 2410.19294, section 3). It assumes
     that the images hold all classes about equally often.
     """
-    q, said = logits.double().softmax(1), logits.argmax(1)
-    confused = torch.zeros(q.shape[1], q.shape[1], dtype=torch.float64).index_add_(0, said, q)
-    confused = (confused / said.bincount(minlength=q.shape[1]).clamp(min=1)[:, None]).T
-    beta = torch.full((q.shape[1],), 1 / q.shape[1], dtype=torch.float64)
+    classes, said = logits.shape[1], logits.argmax(1)
+    confused = torch.zeros(classes, classes, dtype=torch.float64)
+    for block, answers in zip(logits.split(4096), said.split(4096), strict=True):
+        confused.index_add_(0, answers, block.double().softmax(1))
+    confused = (confused / said.bincount(minlength=classes).clamp(min=1)[:, None]).T
+    beta = torch.full((classes,), 1 / classes, dtype=torch.float64)
     for _ in range(rounds):
         beta = confused @ beta
         beta = beta / beta.sum().clamp(min=1e-12)
-    return logits - beta.clamp(min=EPS).log().to(logits.dtype)
+    return beta.clamp(min=EPS).log().to(logits.dtype)
 
 
-def coverage(labels: Tensor) -> float:
+def coverage(labels) -> float:
     """How many of the C classes N images hold, as a share of how many as many images of equally frequent classes
-    would: ``exp(H(q̄)) / (C (1 - e^(-N/C)))`` with q̄ the mean of the soft labels (N, C) and H its entropy."""
+    would: ``exp(H(q̄)) / (C (1 - e^(-N/C)))`` with q̄ the mean of the soft labels (N, C), a tensor or by blocks of
+    rows, and H its entropy."""
     count, classes = labels.shape
-    held = torch.special.entr(labels.double().mean(0)).sum().exp()
+    mean = sum(labels[start : start + 4096].double().sum(0) for start in range(0, count, 4096)) / count
+    held = torch.special.entr(mean).sum().exp()
     return float(held) / (classes * -math.expm1(-count / classes))
 
 

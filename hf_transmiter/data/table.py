@@ -22,6 +22,7 @@ from ..hub.checks import as_list
 from .class_names import label_places
 
 
+BLOCK = 4096
 UNIT = 0.02  # so far may the length of a row be from 1: rows kept in 8 bits of mantissa are within 0.01
 
 
@@ -72,7 +73,7 @@ class StoredRows:
 
     def float(self) -> Tensor:
         """All rows, in memory."""
-        return torch.cat([self[start : start + 4096] for start in range(0, len(self), 4096)] or [self[:0]])
+        return torch.cat([self[start : start + BLOCK] for start in range(0, len(self), BLOCK)] or [self[:0]])
 
 
 def stored_rows(dataset: Dataset, encoder: DualEncoder, columns: Mapping[str, str] | None) -> StoredRows | None:
@@ -152,11 +153,11 @@ class FeatureTable:
             yield self._stored[start : start + batch_size][:, : self._width].float()
 
     def share(self, accelerator=None) -> Iterator[tuple[slice, Tensor]]:
-        """Of the [`batches`] of 4096 those that fall to this process of several, each with the rows it holds."""
+        """Of [`batches`] of `BLOCK` rows those that fall to this process of several, each with the rows it holds."""
         rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-        for number, start in enumerate(range(0, len(self), 4096)):
+        for number, start in enumerate(range(0, len(self), BLOCK)):
             if number % world == rank:
-                x = self._stored[start : start + 4096][:, : self._width].float()
+                x = self._stored[start : start + BLOCK][:, : self._width].float()
                 yield slice(start, start + len(x)), x
 
     def select(self, indices: Tensor | Sequence[int]) -> FeatureTable:
@@ -185,8 +186,8 @@ class FeatureTable:
             )
         if self._width != d and self._width != d + encoder.tower_dim:
             raise ValueError(f"rows of {encoder.name_or_path!r} are (N, {d}), these are (N, {self._width}).")
-        for number, x in enumerate(self.batches(4096)):
-            check_unit(x[:, :d], "image", whose, 4096 * number)
+        for rows, x in self.share():
+            check_unit(x[:, :d], "image", whose, rows.start)
             check_finite(x, whose)
         return self if tower else self.narrow(d)
 

@@ -117,6 +117,7 @@ class DualEncoder:
         if processor is None and self.name_or_path:
             processor = load_processor(self.name_or_path, revision=self.revision)
         self.processor = processor
+        self._named: list[tuple[tuple, Tensor]] = []  # what was embedded last, see embed_names
 
     def __repr__(self) -> str:
         adapters = "".join(f", {kind.peft_type} adapter" for kind in getattr(self.model, "peft_config", {}).values())
@@ -295,7 +296,7 @@ class DualEncoder:
         self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",), batch_size: int = 256
     ) -> Tensor:
         """K class names, underscores as spaces, to (K, d) unit rows: per name the mean over templates (each with one
-        ``{}``) of unit text rows, made unit again.
+        ``{}``) of unit text rows, made unit again. The last few answers are kept, as long as the text tower stays.
 
         Raises:
             ValueError: there are no templates, or one of them lacks ``{}``.
@@ -304,9 +305,15 @@ class DualEncoder:
         bad = [template for template in templates if "{}" not in template]
         if bad or not templates:
             raise ValueError(f"each template needs a {{}} where the name goes; got {bad or 'no template'}.")
-        names = [name.replace("_", " ") for name in names]
-        lists = ([template.replace("{}", name) for name in names] for template in templates)
-        return normalize(sum(self._embed_lists(lists, batch_size)), dim=-1)
+        how = (batch_size, self.context_length, getattr(self.model.config, "_attn_implementation", None))
+        asked = (names, templates, how, self.text_version)
+        rows = next((rows for known, rows in self._named if known == asked), None)
+        if rows is None:
+            said = [name.replace("_", " ") for name in names]
+            lists = ([template.replace("{}", name) for name in said] for template in templates)
+            rows = normalize(sum(self._embed_lists(lists, batch_size)), dim=-1)
+            self._named = [*self._named[-3:], (asked, rows)]  # in one step: threads may ask, too
+        return rows.clone()
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Texts to the arguments of the text tower on the model's device: `input_ids` (B, L) and, outside the SigLIP

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,9 @@ def model_fingerprint(model: nn.Module, settings) -> str:
     state = model.state_dict(keep_vars=True).items()
     values = [value for name, value in state if name.split(".", 1)[0] in EMBEDDING_PARTS and torch.is_tensor(value)]
     values += [part for module in model.modules() for part in _embedding_parts(module)]
+    if any(_known_digests(value) is None for value in values):
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+            list(pool.map(_tensor_digests, values))
     digests = [[f"{tuple(value.shape)} {digest}" for digest in _tensor_digests(value)] for value in values]
     # Sorted by value, not by name: transformers renames modules between versions, saved fingerprints must outlive it.
     texts = (json.dumps([facts, sorted(each)], sort_keys=True) for each in zip(*digests, strict=True))
@@ -169,15 +173,22 @@ def _layer_state(layer: BaseTunerLayer) -> list:
     return [[] if layer.disable_adapters else list(layer.active_adapters), list(layer.merged_adapters), scaling]
 
 
+def _known_digests(tensor: Tensor) -> list[str] | None:
+    """Those of the values that the tensor still has."""
+    version, digests = _DIGESTS.get(tensor, (None, None))
+    return digests if version == (tensor.data_ptr(), tensor._version, tensor.dtype) else None
+
+
 def _tensor_digests(tensor: Tensor) -> list[str]:
     """Of the values as they are, as bfloat16 has them, and as float16 has them; each written in float32."""
-    version = (tensor.data_ptr(), tensor._version, tensor.dtype)
-    known = _DIGESTS.get(tensor)
-    if known is None or known[0] != version:
+    found = _known_digests(tensor)
+    if found is None:
+        version = (tensor.data_ptr(), tensor._version, tensor.dtype)
         values = tensor.detach().cpu().contiguous()
         forms = [values] * 3
         if tensor.is_floating_point():
             forms = [values.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
         read = [form.view(-1).view(torch.uint8).numpy() for form in forms]
-        known = _DIGESTS[tensor] = (version, [hashlib.sha256(form.data).hexdigest() for form in read])
-    return known[1]
+        found = [hashlib.sha256(form.data).hexdigest() for form in read]
+        _DIGESTS[tensor] = version, found
+    return found

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -322,7 +322,7 @@ def file_digest(path: str | os.PathLike) -> str:
     return _file_digest(os.fspath(path), *file_state(path))
 
 
-@lru_cache(maxsize=1_000_000)
+@cache  # without a limit: one that the pictures exceed would have all of them read again every time
 def _file_digest(path: str, *state: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

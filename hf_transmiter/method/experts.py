@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from ..algebra import check_finite, coverage, even_labels
+from ..algebra import check_finite, class_pull, coverage
 from ..data.anchors import DEFAULT_TEMPLATES, Anchors
 from ..data.embeddings import embed_dataset
 from ..data.table import FeatureTable
@@ -57,16 +59,34 @@ def expert_logits(
     if isinstance(teacher, Tensor) and weak is None:
         return teacher_logits(teacher, dataset, names, table=table)
     tuned, zero_shot = tuned_and_weak_logits(teacher, weak, dataset, names, table=table, **options)
-    said = teacher_logits(_zero_shot(strong, names, templates), dataset, names, weak=strong, table=table, **options)
-    return check_finite(2 * tuned + said - zero_shot, "what the tuned and the strong model say together")
+    plain, found = _zero_shot(strong, names, templates), torch.empty(tuned.shape)
+    with torch.no_grad():
+        for rows, x in table.share():
+            found[rows] = 2 * tuned[rows] + plain.classify(x.to(strong.device)).cpu() - zero_shot[rows]
+    return check_finite(found, "what the tuned and the strong model say together")
 
 
-def soft_labels(label_logits: Tensor, even: bool | None = None) -> Tensor:
-    """``q = softmax(L)`` (N, C) of label logits, made even ([`even_labels`]) where the images hold all classes about
-    equally often: `even`, or by their [`coverage`] when omitted."""
-    if even is None:
-        even = coverage(label_logits.softmax(1)) >= EVEN
-    return (even_labels(label_logits) if even else label_logits).softmax(1)
+class SoftLabels:
+    """``q = softmax(L - log β)`` (N, C) of label logits, row by row when asked for: in memory are only the logits.
+
+    Args:
+        even (`bool`, *optional*): whether the images hold all classes about equally often, so that β is their
+            [`class_pull`] and not one; by their [`coverage`] when omitted.
+    """
+
+    def __init__(self, logits: Tensor, even: bool | None = None):
+        self.logits, self.shape, self.pull = logits, logits.shape, torch.zeros(logits.shape[1])
+        self.even = self.coverage >= EVEN if even is None else even
+        if self.even:
+            self.pull = class_pull(logits)
+
+    @cached_property
+    def coverage(self) -> float:
+        """Of the labels before they are made even."""
+        return coverage(SoftLabels(self.logits, even=False))
+
+    def __getitem__(self, rows) -> Tensor:
+        return (self.logits[rows] - self.pull).softmax(1)
 
 
 def tuned_and_weak_logits(

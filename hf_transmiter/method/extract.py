@@ -28,6 +28,7 @@ from ..training.loop import fit
 from ..tuners import TransMiterConfig, TransMiterLayer
 from ..tuners.transmiter.layer import refine
 from .classifier import AnchorClassifier, seen_columns
+from .experts import SoftLabels
 from .refit import fit_image_side
 from .stored_logits import CalibrationPack
 from .teacher import (
@@ -131,7 +132,7 @@ def extract(
         if config.solver is None and vectors is None and _moves_images(teacher, weak, class_names):
             config = replace(config, solver="image_map")  # no need to ask its logits
         prior = text[: len(class_names)].cpu()
-        seen = seen_columns(class_names, seen_classes)
+        seen = slice(None) if seen_classes is None else seen_columns(class_names, seen_classes)
         tensors, solved = closed_form(table, logits, prior, weak, vectors, config, accelerator, seen)
         anchors, text = Anchors(class_names, (), anchors.templates), text[: len(class_names)]
         sides = {"image_side": weak.embed_dim} if "image_map" in tensors else {"open_names": False}
@@ -214,7 +215,8 @@ def closed_form(
         vectors = normalize(discriminant_head(labelled, text, config.shrinkage, accelerator), dim=-1)
         tensors = {"class_vectors": vectors, "bias": bias}
         return {"anchors": text, **tensors}, {"shrinkage": config.shrinkage}
-    side = fit_image_side(table, logits[:, seen].softmax(1), text[seen], scale, IMAGE_PENALTY, accelerator)
+    labels = SoftLabels(logits[:, seen], even=False)
+    side = fit_image_side(table, labels, text[seen], scale, IMAGE_PENALTY, accelerator)
     tensors = {"image_map": check_finite(side.matrix, "the image map"), "image_shift": side.shift}
     return {"anchors": text, **tensors}, {**facts, "solver": "image_map"}
 

@@ -21,7 +21,7 @@ from ..data.table import FeatureTable
 from ..encoders.dual_encoder import DualEncoder
 from ..settings import TuningConfig
 from .classifier import AnchorClassifier
-from .experts import EXPERTS, expert_logits, soft_labels
+from .experts import EXPERTS, SoftLabels, expert_logits
 from .teacher import Teacher
 
 
@@ -95,7 +95,7 @@ def taught_lesson(
         raise ValueError("a teacher needs at least two images, one of which is held out: pass more.")
     table = embed_dataset(model, dataset, **options)
     experts = {"weak": weak, "templates": anchors.templates, "table": table}
-    targets = soft_labels(expert_logits(teacher, model, dataset, anchors.task, **experts, **options))
+    targets = SoftLabels(expert_logits(teacher, model, dataset, anchors.task, **experts, **options))[:]
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     seen = len(order) - min(MOST_HELD_OUT, max(1, len(order) // 10))
     table, targets, examples = table.select(order), targets[order], dataset.select(order.tolist())

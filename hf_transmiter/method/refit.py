@@ -21,7 +21,6 @@ from torch.nn.functional import normalize
 from ..algebra import (
     PairSums,
     check_finite,
-    coverage,
     discriminant,
     divergence,
     fit_temperature,
@@ -29,7 +28,7 @@ from ..algebra import (
     total,
 )
 from ..data.table import FeatureTable
-from .experts import EVEN, soft_labels
+from .experts import SoftLabels
 
 
 STEPS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -73,7 +72,7 @@ class _Problem:
     """Rows f, soft labels q, texts T and scale s, and what is kept of them in memory."""
 
     table: FeatureTable
-    labels: Tensor
+    labels: SoftLabels | Tensor
     texts: Tensor
     scale: float
     start: ImageSide
@@ -167,7 +166,7 @@ class _Problem:
 
 
 def fit_image_side(
-    table: FeatureTable, labels: Tensor, texts: Tensor, scale: float, penalty: float, accelerator=None
+    table: FeatureTable, labels: SoftLabels | Tensor, texts: Tensor, scale: float, penalty: float, accelerator=None
 ) -> ImageSide:
     """The image side alone, from the identity, to soft labels q (N, C) as they are; arguments as of [`refit`].
 
@@ -205,7 +204,7 @@ def refit(
         image, text (`bool`, *optional*, default to `True`): which parts to fit.
         even (`bool`, *optional*):
             Whether the images hold the classes about equally often; by their [`coverage`] when omitted. If so, the
-            labels are made even ([`even_labels`]). If not, the images' class frequencies are explained by an offset
+            labels are made even ([`class_pull`]). If not, the images' class frequencies are explained by an offset
             that is not kept, and there is no text side, which would not know the classes that are missing.
         accelerator: as in [`embed_dataset`]; all processes end with the same.
 
@@ -224,13 +223,10 @@ def refit(
     if label_logits.shape != (len(table), len(texts)):
         raise ValueError(f"label logits must be {(len(table), len(texts))}, got {tuple(label_logits.shape)}.")
     check_finite(label_logits, "the label logits")
-    covered = coverage(label_logits.softmax(1))
-    known = even is not None
-    even = covered >= EVEN if even is None else even
-    text = not image or (text and even and (known or covered >= COVERED))
-    labels = soft_labels(label_logits, even)
+    labels = SoftLabels(label_logits, even)
+    text = not image or (text and labels.even and (even is not None or labels.coverage >= COVERED))
     start = start or ImageSide.identity(texts.shape[1])
-    problem = _Problem(table, labels, texts, scale, start, even, PENALTY, accelerator)
+    problem = _Problem(table, labels, texts, scale, start, labels.even, PENALTY, accelerator)
     share = 0.0 if not text else 1.0 if not image else len(table) / (len(table) + HEAD_IMAGES * len(texts))
 
     def fitted(held_out: bool, steps: Sequence[float] = ()):
@@ -246,8 +242,8 @@ def refit(
     factor = fit_temperature(said, problem.held_said) if text else 1.0
     own = scale * problem.held_rows[:, : texts.shape[1]] @ (texts if zero_shot is None else zero_shot).T
     facts = {
-        "coverage": covered,
-        "even": even,
+        "coverage": labels.coverage,
+        "even": labels.even,
         "steps": steps,
         "held_out_kl": divergence(problem.held_said, factor * said),
         "held_out_kl_zero_shot": divergence(problem.held_said, fit_temperature(own, problem.held_said) * own),

@@ -130,8 +130,8 @@ def transfer(
         teacher = _teacher_on(table, adapter) if teacher is None else teacher
         labels = expert_logits(teacher, strong, dataset, source.class_names, **asked)
         if words and source.own_class_vectors:
-            carries = ((x[:, : strong.embed_dim] @ carried["class_vectors"].T) for x in table.batches(4096))
-            labels = labels + float(strong.logit_scale) * torch.cat(list(carries))
+            for rows, x in table.share():
+                labels[rows] += float(strong.logit_scale) * x[:, : strong.embed_dim] @ carried["class_vectors"].T
         fitted, known = _refitted(table, labels, carried, text, seen, float(strong.logit_scale), config, accelerator)
         facts |= known
         if fitted is not None:
@@ -245,7 +245,7 @@ def _refitted(
         raise ValueError("a text side would not know the classes beside seen_classes: ask for parts='image'.")
     side, head, known = refit(
         table,
-        labels[:, seen],
+        labels if seen == list(range(len(text))) else labels[:, seen],  # which copies
         (text if vectors is None else vectors)[seen],
         scale,
         zero_shot=text[seen],

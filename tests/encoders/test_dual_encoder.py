@@ -153,6 +153,21 @@ def test_names_are_the_unit_mean_over_templates(encoder):
     close(encoder.embed_names(["old ship", "cat"], templates, batch_size=1), expected)
 
 
+def test_names_are_embedded_once_until_the_text_tower_changes(model_dir):
+    encoder, passes = DualEncoder.from_pretrained(model_dir("clip")), []
+    encoder.model.text_model.register_forward_hook(lambda *_: passes.append(1))
+    first = encoder.embed_names(["cat", "dog"])
+    kept = first.clone()
+    first.zero_()  # whoever writes to an answer does not change the next one
+    assert torch.equal(encoder.embed_names(("cat", "dog")), kept) and len(passes) == 1
+    for names, templates in ((["dog", "cat"], ("a photo of a {}.",)), (["cat", "dog"], ("{}.",))):
+        encoder.embed_names(names, templates)
+    assert len(passes) == 3
+    with torch.no_grad():
+        next(encoder.model.text_model.parameters()).mul_(2)
+    assert not torch.allclose(encoder.embed_names(["cat", "dog"]), kept, atol=1e-3) and len(passes) == 4
+
+
 def test_a_name_may_contain_braces(encoder):
     close(encoder.embed_names(["{cat}"], ("a {}",)), encoder.embed_texts(["a {cat}"]))
 

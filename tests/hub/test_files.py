@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_transmiter.encoders.identity import ModelId
+from hf_transmiter.hub import files
 from hf_transmiter.hub.checks import read_header
-from hf_transmiter.hub.files import replace_file, replace_metadata
+from hf_transmiter.hub.files import file_digest, replace_file, replace_metadata
 from hf_transmiter.method.bridge import Bridge
 from hf_transmiter.method.stored_logits import CalibrationPack
 
@@ -22,6 +23,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError, match="disk full"):
         replace_file(path, fails)
     assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_however_many_files_each_is_read_once(tmp_path):
+    """A limit below the number of pictures would have all of them read again, every time."""
+    path = tmp_path / "picture"
+    path.write_bytes(b"one")
+    reads = files._file_digest.cache_info
+    assert reads().maxsize is None
+    first, before = file_digest(path), reads().misses
+    assert file_digest(path) == first and reads().misses == before
+    path.write_bytes(b"other")
+    assert file_digest(path) != first
 
 
 @pytest.mark.parametrize("words", ["", "x", "a longer text than there was, über alles", "y" * 5000])

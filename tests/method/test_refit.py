@@ -9,7 +9,9 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from hf_transmiter.algebra import divergence, fit_temperature, spread
+from hf_transmiter.data import table as data_table
 from hf_transmiter.data.table import FeatureTable
+from hf_transmiter.method import experts
 from hf_transmiter.method import refit as module
 from hf_transmiter.method.refit import ImageSide, fewest_images, fit_image_side, refit
 
@@ -82,7 +84,7 @@ def test_steps_start_from_the_side_that_is_given(monkeypatch):
     one, labels = Problem(), Problem().labels.softmax(1)
     monkeypatch.setattr(module, "STEPS", (1.0,))
     asked = {"text": False, "even": True}
-    monkeypatch.setattr(module, "soft_labels", lambda logits, even: logits.softmax(1))
+    monkeypatch.setattr(experts, "class_pull", lambda logits: torch.zeros(logits.shape[1]))
     monkeypatch.setattr(module, "ROUNDS", 2)
     both, _, facts = refit(one.table, one.labels, one.texts, SCALE, **asked)
     assert facts["steps"] == [1.0, 1.0]
@@ -244,6 +246,7 @@ def _in_two_processes(one, even):
 
 def test_only_blocks_and_a_sample_are_in_memory(monkeypatch):
     monkeypatch.setattr(module, "SAMPLE", 100)
+    monkeypatch.setattr(data_table, "BLOCK", 64)
     asked = []
 
     class Counted(FeatureTable):
@@ -251,10 +254,10 @@ def test_only_blocks_and_a_sample_are_in_memory(monkeypatch):
         def embeds(self):
             raise AssertionError("all rows at once")
 
-        def batches(self, size):
-            for rows in super().batches(64):
-                asked.append(len(rows))
-                yield rows
+        def share(self, accelerator=None):
+            for rows, x in super().share(accelerator):
+                asked.append(len(x))
+                yield rows, x
 
         def select(self, indices):
             asked.append(len(indices))

@@ -99,7 +99,7 @@ def from_identity(*arguments, start, **options):
 
 ABLATIONS = {
     "as it is": [],
-    "labels not made even": [(experts, "even_labels", lambda logits: logits)],
+    "labels not made even": [(experts, "class_pull", lambda logits: torch.zeros(logits.shape[1]))],
     "one step in place of three": [(refitting, "ROUNDS", 1)],
     "from the identity, not the carried map": [(transferring, "refit", from_identity)],
     "one step from the identity": [(transferring, "refit", from_identity), (refitting, "ROUNDS", 1)],
