@@ -60,8 +60,8 @@ class Parts:
 
 
 def embedding_minutes(parts: Parts, gpus: int, forward: float, cores: int) -> tuple[float, float]:
-    """Minutes of one model's pass: of the forward pass, and of preparing. Workers prepare while the model runs, so that
-    the larger of the two is what it takes."""
+    """Minutes of one model's pass: of the forward pass, and of preparing. Workers prepare while the model runs, so
+    that the larger of the two is what it takes."""
     return IMAGES / (forward * gpus) / 60, IMAGES / (parts.preparation * cores * gpus) / 60
 
 
