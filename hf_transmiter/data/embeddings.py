@@ -120,7 +120,7 @@ def embed_dataset(
     class_names = None if found is None else getattr(dataset.features[label_column], "names", None)
     # Only AcceleratorState reads this flag by itself, and making one here would fix the caller's settings.
     state = accelerator or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    fingerprint = content = content_fingerprint(dataset, image_column)
+    fingerprint = content = content_fingerprint(dataset, image_column, state)
     if state.num_processes > 1:  # a dataset that was made in memory has another one in every process
         (fingerprint,) = broadcast_object_list([fingerprint])
     pictures = None if image_column is None else stored_pictures(dataset, image_column)
@@ -144,9 +144,8 @@ def embed_dataset(
         path = wide if tower else unit
         embeds = _open(path) if tower or unit.exists() else _open(wide)
 
-        def check() -> None:
-            if content_fingerprint(dataset, image_column) != content:
-                raise ValueError("pictures were changed while they were embedded: start again when all are there.")
+        def changed() -> bool:
+            return content_fingerprint(dataset, image_column, state) != content
 
         there = embeds is not None
         if state.num_processes > 1:  # the first decides: what others see may be of another moment, or machine
@@ -158,7 +157,7 @@ def embed_dataset(
                 "precision": precision,
                 "progress": progress,
             }
-            embeds = _embedded(encoder, pictures, tower, path, state, check, **options)
+            embeds = _embedded(encoder, pictures, tower, path, state, changed, **options)
         elif state.is_main_process and (_folder(path).exists() or beside(path, LOCK).exists()):
             with suppress(OSError), claim(path):  # killed when it was as good as finished
                 shutil.rmtree(_folder(path), ignore_errors=True)
@@ -172,9 +171,9 @@ def embed_dataset(
 
 
 def _embedded(
-    encoder: DualEncoder, pictures: Dataset, tower: bool, path: Path, state, check: Callable, **how
+    encoder: DualEncoder, pictures: Dataset, tower: bool, path: Path, state, changed: Callable, **how
 ) -> Tensor:  # fmt: skip
-    """The rows, part by part into one file; `check` raises where pictures were changed meanwhile."""
+    """The rows, part by part into one file; `changed` says whether pictures are others than before."""
     folder = _folder(path)
     with ExitStack() as held:
         with suppress(OSError):  # another run of the very same job: both go on, with the same parts
@@ -182,11 +181,9 @@ def _embedded(
         with _together(state):
             make = find_executable_batch_size(_make_parts, starting_batch_size=how.pop("batch_size"))
             make(encoder, pictures, tower, folder, state, **how)
-            try:
-                check()
-            except ValueError:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+        if changed():  # which all processes ask together
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ValueError("pictures were changed while they were embedded: start again when all are there.")
         with _together(state):
             if state.is_main_process:
                 try:
@@ -255,26 +252,32 @@ def _is_whole_table(path: Path, *state: int) -> bool:
         return file.read() == found.digest()
 
 
-def content_fingerprint(dataset: Dataset, image_column: str | None) -> str:
+def content_fingerprint(dataset: Dataset, image_column: str | None, state=None) -> str:
     """What identifies a dataset's pictures: the content of files that the column only names, so that a copy of them
-    is the same, or else the dataset's own fingerprint."""
+    is the same, or else the dataset's own fingerprint. The processes of `state` share the reading."""
     if image_column is None:
         return dataset._fingerprint
-    stored, found = dataset.data.column(image_column), hashlib.sha256(str(dataset.features[image_column]).encode())
+    stored, found = dataset.data.column(image_column), []
     inside = pa.types.is_struct(stored.type) and {"path", "bytes"} <= {part.name for part in stored.type}
     if inside and not any(chunk.field("bytes").null_count for chunk in stored.chunks):
         return dataset._fingerprint
     if not (inside or pa.types.is_string(stored.type) or pa.types.is_large_string(stored.type)):
         return dataset._fingerprint
-    column = dataset.with_format("arrow").select_columns([image_column])
-    for start in range(0, len(column), PART_ROWS):
+    column, rank, world = dataset.with_format("arrow").select_columns([image_column]), 0, 1
+    if state is not None:
+        rank, world = state.process_index, state.num_processes
+    for start in range(rank * PART_ROWS, len(column), world * PART_ROWS):
+        block = hashlib.sha256()
         for row in column[start : start + PART_ROWS][image_column].to_pylist():
             name = row["path"] if inside and row and row["bytes"] is None else row
             try:
-                found.update(file_digest(name).encode())
+                block.update(file_digest(name).encode())
             except (OSError, ValueError, TypeError):  # no file: nothing is known of anything else
-                found.update(dataset._fingerprint.encode())
-    return found.hexdigest()
+                block.update(dataset._fingerprint.encode())
+        found.append((start, block.hexdigest()))
+    if world > 1:
+        found = gather_object(found)
+    return hashlib.sha256(f"{dataset.features[image_column]} {sorted(found)}".encode()).hexdigest()
 
 
 @contextmanager

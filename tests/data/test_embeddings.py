@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator, PartialState, debug_launcher
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 from hypothesis import given
@@ -339,6 +339,24 @@ def test_two_processes_make_the_same_table(encoder, make_dataset, model_dir, tmp
     for copy in copies:
         same(FeatureTable(**load_file(copy), class_names=expected.class_names), expected)
     assert len(list((tmp_path / "two").iterdir())) == 3
+
+
+def _reads_its_files(files, folder):
+    embeddings.PART_ROWS, read, own = 4, [], embeddings.file_digest
+    embeddings.file_digest = lambda name: read.append(name) or own(name)
+    found = embeddings.content_fingerprint(decoded(files), "image", PartialState(cpu=True))
+    Path(folder, f"{len(read)}.txt").write_text(found)
+
+
+def test_two_processes_share_the_reading_of_files(make_images, tmp_path):
+    files = [tmp_path / f"{number}.bmp" for number in range(11)]
+    for file, picture in zip(files, make_images(11), strict=True):
+        picture.save(file)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(_reads_its_files, args=(files, tmp_path), num_processes=2)
+    alone = embeddings.content_fingerprint(decoded(files), "image")
+    # Blocks of 4, 4, 3 files in turn.
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.txt")} == {"7.txt": alone, "4.txt": alone}
 
 
 def test_two_runs_of_the_same_job_do_not_harm_each_other(encoder, make_dataset, model_dir, tmp_path):
