@@ -102,7 +102,7 @@ def model_fingerprint(model: nn.Module, settings) -> str:
     tensor in them: 24 of the values as they are, 20 as bfloat16 has them, 20 as float16 has them. See [`same_model`].
 
     Equal across processes and machines. Values are read once; later calls read again only tensors that were
-    replaced or written in place (as optimizers and `load_state_dict` do; a write through ``.data`` goes unseen).
+    replaced or written in place, as far as [`_state`] tells.
 
     Args:
         settings: anything made of dicts, lists and plain values; where it was saved and by which version is ignored.
@@ -119,14 +119,14 @@ def model_fingerprint(model: nn.Module, settings) -> str:
 
 
 def text_version(model: nn.Module) -> tuple:
-    """What changes whenever the text tower does: where its tensors lie, how often they were written to, which adapters
-    are active. Asked in every forward pass, so in one walk; of this process only."""
+    """What changes whenever the text tower does: the [`_state`] of its tensors, and which adapters are active. Asked in
+    every forward pass, so in one walk; of this process only."""
     found = []
     for module in (module for part in TEXT_PARTS if hasattr(model, part) for module in getattr(model, part).modules()):
         if isinstance(module, BaseTunerLayer):
             found.append(_layer_state(module))
         tensors = (*module._parameters.values(), *module._buffers.values())
-        found += [(tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None]
+        found += [_state(tensor) for tensor in tensors if tensor is not None]
     return tuple(found)
 
 
@@ -169,10 +169,16 @@ def _layer_state(layer: BaseTunerLayer) -> list:
     return [[] if layer.disable_adapters else list(layer.active_adapters), list(layer.merged_adapters), scaling]
 
 
+def _state(tensor: Tensor) -> tuple:
+    """What tells that a tensor was replaced or written to: where it lies, the writes that were counted, and a few of
+    its values, since PEFT merges adapters through ``.data``, where no write is."""
+    values = tensor.detach().flatten()
+    return tensor.data_ptr(), tensor._version, tensor.dtype, values[:: len(values) // 16 | 1].tolist()
+
+
 def _tensor_digests(tensor: Tensor) -> list[str]:
     """Of the values as they are, as bfloat16 has them, and as float16 has them; each written in float32."""
-    version = (tensor.data_ptr(), tensor._version, tensor.dtype)
-    known = _DIGESTS.get(tensor)
+    version, known = _state(tensor), _DIGESTS.get(tensor)
     if known is None or known[0] != version:
         values = tensor.detach().cpu().contiguous()
         forms = [values] * 3
