@@ -119,8 +119,8 @@ def model_fingerprint(model: nn.Module, settings) -> str:
 
 
 def text_version(model: nn.Module) -> tuple:
-    """What changes whenever the text tower does: the [`_state`] of its tensors, and which adapters are active. Asked in
-    every forward pass, so in one walk; of this process only."""
+    """What changes whenever the text tower does: the [`_state`] of its tensors, and which adapters are active. Asked
+    in every forward pass, so in one walk; of this process only."""
     found = []
     for module in (module for part in TEXT_PARTS if hasattr(model, part) for module in getattr(model, part).modules()):
         if isinstance(module, BaseTunerLayer):
