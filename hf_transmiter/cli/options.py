@@ -168,7 +168,7 @@ class DataOptions:
 
     def embedding(self, run: RunOptions) -> dict:
         """Arguments of `embed_dataset`."""
-        found = key_values(self.embedding_columns, "--embedding-columns") if self.embedding_columns else None
+        found = None if not self.embedding_columns else dict(map(_model_and_column, self.embedding_columns))
         how = {"batch_size": self.embed_batch_size, "precision": self.embed_precision}
         return {**self.work(run), **how, "num_workers": self.num_workers, "embedding_columns": found}
 
@@ -345,6 +345,13 @@ def _read_settings(context: typer.Context, entries: list[str] | None) -> None:
     except ValueError as error:
         fail(str(error))
     _take(context, content, "--set", wins=True)
+
+
+def _model_and_column(entry: str) -> tuple[str, str]:
+    model, _, column = (part.strip() for part in entry.rpartition("="))
+    if not model or not column:
+        raise ValueError(f"--embedding-columns takes MODEL=COLUMN, got {entry!r}.")
+    return model, column
 
 
 def key_values(entries: list[str] | None, option: str) -> dict:

@@ -57,6 +57,8 @@ def pixel_batches(
         ValueError: a picture cannot be read; its row is told.
         OSError: the workers cannot hand over what they made.
     """
+    if multiprocessing.current_process().daemon:  # which may have no children
+        num_workers = 0
     loader = DataLoader(
         _Batches(encoder.pixel_processor, pictures, batches),
         batch_size=None,
@@ -83,7 +85,7 @@ def pixel_batches(
 def usual_workers(encoder: DualEncoder, batches: Sequence[range], state) -> int:
     """Workers for these batches of each process of `state`: as many as there are cores for it on this machine, up to
     `MOST_WORKERS`, and as their pixels fit into half of the shared memory; none for few pictures."""
-    if sum(map(len, batches)) < FEWEST_PICTURES or multiprocessing.current_process().daemon:  # may have no children
+    if sum(map(len, batches)) < FEWEST_PICTURES:
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

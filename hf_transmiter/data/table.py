@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 
@@ -15,10 +16,12 @@ from datasets.features.features import FeatureType
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..algebra import check_finite, check_unit
+from ..algebra import check_finite
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId, active_adapters, moves_images
 from ..hub.checks import as_list
+from ..hub.repo import split_revision
+from ..settings import check_kind
 from .class_names import label_places
 
 
@@ -61,14 +64,7 @@ class StoredRows:
             raise ValueError(f"{self}: row {numbers[short[0]]} has not {self.shape[1]} numbers.")
         found = np.array(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
         found = torch.from_numpy(found.reshape(-1, self.shape[1]))
-        lengths = found[:, : self._width].norm(dim=1)
-        bad = (~((lengths - 1).abs() < UNIT)).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"{self}: row {numbers[int(bad[0])]} has length {float(lengths[bad[0]]):.4g}, and "
-                "embeddings are unit rows: divide each by its length, or look at that picture."
-            )
-        check_finite(found, str(self))
+        _check_rows(found, self._width, str(self), numbers)
         return torch.cat([normalize(found[:, : self._width], dim=1), found[:, self._width :]], dim=1)
 
     def float(self) -> Tensor:
@@ -76,25 +72,49 @@ class StoredRows:
         return torch.cat([self[start : start + BLOCK] for start in range(0, len(self), BLOCK)] or [self[:0]])
 
 
+def _check_rows(rows: Tensor, width: int, whose: str, numbers: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: the first `width` numbers of a row are no unit row, or one is not finite.
+    """
+    lengths = rows[:, :width].norm(dim=1)
+    bad = (~((lengths - 1).abs() < UNIT)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{whose}: row {numbers[int(bad[0])]} has length {float(lengths[bad[0]]):.4g}, and embeddings are unit "
+            "rows: divide each by its length, or look at that picture."
+        )
+    check_finite(rows, whose)
+
+
 def stored_rows(dataset: Dataset, encoder: DualEncoder, columns: Mapping[str, str] | None) -> StoredRows | None:
     """A model's embeddings that a dataset has already: the column that `columns` names for it or, without these, the
     one that is called as the model is. `None` where there is none, or an adapter in the model changed what it sees.
 
     Raises:
-        ValueError: no such column, one that holds no lists of numbers, or rows of another width.
+        ValueError: no such column, two of the model, one that holds no lists of numbers, or rows of another width.
     """
-    name = encoder.name_or_path
-    for column in (columns or {}).values():
+    given = {} if columns is None else check_kind("embedding_columns", columns, Mapping)
+    for column in given.values():
         if column not in dataset.column_names:
             raise ValueError(f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)}.")
-    column = name if columns is None else columns.get(name)
-    if column not in dataset.column_names or moves_images(encoder.model):
+    named, own = dataset.column_names if columns is None else given, _place(encoder.name_or_path)
+    found = [given.get(name, name) for name in named if _place(name) == own]
+    if len(found) > 1:
+        raise ValueError(f"columns {' and '.join(map(repr, found))} are both of {encoder.name_or_path!r}: name one.")
+    if not found or moves_images(encoder.model):
         return None
+    (column,) = found
     if not holds_rows(dataset.features[column]):
         raise ValueError(
             f"column {column!r} must hold lists of floating-point numbers, not {dataset.features[column]}."
         )
     return StoredRows(dataset, column, encoder)
+
+
+def _place(name: str | None) -> str | None:
+    """A model's name without its revision; a folder's in one spelling."""
+    return None if name is None else os.path.abspath(split_revision(str(name))[0])
 
 
 def holds_rows(kind: FeatureType) -> bool:
@@ -117,16 +137,18 @@ class FeatureTable:
 
     Raises:
         ValueError: the labels do not fit the rows or the class names.
+        TypeError: something else than a model, such as its name: of that nobody knows the weights.
     """
 
     def __init__(
         self,
-        embeds: Tensor | StoredRows,
+        embeds: Tensor | np.ndarray | StoredRows,
         labels: Tensor | Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
         dataset_fingerprint: str = "",
         model: DualEncoder | ModelId | None = None,
     ):
+        embeds = embeds if isinstance(embeds, StoredRows) else torch.as_tensor(embeds).detach()
         if embeds.ndim != 2:
             raise ValueError(f"embeds must be (N, d), not {tuple(embeds.shape)}.")
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
@@ -136,7 +158,8 @@ class FeatureTable:
         if self.labels is not None and self.class_names is not None and len(embeds):
             if self.labels.max() >= len(self.class_names):
                 raise ValueError(f"label {int(self.labels.max())} has no name: there are {len(self.class_names)}.")
-        self.model = ModelId.of(model) if isinstance(model, DualEncoder) else model
+        named = model is None or isinstance(model, ModelId)
+        self.model = model if named else ModelId.of(check_kind("model", model, DualEncoder))
         self._stored, self.dataset_fingerprint, self._width = embeds, dataset_fingerprint, embeds.shape[1]
 
     def __len__(self) -> int:
@@ -171,8 +194,8 @@ class FeatureTable:
         """This table, if its rows are what `encoder` makes of pictures; without `tower` the unit rows alone.
 
         Raises:
-            ValueError: nobody said whose rows they are, or they are another model's; another width; a row that is no
-                unit row, or not finite.
+            ValueError: nobody said whose rows they are, or they are another model's; another width; no rows; one that
+                is no unit row, or not finite.
         """
         d = encoder.embed_dim
         whose = f"these embeddings are {'of ' + repr(self.model.name) if self.model else 'of no model that is named'}"
@@ -186,9 +209,10 @@ class FeatureTable:
             )
         if self._width != d and self._width != d + encoder.tower_dim:
             raise ValueError(f"rows of {encoder.name_or_path!r} are (N, {d}), these are (N, {self._width}).")
+        if not len(self):
+            raise ValueError(f"{whose}, and there are none.")
         for rows, x in self.share():
-            check_unit(x[:, :d], "image", whose, rows.start)
-            check_finite(x, whose)
+            _check_rows(x, d, whose, range(rows.start, rows.stop))
         return self if tower else self.narrow(d)
 
     def narrow(self, width: int) -> FeatureTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def model_fingerprint(model: nn.Module, settings) -> str:
     tensor in them: 24 of the values as they are, 20 as bfloat16 has them, 20 as float16 has them. See [`same_model`].
 
     Equal across processes and machines. Values are read once; later calls read again only tensors that were
-    replaced or written in place (as optimizers and `load_state_dict` do; a write through ``.data`` goes unseen).
+    replaced or written in place, as far as [`_state`] tells.
 
     Args:
         settings: anything made of dicts, lists and plain values; where it was saved and by which version is ignored.
@@ -123,15 +124,19 @@ def model_fingerprint(model: nn.Module, settings) -> str:
 
 
 def text_version(model: nn.Module) -> tuple:
-    """What changes whenever the text tower does: where its tensors lie, how often they were written to, which adapters
-    are active. Asked in every forward pass, so in one walk; of this process only."""
-    found = []
+    """What changes whenever the text tower does: where its tensors lie, how often they were written to, a value of
+    each matrix (see [`_state`]), which adapters are active. Asked in every forward pass, so in one walk, with one
+    transfer from each device; of this process only."""
+    found, values = [], defaultdict(list)
     for module in (module for part in TEXT_PARTS if hasattr(model, part) for module in getattr(model, part).modules()):
         if isinstance(module, BaseTunerLayer):
             found.append(_layer_state(module))
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        found += [(tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None]
-    return tuple(found)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((tensor.data_ptr(), tensor._version))
+                if tensor.ndim > 1 and tensor.is_floating_point() and tensor.numel():
+                    values[tensor.device].append(tensor.detach()[tuple(size // 2 for size in tensor.shape)])
+    return tuple(found), tuple(tuple(torch.stack(each).tolist()) for each in values.values())
 
 
 def same_model(a: str, b: str) -> bool | None:
@@ -173,22 +178,29 @@ def _layer_state(layer: BaseTunerLayer) -> list:
     return [[] if layer.disable_adapters else list(layer.active_adapters), list(layer.merged_adapters), scaling]
 
 
+def _state(tensor: Tensor) -> tuple:
+    """What tells that a tensor was replaced or written to: where it lies, the writes that were counted, and a few of
+    its values, since PEFT merges adapters through ``.data``, where no write is."""
+    values = tensor.detach().flatten()
+    return tensor.data_ptr(), tensor._version, tensor.dtype, values[:: len(values) // 16 | 1].tolist()
+
+
 def _known_digests(tensor: Tensor) -> list[str] | None:
     """Those of the values that the tensor still has."""
-    version, digests = _DIGESTS.get(tensor, (None, None))
-    return digests if version == (tensor.data_ptr(), tensor._version, tensor.dtype) else None
+    state, digests = _DIGESTS.get(tensor, (None, None))
+    return digests if state == _state(tensor) else None
 
 
 def _tensor_digests(tensor: Tensor) -> list[str]:
     """Of the values as they are, as bfloat16 has them, and as float16 has them; each written in float32."""
     found = _known_digests(tensor)
     if found is None:
-        version = (tensor.data_ptr(), tensor._version, tensor.dtype)
+        state = _state(tensor)
         values = tensor.detach().cpu().contiguous()
         forms = [values] * 3
         if tensor.is_floating_point():
             forms = [values.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
         read = [form.view(-1).view(torch.uint8).numpy() for form in forms]
         found = [hashlib.sha256(form.data).hexdigest() for form in read]
-        _DIGESTS[tensor] = version, found
+        _DIGESTS[tensor] = state, found
     return found

@@ -1,3 +1,5 @@
+import os
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -55,13 +57,24 @@ def test_a_table_says_whose_rows_it_has(encoder, table, model_dir):
     "spoil, said",
     [
         (lambda x: x[:, :-1], r"are \(N, {d}\), these are \(N, {less}\)"),
-        (lambda x: x * torch.tensor([1.0] * 5 + [2.0] + [1.0] * 5)[:, None], "of row 5 is not finite, or zero"),
-        (lambda x: x.index_fill(0, torch.tensor(7), torch.nan), "of row 7 is not finite"),
+        (lambda x: x * torch.tensor([1.0] * 5 + [2.0] + [1.0] * 5)[:, None], "row 5 has length 2, and"),
+        (lambda x: x.index_fill(0, torch.tensor(7), torch.nan), "row 7 has length nan"),
     ],
 )
 def test_rows_of_a_table_are_checked(encoder, table, spoil, said):
     with pytest.raises(ValueError, match=said.format(d=encoder.embed_dim, less=encoder.embed_dim - 1)):
         embed_dataset(encoder, FeatureTable(spoil(table.embeds), model=encoder))
+
+
+def test_a_table_takes_rows_as_they_come(encoder, table):
+    rows = table.embeds
+    for given in (rows.numpy(), rows.tolist(), rows.clone().requires_grad_()):
+        same(embed_dataset(encoder, FeatureTable(given, table.labels, table.class_names, model=encoder)), table)
+    assert FeatureTable(rows.clone().requires_grad_(), model=encoder).to_dataset().num_rows == 11
+    with pytest.raises(ValueError, match="and there are none"):
+        embed_dataset(encoder, FeatureTable(rows[:0], model=encoder))
+    with pytest.raises(TypeError, match="model must be a DualEncoder, not of the type str"):
+        FeatureTable(rows, model="openai/clip-vit-base-patch32")
 
 
 def test_a_table_of_the_tower_serves_whoever_wants_the_embeddings(encoder, make_dataset, table, tmp_path):
@@ -212,3 +225,19 @@ def test_tuned_words_leave_pictures_as_they_are(encoder, table):
     tuned = DualEncoder(get_peft_model(encoder.model, CoOpConfig(n_ctx=2)), encoder.processor, encoder.name_or_path)
     same(embed_dataset(tuned, table), table)
     same(embed_dataset(tuned, table.to_dataset()), table)
+
+
+def test_a_model_is_known_by_any_spelling_of_its_folder(encoder, table, watched, model_dir):
+    folder, rows = encoder.name_or_path, table.to_dataset().rename_column(encoder.name_or_path, "b32")
+    before = watched()
+    for spelt in (folder + "/", os.path.relpath(folder), folder + "@main"):
+        same(embed_dataset(encoder, rows, embedding_columns={spelt: "b32"}), table)
+        same(embed_dataset(encoder, rows.rename_column("b32", spelt)), table)
+    assert watched() == before
+    with pytest.raises(ValueError, match="columns 'b32' and 'label' are both of .*: name one"):
+        embed_dataset(encoder, rows, embedding_columns={folder: "b32", folder + "@v2": "label"})
+    with pytest.raises(TypeError, match="embedding_columns must be a Mapping"):
+        embed_dataset(encoder, rows, embedding_columns="b32")
+    nested = Dataset.from_dict({"b32": [[row] for row in table.embeds.tolist()]})
+    with pytest.raises(ValueError, match="pass image_column=, or embeddings as lists of floating-point numbers"):
+        embed_dataset(encoder, nested, embedding_columns={folder: "b32"})

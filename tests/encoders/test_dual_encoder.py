@@ -346,6 +346,14 @@ def test_writing_a_weight_changes_the_fingerprint(encoder):
     assert encoder.fingerprint == before
 
 
+def test_a_merged_adapter_makes_another_model(encoder):
+    """PEFT merges through ``.data``, where no write is counted."""
+    before, version, texts = encoder.fingerprint, encoder.text_version, encoder.embed_names(["cat"])
+    model = peft.get_peft_model(encoder.model, peft.LoraConfig(**LORA)).merge_and_unload()
+    assert model is encoder.model and not torch.equal(encoder.embed_names(["cat"]), texts)
+    assert encoder.fingerprint != before and encoder.text_version != version
+
+
 def test_processor_settings_change_the_fingerprint():
     model, processor = tiny_models.build("clip")
     before = DualEncoder(model, processor).fingerprint

@@ -153,3 +153,6 @@ def test_on_the_command_line(models, pictures, said, embedded, tmp_path):
     assert found["scores"][0]["value"] == pytest.approx(expected) and found["num_images"] == 100
     said = error("evaluate", tmp_path / "l14", "--dataset", tmp_path / "test.parquet")
     assert "among the columns b32, label, l14" in said and "--embedding-columns" in said
+    for given in ("l14", "=l14", "sandbox:strong="):
+        said = error("evaluate", tmp_path / "l14", *asked[:2], "--embedding-columns", given)
+        assert f"--embedding-columns takes MODEL=COLUMN, got {given!r}" in said
