@@ -152,13 +152,8 @@ def embed_dataset(
         if state.num_processes > 1:  # the first decides: what others see may be of another moment, or machine
             (there,) = broadcast_object_list([there])
         if not there:
-            options = {
-                "batch_size": batch_size,
-                "num_workers": num_workers,
-                "precision": precision,
-                "progress": progress,
-            }
-            embeds = _embedded(encoder, pictures, tower, path, state, check, **options)
+            how = {"batch_size": batch_size, "num_workers": num_workers, "precision": precision, "progress": progress}
+            embeds = _embedded(encoder, pictures, tower, path, state, check, **how)
         elif state.is_main_process and (_folder(path).exists() or beside(path, LOCK).exists()):
             with suppress(OSError), claim(path):  # killed when it was as good as finished
                 shutil.rmtree(_folder(path), ignore_errors=True)

@@ -73,6 +73,8 @@ def test_a_table_takes_rows_as_they_come(encoder, table):
     assert FeatureTable(rows.clone().requires_grad_(), model=encoder).to_dataset().num_rows == 11
     with pytest.raises(ValueError, match="and there are none"):
         embed_dataset(encoder, FeatureTable(rows[:0], model=encoder))
+    with pytest.raises(ValueError, match="labels must be indices of the class names, not such as 'cat'"):
+        FeatureTable(rows, ["cat"] * 11)
     with pytest.raises(TypeError, match="model must be a DualEncoder, not of the type str"):
         FeatureTable(rows, model="openai/clip-vit-base-patch32")
 
@@ -172,7 +174,7 @@ def test_a_column_of_other_things(encoder):
         embed_dataset(encoder, data, embedding_columns={encoder.name_or_path: "b32"})
     with pytest.raises(ValueError, match="no image column found among b32"):
         embed_dataset(encoder, data.select_columns("b32"))
-    with pytest.raises(ValueError, match="no image column"):  # what trains on pictures
+    with pytest.raises(ValueError, match="embeddings will not do here"):  # what trains on pictures
         guess_columns(data)
 
 
