@@ -243,3 +243,10 @@ def test_a_model_is_known_by_any_spelling_of_its_folder(encoder, table, watched,
     nested = Dataset.from_dict({"b32": [[row] for row in table.embeds.tolist()]})
     with pytest.raises(ValueError, match="pass image_column=, or embeddings as lists of floating-point numbers"):
         embed_dataset(encoder, nested, embedding_columns={folder: "b32"})
+
+
+def test_columns_of_other_models_alone_are_said(encoder, make_dataset, table, caplog, tmp_path):
+    both = concatenate_datasets([make_dataset(11), table.to_dataset().select_columns(encoder.name_or_path)], axis=1)
+    columns = {"openai/clip-vit-bas-patch32": encoder.name_or_path}
+    same(embed_dataset(encoder, both, embedding_columns=columns, cache_dir=tmp_path / "other"), table)
+    assert "only of openai/clip-vit-bas-patch32: its pictures are embedded" in caplog.text
