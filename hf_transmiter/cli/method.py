@@ -422,9 +422,8 @@ def _evaluate_bridge(
             "\nWarning: the bridge was built from these pictures and looks better on them than it is: pass others."
         )
     found = {"model": source, "dataset": dataset, "num_images": len(images), "verdict": verdict}
-    return Result(
-        {**found, "scores": [asdict(score) for score in scores]}, f"{verdict}\n\n{ht.markdown_table(scores)}"
-    )
+    found["scores"] = [asdict(score) for score in scores]
+    return Result(found, f"{verdict}\n\n{ht.markdown_table(scores)}")
 
 
 def _own_teacher(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset
-from datasets.formatting.formatting import LazyBatch
+from datasets.formatting.formatting import LazyBatch, LazyRow
 
 from ..encoders.dual_encoder import DualEncoder, load_encoder
 from ..encoders.pictures import UnreadablePicture, read_picture
@@ -97,8 +97,9 @@ class Embed:
     def __call__(self, batch):
         if isinstance(batch, Iterator):
             return map(self, batch)
-        if not isinstance(batch, (Mapping, pd.DataFrame)):
+        if not isinstance(batch, (Mapping, pd.DataFrame)) or isinstance(batch, LazyRow):
             wanted = "columns and their values, a DataFrame of pandas, or an iterator of such"
+            wanted += " (pass batched=True to map)" * isinstance(batch, LazyRow)
             raise TypeError(f"a batch must be {wanted}, not of the type {type(batch).__name__}.")
         if isinstance(batch, LazyBatch):  # of `datasets`: pictures as they are stored, other columns are not touched
             table = Dataset(batch.pa_table, fingerprint="batch")

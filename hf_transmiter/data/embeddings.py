@@ -151,13 +151,11 @@ def embed_dataset(
         if state.num_processes > 1:  # the first decides: what others see may be of another moment, or machine
             (there,) = broadcast_object_list([there])
         if not there:
-            options = {
-                "batch_size": batch_size,
-                "num_workers": num_workers,
-                "precision": precision,
-                "progress": progress,
-            }
-            embeds = _embedded(encoder, pictures, tower, path, state, changed, **options)
+            if embedding_columns and state.is_main_process:
+                said = "embedding_columns name no column of %r, only of %s: its pictures are embedded"
+                logger.warning(said, encoder.name_or_path, ", ".join(map(str, embedding_columns)))
+            how = {"batch_size": batch_size, "num_workers": num_workers, "precision": precision, "progress": progress}
+            embeds = _embedded(encoder, pictures, tower, path, state, changed, **how)
         elif state.is_main_process and (_folder(path).exists() or beside(path, LOCK).exists()):
             with suppress(OSError), claim(path):  # killed when it was as good as finished
                 shutil.rmtree(_folder(path), ignore_errors=True)

@@ -163,10 +163,10 @@ def guess_columns(
         typed = [name for name in names if isinstance(types[name], Image)]
         candidates = _usual(typed, _IMAGE_NAMES) or typed or _usual(names, _IMAGE_NAMES)
         image_column = _only("image_column", candidates, names)
-        if image_column is None and (pictures or not any(map(holds_rows, types.values()))):
-            how = (
-                " (embeddings will not do here)" if pictures else ", or embeddings as lists of floating-point numbers"
-            )
+        rows = any(map(holds_rows, types.values()))
+        if image_column is None and (pictures or not rows):
+            how = ", or embeddings as lists of floating-point numbers" * (not pictures)
+            how = " (embeddings will not do here)" if rows else how
             raise ValueError(f"no image column found among {', '.join(names)}: pass image_column={how}.")
     if label_column is None and labels is not False:
         typed = [name for name in names if isinstance(types[name], ClassLabel)]

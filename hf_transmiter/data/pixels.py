@@ -20,32 +20,25 @@ MOST_WORKERS, FEWEST_PICTURES = 8, 1024  # workers take as long to start as some
 _AHEAD = 2  # batches that each worker has ready
 
 
-class _Batches(TorchDataset):
-    """Pixels by the number of a batch, or what is wrong with one of its pictures: exceptions do not travel well."""
+class _Pixels(TorchDataset):
+    """Pixels of some rows, or what is wrong with a picture among them: exceptions do not travel well."""
 
-    def __init__(self, image_processor, pictures: Dataset, batches: Sequence[range]):
-        self.image_processor, self.pictures, self.batches = image_processor, pictures, batches
+    def __init__(self, image_processor, pictures: Dataset):
+        self.image_processor, self.pictures = image_processor, pictures
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> Tensor | str:
+    def __getitem__(self, rows: range) -> Tensor | str:
         (column,) = self.pictures.column_names
         row = 0
 
         def stored() -> Iterator:
             nonlocal row
-            for row in self.batches[number]:
+            for row in rows:
                 yield self.pictures[row][column]
 
         try:
             return to_pixels(self.image_processor, stored())
         except UnreadablePicture as error:
             return f"the image in row {row} cannot be read{error.fault}{SKIP}."
-
-
-def _as_it_is(made: Tensor | str) -> Tensor | str:
-    return made
 
 
 def pixel_batches(
@@ -60,10 +53,10 @@ def pixel_batches(
     if multiprocessing.current_process().daemon:  # which may have no children
         num_workers = 0
     loader = DataLoader(
-        _Batches(encoder.pixel_processor, pictures, batches),
+        _Pixels(encoder.pixel_processor, pictures),
         batch_size=None,
+        sampler=batches,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
         prefetch_factor=_AHEAD if num_workers else None,
         pin_memory=encoder.device.type == "cuda",
         generator=torch.Generator(),  # or the caller's random numbers would depend on how often this is asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 
@@ -20,7 +19,7 @@ from ..algebra import check_finite
 from ..encoders.dual_encoder import DualEncoder
 from ..encoders.identity import ModelId, active_adapters, moves_images
 from ..hub.checks import as_list
-from ..hub.repo import split_revision
+from ..hub.repo import same_name
 from ..settings import check_kind
 from .class_names import label_places
 
@@ -98,8 +97,8 @@ def stored_rows(dataset: Dataset, encoder: DualEncoder, columns: Mapping[str, st
     for column in given.values():
         if column not in dataset.column_names:
             raise ValueError(f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)}.")
-    named, own = dataset.column_names if columns is None else given, _place(encoder.name_or_path)
-    found = [given.get(name, name) for name in named if _place(name) == own]
+    named = dataset.column_names if columns is None else given
+    found = [given.get(name, name) for name in named if same_name(name, encoder.name_or_path)]
     if len(found) > 1:
         raise ValueError(f"columns {' and '.join(map(repr, found))} are both of {encoder.name_or_path!r}: name one.")
     if not found or moves_images(encoder.model):
@@ -110,11 +109,6 @@ def stored_rows(dataset: Dataset, encoder: DualEncoder, columns: Mapping[str, st
             f"column {column!r} must hold lists of floating-point numbers, not {dataset.features[column]}."
         )
     return StoredRows(dataset, column, encoder)
-
-
-def _place(name: str | None) -> str | None:
-    """A model's name without its revision; a folder's in one spelling."""
-    return None if name is None else os.path.abspath(split_revision(str(name))[0])
 
 
 def holds_rows(kind: FeatureType) -> bool:
@@ -151,6 +145,13 @@ class FeatureTable:
         embeds = embeds if isinstance(embeds, StoredRows) else torch.as_tensor(embeds).detach()
         if embeds.ndim != 2:
             raise ValueError(f"embeds must be (N, d), not {tuple(embeds.shape)}.")
+        if (
+            labels is not None
+            and not torch.is_tensor(labels)
+            and np.asarray(labels).dtype.kind in "OSUf"
+            and len(labels)
+        ):
+            raise ValueError(f"labels must be indices of the class names, not such as {list(labels)[0]!r}.")
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
         self.class_names = None if class_names is None else as_list(class_names, "class_names")
         if self.labels is not None and self.labels.shape != embeds.shape[:1]:
@@ -235,9 +236,8 @@ class FeatureTable:
             )
         rows = self.embeds.contiguous()  # of a mapped file no copy
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows.view(-1).numpy()), rows.shape[1])
-        known = hashlib.sha256(
-            f"{self.dataset_fingerprint} {self.model.fingerprint} {rows.shape}".encode()
-        ).hexdigest()
+        about = f"{self.dataset_fingerprint} {self.model.fingerprint} {rows.shape}"
+        known = hashlib.sha256(about.encode()).hexdigest()
         dataset = Dataset(pa.table({self.model.name: column}), fingerprint=known if self.dataset_fingerprint else None)
         if self.labels is None:
             return dataset

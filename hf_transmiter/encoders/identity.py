@@ -181,8 +181,8 @@ def _layer_state(layer: BaseTunerLayer) -> list:
 def _state(tensor: Tensor) -> tuple:
     """What tells that a tensor was replaced or written to: where it lies, the writes that were counted, and a few of
     its values, since PEFT merges adapters through ``.data``, where no write is."""
-    values = tensor.detach().flatten()
-    return tensor.data_ptr(), tensor._version, tensor.dtype, values[:: len(values) // 16 | 1].tolist()
+    values, writes = tensor.detach().flatten(), None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), writes, tensor.dtype, values[:: len(values) // 16 | 1].tolist()
 
 
 def _known_digests(tensor: Tensor) -> list[str] | None:

@@ -55,6 +55,11 @@ def split_revision(source: str) -> tuple[str, str | None]:
     return (name, revision) if at and name and not Path(source.removeprefix(OPEN_CLIP)).exists() else (source, None)
 
 
+def same_name(a: str | None, b: str | None) -> bool:
+    """Whether two names are of one model, of whatever revision; a folder's may be spelt in several ways."""
+    return None not in (a, b) and len({os.path.abspath(split_revision(str(name))[0]) for name in (a, b)}) == 1
+
+
 def model_location(name: str) -> str:
     """Where transformers finds a model: the folder of ``sandbox:NAME``, any other name as it is.
 

@@ -17,6 +17,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..encoders.families import is_dual_encoder, unwrap
 from ..encoders.identity import active_adapters, check_untuned
 from ..hub.checks import as_list
+from ..hub.repo import same_name
 from ..tuners.prompts import image_conditioned, prompt_layer
 from .classifier import AnchorClassifier
 from .stored_logits import CalibrationPack
@@ -213,11 +214,7 @@ def teacher_logits(
     at_hand = table is not None and weak is not None and not classifier.reads_tower
     if not at_hand or not same_image_tower(weak, classifier.encoder):
         own = {**embedding, "tower": classifier.reads_tower, "labels": False}
-        if (
-            weak is not None
-            and weak is not classifier.encoder
-            and weak.name_or_path == classifier.encoder.name_or_path
-        ):
+        if weak not in (None, classifier.encoder) and same_name(weak.name_or_path, classifier.encoder.name_or_path):
             own["embedding_columns"] = {}  # a tuned model that kept the name: the column is not what it sees
         table = embed_dataset(classifier.encoder, dataset, **own)
     columns, device = _columns(classifier, class_names), classifier.encoder.device

@@ -238,7 +238,7 @@ def test_a_picture_that_cannot_be_read(name, make_images, tmp_path):
         dataset.map(Embed(name), batched=True, batch_size=3)
 
 
-def test_what_is_no_model_and_what_is_no_batch(name, encoder):
+def test_what_is_no_model_and_what_is_no_batch(name, encoder, make_dataset):
     for model in (encoder, None, Path(name)):
         with pytest.raises(TypeError, match="model must be a str, not"):
             Embed(name, model)
@@ -249,5 +249,7 @@ def test_what_is_no_model_and_what_is_no_batch(name, encoder):
         Embed(name, batch_size=0)
     with pytest.raises(TypeError, match="a batch must be columns and their values, .*, not of the type list"):
         Embed(name)([{"image": 1}])
+    with pytest.raises(TypeError, match="pass batched=True to map.*, not of the type LazyRow"):
+        make_dataset(1).map(Embed(name))
     with pytest.raises(FileNotFoundError, match="there is no model"):
         Embed("~/nowhere")({"image": [1]})

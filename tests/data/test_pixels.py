@@ -64,9 +64,9 @@ def test_random_numbers_of_the_caller_are_left_alone(encoder, make_dataset, tmp_
 
 
 def test_no_worker_gets_the_model(encoder, make_dataset):
-    work = pixels._Batches(encoder.pixel_processor, stored_pictures(make_dataset(1), "image"), [range(1)])
+    work = pixels._Pixels(encoder.pixel_processor, stored_pictures(make_dataset(1), "image"))
     copy = pickle.loads(pickle.dumps(work))  # how platforms that do not fork hand it over
-    assert torch.equal(copy[0], encoder.preprocess(make_dataset(1)["image"]))
+    assert torch.equal(copy[range(1)], encoder.preprocess(make_dataset(1)["image"]))
     assert len(pickle.dumps(work)) < 50_000 < sum(p.numel() * 4 for p in encoder.model.parameters())
 
 

@@ -73,6 +73,8 @@ def test_a_table_takes_rows_as_they_come(encoder, table):
     assert FeatureTable(rows.clone().requires_grad_(), model=encoder).to_dataset().num_rows == 11
     with pytest.raises(ValueError, match="and there are none"):
         embed_dataset(encoder, FeatureTable(rows[:0], model=encoder))
+    with pytest.raises(ValueError, match="labels must be indices of the class names, not such as 'cat'"):
+        FeatureTable(rows, ["cat"] * 11)
     with pytest.raises(TypeError, match="model must be a DualEncoder, not of the type str"):
         FeatureTable(rows, model="openai/clip-vit-base-patch32")
 
@@ -172,7 +174,7 @@ def test_a_column_of_other_things(encoder):
         embed_dataset(encoder, data, embedding_columns={encoder.name_or_path: "b32"})
     with pytest.raises(ValueError, match="no image column found among b32"):
         embed_dataset(encoder, data.select_columns("b32"))
-    with pytest.raises(ValueError, match="no image column"):  # what trains on pictures
+    with pytest.raises(ValueError, match="embeddings will not do here"):  # what trains on pictures
         guess_columns(data)
 
 
@@ -241,3 +243,10 @@ def test_a_model_is_known_by_any_spelling_of_its_folder(encoder, table, watched,
     nested = Dataset.from_dict({"b32": [[row] for row in table.embeds.tolist()]})
     with pytest.raises(ValueError, match="pass image_column=, or embeddings as lists of floating-point numbers"):
         embed_dataset(encoder, nested, embedding_columns={folder: "b32"})
+
+
+def test_columns_of_other_models_alone_are_said(encoder, make_dataset, table, caplog, tmp_path):
+    both = concatenate_datasets([make_dataset(11), table.to_dataset().select_columns(encoder.name_or_path)], axis=1)
+    columns = {"openai/clip-vit-bas-patch32": encoder.name_or_path}
+    same(embed_dataset(encoder, both, embedding_columns=columns, cache_dir=tmp_path / "other"), table)
+    assert "only of openai/clip-vit-bas-patch32: its pictures are embedded" in caplog.text

@@ -354,6 +354,12 @@ def test_a_merged_adapter_makes_another_model(encoder):
     assert encoder.fingerprint != before and encoder.text_version != version
 
 
+def test_a_model_that_was_loaded_in_inference_mode(encoder):
+    with torch.inference_mode():  # its tensors do not count writes
+        loaded = DualEncoder.from_pretrained(encoder.name_or_path)
+    assert loaded.fingerprint == encoder.fingerprint and loaded.text_version
+
+
 def test_processor_settings_change_the_fingerprint():
     model, processor = tiny_models.build("clip")
     before = DualEncoder(model, processor).fingerprint
