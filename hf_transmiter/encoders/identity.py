@@ -113,10 +113,9 @@ def model_fingerprint(model: nn.Module, settings) -> str:
     state = model.state_dict(keep_vars=True).items()
     values = [value for name, value in state if name.split(".", 1)[0] in EMBEDDING_PARTS and torch.is_tensor(value)]
     values += [part for module in model.modules() for part in _embedding_parts(module)]
-    if any(_known_digests(value) is None for value in values):
-        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-            list(pool.map(_tensor_digests, values))
-    digests = [[f"{tuple(value.shape)} {digest}" for digest in _tensor_digests(value)] for value in values]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        found = list(pool.map(_tensor_digests, values))
+    digests = [[f"{tuple(value.shape)} {one}" for one in each] for value, each in zip(values, found, strict=True)]
     # Sorted by value, not by name: transformers renames modules between versions, saved fingerprints must outlive it.
     texts = (json.dumps([facts, sorted(each)], sort_keys=True) for each in zip(*digests, strict=True))
     exact, *rounded = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
@@ -133,7 +132,7 @@ def text_version(model: nn.Module) -> tuple:
             found.append(_layer_state(module))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                found.append((tensor.data_ptr(), tensor._version))
+                found.append((tensor.data_ptr(), _writes(tensor)))
                 if tensor.ndim > 1 and tensor.is_floating_point() and tensor.numel():
                     values[tensor.device].append(tensor.detach()[tuple(size // 2 for size in tensor.shape)])
     return tuple(found), tuple(tuple(torch.stack(each).tolist()) for each in values.values())
@@ -181,26 +180,22 @@ def _layer_state(layer: BaseTunerLayer) -> list:
 def _state(tensor: Tensor) -> tuple:
     """What tells that a tensor was replaced or written to: where it lies, the writes that were counted, and a few of
     its values, since PEFT merges adapters through ``.data``, where no write is."""
-    values, writes = tensor.detach().flatten(), None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), writes, tensor.dtype, values[:: len(values) // 16 | 1].tolist()
+    values = tensor.detach().flatten()
+    return tensor.data_ptr(), _writes(tensor), tensor.dtype, values[:: len(values) // 16 | 1].tolist()
 
 
-def _known_digests(tensor: Tensor) -> list[str] | None:
-    """Those of the values that the tensor still has."""
-    state, digests = _DIGESTS.get(tensor, (None, None))
-    return digests if state == _state(tensor) else None
+def _writes(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _tensor_digests(tensor: Tensor) -> list[str]:
     """Of the values as they are, as bfloat16 has them, and as float16 has them; each written in float32."""
-    found = _known_digests(tensor)
-    if found is None:
-        state = _state(tensor)
+    known, state = _DIGESTS.get(tensor), _state(tensor)
+    if known is None or known[0] != state:
         values = tensor.detach().cpu().contiguous()
         forms = [values] * 3
         if tensor.is_floating_point():
             forms = [values.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
         read = [form.view(-1).view(torch.uint8).numpy() for form in forms]
-        found = [hashlib.sha256(form.data).hexdigest() for form in read]
-        _DIGESTS[tensor] = state, found
-    return found
+        known = _DIGESTS[tensor] = state, [hashlib.sha256(form.data).hexdigest() for form in read]
+    return known[1]
