@@ -308,7 +308,7 @@ def test_one_picture_at_a_time(encoder, make_images, monkeypatch):
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr("hf_transmiter.encoders.dual_encoder.read_picture", read)
+    monkeypatch.setattr("hf_transmiter.encoders.pictures.read_picture", read)
     found = encoder.preprocess([encoded(photo, "PPM") for photo in photos])
     assert len(most) == 4 and max(most) <= 1
     assert torch.equal(found, encoder.preprocess(photos))
