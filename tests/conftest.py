@@ -38,9 +38,7 @@ from PIL import Image  # noqa: E402
 from hf_transmiter.encoders.dual_encoder import DualEncoder  # noqa: E402
 
 
-# Models are tiny, and a process that is forked from one with more threads waits for them for ever (libgomp).
-torch.set_num_threads(1)
-
+# Models are tiny, and a process that is forked from one that had more threads may wait for them for ever (libgomp).
 torch.set_num_threads(1)
 # The same examples on every run, and no deadline: the machine may be busy.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, max_examples=30)
