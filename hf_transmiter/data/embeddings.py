@@ -22,12 +22,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
-from accelerate.utils import (
-    broadcast_object_list,
-    find_executable_batch_size,
-    gather_object,
-    parse_flag_from_env,
-)
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import tqdm
@@ -177,8 +173,9 @@ def _embedded(
         with suppress(OSError):  # another run of the very same job: both go on, with the same parts
             held.enter_context(claim(path) if state.is_main_process else nullcontext())
         with _together(state):
-            make = find_executable_batch_size(_make_parts, starting_batch_size=how.pop("batch_size"))
-            make(encoder, pictures, tower, folder, state, **how)
+            while not _make_parts(encoder, pictures, tower, folder, state, **how):
+                how["batch_size"] //= 2
+                clear_device_cache(garbage_collection=True)
         if changed():  # which all processes ask together
             shutil.rmtree(folder, ignore_errors=True)
             raise ValueError("pictures were changed while they were embedded: start again when all are there.")
@@ -294,10 +291,10 @@ def _together(state) -> Iterator[None]:
 
 
 def _make_parts(
-    batch_size: int, encoder: DualEncoder, pictures: Dataset, tower: bool, folder: Path, state, *, progress: bool,
+    encoder: DualEncoder, pictures: Dataset, tower: bool, folder: Path, state, *, batch_size: int, progress: bool,
     num_workers: int | None, precision: str,
-) -> None:  # fmt: skip
-    """Writes this process's missing parts."""
+) -> bool:  # fmt: skip
+    """Writes this process's missing parts; false where a batch does not fit the device's memory."""
     hidden = not (progress and state.is_main_process) or None  # None: only a terminal or a notebook shows it
     about = {"desc": "Embedding images", "unit": "img", "leave": False, "name": "hf_transmiter.data.embeddings"}
     parts = [range(start, min(start + PART_ROWS, len(pictures))) for start in range(0, len(pictures), PART_ROWS)]
@@ -311,14 +308,20 @@ def _make_parts(
         bar.update(len(pictures) - sum(map(len, batches)))
         blocks = []
         for rows, pixels in prepared:
-            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                blocks.append(encoder.embed_pixels(pixels, tower, rows.start).cpu())
+            try:
+                with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    blocks.append(encoder.embed_pixels(pixels, tower, rows.start).cpu())
+            except RuntimeError as error:
+                if batch_size == 1 or not should_reduce_batch_size(error):
+                    raise
+                return False
             bar.update(len(rows))
             if rows.stop == parts[index := rows.start // PART_ROWS].stop:
                 made = {"embeds": torch.cat(blocks)}
                 blocks = []
                 write = partial(save_file, made, metadata={"digest": digest(made)})
                 replace_file(_part_path(folder, index), write)
+    return True
 
 
 def _join(folder: Path, path: Path, shape: tuple[int, int]) -> None:
