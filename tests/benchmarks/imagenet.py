@@ -89,7 +89,7 @@ def report(parts: Parts, gpus: list[int], rates: list[float], cores: int) -> str
     lines.append(f"| bridge and refit, in one process | {parts.solving / 60:.0f} min |")
     lines.append(f"| their memory | {parts.memory / 1000:.1f} GB |")
     reading = IMAGES * parts.reading / 60
-    lines.append(f"| digests of the pictures' files, from memory, in every process | {reading:.0f} min |")
+    lines.append(f"| digests of the pictures' files, from memory, which processes share | {reading:.0f} min |")
     gigabytes = IMAGES * PICTURE / 1e9
     lines.append(f"| the same from a disk of 200 MB/s | {gigabytes / 0.2 / 60:.0f} min |")
     lines.append(f"| label logits (N, C), float32, each copy | {4 * IMAGES * CLASSES / 1e9:.1f} GB |")
