@@ -91,8 +91,8 @@ def embed_dataset(
             Processes that decode and shrink pictures while the model looks at those before; 0 for none. As many as
             there are cores, 8 at most, when omitted; none for fewer than 1,024 pictures.
         precision (`str`, *optional*, defaults to `"float32"`):
-            `"bfloat16"` runs the image tower in autocast, for GPUs that are made for it; a row moves by a cosine of
-            some 1e-5.
+            `"bfloat16"` runs the image tower in autocast, for GPUs that are made for it; the rows are close to those
+            of float32, and kept apart from them.
         cache_dir (`str` or `os.PathLike`, *optional*): defaults to a folder among the Hub's cached assets.
         accelerator (`accelerate.Accelerator`, *optional*): defaults to the state of the launched processes.
         progress (`bool`, *optional*, defaults to `True`): show a bar on the main process.

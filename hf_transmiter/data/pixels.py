@@ -16,7 +16,7 @@ from ..encoders.dual_encoder import DualEncoder
 from ..encoders.pictures import SKIP, UnreadablePicture, to_pixels
 
 
-MOST_WORKERS, FEWEST_PICTURES = 8, 1024  # workers take as long to start as some hundred pictures to prepare
+MOST_WORKERS, FEWEST_PICTURES = 8, 1024  # for fewer pictures no worker is worth its start
 _AHEAD = 2  # batches that each worker has ready
 
 

@@ -145,12 +145,7 @@ class FeatureTable:
         embeds = embeds if isinstance(embeds, StoredRows) else torch.as_tensor(embeds).detach()
         if embeds.ndim != 2:
             raise ValueError(f"embeds must be (N, d), not {tuple(embeds.shape)}.")
-        if (
-            labels is not None
-            and not torch.is_tensor(labels)
-            and np.asarray(labels).dtype.kind in "OSUf"
-            and len(labels)
-        ):
+        if labels is not None and len(labels) and np.asarray(labels).dtype.kind not in "iub":
             raise ValueError(f"labels must be indices of the class names, not such as {list(labels)[0]!r}.")
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
         self.class_names = None if class_names is None else as_list(class_names, "class_names")
@@ -202,7 +197,7 @@ class FeatureTable:
         whose = f"these embeddings are {'of ' + repr(self.model.name) if self.model else 'of no model that is named'}"
         known = self.model is not None and not moves_images(encoder.model)
         # An adapter in the text tower makes another model of it, which sees pictures as before.
-        words = known and active_adapters(encoder.model) and self.model.name == encoder.name_or_path
+        words = known and active_adapters(encoder.model) and same_name(self.model.name, encoder.name_or_path)
         if not words and not (known and self.model.is_of(encoder)):
             raise ValueError(
                 f"{whose}, and those of {encoder} are asked for: pass FeatureTable(rows, model=encoder) of that very "

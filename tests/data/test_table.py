@@ -75,6 +75,9 @@ def test_a_table_takes_rows_as_they_come(encoder, table):
         embed_dataset(encoder, FeatureTable(rows[:0], model=encoder))
     with pytest.raises(ValueError, match="labels must be indices of the class names, not such as 'cat'"):
         FeatureTable(rows, ["cat"] * 11)
+    for fractions in ([0.0, 1.7] * 5 + [1.0], torch.full((11,), 1.7)):
+        with pytest.raises(ValueError, match="labels must be indices of the class names"):
+            FeatureTable(rows, fractions)
     with pytest.raises(TypeError, match="model must be a DualEncoder, not of the type str"):
         FeatureTable(rows, model="openai/clip-vit-base-patch32")
 
@@ -250,3 +253,12 @@ def test_columns_of_other_models_alone_are_said(encoder, make_dataset, table, ca
     columns = {"openai/clip-vit-bas-patch32": encoder.name_or_path}
     same(embed_dataset(encoder, both, embedding_columns=columns, cache_dir=tmp_path / "other"), table)
     assert "only of openai/clip-vit-bas-patch32: its pictures are embedded" in caplog.text
+
+
+def test_models_without_a_name_are_not_one_model(table, model_dir, encoder):
+    """Neither is a model with tuned words whose base cannot be told."""
+    tuned = DualEncoder(get_peft_model(encoder.model, CoOpConfig(n_ctx=2)), encoder.processor, encoder.name_or_path)
+    tuned.name_or_path = None
+    nameless = FeatureTable(table.embeds, model=ModelId(None, None, "0" * 64))
+    with pytest.raises(ValueError, match="are asked for"):
+        embed_dataset(tuned, nameless)
